@@ -1,0 +1,1 @@
+"""Tokenized folder -> memory-mapped store -> schedule -> packed batch."""

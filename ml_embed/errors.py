@@ -1,0 +1,28 @@
+"""Errors that are addressed to the person who runs the program."""
+
+import functools
+import sys
+from collections.abc import Callable
+
+USER_ERROR_EXIT_CODE = 2
+
+
+class UserError(ValueError):
+    """A mistake in the user's input: says what is wrong, where, and what to do about it.
+
+    Entry points print it without a traceback. Errors of our own are `assert`s or other exceptions and keep theirs.
+    """
+
+
+def exit_on_user_error(main: Callable[..., int | None]) -> Callable[..., int]:
+    """Wrap an entry point: a UserError becomes a message on stderr and exit code 2."""
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs) -> int:
+        try:
+            return main(*args, **kwargs) or 0
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return USER_ERROR_EXIT_CODE
+
+    return wrapped
