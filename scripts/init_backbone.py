@@ -1,0 +1,67 @@
+"""Make a Qwen3 backbone folder: random weights of a preset size, and a tokenizer copied or trained on text."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from ml_embed.backbone import (
+    DEFAULT_VOCAB_SIZE,
+    DTYPES,
+    PRESETS,
+    check_output,
+    init_backbone,
+    load_tokenizer,
+    read_texts,
+    train_tokenizer,
+)
+from ml_embed.errors import exit_on_user_error
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", required=True, choices=list(PRESETS), help="shape of the decoder")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="copy the tokenizer of this local folder")
+    source.add_argument(
+        "--train-tokenizer",
+        type=Path,
+        nargs="+",
+        metavar="TEXTS",
+        help="train a tokenizer on these files, or folders of files: .txt (a text a line), .parquet or .jsonl (all string "
+        "columns; a folder of raw training data will do)",
+    )
+    parser.add_argument(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help=f"tokens of a trained tokenizer (default {DEFAULT_VOCAB_SIZE}); with --tokenizer, rows of the embedding table "
+        "if more than the tokenizer needs. The table is rounded up to a multiple of 64 rows",
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="model folder to write")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights (default %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="of the weights (default %(default)s); bfloat16 halves the size",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a model folder at --output")
+    return parser.parse_args(arguments)
+
+
+@exit_on_user_error
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    check_output(args.output, args.overwrite)
+    if args.train_tokenizer:
+        tokenizer = train_tokenizer(read_texts(args.train_tokenizer), args.vocab_size or DEFAULT_VOCAB_SIZE)
+        rows = None
+    else:
+        tokenizer = load_tokenizer(args.tokenizer)
+        rows = args.vocab_size
+    folder = init_backbone(args.preset, tokenizer, args.output, args.seed, args.dtype, rows, args.overwrite)
+    print(f"wrote {folder}: {args.preset}, {len(tokenizer)} tokens, {args.dtype}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
