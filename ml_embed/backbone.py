@@ -47,7 +47,7 @@ class Preset:
 
 
 # 80M to 14B: F2LLM-v2 (arXiv 2603.19223), table 1; those names count the embedding table of Qwen3's 151,936 tokens.
-# "tiny" is ours, for laptops and tests: about 1.4 million parameters beside the table.
+# "tiny" is ours, for laptops and tests: 1.2 million parameters beside the table.
 PRESETS = {
     "tiny": Preset(128, 384, 6, 4, 2, head_dim=32),
     "80M": Preset(320, 2048, 8, 16, 8),
@@ -106,7 +106,7 @@ def init_backbone(
         raise UserError(f"dtype {dtype!r} is not known; take one of {', '.join(DTYPES)}")
     if tokenizer.eos_token_id is None:
         raise UserError(
-            "the tokenizer has no EOS token, but a text's vector is read there; set `eos_token` in tokenizer_config.json"
+            "the tokenizer has no EOS token, where a text's vector is read; set `eos_token` in tokenizer_config.json"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -121,6 +121,7 @@ def init_backbone(
         # Small shards, because serialising holds a second copy of one shard.
         model.save_pretrained(partial, max_shard_size="2GB")
         tokenizer.save_pretrained(partial)
+        _give_usual_permissions(partial)
         _move_into_place(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -132,7 +133,7 @@ def table_rows(tokenizer: PreTrainedTokenizerFast, vocab_size: int | None = None
     needed = max(tokenizer.get_vocab().values()) + 1
     if vocab_size is not None and vocab_size < needed:
         raise UserError(
-            f"vocab size {vocab_size} is less than the {needed} ids of the tokenizer; leave it out, or give at least that"
+            f"vocab size {vocab_size} is less than the tokenizer's {needed} ids; leave it out, or give at least that"
         )
     return -(-max(needed, vocab_size or 0) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
@@ -310,3 +311,11 @@ def _move_into_place(partial: Path, output: Path) -> None:
     output.rename(replaced)
     partial.rename(output)
     shutil.rmtree(replaced)
+
+
+def _give_usual_permissions(folder: Path) -> None:
+    """safetensors makes files that only their owner can read; a colleague's training job must read them too."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in folder.iterdir():
+        file.chmod(0o666 & ~umask)

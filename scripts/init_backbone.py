@@ -27,15 +27,15 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         type=Path,
         nargs="+",
         metavar="TEXTS",
-        help="train a tokenizer on these files, or folders of files: .txt (a text a line), .parquet or .jsonl (all string "
-        "columns; a folder of raw training data will do)",
+        help="train a tokenizer on these files, or folders of files: .txt (a text a line), .parquet or .jsonl (all "
+        "string columns; a folder of raw training data will do)",
     )
     parser.add_argument(
         "--vocab-size",
         type=int,
         metavar="N",
-        help=f"tokens of a trained tokenizer (default {DEFAULT_VOCAB_SIZE}); with --tokenizer, rows of the embedding table "
-        "if more than the tokenizer needs. The table is rounded up to a multiple of 64 rows",
+        help=f"tokens of a trained tokenizer (default {DEFAULT_VOCAB_SIZE}); with --tokenizer, rows of the embedding "
+        "table if more than the tokenizer needs. The table is rounded up to a multiple of 64 rows",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="model folder to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random weights (default %(default)s)")
@@ -43,7 +43,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--dtype",
         choices=DTYPES,
         default="float32",
-        help="of the weights (default %(default)s); bfloat16 halves the size",
+        help="of the weights (default %(default)s); bfloat16 halves them",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a model folder at --output")
     return parser.parse_args(arguments)
