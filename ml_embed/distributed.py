@@ -1,0 +1,53 @@
+"""Collectives that the losses need, on one process as on many.
+
+Letters: W processes, R rows of each process.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def process_index() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+class _GatherRows(torch.autograd.Function):
+    """All-gather whose backward sums every process's gradient and hands each its own rows."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor) -> Tensor:
+        ctx.rows = len(rows)
+        gathered = [torch.empty_like(rows) for _ in range(world_size())]
+        dist.all_gather(gathered, rows.contiguous())
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        # all_reduce and a slice, not reduce_scatter: gloo has no reduce_scatter. The tensor is small, (W R, E, H).
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        start = process_index() * ctx.rows
+        return gradient[start : start + ctx.rows]
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """(R, ...) of each process -> (W R, ...) in process order, with gradients back to the process that owns a row.
+
+    A plain gather is not differentiable: the passages would not learn from other processes' queries. R must be the
+    same on all processes.
+    """
+    return rows if world_size() == 1 else _GatherRows.apply(rows)
+
+
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """Sum of `values` over processes, without gradients; `values` itself is left as it is."""
+    if world_size() == 1:
+        return values
+    summed = values.detach().clone()
+    dist.all_reduce(summed)
+    return summed

@@ -1,0 +1,190 @@
+"""The encoder: a Qwen3 backbone, its factorised token table (MEL), and pooling heads at several depths (MLL).
+
+The nested dims (MRL) are a property of the loss, not of the model: every vector is read whole here and cut there.
+
+Letters: V vocabulary, H hidden size, r rank, L layers, T tokens of a packed batch, N sequences, E exits.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Qwen3Config, Qwen3Model
+
+from ml_embed.attention import ATTENTION_NAME, Kernel, PackedSequences, register_packed_attention
+from ml_embed.errors import UserError
+
+NormSharing = Literal["shared", "per_layer"]
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """N texts as one row of T real tokens."""
+
+    input_ids: Tensor
+    """(T,) int64."""
+    packed: PackedSequences
+    """Where each text begins and ends."""
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """A copy on `device`; from pinned memory it does not wait."""
+        packed = PackedSequences(self.packed.lengths, self.packed.cu_seqlens.to(device, non_blocking=True))
+        return PackedBatch(self.input_ids.to(device, non_blocking=True), packed)
+
+
+def factorize_table(table: Tensor, rank: int, token_share: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The best factors A (V, r), B (r, H) of a token table E (V, H), nested: cut to any smaller rank they are the best too.
+
+    B holds the r leading eigenvectors of sum_x p(x) E_x^T E_x as rows and A = E B^T. With p uniform this is the
+    truncated SVD, A = U_r S_r and B = V_r^T (Eckart-Young).
+
+    Args:
+        table: (V, H).
+        rank: r, at most min(V, H).
+        token_share: p, (V,), non-negative; None is uniform.
+    Returns:
+        A, B in the table's dtype. Each row of B is signed so that its largest component is positive.
+    """
+    assert 1 <= rank <= min(table.shape), (rank, table.shape)
+    wide = table.double()
+    weighted = wide if token_share is None else wide * token_share.to(wide).unsqueeze(1)
+    _, vectors = torch.linalg.eigh(wide.T @ weighted)  # ascending eigenvalues, (H, H) columns
+    basis = vectors.flip(1)[:, :rank].T  # (r, H)
+    largest = basis.gather(1, basis.abs().argmax(dim=1, keepdim=True))
+    basis = basis * largest.sign()
+    return (wide @ basis.T).to(table.dtype), basis.to(table.dtype)
+
+
+class FactorizedEmbedding(nn.Module):
+    """A token table kept as two factors, E ~ A B: neither E nor its gradient ever exists (MEL)."""
+
+    def __init__(self, A: Tensor, B: Tensor):
+        super().__init__()
+        assert A.shape[1] == B.shape[0], (A.shape, B.shape)
+        self.A = nn.Parameter(A)  # (V, r)
+        self.B = nn.Parameter(B)  # (r, H)
+
+    @property
+    def rank(self) -> int:
+        return self.B.shape[0]
+
+    def forward(self, input_ids: Tensor, rank: int | None = None) -> Tensor:
+        """(T,) token ids -> (T, H) vectors A[ids, :rank] B[:rank]; rank None is the whole of it."""
+        rows = F.embedding(input_ids, self.A)[:, :rank]
+        return rows @ self.B[:rank]
+
+
+class PlainEmbedding(nn.Embedding):
+    """A whole token table (r = 0), called like a factorised one."""
+
+    def forward(self, input_ids: Tensor, rank: int | None = None) -> Tensor:
+        assert rank is None
+        return super().forward(input_ids)
+
+
+class MatryoshkaEncoder(nn.Module):
+    """Packed token ids -> one vector for each text and exit.
+
+    transformers' own Qwen3 runs unchanged. Two of its parts are held here instead: the token table, which becomes
+    factors, and the final norm, so that it sees N pooled rows and not T tokens at each exit.
+    """
+
+    _no_split_modules = ("Qwen3DecoderLayer",)  # what sharding engines keep whole
+
+    def __init__(
+        self,
+        backbone: Qwen3Model,
+        exits: Sequence[int],
+        factors: tuple[Tensor, Tensor] | None = None,
+        norm_sharing: NormSharing = "shared",
+        kernel: Kernel = "sdpa",
+    ):
+        """
+        Args:
+            backbone: a Qwen3 model; it is taken over, not copied.
+            exits: layers after which a vector is read, ascending, the last one included.
+            factors: A (V, r), B (r, H) in place of the backbone's token table; None keeps the table.
+            norm_sharing: one final norm for all exits, or a copy trained apart for each.
+            kernel: which attention kernel runs (`ml_embed.attention`).
+        """
+        super().__init__()
+        check_supported(backbone.config)
+        assert list(exits) == sorted(set(exits)), exits
+        assert exits[-1] == backbone.config.num_hidden_layers, (exits, backbone.config.num_hidden_layers)
+        register_packed_attention()
+        backbone.set_attn_implementation(ATTENTION_NAME)
+        self.config: Qwen3Config = backbone.config
+        self.exits = tuple(exits)
+        self.norm_sharing = norm_sharing
+        self.kernel = kernel
+        if factors is None:
+            self.embedding = PlainEmbedding.from_pretrained(backbone.embed_tokens.weight.data, freeze=False)
+        else:
+            self.embedding = FactorizedEmbedding(*factors)
+        final_norm = backbone.norm
+        if norm_sharing == "shared":
+            self.norms = nn.ModuleList([final_norm])
+        else:
+            self.norms = nn.ModuleList([_copy_norm(final_norm, self.config) for _ in self.exits])
+        backbone.embed_tokens = None
+        backbone.norm = nn.Identity()
+        self.backbone = backbone
+
+    @property
+    def rank(self) -> int:
+        """r of the factors; 0 is a whole token table."""
+        return self.embedding.rank if isinstance(self.embedding, FactorizedEmbedding) else 0
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute each layer in the backward pass: one (T, H) tensor is kept for each layer."""
+        self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def forward(self, input_ids: Tensor, packed: PackedSequences, rank: int | None = None) -> Tensor:
+        """Vectors of all texts at all exits, not normalised.
+
+        Args:
+            input_ids: (T,) int64, the texts one behind another, each ending in EOS.
+            packed: their lengths.
+            rank: leading components of the token factors to use; None is all.
+        Returns:
+            (E, N, H) float32: FinalRMSNorm of each exit layer's hidden state at each text's last token.
+        """
+        hidden = self.embedding(input_ids, rank).unsqueeze(0)  # (1, T, H)
+        output = self.backbone(
+            inputs_embeds=hidden,
+            position_ids=packed.position_ids.unsqueeze(0),
+            use_cache=False,
+            output_hidden_states=len(self.exits) > 1,
+            packed=packed,
+            kernel=self.kernel,
+        )
+        layers = output.hidden_states if len(self.exits) > 1 else {self.exits[0]: output.last_hidden_state}
+        last_tokens = packed.last_tokens
+        # Pool first, normalise after: the norm sees N rows, not T, at each exit.
+        pooled = [layers[exit_layer][0].index_select(0, last_tokens).float() for exit_layer in self.exits]
+        if self.norm_sharing == "shared":
+            return self.norms[0](torch.stack(pooled))
+        return torch.stack([norm(rows) for norm, rows in zip(self.norms, pooled, strict=True)])
+
+
+def _copy_norm(norm: nn.Module, config: Qwen3Config) -> nn.Module:
+    copy = type(norm)(config.hidden_size, eps=config.rms_norm_eps)
+    copy.load_state_dict(norm.state_dict())
+    return copy
+
+
+def check_supported(config) -> None:
+    """Refuse a backbone that this encoder would compute wrongly.
+
+    Raises:
+        UserError: not Qwen3, sliding-window attention, or attention dropout.
+    """
+    if config.model_type != "qwen3":
+        raise UserError(f"the backbone is of type {config.model_type!r}; only qwen3 backbones can be trained")
+    if any(kind != "full_attention" for kind in config.layer_types):
+        raise UserError("the backbone uses sliding-window attention; set use_sliding_window to false in its config.json")
+    if config.attention_dropout:
+        raise UserError("the backbone's attention_dropout is not 0; set it to 0.0 in its config.json")
