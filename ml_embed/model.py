@@ -36,7 +36,7 @@ class PackedBatch:
 
 
 def factorize_table(table: Tensor, rank: int, token_share: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The best factors A (V, r), B (r, H) of a token table E (V, H), nested: cut to any smaller rank they are the best too.
+    """The best factors A (V, r), B (r, H) of a token table E (V, H), at r and at every smaller rank they are cut to.
 
     B holds the r leading eigenvectors of sum_x p(x) E_x^T E_x as rows and A = E B^T. With p uniform this is the
     truncated SVD, A = U_r S_r and B = V_r^T (Eckart-Young).
@@ -101,6 +101,7 @@ class MatryoshkaEncoder(nn.Module):
         factors: tuple[Tensor, Tensor] | None = None,
         norm_sharing: NormSharing = "shared",
         kernel: Kernel = "sdpa",
+        gradient_checkpointing: bool = False,
     ):
         """
         Args:
@@ -109,6 +110,7 @@ class MatryoshkaEncoder(nn.Module):
             factors: A (V, r), B (r, H) in place of the backbone's token table; None keeps the table.
             norm_sharing: one final norm for all exits, or a copy trained apart for each.
             kernel: which attention kernel runs (`ml_embed.attention`).
+            gradient_checkpointing: recompute each layer in the backward pass; one (T, H) tensor a layer is kept.
         """
         super().__init__()
         check_supported(backbone.config)
@@ -116,6 +118,8 @@ class MatryoshkaEncoder(nn.Module):
         assert exits[-1] == backbone.config.num_hidden_layers, (exits, backbone.config.num_hidden_layers)
         register_packed_attention()
         backbone.set_attn_implementation(ATTENTION_NAME)
+        if gradient_checkpointing:
+            backbone.gradient_checkpointing_enable({"use_reentrant": False})
         self.config: Qwen3Config = backbone.config
         self.exits = tuple(exits)
         self.norm_sharing = norm_sharing
@@ -137,10 +141,6 @@ class MatryoshkaEncoder(nn.Module):
     def rank(self) -> int:
         """r of the factors; 0 is a whole token table."""
         return self.embedding.rank if isinstance(self.embedding, FactorizedEmbedding) else 0
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute each layer in the backward pass: one (T, H) tensor is kept for each layer."""
-        self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
 
     def forward(self, input_ids: Tensor, packed: PackedSequences, rank: int | None = None) -> Tensor:
         """Vectors of all texts at all exits, not normalised.
@@ -185,6 +185,6 @@ def check_supported(config) -> None:
     if config.model_type != "qwen3":
         raise UserError(f"the backbone is of type {config.model_type!r}; only qwen3 backbones can be trained")
     if any(kind != "full_attention" for kind in config.layer_types):
-        raise UserError("the backbone uses sliding-window attention; set use_sliding_window to false in its config.json")
+        raise UserError("the backbone has sliding-window attention; set use_sliding_window to false in its config.json")
     if config.attention_dropout:
         raise UserError("the backbone's attention_dropout is not 0; set it to 0.0 in its config.json")

@@ -1,0 +1,166 @@
+"""What each optimizer step trains on: a pure function of (seed, epoch, step).
+
+A global batch is a list of rows of one dataset, and does not depend on how many processes share it. Nothing here
+grows with the data: an epoch of a billion rows is a handful of counters and keyed permutations.
+
+Letters: W processes, B samples a process, G = B W rows of a full global batch.
+"""
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from ml_embed.config import DatasetConfig, Task, TrainConfig
+from ml_embed.data.random import Permutation, mix, uniform
+from ml_embed.errors import UserError
+from ml_embed.tasks import task_of
+
+
+@dataclass(frozen=True)
+class DatasetPlan:
+    """How one dataset is trained on."""
+
+    name: str
+    task: Task
+    num_negatives: int
+    """negatives drawn for each sample, where it has as many"""
+    train_rows: int
+    """rows that training draws from"""
+    valid_rows: int
+    """rows held out"""
+    draws: int
+    """samples drawn in an epoch: train_rows times the dataset's weight"""
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """The rows of one step, over all processes."""
+
+    dataset: str
+    rows: np.ndarray
+    """(n,) int64 row numbers in the dataset, n <= G"""
+    epoch: int
+    """counts from 0"""
+
+
+def plan_dataset(name: str, num_rows: int, config: TrainConfig) -> DatasetPlan:
+    """Apply the config's settings and the defaults of the dataset's task."""
+    settings = match_settings(name, config.datasets)
+    task = settings.task or task_of(name)
+    default_negatives = {
+        "retrieval": config.num_hard_neg,
+        "clustering": config.num_hard_neg_clustering,
+        "classification": 1,
+    }
+    negatives = default_negatives[task] if settings.num_hard_neg is None else settings.num_hard_neg
+    valid_rows = min(int(num_rows * config.valid_fraction + 0.5), num_rows - 1)
+    train_rows = min(num_rows - valid_rows, settings.max_samples or num_rows)
+    draws = max(1, int(train_rows * settings.weight + 0.5))
+    return DatasetPlan(name, task, negatives, train_rows, valid_rows, draws)
+
+
+def match_settings(name: str, datasets: Mapping[str, DatasetConfig]) -> DatasetConfig:
+    """Settings under the dataset's own name, or else the first pattern that matches it."""
+    if name in datasets:
+        return datasets[name]
+    return next((s for pattern, s in datasets.items() if fnmatch.fnmatchcase(name, pattern)), DatasetConfig())
+
+
+def check_dataset_names(names: Sequence[str], datasets: Mapping[str, DatasetConfig]) -> None:
+    """Refuse settings that match no dataset: a typing mistake would otherwise train with defaults."""
+    unused = [p for p in datasets if p not in names and not fnmatch.filter(names, p)]
+    if unused:
+        raise UserError(
+            f"datasets: {', '.join(map(repr, unused))} matches none of the datasets in train_data_path "
+            f"({', '.join(names)}); correct or remove it"
+        )
+
+
+class Schedule:
+    """Steps of a run, in epochs. Every dataset appears in proportion to its draws, in a random order."""
+
+    def __init__(self, plans: Sequence[DatasetPlan], num_rows: Mapping[str, int], global_batch: int, seed: int):
+        """
+        Args:
+            plans: one a dataset.
+            num_rows: rows of each dataset, training and held-out.
+            global_batch: G, rows a step.
+            seed: the run's.
+        """
+        self.plans = {plan.name: plan for plan in sorted(plans, key=lambda plan: plan.name)}
+        self.global_batch = global_batch
+        self.seed = seed
+        self._num_rows = dict(num_rows)
+        self._names = list(self.plans)
+        batches = [-(-plan.draws // global_batch) for plan in self.plans.values()]
+        self._first_batch = np.concatenate([[0], np.cumsum(batches)])
+        # The split never changes in a run: (seed, name) decides which rows are held out.
+        self._split = {name: Permutation(num_rows[name], seed, "split", name) for name in self._names}
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return int(self._first_batch[-1])
+
+    def batch(self, step: int) -> GlobalBatch:
+        """The rows of step `step`, counted from 0 over all epochs."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        batch = int(self._epoch_order(epoch)(np.array([position]))[0])
+        dataset = int(np.searchsorted(self._first_batch, batch, side="right")) - 1
+        plan = self.plans[self._names[dataset]]
+        first = (batch - int(self._first_batch[dataset])) * self.global_batch
+        draws = np.arange(first, min(first + self.global_batch, plan.draws))
+        return GlobalBatch(plan.name, self._rows(plan, draws, epoch), epoch)
+
+    @lru_cache(maxsize=2)  # noqa: B019 - one Schedule lives as long as the run
+    def _epoch_order(self, epoch: int) -> Permutation:
+        return Permutation(self.steps_per_epoch, self.seed, "order", epoch)
+
+    def _rows(self, plan: DatasetPlan, draws: np.ndarray, epoch: int) -> np.ndarray:
+        """Row numbers of draws 0 .. plan.draws - 1; each pass over the rows has an order of its own."""
+        rows = np.empty_like(draws)
+        passes, places = np.divmod(draws, plan.train_rows)
+        for number in np.unique(passes):
+            order = Permutation(plan.train_rows, self.seed, "rows", plan.name, epoch, int(number))
+            chosen = passes == number
+            rows[chosen] = self._split[plan.name](plan.valid_rows + order(places[chosen]))
+        return rows
+
+    def valid_batches(self, name: str) -> list[np.ndarray]:
+        """The held-out rows of a dataset, in global batches, always the same ones in the same order."""
+        rows = self._split[name](np.arange(self.plans[name].valid_rows))
+        return [rows[start : start + self.global_batch] for start in range(0, len(rows), self.global_batch)]
+
+
+def share_of_process(num_rows: int, process: int, processes: int) -> slice:
+    """Which of a global batch's rows one process holds: contiguous, and as even as can be."""
+    return slice(process * num_rows // processes, (process + 1) * num_rows // processes)
+
+
+def draw_negatives(counts: np.ndarray, rows: np.ndarray, asked: int, key: int) -> list[np.ndarray]:
+    """Which negatives each sample uses: `asked` of its own without replacement, all of them where it has no more.
+
+    Args:
+        counts: (n,) negatives that each row has.
+        rows: (n,) row numbers; the draw depends on (key, row) alone, not on the batch it stands in.
+        asked: negatives wanted.
+        key: hash of what the draw is renewed with (seed, dataset, epoch).
+    Returns:
+        n ascending int64 index arrays, each of length min(count, asked).
+    """
+    row_keys = mix(rows, key)
+    chosen = []
+    for count, row_key in zip(counts, row_keys, strict=True):
+        places = np.arange(count)
+        if count > asked:
+            places = np.sort(np.argsort(mix(places, int(row_key)), kind="stable")[:asked])
+        chosen.append(places)
+    return chosen
+
+
+def draw_rank(ranks: Sequence[int], seed: int, step: int) -> int:
+    """The rank of one training step, with probability proportional to the rank; the same on every process."""
+    edges = np.cumsum(ranks)
+    return ranks[int(np.searchsorted(edges, uniform(seed, "rank", step) * edges[-1], side="right"))]

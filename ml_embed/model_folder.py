@@ -1,0 +1,274 @@
+"""A trained model on disk: a plain Qwen3 folder that also holds the nested parts.
+
+`transformers`, `sentence_transformers` and servers read the standard files (the token table multiplied out);
+`load_encoder` reads the factors. Safetensors and JSON only: nothing in a model folder is ever unpickled.
+
+Letters: V vocabulary, r rank, H hidden size, L layers.
+"""
+
+import copy
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, Qwen3Config, Qwen3Model
+
+from ml_embed.attention import Kernel
+from ml_embed.errors import UserError
+from ml_embed.model import MatryoshkaEncoder, NormSharing, check_supported
+from ml_embed.tokenizer import append_eos_template
+
+FORMAT_VERSION = 1
+RECORD_FILE = "ml_embed.json"
+FACTORS_FILE = "embedding_factors.safetensors"
+EXIT_NORMS_FILE = "exit_norms.safetensors"
+MAX_SHARD_SIZE = "5GB"
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """What was trained (`ml_embed.json`)."""
+
+    exits: tuple[int, ...]
+    """layers after which vectors were trained, ascending"""
+    dims: tuple[int, ...]
+    """vector lengths trained, largest first"""
+    ranks: tuple[int, ...]
+    """ranks of the token factors trained, ascending; empty for a whole table"""
+    temperature: float
+    max_seq_length: int
+    """tokens, EOS included"""
+    norm_sharing: NormSharing = "shared"
+    pooling: str = "last_token"
+    prompts: dict[str, str] = field(default_factory=dict)
+    """prompt name -> text put before the input"""
+    format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def load(cls, folder: Path) -> "ModelRecord | None":
+        """The record of a model folder; None for a plain backbone.
+
+        Raises:
+            UserError: the record is damaged or of a newer format.
+        """
+        path = folder / RECORD_FILE
+        if not path.exists():
+            return None
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            version = values.pop("format_version")
+            known = {f.name for f in dataclasses.fields(cls)}
+            record = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{path} is damaged ({error}); copy the model folder again") from None
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"{path} has format version {version}, this version reads {FORMAT_VERSION}; update ml-embed"
+            )
+        return record
+
+    def save(self, folder: Path) -> None:
+        _write_json(folder / RECORD_FILE, dataclasses.asdict(self))
+
+
+def save_model_folder(
+    folder: Path,
+    state: Mapping[str, Tensor],
+    config: Qwen3Config,
+    tokenizer,
+    record: ModelRecord,
+    dim: int | None = None,
+) -> None:
+    """Write a complete model folder into an empty or new `folder`.
+
+    Args:
+        folder: where to; writing aside and renaming is the caller's business.
+        state: the encoder's whole state dict, on CPU (`MatryoshkaEncoder.state_dict()`).
+        config: the backbone's config; its number of layers is the model's depth.
+        tokenizer: the backbone's; a copy that appends EOS by itself is saved.
+        record: what was trained.
+        dim: cut the vectors that sentence-transformers gives to this length; None is all of H.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    save_torch_state_dict(backbone_state(state, record), folder, max_shard_size=MAX_SHARD_SIZE)
+    if record.ranks:
+        factors = {name: state[f"embedding.{name}"].contiguous() for name in ("A", "B")}
+        save_file(factors, folder / FACTORS_FILE)
+    if record.norm_sharing == "per_layer":
+        norms = {str(layer): state[f"norms.{i}.weight"].contiguous() for i, layer in enumerate(record.exits)}
+        save_file(norms, folder / EXIT_NORMS_FILE)
+    _save_config(folder, config, tokenizer, record, dim)
+    _save_tokenizer(folder, tokenizer, record)
+    _save_sentence_transformers_files(folder, config.hidden_size, record, dim)
+    record.save(folder)
+
+
+def backbone_state(state: Mapping[str, Tensor], record: ModelRecord) -> dict[str, Tensor]:
+    """The encoder's state under Qwen3Model's names, its token table multiplied out."""
+    plain = {
+        name.removeprefix("backbone."): tensor.contiguous()
+        for name, tensor in state.items()
+        if name.startswith("backbone.")
+    }
+    if record.ranks:
+        plain["embed_tokens.weight"] = (state["embedding.A"].float() @ state["embedding.B"].float()).to(
+            state["embedding.A"].dtype
+        )
+    else:
+        plain["embed_tokens.weight"] = state["embedding.weight"]
+    plain["norm.weight"] = state[f"norms.{0 if record.norm_sharing == 'shared' else len(record.exits) - 1}.weight"]
+    return plain
+
+
+def _save_config(folder: Path, config: Qwen3Config, tokenizer, record: ModelRecord, dim: int | None) -> None:
+    config = copy.deepcopy(config)
+    config.architectures = ["Qwen3ForCausalLM"]  # the name that embedding servers know this layout of files by
+    config.tie_word_embeddings = True
+    config.eos_token_id = tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+    config.is_matryoshka = len(record.dims) > 1
+    config.matryoshka_dimensions = sorted(d for d in record.dims if dim is None or d <= dim)
+    config.save_pretrained(folder)
+
+
+def _save_tokenizer(folder: Path, tokenizer, record: ModelRecord) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    append_eos_template(tokenizer)
+    tokenizer.model_max_length = record.max_seq_length
+    tokenizer.save_pretrained(folder)
+
+
+def _save_sentence_transformers_files(folder: Path, hidden_size: int, record: ModelRecord, dim: int | None) -> None:
+    """Last-token pooling, an optional cut to `dim`, normalisation, in the files that all its versions read."""
+    module = "sentence_transformers.models."
+    modules = [("", f"{module}Transformer"), ("1_Pooling", f"{module}Pooling")]
+    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": record.max_seq_length, "do_lower_case": False})
+    pooling = {"word_embedding_dimension": hidden_size, "include_prompt": True}
+    pooling |= {f"pooling_mode_{mode}": False for mode in ("cls_token", "mean_tokens", "max_tokens")}
+    _write_json(folder / "1_Pooling" / "config.json", pooling | {"pooling_mode_lasttoken": True})
+    if dim is not None and dim < hidden_size:
+        # A projection onto the leading components: unlike `truncate_dim` it stands before the normalisation.
+        cut = {"in_features": hidden_size, "out_features": dim, "bias": False}
+        cut["activation_function"] = "torch.nn.modules.linear.Identity"
+        _write_json(folder / "2_Dense" / "config.json", cut)
+        save_file({"linear.weight": torch.eye(dim, hidden_size)}, folder / "2_Dense" / "model.safetensors")
+        modules.append(("2_Dense", f"{module}Dense"))
+    modules.append((f"{len(modules)}_Normalize", f"{module}Normalize"))
+    (folder / modules[-1][0]).mkdir(exist_ok=True)
+    listing = [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(modules)]
+    _write_json(folder / "modules.json", listing)
+    settings = {"prompts": record.prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"}
+    _write_json(folder / "config_sentence_transformers.json", settings)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load_config(folder: str | Path) -> Qwen3Config:
+    """The backbone's config; a folder, or else a hub name.
+
+    Raises:
+        UserError: missing, damaged, or not a Qwen3 that this encoder computes rightly.
+    """
+    if not Path(folder).is_dir() and Path(folder).is_absolute():
+        raise UserError(f"model folder {folder} does not exist")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is not a model folder: {str(error).splitlines()[0]}") from None
+    check_supported(config)
+    return config
+
+
+def load_backbone(folder: str | Path, config: Qwen3Config, dtype: torch.dtype = torch.float32) -> Qwen3Model:
+    """Qwen3 weights, safetensors only.
+
+    Raises:
+        UserError: weights are missing, damaged, do not fit the config, or are not safetensors.
+    """
+    try:
+        model, report = Qwen3Model.from_pretrained(
+            folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the weights in {folder} cannot be loaded: {reason}; safetensors files are needed") from None
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise UserError(
+            f"the weights in {folder} lack {len(missing)} tensors, e.g. {missing[0]}; copy the folder again"
+        )
+    return model
+
+
+def load_encoder(
+    folder: str | Path,
+    *,
+    depth: int | None = None,
+    rank: int | None = None,
+    exits: tuple[int, ...] | None = None,
+    kernel: Kernel = "sdpa",
+    dtype: torch.dtype = torch.float32,
+) -> MatryoshkaEncoder:
+    """An encoder from a model folder or a plain backbone, cut to a depth and a rank.
+
+    Args:
+        folder: a model folder (its factors are read, not the multiplied-out table) or any Qwen3 backbone.
+        depth: decoder layers to keep; None is all.
+        rank: rank of the factors; None is all of them. Ignored where the folder has a whole table.
+        exits: layers to read vectors at; None is the last one kept.
+        kernel, dtype: as in MatryoshkaEncoder; weights are held in `dtype`.
+    """
+    folder = Path(folder)
+    config = load_config(folder)
+    record = ModelRecord.load(folder)
+    depth = config.num_hidden_layers if depth is None else depth
+    assert 1 <= depth <= config.num_hidden_layers, depth
+    config.num_hidden_layers = depth
+    config.layer_types = config.layer_types[:depth]
+    backbone = load_backbone(folder, config, dtype)
+    factors = read_factors(folder, rank, dtype) if record is not None and record.ranks else None
+    exits = (depth,) if exits is None else exits
+    per_layer = record is not None and record.norm_sharing == "per_layer"
+    encoder = MatryoshkaEncoder(backbone, exits, factors, "per_layer" if per_layer else "shared", kernel)
+    if per_layer:
+        norms = read_exit_norms(folder, dtype)
+        for layer, norm in zip(exits, encoder.norms, strict=True):
+            # An exit that was not trained borrows the norm of the nearest deeper one that was.
+            nearest = min(trained for trained in norms if trained >= layer)
+            norm.weight.data.copy_(norms[nearest])
+    return encoder.eval()
+
+
+def read_factors(folder: Path, rank: int | None = None, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """A (V, rank) and B (rank, H) of a model folder, only the leading `rank` components read from disk."""
+    try:
+        with safe_open(folder / FACTORS_FILE, "pt") as file:
+            return file.get_slice("A")[:, :rank].to(dtype), file.get_slice("B")[:rank].to(dtype)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / FACTORS_FILE} cannot be read ({error}); copy the model folder again") from None
+
+
+def read_exit_norms(folder: Path, dtype: torch.dtype = torch.float32) -> dict[int, Tensor]:
+    """Exit layer -> (H,) weight of its final norm, for a folder trained with `mll_norm: per_layer`."""
+    try:
+        return {int(layer): weight.to(dtype) for layer, weight in load_file(folder / EXIT_NORMS_FILE).items()}
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{folder / EXIT_NORMS_FILE} cannot be read ({error}); copy the model folder again") from None
+
+
+def layer_of(parameter: str) -> int | None:
+    """The decoder layer (from 0) that an encoder parameter belongs to, or None."""
+    match = re.match(r"backbone\.layers\.(\d+)\.", parameter)
+    return int(match.group(1)) if match else None
