@@ -1,0 +1,362 @@
+"""Tokenized parquet files to flat arrays that training maps into memory.
+
+All datasets share one file per kind of array (a process may not hold thousands of open maps); `index.json` says which
+slice of each file belongs to which dataset and corpus.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+
+from ml_embed.data.arrays import ArrayFile
+from ml_embed.data.document_ids import DocumentIds
+from ml_embed.data.parquet import (
+    Ragged,
+    first_true,
+    open_parquet,
+    ragged_integers,
+    read_batches,
+    require_columns,
+    row_of_value,
+)
+from ml_embed.data.sources import Sources
+from ml_embed.errors import UserError
+
+FORMAT_VERSION = 1
+INDEX = "index.json"
+ARRAYS: dict[str, type[np.integer]] = {
+    "query_tokens": np.int32,
+    "query_offsets": np.int64,
+    "query_lengths": np.int32,
+    "document_tokens": np.int32,
+    "document_offsets": np.int64,
+    "document_lengths": np.int32,
+    "passage_documents": np.int64,
+    "negative_offsets": np.int64,
+    "negative_documents": np.int64,
+    "token_counts": np.int64,
+}
+"""The array files and their types. Offsets start at 0 in every dataset or corpus and have one item more than rows."""
+
+BATCH_ROWS = 16384
+GATHER_DOCUMENTS = 65536
+LARGEST_TOKEN_ID = 2**24 - 1  # far beyond any vocabulary: a larger id means that the file is no token file
+
+Slices = dict[str, tuple[int, int]]
+
+
+@dataclass
+class TokenCounts:
+    """How often each token id occurs; grows with the largest id seen."""
+
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    def add(self, tokens: np.ndarray) -> None:
+        """Count a one-dimensional array of ids."""
+        self.add_counts(np.bincount(tokens, minlength=len(self.counts)))
+
+    def add_counts(self, counts: np.ndarray) -> None:
+        """Add counts by id, of any length."""
+        grown = np.zeros(max(len(counts), len(self.counts)), np.int64)
+        grown[: len(self.counts)] = self.counts
+        grown[: len(counts)] += counts
+        self.counts = grown
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A corpus that was converted."""
+
+    slices: Slices
+    counts: np.ndarray  # (largest id + 1,) occurrences of each token id in all documents
+    ids: DocumentIds | None  # None in our own layout, whose ids are row numbers
+
+    @property
+    def num_documents(self) -> int:
+        start, stop = self.slices["document_lengths"]
+        return stop - start
+
+
+class ArrayWriter:
+    """All array files of one store, open for appending."""
+
+    def __init__(self, folder: Path):
+        self.files = {name: ArrayFile(folder / f"{name}.npy", dtype) for name, dtype in ARRAYS.items()}
+
+    def position(self, names: list[str]) -> dict[str, int]:
+        """The present length of each named array."""
+        return {name: self.files[name].length for name in names}
+
+    def slices_since(self, starts: dict[str, int]) -> Slices:
+        """What was appended since `position`."""
+        return {name: (start, self.files[name].length) for name, start in starts.items()}
+
+    def append_offsets(self, name: str, lengths: np.ndarray, base: int) -> int:
+        """Append the running ends of `lengths` after `base`; return the last one."""
+        ends = base + np.cumsum(lengths)
+        self.files[name].append(ends)
+        return int(ends[-1]) if len(ends) else base
+
+
+def convert(sources: Sources, folder: Path, progress: bool) -> None:
+    """Write every array and index.json of `sources` into the existing, empty `folder`.
+
+    Reads in batches of rows, so memory does not grow with the data (but for 16 bytes a document in the released
+    layout). Raises UserError for data that cannot be right, naming file, column and row.
+    """
+    writer = ArrayWriter(folder)
+    try:
+        with tqdm(total=_total_rows(sources), unit=" rows", desc="converting data", disable=not progress) as bar:
+            index = _convert_all(sources, writer, bar)
+        for file in writer.files.values():
+            file.close()
+    except BaseException:
+        for file in writer.files.values():
+            file.discard()
+        raise
+    (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
+
+
+def _convert_all(sources: Sources, writer: ArrayWriter, bar: tqdm) -> dict:
+    datasets: dict[str, Slices] = {}
+    corpora: dict[Path, Corpus] = {}
+    uses = list(sources.corpora.values())
+    largest_id = 0
+    for name, query_path in sources.queries.items():
+        corpus_path = sources.corpora[name]
+        if corpus_path not in corpora:
+            corpora[corpus_path] = _convert_corpus(corpus_path, sources, writer, bar)
+        corpus = corpora[corpus_path]
+        counts, slices = _convert_queries(query_path, corpus_path, corpus, writer, bar)
+        _check_against_manifest(sources, name, slices, corpus)
+        starts = writer.position(["token_counts"])
+        writer.files["token_counts"].append(counts)
+        datasets[name] = slices | corpus.slices | writer.slices_since(starts)
+        largest_id = max(largest_id, len(counts) - 1, len(corpus.counts) - 1)
+        uses.remove(corpus_path)
+        if corpus_path not in uses:  # its table of ids is not needed again
+            del corpora[corpus_path]
+    return {
+        "format_version": FORMAT_VERSION,
+        "manifest": sources.manifest,
+        "max_token_id": largest_id,
+        "lengths": writer.position(list(ARRAYS)),
+        "datasets": datasets,
+    }
+
+
+def _convert_corpus(path: Path, sources: Sources, writer: ArrayWriter, bar: tqdm) -> Corpus:
+    released = sources.manifest is None
+    columns = ["doc_id", "input_ids"] if released else ["input_ids"]
+    starts = writer.position(["document_tokens", "document_offsets", "document_lengths"])
+    ids = DocumentIds() if released else None
+    counts = TokenCounts()
+    writer.files["document_offsets"].append(np.zeros(1, np.int64))
+    end = 0
+    for first_row, batch in _batches(path, columns, bar):
+        tokens = _token_lists(batch, "input_ids", path, first_row)
+        end = _append_texts(writer, "document", tokens, end)
+        counts.add(tokens.values)
+        if ids is not None:
+            ids.add(_strings(batch, "doc_id", path, first_row, nulls_allowed=False))
+    corpus = Corpus(writer.slices_since(starts), counts.counts, ids)
+    if ids is not None:
+        _check_repeated_ids(ids.finish(), path, corpus, writer)
+    return corpus
+
+
+def _convert_queries(
+    path: Path, corpus_path: Path, corpus: Corpus, writer: ArrayWriter, bar: tqdm
+) -> tuple[np.ndarray, Slices]:
+    """Append one dataset's rows; return its token counts and slices."""
+    negative_columns = _negative_columns(path) if corpus.ids is not None else ["negative_doc_ids"]
+    passage_column = "passage_doc_id" if corpus.ids is None else "passage_input_ids"
+    starts = writer.position([name for name in ARRAYS if not name.startswith("document") and name != "token_counts"])
+    writer.files["query_offsets"].append(np.zeros(1, np.int64))
+    writer.files["negative_offsets"].append(np.zeros(1, np.int64))
+    counts = TokenCounts()
+    used = np.zeros(corpus.num_documents, bool)
+    query_end = negative_end = 0
+    for first_row, batch in _batches(path, ["query_input_ids", passage_column, *negative_columns], bar):
+        queries = _token_lists(batch, "query_input_ids", path, first_row)
+        query_end = _append_texts(writer, "query", queries, query_end)
+        counts.add(queries.values)
+        if corpus.ids is None:
+            passages, negatives = _numbered_documents(batch, path, first_row, corpus.num_documents, corpus_path)
+        else:
+            passages, negatives = _named_documents(batch, path, first_row, corpus.ids, corpus_path, negative_columns)
+        writer.files["passage_documents"].append(passages)
+        writer.files["negative_documents"].append(negatives.values)
+        negative_end = writer.append_offsets("negative_offsets", negatives.lengths, negative_end)
+        used[passages] = True
+        used[negatives.values] = True
+    counts.add_counts(corpus.counts if used.all() else _count_documents(np.flatnonzero(used), corpus, writer))
+    return counts.counts, writer.slices_since(starts)
+
+
+def _batches(path: Path, columns: list[str], bar: tqdm) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """(first row's number, batch) over a file that must have the columns and at least one row."""
+    with open_parquet(path) as file:
+        require_columns(path, file.schema_arrow, columns)
+        if file.metadata.num_rows == 0:
+            raise UserError(f"{path} has no rows. Remove the dataset or write it again.")
+    first_row = 0
+    for batch in read_batches(path, columns, BATCH_ROWS):
+        yield first_row, batch
+        first_row += batch.num_rows
+        bar.update(batch.num_rows)
+
+
+def _append_texts(writer: ArrayWriter, kind: str, tokens: Ragged, end: int) -> int:
+    writer.files[f"{kind}_tokens"].append(tokens.values)
+    writer.files[f"{kind}_lengths"].append(tokens.lengths)
+    return writer.append_offsets(f"{kind}_offsets", tokens.lengths, end)
+
+
+def _token_lists(batch: pa.RecordBatch, column: str, path: Path, first_row: int) -> Ragged:
+    """A column of token ids; every list must hold at least one, and ids must be possible ones."""
+    tokens = ragged_integers(batch, column, path, first_row)
+    if (tokens.lengths == 0).any():
+        raise UserError(
+            f"{path}: column {column!r} has no tokens in row {first_row + first_true(tokens.lengths == 0)}."
+        )
+    wrong = (tokens.values < 0) | (tokens.values > LARGEST_TOKEN_ID)
+    if wrong.any():
+        at = first_true(wrong)
+        raise UserError(
+            f"{path}: column {column!r} holds token id {tokens.values[at]} in row "
+            f"{first_row + row_of_value(tokens.lengths, at)}; ids are 0 to {LARGEST_TOKEN_ID}."
+        )
+    return tokens
+
+
+def _numbered_documents(
+    batch: pa.RecordBatch, path: Path, first_row: int, num_documents: int, corpus_path: Path
+) -> tuple[np.ndarray, Ragged]:
+    """Passages (rows,) and negatives of our own layout, whose ids are row numbers of the corpus."""
+    passages = batch.column("passage_doc_id")
+    if not pa.types.is_integer(passages.type):
+        raise UserError(f"{path}: column 'passage_doc_id' is {passages.type}; it must be an integer.")
+    if passages.null_count:
+        raise UserError(f"{path}: 'passage_doc_id' is null in row {first_row + first_true(passages.is_null())}.")
+    negatives = ragged_integers(batch, "negative_doc_ids", path, first_row)
+    columns = (
+        ("passage_doc_id", Ragged(passages.to_numpy(), np.ones(batch.num_rows, np.int64))),
+        ("negative_doc_ids", negatives),
+    )
+    for column, documents in columns:
+        wrong = (documents.values < 0) | (documents.values >= num_documents)
+        if wrong.any():
+            at = first_true(wrong)
+            raise UserError(
+                f"{path}: column {column!r} names document {documents.values[at]} in row "
+                f"{first_row + row_of_value(documents.lengths, at)}, but {corpus_path.name} has {num_documents} "
+                "documents. The two files are not of one tokenization: make them again."
+            )
+    return columns[0][1].values, negatives
+
+
+def _named_documents(
+    batch: pa.RecordBatch, path: Path, first_row: int, ids: DocumentIds, corpus_path: Path, columns: list[str]
+) -> tuple[np.ndarray, Ragged]:
+    """Passages (rows,) and negatives of the released layout, whose ids are strings."""
+
+    def documents(column: str, nulls_allowed: bool) -> np.ndarray:
+        names = _strings(batch, column, path, first_row, nulls_allowed)
+        found = ids.rows_of(names.fill_null(""))
+        absent = names.is_null().to_numpy(zero_copy_only=False)
+        if nulls_allowed:
+            absent |= names.fill_null("").to_numpy(zero_copy_only=False) == ""
+        unknown = (found < 0) & ~absent
+        if unknown.any():
+            at = first_true(unknown)
+            raise UserError(
+                f"{path}: column {column!r} names document {names[at].as_py()!r} in row {first_row + at}, "
+                f"which is not in {corpus_path}."
+            )
+        return np.where(absent, -1, found)
+
+    passages = documents("passage_input_ids", nulls_allowed=False)
+    # (rows, K), with -1 where a row has fewer negatives than K.
+    negatives = np.full((batch.num_rows, len(columns)), -1, np.int64)
+    for i, column in enumerate(columns):
+        negatives[:, i] = documents(column, nulls_allowed=True)
+    present = negatives >= 0
+    return passages, Ragged(negatives[present], present.sum(axis=1))
+
+
+def _strings(batch: pa.RecordBatch, column: str, path: Path, first_row: int, nulls_allowed: bool) -> pa.Array:
+    strings = batch.column(column)
+    if pa.types.is_null(strings.type) and nulls_allowed:
+        return strings.cast(pa.string())
+    if pa.types.is_dictionary(strings.type):
+        strings = strings.dictionary_decode()
+    if not (pa.types.is_string(strings.type) or pa.types.is_large_string(strings.type)):
+        raise UserError(f"{path}: column {column!r} is {strings.type}; it must hold document ids as strings.")
+    if strings.null_count and not nulls_allowed:
+        raise UserError(f"{path}: column {column!r} is null in row {first_row + first_true(strings.is_null())}.")
+    return strings
+
+
+def _negative_columns(path: Path) -> list[str]:
+    """negative_1_input_ids, negative_2_input_ids, ... in the order of their numbers."""
+    with open_parquet(path) as file:
+        names = file.schema_arrow.names
+    numbered = {
+        int(number): name
+        for name in names
+        if (number := name.removeprefix("negative_").removesuffix("_input_ids")).isdecimal()
+        and name == f"negative_{number}_input_ids"
+    }
+    return [numbered[number] for number in sorted(numbered)]
+
+
+def _check_repeated_ids(pairs: np.ndarray, path: Path, corpus: Corpus, writer: ArrayWriter) -> None:
+    """A document may stand in a corpus twice, but not with different tokens: which is meant could not be known."""
+    offsets = writer.files["document_offsets"].mapped()[slice(*corpus.slices["document_offsets"])]
+    tokens = writer.files["document_tokens"].mapped()[slice(*corpus.slices["document_tokens"])]
+    for first, again in pairs:
+        one, other = (tokens[offsets[row] : offsets[row + 1]] for row in (first, again))
+        if not np.array_equal(one, other):
+            raise UserError(f"{path}: rows {first} and {again} have the same 'doc_id' but different tokens.")
+
+
+def _count_documents(rows: np.ndarray, corpus: Corpus, writer: ArrayWriter) -> np.ndarray:
+    """Occurrences of each token id in the given documents of a corpus."""
+    offsets = writer.files["document_offsets"].mapped()[slice(*corpus.slices["document_offsets"])]
+    tokens = writer.files["document_tokens"].mapped()[slice(*corpus.slices["document_tokens"])]
+    counts = TokenCounts()
+    for start in range(0, len(rows), GATHER_DOCUMENTS):
+        chosen = rows[start : start + GATHER_DOCUMENTS]
+        lengths = offsets[chosen + 1] - offsets[chosen]
+        shift = offsets[chosen] - (np.cumsum(lengths) - lengths)  # from a position in the gathered text to the corpus
+        counts.add(tokens[np.arange(lengths.sum()) + np.repeat(shift, lengths)])
+    return counts.counts
+
+
+def _check_against_manifest(sources: Sources, name: str, slices: Slices, corpus: Corpus) -> None:
+    if sources.manifest is None:
+        return
+    start, stop = slices["passage_documents"]
+    for key, found, path in (
+        ("rows", stop - start, sources.queries[name]),
+        ("documents", corpus.num_documents, sources.corpora[name]),
+    ):
+        promised = sources.manifest["datasets"][name].get(key)
+        if found != promised:
+            raise UserError(
+                f"{path} has {found} rows, but the manifest promises {promised} {key}. Run tokenize_data_qwen.py again."
+            )
+
+
+def _total_rows(sources: Sources) -> int:
+    total = 0
+    for path in sources.files():
+        with open_parquet(path) as file:
+            total += file.metadata.num_rows
+    return total

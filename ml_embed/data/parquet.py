@@ -1,0 +1,89 @@
+"""Reading parquet files in bounded memory, with errors that name file, column and row."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ml_embed.errors import UserError
+
+READ_BUFFER_BYTES = 1 << 20
+
+
+@contextmanager
+def broken_file_is_user_error(path: Path) -> Iterator[None]:
+    """Arrow's errors about a file's content become a UserError that names the file."""
+    try:
+        yield
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path} is not a readable parquet file: {error}. Write or download it again.") from error
+    except OSError as error:
+        if error.errno is None:  # Arrow's own "unexpected end of stream", "corrupt snappy data"
+            raise UserError(f"{path} is a broken parquet file: {error}. Write or download it again.") from error
+        raise UserError(f"cannot read {path}: {error}.") from error
+
+
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """Open a file and read its footer. Raises UserError if it is missing or broken."""
+    with broken_file_is_user_error(path):
+        # Memory-mapped and buffered: a row group of many gigabytes is decoded page by page, never held whole.
+        return pq.ParquetFile(path, memory_map=True, buffer_size=READ_BUFFER_BYTES)
+
+
+def read_batches(
+    path: Path, columns: Sequence[str], batch_rows: int, row_groups: Sequence[int] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """The given columns as batches of at most `batch_rows` rows, in file order. Raises UserError on a broken file."""
+    with open_parquet(path) as file, broken_file_is_user_error(path):
+        yield from file.iter_batches(batch_size=batch_rows, columns=list(columns), row_groups=row_groups)
+
+
+def require_columns(path: Path, schema: pa.Schema, columns: Sequence[str]) -> None:
+    """Raise UserError naming every column of `columns` that the file lacks."""
+    missing = [column for column in columns if column not in schema.names]
+    if missing:
+        named, present = (", ".join(map(repr, names)) for names in (missing, schema.names))
+        raise UserError(f"{path} has no column {named}; its columns are {present}.")
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Lists of integers as two arrays: list i is `values[lengths[:i].sum():][:lengths[i]]`."""
+
+    values: np.ndarray  # (sum of lengths,) integer
+    lengths: np.ndarray  # (lists,) int64
+
+
+def is_integer_list(kind: pa.DataType) -> bool:
+    """Whether a column's type is a list of integers, with 32- or 64-bit offsets."""
+    return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_integer(kind.value_type)
+
+
+def ragged_integers(batch: pa.RecordBatch, column: str, path: Path, first_row: int) -> Ragged:
+    """A list-of-integers column as numpy arrays, without copying. Raises UserError on nulls, naming the row."""
+    lists = batch.column(column)
+    if not is_integer_list(lists.type):
+        raise UserError(f"{path}: column {column!r} is {lists.type}; it must be a list of integers.")
+    if lists.null_count:
+        raise UserError(f"{path}: column {column!r} is null in row {first_row + first_true(lists.is_null())}.")
+    offsets = lists.offsets.to_numpy().astype(np.int64)
+    values = lists.values.slice(offsets[0], offsets[-1] - offsets[0])
+    lengths = np.diff(offsets)
+    if values.null_count:
+        row = first_row + row_of_value(lengths, first_true(values.is_null()))
+        raise UserError(f"{path}: column {column!r} holds a null in the list of row {row}.")
+    return Ragged(values.to_numpy(), lengths)
+
+
+def first_true(mask: pa.BooleanArray | np.ndarray) -> int:
+    """Index of the first true item."""
+    return int(np.argmax(mask if isinstance(mask, np.ndarray) else mask.to_numpy(zero_copy_only=False)))
+
+
+def row_of_value(lengths: np.ndarray, index: int) -> int:
+    """The list that the flat value at `index` lies in, for lists of the given lengths."""
+    return int(np.searchsorted(np.cumsum(lengths), index, side="right"))

@@ -1,0 +1,109 @@
+"""Which files a folder of tokenized data holds, and in which of the two layouts."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ml_embed.data.parquet import open_parquet
+from ml_embed.errors import UserError
+
+MANIFEST = "manifest.json"
+MANIFEST_FORMAT_VERSION = 1
+QUERY_SUFFIX = "_query.parquet"
+CORPUS_SUFFIX = "_corpus.parquet"
+SHARED_CORPUS = "corpus.parquet"
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The files of a folder of tokenized data."""
+
+    folder: Path
+    manifest: dict[str, Any] | None
+    """manifest.json of our own layout; None for the originally released layout, which has none."""
+    queries: dict[str, Path]
+    """The query file of each dataset, sorted by the dataset's name."""
+    corpora: dict[str, Path]
+    """The corpus file of each dataset; in the released layout many may share one."""
+
+    def files(self) -> Iterator[Path]:
+        """Every file once, in a fixed order."""
+        yield from sorted({*self.queries.values(), *self.corpora.values()})
+
+    def fingerprint(self, format_version: int) -> str:
+        """Changes when a file's name, size or modification time, the manifest or `format_version` changes."""
+        stats = ((path.name, path.stat()) for path in self.files())
+        described = {
+            "format_version": format_version,
+            "manifest": self.manifest,
+            "files": [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
+        }
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def find_sources(folder: Path) -> Sources:
+    """List a folder of tokenized data. Raises UserError if it is missing, empty, unfinished or lacks a file."""
+    if not folder.is_dir():
+        raise UserError(f"folder of tokenized data {folder} does not exist. Make it with tokenize_data_qwen.py.")
+    queries = {
+        path.name.removesuffix(QUERY_SUFFIX): path
+        for path in sorted(folder.glob(f"*{QUERY_SUFFIX}"))
+        if not path.name.startswith(".")
+    }
+    if not queries:
+        raise UserError(f"{folder} holds no *{QUERY_SUFFIX} file. Make them with tokenize_data_qwen.py.")
+    if (folder / MANIFEST).exists():
+        return _own_layout(folder, queries)
+    return _released_layout(folder, queries)
+
+
+def _own_layout(folder: Path, queries: dict[str, Path]) -> Sources:
+    manifest = read_manifest(folder / MANIFEST)
+    listed = manifest["datasets"]
+    for name in sorted(queries.keys() ^ listed.keys()):
+        problem = f"lists {name!r} but {name}{QUERY_SUFFIX} is missing"
+        if name in queries:
+            problem = f"does not list {queries[name].name}"
+        raise UserError(f"{folder / MANIFEST} {problem}. Run tokenize_data_qwen.py again, or remove the odd file.")
+    corpora = {name: folder / f"{name}{CORPUS_SUFFIX}" for name in queries}
+    for path in corpora.values():
+        if not path.is_file():
+            raise UserError(f"corpus file {path} is missing. Run tokenize_data_qwen.py again.")
+    return Sources(folder, manifest, queries, corpora)
+
+
+def _released_layout(folder: Path, queries: dict[str, Path]) -> Sources:
+    corpora: dict[str, Path] = {}
+    for name, path in queries.items():
+        own, shared = folder / f"{name}{CORPUS_SUFFIX}", folder / SHARED_CORPUS
+        if not own.is_file() and not shared.is_file():
+            raise UserError(f"no corpus for {path}: neither {own.name} nor {SHARED_CORPUS} is in {folder}.")
+        corpora[name] = own if own.is_file() else shared
+        with open_parquet(path) as file:
+            if "passage_doc_id" in file.schema_arrow.names:
+                raise UserError(
+                    f"{folder} has no {MANIFEST}: its tokenization was not finished. "
+                    "Run tokenize_data_qwen.py again with the same flags; it continues where it stopped."
+                )
+    return Sources(folder, None, queries, corpora)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """manifest.json, its format version and keys checked. Raises UserError."""
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}. Run tokenize_data_qwen.py again with --overwrite.") from error
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if version != MANIFEST_FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format version {version!r}; this program reads version {MANIFEST_FORMAT_VERSION}. "
+            "Tokenize the data again with this version's tokenize_data_qwen.py."
+        )
+    missing = {"datasets", "eos_id", "vocab_size", "tokenizer_fingerprint"} - manifest.keys()
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(sorted(missing))}. Run tokenize_data_qwen.py with --overwrite.")
+    return manifest

@@ -1,0 +1,191 @@
+"""Memory-mapped access to tokenized data, for training.
+
+The parquet files are converted once into flat arrays under the cache directory (see `convert`). Opening a converted
+store reads no data; a text is a slice of a memory map, with no Python object per token.
+"""
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import AcquireReturnProxy, FileLock, Timeout
+from tqdm import tqdm
+
+from ml_embed.data.arrays import map_array
+from ml_embed.data.convert import ARRAYS, FORMAT_VERSION, INDEX, convert
+from ml_embed.data.sources import Sources, find_sources
+from ml_embed.errors import UserError
+
+
+class TokenizedDataset:
+    """Rows (query, passage, negatives) of one dataset. Documents are numbers of rows of the dataset's corpus.
+
+    All arrays are read-only views of memory maps. In the released layout with one shared corpus, the document arrays
+    of all datasets are the same. Pickling passes only the place of the files.
+    """
+
+    def __init__(self, store_folder: Path, name: str, arrays: dict[str, np.ndarray], max_token_id: int):
+        self.name = name
+        self.query_lengths = arrays["query_lengths"]
+        """(rows,) int32: tokens of each query."""
+        self.document_lengths = arrays["document_lengths"]
+        """(documents,) int32: tokens of each document."""
+        self.passage_documents = arrays["passage_documents"]
+        """(rows,) int64: the document that is each row's positive."""
+        self.negative_offsets = arrays["negative_offsets"]
+        """(rows + 1,) int64: row i's negatives are negative_documents[negative_offsets[i]:negative_offsets[i + 1]]."""
+        self.negative_documents = arrays["negative_documents"]
+        """(total negatives,) int64."""
+        self._store_folder = store_folder
+        self._query_tokens = arrays["query_tokens"]
+        self._query_offsets = arrays["query_offsets"]
+        self._document_tokens = arrays["document_tokens"]
+        self._document_offsets = arrays["document_offsets"]
+        self._token_counts = arrays["token_counts"]
+        self._max_token_id = max_token_id
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.query_lengths)
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.document_lengths)
+
+    def query(self, row: int) -> np.ndarray:
+        """(tokens,) int32 view: the query of a row."""
+        return self._query_tokens[self._query_offsets[row] : self._query_offsets[row + 1]]
+
+    def document(self, document: int) -> np.ndarray:
+        """(tokens,) int32 view: a document of the dataset's corpus."""
+        return self._document_tokens[self._document_offsets[document] : self._document_offsets[document + 1]]
+
+    def negatives(self, row: int) -> np.ndarray:
+        """(negatives of this row,) int64 view: documents; may be empty."""
+        return self.negative_documents[self.negative_offsets[row] : self.negative_offsets[row + 1]]
+
+    @cached_property
+    def token_counts(self) -> np.ndarray:
+        """(max_token_id + 1,) int64: how often each id occurs in the queries and in the documents that rows refer to,
+        each document counted once."""
+        counts = np.zeros(self._max_token_id + 1, np.int64)
+        counts[: len(self._token_counts)] = self._token_counts
+        return counts
+
+    def __reduce__(self):
+        return _reopen_dataset, (self._store_folder, self.name)
+
+
+class Store:
+    """Every dataset of a folder of tokenized data."""
+
+    def __init__(self, folder: Path, index: dict[str, Any], arrays: dict[str, np.ndarray]):
+        self.folder = folder
+        """Where the converted arrays lie."""
+        self.manifest: dict[str, Any] | None = index["manifest"]
+        """manifest.json of the tokenized folder; None in the released layout, which has none."""
+        self.eos_id: int | None = None if self.manifest is None else self.manifest["eos_id"]
+        self.max_token_id: int = index["max_token_id"]
+        """The largest token id in the data: the model's vocabulary must be larger."""
+        self.datasets: dict[str, TokenizedDataset] = {
+            name: TokenizedDataset(
+                folder,
+                name,
+                {key: array[slice(*slices[key])] for key, array in arrays.items()},
+                self.max_token_id,
+            )
+            for name, slices in sorted(index["datasets"].items())
+        }
+
+    def __reduce__(self):
+        return open_converted, (self.folder,)
+
+
+def open_store(folder: str | Path, cache_dir: str | Path, progress: bool = True) -> Store:
+    """Open tokenized data, in our own layout or the originally released one; convert it first if that is not done.
+
+    The converted arrays lie in `cache_dir/store-<fingerprint of the files>`. Several processes may call this at once:
+    one converts and the others wait. Raises UserError for data that is missing or wrong.
+    """
+    sources = find_sources(Path(folder))
+    target = Path(cache_dir).absolute() / f"store-{sources.fingerprint(FORMAT_VERSION)}"
+    if not (target / INDEX).is_file():
+        _convert_once(sources, target, progress)
+    return open_converted(target)
+
+
+@lru_cache(maxsize=8)
+def open_converted(folder: Path) -> Store:
+    """Map the arrays of a converted store. Raises UserError if they are damaged."""
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        arrays = {name: map_array(folder / f"{name}.npy") for name in ARRAYS}
+        for name, array in arrays.items():
+            if len(array) != index["lengths"][name]:
+                raise ValueError(f"{name} has {len(array)} items instead of {index['lengths'][name]}")
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"the converted data in {folder} is damaged ({error}). Remove that folder: it is made again."
+        ) from error
+    return Store(folder, index, arrays)
+
+
+def _convert_once(sources: Sources, target: Path, progress: bool) -> None:
+    """Convert into a temporary sibling and rename, so that `target` is whole whenever it exists."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _exclusive(target.with_name(target.name + ".lock"), progress):
+            if (target / INDEX).is_file():  # another process was faster
+                return
+            for leftover in target.parent.glob(f"{target.name}.partial-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.partial-", dir=target.parent))
+            try:
+                convert(sources, partial, progress)
+                _rename_unless_there(partial, target)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"no space left in {target.parent} for the converted data (about 4 bytes a token). "
+                "Free space there or set cache_dir to another disk."
+            ) from error
+        raise UserError(f"cannot write the converted data to {target.parent}: {error}. Check cache_dir.") from error
+
+
+def _rename_unless_there(partial: Path, target: Path) -> None:
+    partial.chmod(0o755 & ~_umask())  # mkdtemp makes it private; other users of a shared cache must read it
+    try:
+        partial.rename(target)
+    except OSError:
+        if not (target / INDEX).is_file():  # file systems without locks: the other process's store is as good
+            raise
+
+
+def _umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _exclusive(path: Path, progress: bool) -> AcquireReturnProxy:
+    """Hold the lock file `path` until the returned context ends."""
+    lock = FileLock(path)
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        if progress:
+            tqdm.write(f"waiting for another process that converts the data ({path})")
+        return lock.acquire()
+
+
+def _reopen_dataset(folder: Path, name: str) -> TokenizedDataset:
+    return open_converted(folder).datasets[name]
