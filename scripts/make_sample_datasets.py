@@ -47,7 +47,13 @@ def summary(plan: Plan, eval_dir: Path) -> dict[str, object]:
         "training_languages": len(plan.training_languages),
         "unseen_languages": len(plan.unseen_languages),
         "unseen_articles": plan.unseen_articles,
-        "cues": {name: cue_accuracy(pq.read_table(eval_dir / f"{name}.parquet").to_pylist()) for name in TASKS},
+        "cues": {
+            name: cue_accuracy(
+                pq.read_table(eval_dir / f"{name}.parquet").to_pylist(),
+                plan.declaration_lengths() if task == "retrieval" else None,
+            )
+            for name, task in TASKS.items()
+        },
     }
 
 

@@ -53,6 +53,10 @@ class Plan:
     def text(self, language: str, article: int) -> str:
         return self.languages[language].articles[article]
 
+    def declaration_lengths(self) -> dict[str, int]:
+        """Characters of all 30 articles together, by language."""
+        return {code: sum(map(len, language.articles.values())) for code, language in self.languages.items()}
+
     def pairs(self, unseen: bool) -> list[tuple[str, str]]:
         """Ordered pairs of two training languages: all those never paired in training, or all the others."""
         return [

@@ -43,6 +43,8 @@ class DeclarationParser(HTMLParser):
             self._article = int(dict(attrs)["data-number"] or "")
         elif tag in ("h1", "h2"):
             self._headings += 1
+        elif tag in ("p", "li"):
+            self.handle_data(" ")  # a paragraph is apart from the one before
 
     def handle_endtag(self, tag: str) -> None:
         if tag in ("header", "article"):
@@ -60,7 +62,6 @@ def parse_declaration(html: str) -> dict[int, str]:
     parser = DeclarationParser()
     parser.feed(html)
     parser.close()
-    # Paragraphs and list items stand on lines of their own, so the white space between them is in the data.
     texts = {number: " ".join("".join(pieces).split()) for number, pieces in parser.articles.items()}
     return {number: text for number, text in sorted(texts.items()) if text}
 
