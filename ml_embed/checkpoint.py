@@ -1,0 +1,131 @@
+"""Exact resumption: the whole state of a run in safetensors and JSON, written atomically and checked when read.
+
+`resume/step_N/` holds model.safetensors, optimizer.safetensors, state.json and checksums.json. All of a run's
+randomness is a function of (seed, step), so weights, moments, the step and the open log window are its whole state.
+"""
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from ml_embed.errors import UserError
+from ml_embed.files import atomic_folder, damage, write_checksums
+
+FORMAT_VERSION = 1
+MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
+KEPT_STATES = 2  # the newest, and the one before it in case the newest is found damaged
+_STEP_FOLDER = re.compile(r"step_(\d+)")
+
+# The same calls serve one process, DDP and FSDP2: tensors come whole, on the CPU, on the first process.
+_GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_SCATTER = StateDictOptions(full_state_dict=True)
+_SEPARATOR = "|"  # stands in no parameter's name
+
+
+def model_state(model: nn.Module) -> dict[str, Tensor]:
+    """The whole model's weights by name, on the CPU (empty on all processes but the first if they are sharded).
+
+    A collective: every process must call it.
+    """
+    return get_model_state_dict(model, options=_GATHER)
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's tensors as "parameter|moment", on the CPU; a collective like `model_state`."""
+    state = get_optimizer_state_dict(model, optimizer, options=_GATHER).get("state", {})
+    return {
+        f"{parameter}{_SEPARATOR}{moment}": tensor.contiguous()
+        for parameter, moments in state.items()
+        for moment, tensor in moments.items()
+    }
+
+
+def save_state(
+    folder: Path, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], progress: Mapping[str, Any], step: int
+) -> Path:
+    """Write `folder/step_N` and drop all but the newest `KEPT_STATES`. Called by the first process alone."""
+    target = folder / f"step_{step}"
+    with atomic_folder(target) as partial:
+        save_file(dict(model), partial / MODEL_FILE)
+        save_file(dict(optimizer), partial / OPTIMIZER_FILE)
+        state = {"format_version": FORMAT_VERSION, "step": step, **progress}
+        (partial / STATE_FILE).write_text(json.dumps(state, indent=2, ensure_ascii=False), encoding="utf-8")
+        write_checksums(partial)
+    for _, old in numbered_folders(folder)[:-KEPT_STATES]:
+        shutil.rmtree(old)
+    return target
+
+
+def numbered_folders(folder: Path) -> list[tuple[int, Path]]:
+    """(N, path) of the `step_N` folders in `folder`, ascending."""
+    found = ((_STEP_FOLDER.fullmatch(path.name), path) for path in folder.glob("step_*") if path.is_dir())
+    return sorted((int(match.group(1)), path) for match, path in found if match)
+
+
+def find_state(folder: Path) -> Path | None:
+    """The newest whole state under `resume/`; says on stderr which damaged ones it passed over.
+
+    Raises:
+        UserError: there are states, and all are damaged.
+    """
+    states = numbered_folders(folder)
+    for _, path in reversed(states):
+        problem = damage(path)
+        if problem is None:
+            return path
+        print(f"warning: {path} is damaged ({problem}); trying the one before", file=sys.stderr)
+    if states:
+        raise UserError(f"all resume states in {folder} are damaged; start a new run under another experiment_id")
+    return None
+
+
+def read_progress(path: Path) -> dict[str, Any]:
+    """state.json of a resume state, after checking the whole folder.
+
+    Raises:
+        UserError: missing, damaged, or of another format.
+    """
+    if not (path / STATE_FILE).is_file():
+        raise UserError(f"--resume: {path} is not a resume state (a folder like RUN/resume/step_100)")
+    problem = damage(path)
+    if problem is not None:
+        raise UserError(f"--resume: {path} is damaged ({problem}); use --resume auto to take the newest whole one")
+    state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    if state.get("format_version") != FORMAT_VERSION:
+        raise UserError(f"--resume: {path} was written by another version of ml-embed")
+    return state
+
+
+def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put a saved state into a prepared model and optimizer, whatever number of processes wrote it.
+
+    Raises:
+        UserError: the state is of another model.
+    """
+    tensors = load_file(path / MODEL_FILE)
+    own = set(get_model_state_dict(model, options=StateDictOptions()))
+    if own != set(tensors):
+        odd = sorted(own ^ set(tensors))[0]
+        raise UserError(f"--resume: {path} is the state of another model (they differ in {odd})")
+    set_model_state_dict(model, tensors, options=_SCATTER)
+    state: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in load_file(path / OPTIMIZER_FILE).items():
+        parameter, _, moment = name.rpartition(_SEPARATOR)
+        state.setdefault(parameter, {})[moment] = tensor
+    groups = get_optimizer_state_dict(model, optimizer)["param_groups"]  # learning rate and betas are the config's
+    set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=_SCATTER)

@@ -1,0 +1,122 @@
+"""Writing files so that a reader sees either all of it or nothing.
+
+Everything is written under a hidden name beside its place, forced to disk, and renamed.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from ml_embed.errors import UserError
+
+CHECKSUMS_FILE = "checksums.json"
+_PARTIAL = ".partial"
+
+
+def sync_folder(folder: Path) -> None:
+    """Force the names in a folder to disk, so that a rename survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_files(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        else:
+            sync_folder(path)
+    sync_folder(folder)
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill; when the block ends well it becomes `target`, replacing one that stands there.
+
+    Raises:
+        UserError: the disk is full. Nothing of the new folder is left, and an old `target` is as it was.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}{_PARTIAL}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        yield partial
+        _sync_files(partial)
+        if target.exists():
+            replaced = target.with_name(f".{target.name}.replaced")
+            shutil.rmtree(replaced, ignore_errors=True)
+            target.rename(replaced)
+            partial.rename(target)
+            shutil.rmtree(replaced)
+        else:
+            partial.rename(target)
+        sync_folder(target.parent)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if is_disk_full(error):
+            raise UserError(
+                f"no space left on the disk of {target.parent}; free some, then continue the run"
+            ) from error
+        raise
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Out of space or over quota; safetensors reports it as text."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return "No space left on device" in str(error) or "os error 28" in str(error)
+
+
+def write_json(path: Path, value) -> None:
+    """Write JSON atomically."""
+    partial = path.with_name(f".{path.name}{_PARTIAL}")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    sync_folder(path.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what an interrupted `atomic_folder` left in `folder`, and put back a folder it was replacing."""
+    for path in folder.glob(".*.replaced"):
+        original = folder / path.name.removeprefix(".").removesuffix(".replaced")
+        if original.exists():
+            shutil.rmtree(path)
+        else:
+            path.rename(original)
+    for path in folder.glob(f".*{_PARTIAL}"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
+
+
+def write_checksums(folder: Path) -> None:
+    """Record the BLAKE2b sum of every file of a folder in it."""
+    sums = {str(p.relative_to(folder)): _checksum(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    (folder / CHECKSUMS_FILE).write_text(json.dumps(sums, indent=2), encoding="utf-8")
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a folder that `write_checksums` sealed; None if it is whole."""
+    try:
+        sums = json.loads((folder / CHECKSUMS_FILE).read_text(encoding="utf-8"))
+        for name, expected in sums.items():
+            if _checksum(folder / name) != expected:
+                return f"{name} does not match its checksum"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{CHECKSUMS_FILE} or a file it names cannot be read ({error})"
+    return None
