@@ -51,3 +51,26 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     summed = values.detach().clone()
     dist.all_reduce(summed)
     return summed
+
+
+def all_reduce_max(value: int, device: torch.device) -> int:
+    """The largest `value` of all processes."""
+    if world_size() == 1:
+        return value
+    largest = torch.tensor(value, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def gather_uneven(rows: Tensor) -> Tensor:
+    """(R_p, ...) of each process, R_p any -> all rows in process order, on every process, without gradients."""
+    if world_size() == 1:
+        return rows
+    longest = all_reduce_max(len(rows), rows.device)
+    counts = [torch.zeros((), dtype=torch.long, device=rows.device) for _ in range(world_size())]
+    dist.all_gather(counts, torch.tensor(len(rows), device=rows.device))
+    padded = rows.new_zeros((longest, *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    gathered = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(gathered, padded)
+    return torch.cat([block[: int(count)] for block, count in zip(gathered, counts, strict=True)])

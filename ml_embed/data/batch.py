@@ -46,6 +46,10 @@ class ContrastiveBatch:
     """(R,) where each sample's passage stands among those n"""
     excluded_passages: Tensor | None
     """(R, n) bool: the sample's own document in another row; None when there is none"""
+    passage_documents: Tensor
+    """(R,) the document number of each passage"""
+    negative_documents: Tensor
+    """(R, K)"""
     num_tokens: int
     """real tokens of this process's queries, passages and negatives"""
     num_encoded_tokens: int
@@ -144,11 +148,12 @@ class BatchBuilder:
         passage = np.array([pool.add_document(int(document)) for document in own_documents])
         negative = np.zeros((per_process, width), dtype=np.int64)
         filler = np.ones((per_process, width), dtype=bool)
-        own_document = np.zeros((per_process, width), dtype=bool)
+        negative_documents = np.full((per_process, width), -1, dtype=np.int64)
         for i, chosen in enumerate(negatives):
             negative[i, : len(chosen)] = [pool.add_document(int(document)) for document in chosen]
             filler[i, : len(chosen)] = False
-            own_document[i, : len(chosen)] = chosen == own_documents[i]
+            negative_documents[i, : len(chosen)] = chosen
+        own_document = negative_documents == own_documents[:, None]
         excluded = filler | own_document if self.mask_false_negatives else filler
 
         is_real = np.arange(per_process) < real
@@ -169,6 +174,8 @@ class BatchBuilder:
             gathered_rows=self._gathered_rows(n, per_process),
             target=torch.from_numpy(np.where(is_real, share.start + np.arange(per_process), 0)),
             excluded_passages=self._excluded_passages(dataset, rows, share, per_process),
+            passage_documents=torch.from_numpy(own_documents),
+            negative_documents=torch.from_numpy(negative_documents),
             num_tokens=int(lengths[used].sum()),
             num_encoded_tokens=len(texts.input_ids),
         )

@@ -1,0 +1,65 @@
+"""Forward and backward of one batch, whole or in chunks of a token budget (GradCache, arXiv 2101.06983).
+
+In chunks, vectors are first computed without a graph; the loss gives the gradient of each vector; then each chunk is
+encoded again with a graph and that gradient is sent through it. The gradients are the same, the memory is a chunk's.
+"""
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+from ml_embed.data.batch import slice_texts, token_chunks
+from ml_embed.distributed import all_reduce_max
+from ml_embed.model import PackedBatch
+from ml_embed.objective import LossTerms
+
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def forward_backward(
+    model: nn.Module,
+    accelerator: Accelerator,
+    texts: PackedBatch,
+    rank: int | None,
+    objective: Callable[[Tensor], LossTerms],
+    max_tokens: int,
+) -> LossTerms:
+    """Add the objective's gradients to the model's parameters.
+
+    Args:
+        model: prepared encoder.
+        texts: N texts, shortest first.
+        rank: MEL's rank of this step, the same in all chunks.
+        objective: vectors (E, N, H) -> loss terms; may communicate.
+        max_tokens: budget of a chunk; 0 = the whole batch at once.
+    Returns:
+        the loss terms of this process.
+    """
+    chunks = token_chunks(texts.packed, max_tokens) if max_tokens else [(0, len(texts.packed.lengths))]
+    rounds = len(chunks)
+    if max_tokens and accelerator.distributed_type in SHARDED:
+        rounds = all_reduce_max(rounds, accelerator.device)  # each forward gathers weights: all must make as many
+    if rounds == 1:
+        terms = objective(model(texts.input_ids, texts.packed, rank))
+        accelerator.backward(terms.total)
+        return terms
+
+    pieces = [slice_texts(texts, *chunk) for chunk in chunks]
+    pieces += [slice_texts(texts, 0, 1)] * (rounds - len(chunks))
+    with torch.no_grad():
+        encoded = [model(piece.input_ids, piece.packed, rank) for piece in pieces]
+    vectors = torch.cat(encoded[: len(chunks)], dim=1).requires_grad_()  # (E, N, H)
+    terms = objective(vectors)
+    terms.total.backward()  # up to the vectors only: a plain backward, no engine is involved
+    gradients = list(vectors.grad.split([last - first for first, last in chunks], dim=1))
+    gradients += [torch.zeros_like(extra) for extra in encoded[len(chunks) :]]
+    for number, (piece, gradient) in enumerate(zip(pieces, gradients, strict=True), start=1):
+        last = number == rounds
+        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            again = model(piece.input_ids, piece.packed, rank)
+            accelerator.backward((again * gradient).sum())  # its gradient at `again` is `gradient`
+    return terms

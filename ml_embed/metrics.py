@@ -1,0 +1,119 @@
+"""What a run reports: metrics.jsonl, accelerate's trackers, and the sums behind a log line."""
+
+import dataclasses
+import json
+import math
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+
+@dataclass
+class Window:
+    """Sums over the optimizer steps since the last log line; saved with a resume state, so that none is lost."""
+
+    steps: int = 0
+    loss: float = 0.0
+    grad_norm: float = 0.0
+    distillation: float = 0.0
+    tokens: int = 0
+    encoded_tokens: int = 0
+    dataset_steps: dict[str, int] = field(default_factory=dict)
+    hard: dict[str, float] = field(default_factory=dict)
+    in_batch: dict[str, float] = field(default_factory=dict)
+
+    def add(self, dataset: str, in_batch_used: bool, step: "StepValues") -> None:
+        self.steps += 1
+        self.loss += step.total
+        self.grad_norm += step.grad_norm
+        self.distillation += step.distillation
+        self.tokens += step.tokens
+        self.encoded_tokens += step.encoded_tokens
+        self.dataset_steps[dataset] = self.dataset_steps.get(dataset, 0) + 1
+        self.hard[dataset] = self.hard.get(dataset, 0.0) + step.hard
+        if in_batch_used:
+            self.in_batch[dataset] = self.in_batch.get(dataset, 0.0) + step.in_batch
+
+    def summary(self, seconds: float, distilled: bool) -> dict[str, float]:
+        """Means over the window; a dataset that did not appear in it has no entry."""
+        values = {
+            "loss": self.loss / self.steps,
+            "grad_norm": self.grad_norm / self.steps,
+            "tokens_per_second": self.tokens / seconds,
+            "tokens": self.tokens,
+            "encoded_tokens": self.encoded_tokens,
+        }
+        if distilled:
+            values["distillation_loss"] = self.distillation / self.steps
+        for name, total in self.hard.items():
+            values[f"{name}/training_loss_hard"] = total / self.dataset_steps[name]
+        for name, total in self.in_batch.items():
+            values[f"{name}/training_loss_in_batch"] = total / self.dataset_steps[name]
+        return values
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class StepValues:
+    """One optimizer step, over all processes."""
+
+    total: float
+    hard: float
+    in_batch: float
+    distillation: float
+    tokens: int
+    encoded_tokens: int
+    grad_norm: float
+    stop_requested: bool
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.total) and math.isfinite(self.grad_norm)
+
+
+class MetricsLog:
+    """Appends lines to metrics.jsonl (first process only) and sends the same numbers to the trackers.
+
+    A line's rate is its tokens over the seconds since the line before it, so that anyone can check it from "time".
+    """
+
+    def __init__(self, path: Path, accelerator: Accelerator, keep_bytes: int = 0):
+        """`keep_bytes`: length of the file when the state that is resumed from was saved; what follows is dropped."""
+        self._accelerator = accelerator
+        self._path = path
+        self.last_time = time.time()
+        if accelerator.is_main_process:
+            path.touch()
+            os.truncate(path, keep_bytes)
+
+    @property
+    def size(self) -> int:
+        """Bytes of metrics.jsonl."""
+        return self._path.stat().st_size
+
+    def train(self, step: int, epoch: float, learning_rate: float, window: Window, distilled: bool) -> dict[str, Any]:
+        """Write the line of a window; returns its values."""
+        now = time.time()
+        summary = window.summary(max(now - self.last_time, 1e-9), distilled)
+        line = {"split": "train", "step": step, "epoch": epoch, "learning_rate": learning_rate, **summary, "time": now}
+        self._write(line)
+        return line
+
+    def valid(self, step: int, epoch: float, values: dict[str, float]) -> None:
+        self._write({"split": "valid", "step": step, "epoch": epoch, **values, "time": time.time()})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self.last_time = line["time"]
+        if self._accelerator.is_main_process:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+        prefix = "valid/" if line["split"] == "valid" else ""
+        plain = ("split", "step", "time")
+        values = {name if "/" in name else prefix + name: value for name, value in line.items() if name not in plain}
+        self._accelerator.log(values, step=line["step"])

@@ -1,0 +1,58 @@
+"""Train a nested embedding model from a JSON config: `accelerate launch run.py --config configs/config.json`."""
+
+import argparse
+import json
+import sys
+
+from ml_embed.errors import UserError, exit_on_user_error
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True, help="JSON file of the run, see the table in README.md")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override config keys"
+    )
+    parser.add_argument(
+        "--resume",
+        default="no",
+        metavar="auto|PATH|no",
+        help="continue from the newest whole state of this run, from a given one, or start anew (default: no)",
+    )
+    parser.add_argument("--allow-changes", action="store_true", help="resume even if keys that matter have changed")
+    parser.add_argument("--dry-run", action="store_true", help="print the derived numbers and memory, train nothing")
+    return parser.parse_args(arguments)
+
+
+@exit_on_user_error
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    from ml_embed.config import load_config
+
+    config, given = load_config(options.config, options.set)  # before the slow imports: mistakes show at once
+
+    from ml_embed.files import is_disk_full
+    from ml_embed.run_setup import make_accelerator, open_inputs, set_up
+    from ml_embed.training import train
+
+    accelerator = make_accelerator(config)
+    inputs = open_inputs(config, accelerator.num_processes, progress=accelerator.is_local_main_process)
+    if options.dry_run:
+        accelerator.print(json.dumps(inputs[-1].to_json(), indent=2))
+        return 0
+    try:
+        code = train(set_up(config, given, accelerator, inputs, options.resume, options.allow_changes))
+    except OSError as error:
+        if is_disk_full(error):
+            raise UserError(
+                f"no space left on a disk of this run ({error.filename}); free some, then --resume auto"
+            ) from None
+        raise
+    accelerator.end_training()
+    if code == 0:
+        accelerator.print(f"done: {config.run_dir}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
