@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -212,6 +212,40 @@ def load_backbone(folder: str | Path, config: Qwen3Config, dtype: torch.dtype = 
     return model
 
 
+def _load_layers(folder: Path, config: Qwen3Config, dtype: torch.dtype) -> Qwen3Model:
+    """The decoder layers that `config` has, and the final norm, of a model folder with factors.
+
+    The multiplied-out token table is not read: it may be larger than all the rest.
+    """
+    config.dtype = dtype
+    with torch.device("meta"):
+        backbone = Qwen3Model(config)
+    backbone.embed_tokens = None
+    backbone.rotary_emb = type(backbone.rotary_emb)(config)  # its buffers are computed, not stored
+    state: dict[str, Tensor] = {}
+    try:
+        for path, names in _files_of(folder, backbone.state_dict().keys()).items():
+            with safe_open(path, "pt") as file:
+                state |= {name: file.get_tensor(name).to(dtype) for name in names}
+        backbone.load_state_dict(state, assign=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the weights in {folder} cannot be loaded: {reason}; copy the model folder again") from None
+    return backbone
+
+
+def _files_of(folder: Path, names: Iterable[str]) -> dict[Path, list[str]]:
+    """The safetensors file that holds each tensor, whether the folder has one file or shards with an index."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return {folder / "model.safetensors": list(names)}
+    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    files: dict[Path, list[str]] = {}
+    for name in names:
+        files.setdefault(folder / weight_map[name], []).append(name)
+    return files
+
+
 def load_encoder(
     folder: str | Path,
     *,
@@ -237,8 +271,10 @@ def load_encoder(
     assert 1 <= depth <= config.num_hidden_layers, depth
     config.num_hidden_layers = depth
     config.layer_types = config.layer_types[:depth]
-    backbone = load_backbone(folder, config, dtype)
-    factors = read_factors(folder, rank, dtype) if record is not None and record.ranks else None
+    if record is not None and record.ranks:
+        backbone, factors = _load_layers(folder, config, dtype), read_factors(folder, rank, dtype)
+    else:
+        backbone, factors = load_backbone(folder, config, dtype), None
     exits = (depth,) if exits is None else exits
     per_layer = record is not None and record.norm_sharing == "per_layer"
     encoder = MatryoshkaEncoder(backbone, exits, factors, "per_layer" if per_layer else "shared", kernel)

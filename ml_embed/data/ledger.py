@@ -1,0 +1,117 @@
+"""What of a tokenized folder is done: kept while it is made, and its manifest when it is whole.
+
+While datasets are missing the record is `manifest.partial.json`; `manifest.json` exists only when every dataset is
+complete. An entry is added after its dataset's files have their final names.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ml_embed.data.files import partial_path, write_text_atomically
+from ml_embed.data.sources import CORPUS_SUFFIX, MANIFEST, MANIFEST_FORMAT_VERSION, QUERY_SUFFIX, read_manifest
+from ml_embed.errors import UserError
+
+PARTIAL_MANIFEST = "manifest.partial.json"
+REDO = "Use another --output, or --overwrite to make that folder anew."
+
+
+class Ledger:
+    """The record of one output folder. `settings` are the manifest's entries that hold for all datasets."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any], overwrite: bool):
+        """Read what a former run left. Raises UserError if it cannot be continued and `overwrite` is false."""
+        self.folder = folder
+        self._settings = {"format_version": MANIFEST_FORMAT_VERSION} | settings
+        self._unfinished: str | None = None
+        self.datasets: dict[str, dict[str, Any]] = {}
+        self.replaced: list[str] = []
+        """Datasets of a former run that are made anew because of `overwrite`."""
+        former = self._read_former(overwrite)
+        if former is None:
+            return
+        if overwrite:
+            self.replaced = [*former["datasets"], *filter(None, [former.get("unfinished")])]
+            return
+        differing = [key for key, value in self._settings.items() if former.get(key) != value]
+        if differing:
+            said = "; ".join(f"{key} is {former.get(key)!r} there, now {self._settings[key]!r}" for key in differing)
+            raise UserError(f"{folder} holds data tokenized otherwise: {said}. {REDO}")
+        self.datasets = former["datasets"]
+        self._unfinished = former.get("unfinished")
+
+    def files_of(self, name: str) -> dict[str, Path]:
+        """The query and corpus file of a dataset."""
+        return {"query": self.folder / f"{name}{QUERY_SUFFIX}", "corpus": self.folder / f"{name}{CORPUS_SUFFIX}"}
+
+    def check(self, names: list[str], sources: dict[str, dict[str, Any]], overwrite: bool) -> None:
+        """Raise UserError if making the datasets `names` would lose or mix anything in the folder.
+
+        `sources` describes the present raw file of every dataset that is recorded.
+        """
+        for name, entry in self.datasets.items():
+            if name not in names:
+                raise UserError(f"{self.folder} holds dataset {name!r}, which the input does not have. {REDO}")
+            if entry["source"] != sources[name]:
+                raise UserError(f"{self.folder} holds dataset {name!r} made from another file than the input's. {REDO}")
+        known = {*self.datasets, self._unfinished}
+        for name in names:
+            for path in self.files_of(name).values():
+                if path.exists() and name not in known and not overwrite:
+                    raise UserError(f"{path} exists, but is not recorded in a manifest beside it. {REDO}")
+
+    def is_complete(self, name: str) -> bool:
+        """Whether a dataset is recorded and its files have the recorded sizes."""
+        entry = self.datasets.get(name)
+        return entry is not None and all(
+            path.is_file() and path.stat().st_size == entry["bytes"][kind] for kind, path in self.files_of(name).items()
+        )
+
+    def begin(self, name: str) -> None:
+        """Note that a dataset is being made: the folder is not whole, and files of that name are ours."""
+        whole = self.folder / MANIFEST
+        if whole.exists():
+            whole.replace(self.folder / PARTIAL_MANIFEST)
+        self.datasets.pop(name, None)
+        self._unfinished = name
+        self._write()
+
+    def record(self, name: str, entry: dict[str, Any]) -> None:
+        """Note that a dataset's files are whole."""
+        sizes = {kind: path.stat().st_size for kind, path in self.files_of(name).items()}
+        self.datasets[name] = entry | {"bytes": sizes}
+        self._unfinished = None
+        self._write()
+
+    def remove_replaced(self, names: list[str]) -> None:
+        """Delete the files of replaced datasets that the input no longer has."""
+        for name in set(self.replaced) - set(names):
+            for path in self.files_of(name).values():
+                path.unlink(missing_ok=True)
+                partial_path(path).unlink(missing_ok=True)
+
+    def finish(self) -> dict[str, Any]:
+        """The manifest, written as manifest.json unless that exists already."""
+        whole = self.folder / MANIFEST
+        if not whole.exists():
+            self._write()
+            (self.folder / PARTIAL_MANIFEST).replace(whole)
+        return self._content()
+
+    def _content(self) -> dict[str, Any]:
+        return self._settings | {"datasets": self.datasets}
+
+    def _write(self) -> None:
+        content = self._content() | ({"unfinished": self._unfinished} if self._unfinished else {})
+        text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        write_text_atomically(self.folder / PARTIAL_MANIFEST, text)
+
+    def _read_former(self, overwrite: bool) -> dict[str, Any] | None:
+        for path in (self.folder / MANIFEST, self.folder / PARTIAL_MANIFEST):
+            if path.exists():
+                try:
+                    return read_manifest(path)
+                except UserError:
+                    if not overwrite:
+                        raise
+        return None
