@@ -33,6 +33,8 @@ from ml_embed.tokenizer import TextEncoder, load_tokenizer
 
 WINDOW = 8192
 """Texts sorted together. More would sort better and hold more; at this size batches are of nearly equal lengths."""
+WORKER_WINDOW = 1024
+"""Texts handed to another process at a time: fewer, so that all processes have some."""
 BATCH_TOKENS = {"cuda": 32768, "cpu": 4096}
 PROGRESS_DELAY = 2.0
 """Seconds before a progress bar shows itself, so that short calls stay quiet."""
@@ -202,10 +204,11 @@ class Embedder:
             delay=0 if show_progress else PROGRESS_DELAY,
             disable=None if show_progress is None else not show_progress,
         )
-        windows = _windows(texts, self._prompt_text(prompt))
-        run = self._encode_here(windows, batch_tokens, bar.update)
-        if devices is not None:
-            run = self._encode_elsewhere(windows, batch_tokens, bar.update, devices)
+        prefix = self._prompt_text(prompt)
+        if devices is None:
+            run = self._encode_here(_windows(texts, prefix, WINDOW), batch_tokens, bar.update)
+        else:
+            run = self._encode_elsewhere(_windows(texts, prefix, WORKER_WINDOW), batch_tokens, bar.update, devices)
         with bar, closing(run):
             yield from run
 
@@ -350,11 +353,11 @@ def _encode_in_worker(batch_tokens: int | None, texts: list[str]) -> np.ndarray:
     return _in_worker["embedder"].encode(texts, batch_tokens=batch_tokens, show_progress=False)
 
 
-def _windows(texts: Iterable[str], prefix: str) -> Iterator[list[str]]:
-    """Checked texts behind the prompt, `WINDOW` at a time."""
+def _windows(texts: Iterable[str], prefix: str, size: int) -> Iterator[list[str]]:
+    """Checked texts behind the prompt, `size` at a time."""
     start = 0
     iterator = iter(texts)
-    while window := list(itertools.islice(iterator, WINDOW)):
+    while window := list(itertools.islice(iterator, size)):
         for position, text in enumerate(window, start):
             if not isinstance(text, str):
                 raise UserError(f"text {position} (from 0) is of type {type(text).__name__}; encode takes strings")

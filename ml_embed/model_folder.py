@@ -9,6 +9,7 @@ Letters: V vocabulary, r rank, H hidden size, L layers.
 import copy
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -110,6 +111,15 @@ def save_model_folder(
     _save_tokenizer(folder, tokenizer, record)
     _save_sentence_transformers_files(folder, config.hidden_size, record, dim)
     record.save(folder)
+    _give_usual_permissions(folder)
+
+
+def _give_usual_permissions(folder: Path) -> None:
+    """safetensors makes files that only their owner can read; colleagues and servers must read them too."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(0o666 & ~umask)
 
 
 def backbone_state(state: Mapping[str, Tensor], record: ModelRecord) -> dict[str, Tensor]:

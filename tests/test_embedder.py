@@ -9,63 +9,28 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
+from tiny_models import (
+    HIDDEN,
+    LAYERS,
+    MAX_SEQ_LENGTH,
+    RANK,
+    TEXTS,
+    assert_equal_vectors,
+    make_tokenizer,
+    naive,
+    random_backbone,
+    write_model,
+)
+from transformers import Qwen3ForCausalLM
 
 from ml_embed import Embedder, embedder
-from ml_embed.backbone import train_tokenizer
 from ml_embed.errors import UserError
-from ml_embed.model import MatryoshkaEncoder, factorize_table
-from ml_embed.model_folder import ModelRecord, load_encoder, save_model_folder
-
-TEXTS = [
-    "All human beings are born free and equal in dignity and rights.",
-    "Tous les êtres humains naissent libres et égaux en dignité et en droits.",
-    "",
-    "人人生而自由,在尊严和权利上一律平等。",
-    "a",
-    "Everyone has the right to life, liberty and security of person. " * 3,
-    "This one says <|im_end|> in the middle, and at its end <|im_end|>",
-    "a",
-]
-PROMPTS = {"query": "Instruct: find the article\nQuery: "}
-MAX_SEQ_LENGTH = 48
-LAYERS, HIDDEN, RANK = 3, 64, 32
-EXITS, DIMS, RANKS = (1, 3), (64, 32, 16, 8), (16, 32)
+from ml_embed.model_folder import load_encoder
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(TEXTS * 3, 400)
-
-
-def random_backbone(tokenizer) -> Qwen3Model:
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=448,
-        hidden_size=HIDDEN,
-        intermediate_size=96,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return Qwen3Model(config).float()
-
-
-def write_model(folder: Path, tokenizer, norm_sharing: str = "shared", factorized: bool = True) -> Path:
-    backbone = random_backbone(tokenizer)
-    config = backbone.config
-    factors = factorize_table(backbone.embed_tokens.weight.data, RANK) if factorized else None
-    encoder = MatryoshkaEncoder(backbone, EXITS, factors, norm_sharing)
-    for scale, norm in enumerate(encoder.norms, start=1):
-        torch.nn.init.uniform_(norm.weight, 0.1 * scale, 2.0)
-    record = ModelRecord(EXITS, DIMS, RANKS if factorized else (), 0.05, MAX_SEQ_LENGTH, norm_sharing, prompts=PROMPTS)
-    save_model_folder(folder, encoder.state_dict(), config, tokenizer, record)
-    return folder
+    return make_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -76,31 +41,6 @@ def shared(tmp_path_factory, tokenizer):
 @pytest.fixture(scope="module")
 def per_layer(tmp_path_factory, tokenizer):
     return write_model(tmp_path_factory.mktemp("model") / "per_layer", tokenizer, "per_layer")
-
-
-@torch.no_grad()
-def naive(folder: Path, texts: list[str], depth: int = LAYERS, dim: int = HIDDEN, rank: int = RANK) -> np.ndarray:
-    """transformers' model and the saved tokenizer, one text at a time."""
-    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if rank < RANK:
-        factors = load_file(folder / "embedding_factors.safetensors")
-        model.embed_tokens.weight.data = factors["A"][:, :rank] @ factors["B"][:rank]
-    if (folder / "exit_norms.safetensors").exists():
-        model.norm.weight.data = load_file(folder / "exit_norms.safetensors")[str(depth)]
-    model.layers = model.layers[:depth]
-    model.config.num_hidden_layers = depth
-    rows = []
-    for text in texts:
-        ids = tokenizer(text, truncation=True, return_tensors="pt").input_ids
-        assert ids[0, -1] == tokenizer.eos_token_id
-        row = model(ids).last_hidden_state[0, -1, :dim]
-        rows.append(row / row.norm())
-    return torch.stack(rows).numpy()
-
-
-def assert_equal_vectors(left: np.ndarray, right: np.ndarray) -> None:
-    np.testing.assert_allclose(left, right, atol=2e-5)
 
 
 @pytest.mark.parametrize("cut", [{}, {"depth": 1, "dim": 16, "rank": 16}, {"depth": 1, "rank": 32}, {"dim": 8}])
@@ -180,7 +120,7 @@ def test_what_is_no_text_is_named_by_its_place(shared, texts, message):
 
 
 def test_unknown_prompt_lists_the_known(shared):
-    with pytest.raises(UserError, match="'passage' .*'query'"):
+    with pytest.raises(UserError, match=r"'passage' .*'query'"):
         Embedder.from_pretrained(shared, device="cpu").encode(["a"], prompt="passage")
 
 
@@ -189,7 +129,7 @@ def test_untrained_cuts_are_refused_with_the_trained_ones(shared):
         Embedder.from_pretrained(shared, depth=2, dim=24, rank=8, device="cpu")
     for part in ("depth 2 was not trained (trained: 1, 3)", "trained: 8, 16, 32, 64", "rank 8 was not"):
         assert part in str(error.value)
-    with pytest.raises(UserError, match="depth 4 is not possible.*1 to 3"):
+    with pytest.raises(UserError, match=r"depth 4 is not possible.*1 to 3"):
         Embedder.from_pretrained(shared, depth=4, allow_untrained=True)
 
 
@@ -300,7 +240,7 @@ def test_encode_to_file(shared, tmp_path, monkeypatch):
 
 
 def test_another_process_gives_the_same_vectors(shared, monkeypatch):
-    monkeypatch.setattr(embedder, "WINDOW", 2)
+    monkeypatch.setattr(embedder, "WORKER_WINDOW", 3)
     model = Embedder.from_pretrained(shared, depth=1, dim=16, rank=16, device="cpu")
     expected = model.encode(TEXTS, prompt="query")
     assert_equal_vectors(model.encode(iter(TEXTS), prompt="query", devices=["cpu"]), expected)
