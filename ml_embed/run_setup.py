@@ -49,7 +49,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         )
     accelerator = Accelerator(
         mixed_precision=None if launched else ("bf16" if has_bf16 else "no"),
-        log_with=list(config.report_to),
+        log_with=list(config.report_to) or None,
         project_dir=config.tb_dir,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )

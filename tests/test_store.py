@@ -15,7 +15,7 @@ import pytest
 from ml_embed.data import convert as convert_module
 from ml_embed.data.arrays import ArrayFile
 from ml_embed.data.document_ids import DocumentIds, hash_strings
-from ml_embed.data.store import open_store
+from ml_embed.data.store import open_converted, open_store
 from ml_embed.errors import UserError
 
 QUERIES = [[1, 2, 9], [3, 9], [4, 4, 4, 9], [5, 9]]
@@ -173,8 +173,6 @@ def test_opening_many_datasets_is_quick(tmp_path):
     store = open_store(tmp_path / "data", tmp_path / "cache", progress=False)
     begin = time.perf_counter()
     again = pickle.loads(pickle.dumps(store))
-    from ml_embed.data.store import open_converted
-
     open_converted.cache_clear()
     fresh = open_store(tmp_path / "data", tmp_path / "cache", progress=False)
     assert time.perf_counter() - begin < 1.0
@@ -227,8 +225,6 @@ def test_full_disk_is_a_user_error_and_leaves_nothing(tmp_path, monkeypatch):
 def test_damaged_cache_is_named(tmp_path):
     folder = write_own(tmp_path / "data")
     store = open_store(folder, tmp_path / "cache", progress=False)
-    from ml_embed.data.store import open_converted
-
     open_converted.cache_clear()
     tokens = store.folder / "document_tokens.npy"
     tokens.write_bytes(tokens.read_bytes()[:-8])

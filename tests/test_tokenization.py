@@ -1,5 +1,6 @@
 """Raw files to token files: contents, determinism, continuing, and errors that say where."""
 
+import errno
 import hashlib
 import json
 import os
@@ -11,12 +12,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from ml_embed import raw, tokenization
 from ml_embed.data.numbering import TextNumbers, text_digest
 from ml_embed.data.store import open_store
+from ml_embed.data.token_files import TokenFile
 from ml_embed.errors import UserError
 from ml_embed.raw import RawDataset, check_and_count_rows, list_raw_datasets, read_rows
 from ml_embed.tokenization import TokenizeOptions, select_rows, tokenize_folder
@@ -326,6 +329,24 @@ def test_unrecorded_files_are_not_replaced(tokenizer_folder, tmp_path):
     with pytest.raises(UserError, match=r"a_query\.parquet exists, but is not recorded"):
         tokenize_folder(options(tokenizer_folder, tmp_path), progress=False)
     assert foreign.read_text() == "mine"
+
+
+def test_full_disk_is_a_user_error_and_leaves_no_half_written_file(tokenizer_folder, tmp_path, monkeypatch):
+    def full(self, columns):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_raw(tmp_path / "raw", "a")
+    monkeypatch.setattr(TokenFile, "write", full)
+    with pytest.raises(UserError, match=r"no space left while writing to .*it continues"):
+        tokenize_folder(options(tokenizer_folder, tmp_path), progress=False)
+    assert contents(tmp_path / "tokens").keys() == {"manifest.partial.json"}
+
+
+def test_two_runs_into_one_folder_are_refused(tokenizer_folder, tmp_path):
+    write_raw(tmp_path / "raw", "a")
+    (tmp_path / "tokens").mkdir()
+    with FileLock(tmp_path / "tokens" / tokenization.LOCK), pytest.raises(UserError, match="another process"):
+        tokenize_folder(options(tokenizer_folder, tmp_path), progress=False)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,106 @@
+"""Naive, independent versions of the mathematics: one sequence, one sample, one dim at a time; plain transformers.
+
+Nothing of `ml_embed` is used here. Slow and obviously right, from the formulas.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import Qwen3Model
+
+
+def exit_vectors(model: Qwen3Model, ids: Sequence[int], exits: Sequence[int]) -> dict[int, Tensor]:
+    """{exit: (H,)}: FinalRMSNorm(h_l) at the last token of one sequence, by transformers' own forward."""
+    output = model(torch.tensor([list(ids)]), output_hidden_states=True)
+    last_layer = model.config.num_hidden_layers
+    vectors = {}
+    for layer in exits:
+        hidden = output.hidden_states[layer][0, -1]
+        # transformers gives hidden states before the final norm, except the last, which is after it.
+        vectors[layer] = hidden if layer == last_layer else model.norm(hidden)
+    return vectors
+
+
+def dims_and_weights(hidden_size: int, use_mrl: bool) -> list[tuple[int, float]]:
+    dims = [hidden_size]
+    if use_mrl:
+        dims = sorted({8 * 2**k for k in range(20) if 8 * 2**k < hidden_size} | {hidden_size}, reverse=True)
+    return [(dim, 1 / (n * math.sqrt(hidden_size / dim))) for n, dim in enumerate(dims, start=1)]
+
+
+def cosine(a: Tensor, b: Tensor, dim: int) -> Tensor:
+    a, b = a[:dim], b[:dim]
+    return (a / a.norm()).dot(b / b.norm())
+
+
+def cross_entropy(logits: list[Tensor], target: int) -> Tensor:
+    logits = torch.stack(logits)
+    return torch.logsumexp(logits, dim=0) - logits[target]
+
+
+def hard_loss(
+    queries: list[Tensor], passages: list[Tensor], negatives: list[list[Tensor]], dims, temperature: float
+) -> Tensor:
+    """Mean over samples, sum over dims, of CE(positive among [positive, own negatives])."""
+    total = torch.zeros(())
+    for dim, weight in dims:
+        for query, passage, own in zip(queries, passages, negatives, strict=True):
+            logits = [cosine(query, candidate, dim) / temperature for candidate in [passage, *own]]
+            total = total + weight * cross_entropy(logits, 0) / len(queries)
+    return total
+
+
+def in_batch_loss(
+    queries: list[Tensor], passages: list[Tensor], documents: list[int], dims, temperature: float, mask: bool = True
+) -> Tensor:
+    """Mean over samples, sum over dims, of CE(positive among all positives), the same document elsewhere left out."""
+    total = torch.zeros(())
+    for dim, weight in dims:
+        for i, query in enumerate(queries):
+            kept = [j for j in range(len(passages)) if j == i or not mask or documents[j] != documents[i]]
+            logits = [cosine(query, passages[j], dim) / temperature for j in kept]
+            total = total + weight * cross_entropy(logits, kept.index(i)) / len(queries)
+    return total
+
+
+def cut(ids: Sequence[int], max_length: int, eos_id: int) -> list[int]:
+    ids = list(ids)
+    return ids if len(ids) <= max_length else [*ids[: max_length - 1], eos_id]
+
+
+def objective(
+    model: Qwen3Model,
+    samples: list[tuple[Sequence[int], int, list[int]]],
+    documents: list[Sequence[int]],
+    *,
+    task: str,
+    exits: Sequence[int],
+    use_mrl: bool,
+    temperature: float,
+    max_length: int,
+    eos_id: int,
+    mask: bool = True,
+) -> Tensor:
+    """The whole loss of a global batch: mean over exits of (hard + in-batch).
+
+    `samples`: (query ids, passage document, negative documents) each; `documents`: ids of every document.
+    """
+    dims = dims_and_weights(model.config.hidden_size, use_mrl)
+
+    def encode(ids):
+        return exit_vectors(model, cut(ids, max_length, eos_id), exits)
+
+    queries = [encode(query) for query, _, _ in samples]
+    passages = [encode(documents[passage]) for _, passage, _ in samples]
+    negatives = [[encode(documents[n]) for n in own if not mask or n != passage] for _, passage, own in samples]
+    total = torch.zeros(())
+    for layer in exits:
+        q, p = [v[layer] for v in queries], [v[layer] for v in passages]
+        n = [[v[layer] for v in own] for own in negatives]
+        if any(own for _, _, own in samples):
+            total = total + hard_loss(q, p, n, dims, temperature)
+        if task == "retrieval":
+            total = total + in_batch_loss(q, p, [passage for _, passage, _ in samples], dims, temperature, mask)
+    return total / len(exits)

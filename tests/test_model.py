@@ -1,0 +1,152 @@
+"""The encoder against transformers' own Qwen3, one sequence at a time, in values and in every gradient."""
+
+import pytest
+import torch
+from oracles import exit_vectors
+from transformers import AutoModel, Qwen3Config
+
+from ml_embed.attention import PackedSequences, available_kernels, choose_kernel
+from ml_embed.errors import UserError
+from ml_embed.model import MatryoshkaEncoder, check_supported, factorize_table
+
+EXITS = (1, 2)
+LENGTHS = (1, 3, 3, 3, 7, 12)
+
+
+@pytest.fixture
+def backbone(world):
+    return AutoModel.from_pretrained(world.backbone)
+
+
+@pytest.fixture
+def sequences():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 384, (length,), generator=generator) for length in LENGTHS]
+
+
+def encode(encoder, sequences, rank=None):
+    return encoder(torch.cat(sequences), PackedSequences.from_lengths(map(len, sequences)), rank)
+
+
+def naive_vectors(model, sequences):
+    """(E, N, H)"""
+    each = [exit_vectors(model, ids.tolist(), EXITS) for ids in sequences]
+    return torch.stack([torch.stack([vectors[layer] for vectors in each]) for layer in EXITS])
+
+
+def random_loss(vectors):
+    """A scalar that depends on every component in its own way."""
+    generator = torch.Generator().manual_seed(2)
+    return (vectors * torch.randn(vectors.shape, generator=generator)).sum()
+
+
+def test_packed_vectors_and_all_gradients_equal_transformers(world, backbone, sequences):
+    naive = AutoModel.from_pretrained(world.backbone)
+    encoder = MatryoshkaEncoder(backbone, EXITS)
+    packed, expected = encode(encoder, sequences), naive_vectors(naive, sequences)
+    torch.testing.assert_close(packed, expected, rtol=1e-5, atol=1e-5)
+    random_loss(packed).backward()
+    random_loss(expected).backward()
+    names = {"embedding.weight": "embed_tokens.weight", "norms.0.weight": "norm.weight"}
+    gradients = {name: parameter.grad for name, parameter in naive.named_parameters()}
+    compared = 0
+    for name, parameter in encoder.named_parameters():
+        reference = gradients[names.get(name, name.removeprefix("backbone."))]
+        assert reference.abs().max() > 1e-4, name
+        torch.testing.assert_close(parameter.grad, reference, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+        compared += 1
+    assert compared == len(gradients)
+
+
+@pytest.mark.parametrize("rank", [8, 24, None])
+def test_factors_give_the_gradients_of_the_multiplied_table(world, backbone, sequences, rank):
+    """The chain rule by hand: dA = dE B^T and dB = A^T dE for the leading components, zero for the others."""
+    table = backbone.embed_tokens.weight.detach()
+    A, B = factorize_table(table, 32)
+    naive = AutoModel.from_pretrained(world.backbone)
+    naive.embed_tokens.weight.data = A[:, :rank] @ B[:rank]
+    encoder = MatryoshkaEncoder(backbone, EXITS, (A, B))
+    packed, expected = encode(encoder, sequences, rank), naive_vectors(naive, sequences)
+    torch.testing.assert_close(packed, expected, rtol=1e-5, atol=1e-5)
+    random_loss(packed).backward()
+    random_loss(expected).backward()
+    dE, used = naive.embed_tokens.weight.grad, rank or 32
+    dA, dB = dE @ B[:used].T, A[:, :used].T @ dE
+    assert dA.abs().max() > 1e-3
+    torch.testing.assert_close(encoder.embedding.A.grad[:, :used], dA, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(encoder.embedding.B.grad[:used], dB, rtol=1e-4, atol=1e-4)
+    assert not encoder.embedding.A.grad[:, used:].any()
+    assert not encoder.embedding.B.grad[used:].any()
+
+
+def test_a_factorised_encoder_holds_no_table(backbone):
+    encoder = MatryoshkaEncoder(backbone, EXITS, factorize_table(backbone.embed_tokens.weight.detach(), 16))
+    shapes = {tuple(parameter.shape) for parameter in encoder.parameters()}
+    assert (384, 16) in shapes
+    assert (384, 64) not in shapes
+
+
+def test_per_layer_norms_start_equal_and_are_trained_apart(backbone, sequences):
+    encoder = MatryoshkaEncoder(backbone, EXITS, norm_sharing="per_layer")
+    vectors = encode(encoder, sequences)
+    vectors[0].sum().backward()
+    assert encoder.norms[0].weight.grad.abs().sum() > 0
+    assert encoder.norms[1].weight.grad is None or not encoder.norms[1].weight.grad.any()
+    assert encoder.norms[0].weight is not encoder.norms[1].weight
+
+
+def test_a_text_does_not_see_its_neighbours(backbone, sequences):
+    encoder = MatryoshkaEncoder(backbone, EXITS)
+    together = encode(encoder, sequences)
+    alone = torch.cat([encode(encoder, [ids]) for ids in sequences], dim=1)
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_factors_are_the_optimum_at_every_nested_rank(weighted):
+    """Against torch's SVD of the (weighted) table; Eckart-Young gives the best error."""
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(200, 24, generator=generator) @ torch.diag(torch.logspace(0, -2, 24))
+    share = torch.rand(200, generator=generator).pow(3) + 1e-3 if weighted else torch.ones(200)
+    A, B = factorize_table(table, 16, share if weighted else None)
+    root = share.sqrt().unsqueeze(1).double()
+    _, singular, _ = torch.linalg.svd(root * table.double(), full_matrices=False)
+    for rank in (1, 4, 16):
+        error = (root * (table - A[:, :rank] @ B[:rank]).double()).square().sum()
+        torch.testing.assert_close(error, singular[rank:].square().sum(), rtol=1e-4, atol=1e-6)
+
+
+def test_frequency_factors_beat_svd_on_frequent_tokens():
+    generator = torch.Generator().manual_seed(0)
+    table, share = torch.randn(300, 32, generator=generator), torch.rand(300, generator=generator).pow(8)
+    errors = []
+    for weights in (None, share):
+        A, B = factorize_table(table, 8, weights)
+        errors.append((share.unsqueeze(1) * (table - A @ B).square()).sum())
+    assert errors[1] < 0.9 * errors[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, "sliding"),
+        ({"attention_dropout": 0.1}, "attention_dropout"),
+    ],
+)
+def test_backbones_that_would_be_computed_wrongly_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        check_supported(Qwen3Config(num_hidden_layers=4, **changes))
+
+
+def test_kernels_on_the_cpu():
+    cpu = torch.device("cpu")
+    assert available_kernels(cpu, torch.float32) == ("sdpa",)
+    assert choose_kernel("auto", cpu, torch.float32) == "sdpa"
+    with pytest.raises(UserError, match="attention: 'flash'"):
+        choose_kernel("flash", cpu, torch.float32)
+
+
+def test_positions_restart_in_every_sequence():
+    packed = PackedSequences.from_lengths([2, 3, 1])
+    assert packed.position_ids.tolist() == [0, 1, 0, 1, 2, 0]
+    assert packed.last_tokens.tolist() == [1, 4, 5]

@@ -1,0 +1,221 @@
+"""The training objective and the loop, against plain transformers and the formulas."""
+
+import itertools
+import json
+import math
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from oracles import objective
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+import run as run_script
+
+
+def train(world, tmp_path, experiment_id="run", arguments=(), **changes) -> tuple[int, list[dict]]:
+    """Run run.py's main in this process; its exit code and metrics."""
+    config = world.write_config(tmp_path / f"{experiment_id}.json", experiment_id, output_dir=str(tmp_path), **changes)
+    code = run_script.main(["--config", str(config), *arguments])
+    metrics = tmp_path / experiment_id / "metrics.jsonl"
+    return code, [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+
+
+def dataset_rows(world, name):
+    """(query ids, passage document, negative documents) of every row, and every document's ids, from the parquet."""
+    query = pq.read_table(world.tokenized / f"{name}_query.parquet").to_pylist()
+    documents = [row["input_ids"] for row in pq.read_table(world.tokenized / f"{name}_corpus.parquet").to_pylist()]
+    return [(r["query_input_ids"], r["passage_doc_id"], r["negative_doc_ids"]) for r in query], documents
+
+
+@pytest.fixture(scope="module")
+def one_dataset(world, tmp_path_factory):
+    """A function: the tokenized folder with only one of the datasets left in it."""
+
+    def keep(name: str) -> str:
+        folder = tmp_path_factory.mktemp(name)
+        for part in ("query", "corpus"):
+            (folder / f"{name}_{part}.parquet").symlink_to(world.tokenized / f"{name}_{part}.parquet")
+        manifest = json.loads((world.tokenized / "manifest.json").read_text())
+        manifest["datasets"] = {name: manifest["datasets"][name]}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        return str(folder)
+
+    return keep
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "nested", "mask"),
+    [
+        ("facts", "retrieval", True, True),
+        ("facts", "retrieval", True, False),
+        ("facts", "retrieval", False, True),
+        ("topics", "clustering", True, True),
+        ("sentiment", "classification", True, True),
+    ],
+)
+def test_logged_loss_is_the_naive_objective(world, tmp_path, one_dataset, name, task, nested, mask):
+    """One batch that is the whole dataset, all negatives, rank r = H (so that the factors are the table itself)."""
+    samples, documents = dataset_rows(world, name)
+    code, lines = train(
+        world,
+        tmp_path,
+        train_data_path=one_dataset(name),
+        datasets={name: {"task": task, "num_hard_neg": 10}},
+        train_batch_size=len(samples),
+        train_steps=1,
+        valid_fraction=0,
+        max_seq_length=16,
+        use_mll=nested,
+        use_mrl=nested,
+        use_mel=False,
+        mel_ranks=None,
+        r=64 if nested else 0,
+        mask_false_negatives=mask,
+    )
+    assert code == 0
+    model = AutoModel.from_pretrained(world.backbone)
+    eos = AutoTokenizer.from_pretrained(world.backbone).eos_token_id
+    with torch.no_grad():
+        expected = objective(
+            model,
+            samples,
+            documents,
+            task=task,
+            exits=[1, 2] if nested else [2],
+            use_mrl=nested,
+            temperature=0.05,
+            max_length=16,
+            eos_id=eos,
+            mask=mask,
+        )
+    assert lines[0]["loss"] == pytest.approx(expected.item(), rel=1e-4)
+    assert expected > 0.1
+
+
+def test_masking_false_negatives_matters_here(world):
+    """The two mask cases above differ only if the data really holds repeated documents."""
+    samples, _ = dataset_rows(world, "facts")
+    passages = [passage for _, passage, _ in samples]
+    assert len(set(passages)) < len(passages)
+    assert any(passage in own for _, passage, own in samples)
+
+
+def test_a_run_writes_what_the_design_promises(world, tmp_path):
+    intervals = {"log_interval": 3, "validation_steps": 4, "checkpointing_steps": 5}
+    code, lines = train(world, tmp_path, train_steps=7, valid_fraction=0.3, **intervals)
+    folder = tmp_path / "run"
+    assert code == 0
+    assert {p.name for p in folder.iterdir()} >= {"config.json", "resolved.json", "metrics.jsonl", "step_5", "step_7"}
+    given = json.loads((folder / "config.json").read_text())
+    assert given["num_hard_neg"] == 2
+    assert "seed" not in given, "the config is saved as given, without defaults"
+    resolved = json.loads((folder / "resolved.json").read_text())
+    assert resolved["exits"] == [1, 2]
+    assert resolved["dims"] == [64, 32, 16, 8]
+    assert resolved["ranks"] == [16, 32]
+    train_lines = [line for line in lines if line["split"] == "train"]
+    assert [line["step"] for line in train_lines] == [3, 6, 7]
+    assert [line["step"] for line in lines if line["split"] == "valid"] == [4, 7]
+    for line in train_lines:
+        assert {"loss", "learning_rate", "grad_norm", "tokens_per_second", "tokens", "time", "epoch"} <= line.keys()
+        assert all(math.isfinite(value) for value in line.values() if isinstance(value, float))
+    seen = {key.split("/")[0] for line in train_lines for key in line if key.endswith("training_loss_hard")}
+    assert seen == {"facts", "topics", "sentiment"}
+    in_batch = {key for line in train_lines for key in line if key.endswith("training_loss_in_batch")}
+    assert in_batch == {"facts/training_loss_in_batch"}
+    valid = [line for line in lines if line["split"] == "valid"][-1]
+    assert 0 < valid["facts/ndcg@10"] <= 1
+    assert valid["facts/valid_loss_in_batch"] > 0
+
+
+def test_the_rate_can_be_checked_from_the_lines(world, tmp_path):
+    _, lines = train(world, tmp_path, train_steps=6, log_interval=2)
+    for before, line in itertools.pairwise(lines):
+        if line["split"] == "train":
+            assert line["tokens_per_second"] == pytest.approx(
+                line["tokens"] / (line["time"] - before["time"]), rel=1e-6
+            )
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(world, tmp_path):
+    losses = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        _, lines = train(world, tmp_path, name, seed=seed)
+        losses.append([line["loss"] for line in lines if line["split"] == "train"])
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"train_steps": 60}, {"train_steps": 60, "use_mel": False, "mel_ranks": None, "r": 0}]
+)
+def test_training_learns(world, tmp_path, changes):
+    _, lines = train(world, tmp_path, learning_rate=3e-3, log_interval=10, validation_steps=0, **changes)
+    train_lines = [line["loss"] for line in lines if line["split"] == "train"]
+    assert train_lines[-1] < 0.5 * train_lines[0]
+
+
+def test_chunks_give_the_gradients_of_the_whole_batch(world, tmp_path):
+    """GradCache: after steps with clipping and AdamW the weights agree."""
+    weights = []
+    for name, budget in (("whole", 0), ("chunks", 64)):
+        train(world, tmp_path, name, max_tokens_per_forward=budget, train_steps=3, learning_rate=1e-4)
+        weights.append(load_file(tmp_path / name / "resume" / "step_3" / "model.safetensors"))
+    for parameter, whole in weights[0].items():
+        assert (whole - weights[1][parameter]).abs().max() < 2e-5, parameter
+
+
+def test_gradient_checkpointing_changes_nothing(world, tmp_path):
+    losses = []
+    for name, on in (("off", False), ("on", True)):
+        _, lines = train(world, tmp_path, name, gradient_checkpointing=on)
+        losses.append([line["loss"] for line in lines if line["split"] == "train"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_dry_run_prints_and_writes_nothing(world, tmp_path, capsys):
+    code, lines = train(world, tmp_path, arguments=["--dry-run"])
+    assert code == 0
+    assert lines == []
+    resolved = json.loads(capsys.readouterr().out)
+    assert resolved["total_steps"] == 4
+    assert resolved["memory_gib"]["total"] > 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_run_does_not_overwrite_the_first(world, tmp_path, capsys):
+    train(world, tmp_path)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    code, _ = train(world, tmp_path)
+    assert code == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_released_layout_trains_the_same(world, tmp_path, one_dataset):
+    """The same rows with string document ids: the same losses."""
+    folder = tmp_path / "released"
+    folder.mkdir()
+    samples, documents = dataset_rows(world, "facts")
+    columns = {
+        "query_input_ids": pa.array([q for q, _, _ in samples], pa.list_(pa.int64())),
+        "passage_input_ids": [f"facts-{p}" for _, p, _ in samples],
+    }
+    for k in range(4):
+        columns[f"negative_{k + 1}_input_ids"] = pa.array(
+            [f"facts-{own[k]}" if k < len(own) else None for _, _, own in samples], pa.string()
+        )
+    pq.write_table(pa.table(columns), folder / "facts_query.parquet")
+    corpus = {
+        "doc_id": [f"facts-{i}" for i in range(len(documents))],
+        "input_ids": pa.array(documents, pa.list_(pa.int64())),
+    }
+    pq.write_table(pa.table(corpus), folder / "corpus.parquet")
+    losses = []
+    for name, path in (("own", one_dataset("facts")), ("released", str(folder))):
+        _, lines = train(world, tmp_path, name, datasets={}, train_data_path=path, train_steps=6)
+        losses.append([line["loss"] for line in lines])
+    assert losses[0] == losses[1]
