@@ -4,7 +4,6 @@ The parquet files are converted once into flat arrays under the cache directory 
 store reads no data; a text is a slice of a memory map, with no Python object per token.
 """
 
-import errno
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from ml_embed.data.arrays import map_array
 from ml_embed.data.convert import ARRAYS, FORMAT_VERSION, INDEX, convert
+from ml_embed.data.files import disk_errors_are_user_errors
 from ml_embed.data.sources import Sources, find_sources
 from ml_embed.errors import UserError
 
@@ -138,7 +138,8 @@ def open_converted(folder: Path) -> Store:
 
 def _convert_once(sources: Sources, target: Path, progress: bool) -> None:
     """Convert into a temporary sibling and rename, so that `target` is whole whenever it exists."""
-    try:
+    remedy = "It takes about 4 bytes a token. Free space there or set cache_dir to another disk."
+    with disk_errors_are_user_errors(target.parent, remedy):
         target.parent.mkdir(parents=True, exist_ok=True)
         with _exclusive(target.with_name(target.name + ".lock"), progress):
             if (target / INDEX).is_file():  # another process was faster
@@ -151,13 +152,6 @@ def _convert_once(sources: Sources, target: Path, progress: bool) -> None:
                 _rename_unless_there(partial, target)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"no space left in {target.parent} for the converted data (about 4 bytes a token). "
-                "Free space there or set cache_dir to another disk."
-            ) from error
-        raise UserError(f"cannot write the converted data to {target.parent}: {error}. Check cache_dir.") from error
 
 
 def _rename_unless_there(partial: Path, target: Path) -> None:
