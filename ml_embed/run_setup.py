@@ -10,6 +10,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 
+from ml_embed.attention import choose_kernel
 from ml_embed.build import build_encoder, build_optimizer, build_teacher
 from ml_embed.checkpoint import find_state, load_state, read_progress
 from ml_embed.config import TrainConfig
@@ -110,6 +111,8 @@ def set_up(
         UserError: the run folder holds a run and resume is "no", or what is resumed does not fit.
     """
     backbone_config, tokenizer, store, resolved = inputs
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    choose_kernel(config.attention, accelerator.device, dtype)  # refuses an impossible one before anything is written
     fingerprint = run_fingerprint(config, resolved, store)
     state_path = _resume_from(config.run_dir, resume)
     progress = None
@@ -122,7 +125,6 @@ def set_up(
     accelerator.wait_for_everyone()
 
     set_seed(config.seed)
-    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     encoder = build_encoder(config, resolved, backbone_config, store, accelerator.device, dtype)
     teacher = build_teacher(config, accelerator.device, dtype)
     model, optimizer = accelerator.prepare(encoder, build_optimizer(encoder, config))
