@@ -1,0 +1,67 @@
+"""Evaluate a model over the cube rank x depth x vector length, and compare it with chance and with a baseline.
+
+Writes evaluation.json (every number) and evaluation.png (a heat map; needs matplotlib) and prints tables.
+
+DATA is a file or a folder of files. A parquet file with the columns query, passage and candidates (a list of strings
+that holds the passage), and split if there are several, asks which candidate is the passage. Raw training data (query,
+passage, negatives) is searched whole: all passages and negatives of the file are the corpus.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from ml_embed.errors import UserError, exit_on_user_error
+
+METRICS = ("recall@1", "mrr@10", "ndcg@10")
+JSON_FILE, PICTURE_FILE = "evaluation.json", "evaluation.png"
+
+
+@exit_on_user_error
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, metavar="DIR", help="a trained model folder, or any Qwen3 backbone")
+    parser.add_argument("--data", type=Path, required=True, metavar="PATH", help="a file or a folder of files")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument("--baseline", metavar="DIR", help="a model to compare with, e.g. the backbone before training")
+    parser.add_argument("--ranks", type=int, nargs="+", help="ranks of the token factors (default all trained)")
+    parser.add_argument("--depths", type=int, nargs="+", help="decoder layers (default all trained)")
+    parser.add_argument("--dims", type=int, nargs="+", help="vector lengths (default all trained)")
+    parser.add_argument("--metric", choices=METRICS, default="recall@1", help="for tables and picture (%(default)s)")
+    parser.add_argument(
+        "--max-queries", type=int, default=1000, help="rows taken of a raw dataset, evenly spaced (default %(default)s)"
+    )
+    parser.add_argument("--batch-tokens", type=int, help="tokens a forward pass (default 4096 on CPU, 32768 on GPU)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default the first GPU, else the CPU)")
+    args = parser.parse_args(arguments)
+    for name in ("max_queries", "batch_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    if args.output.exists() and not args.output.is_dir():
+        raise UserError(f"--output {args.output} is a file; give a folder")
+    evaluate(args)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    from ml_embed.cube import evaluate_baseline, evaluate_cube
+    from ml_embed.files import write_json
+    from ml_embed.plots import plot_cube
+    from ml_embed.report import cube_tables, test_set_table
+
+    options = {"batch_tokens": args.batch_tokens, "max_queries": args.max_queries, "device": args.device}
+    result = evaluate_cube(args.model, args.data, args.ranks, args.depths, args.dims, **options)
+    baseline = evaluate_baseline(args.baseline, args.data, result, **options) if args.baseline else None
+    print(test_set_table(result, baseline, args.metric), cube_tables(result, args.metric), sep="\n\n")
+    args.output.mkdir(parents=True, exist_ok=True)
+    write_json(args.output / JSON_FILE, {"model": result, "baseline": baseline})
+    print(f"\nall numbers: {args.output / JSON_FILE}")
+    try:
+        plot_cube(result, args.output / PICTURE_FILE, args.metric, baseline)
+        print(f"picture:     {args.output / PICTURE_FILE}")
+    except UserError as error:
+        print(f"no picture:  {error}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
