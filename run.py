@@ -1,8 +1,10 @@
 """Train a nested embedding model from a JSON config: `accelerate launch run.py --config configs/config.json`."""
 
 import argparse
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 
 from ml_embed.errors import UserError, exit_on_user_error
 
@@ -31,27 +33,41 @@ def main(arguments: list[str] | None = None) -> int:
 
     config, given = load_config(options.config, options.set)  # before the slow imports: mistakes show at once
 
-    from ml_embed.files import is_disk_full
+    from ml_embed.heartbeat import heartbeat
     from ml_embed.run_setup import make_accelerator, open_inputs, set_up
     from ml_embed.training import train
 
-    accelerator = make_accelerator(config)
-    inputs = open_inputs(config, accelerator.num_processes, progress=accelerator.is_local_main_process)
-    if options.dry_run:
-        accelerator.print(json.dumps(inputs[-1].to_json(), indent=2))
-        return 0
-    try:
-        code = train(set_up(config, given, accelerator, inputs, options.resume, options.allow_changes))
-    except OSError as error:
-        if is_disk_full(error):
-            raise UserError(
-                f"no space left on a disk of this run ({error.filename}); free some, then --resume auto"
-            ) from None
-        raise
-    accelerator.end_training()
+    with failures_from_outside():
+        accelerator = make_accelerator(config)
+        with heartbeat():
+            inputs = open_inputs(config, accelerator.num_processes, progress=accelerator.is_local_main_process)
+            if options.dry_run:
+                accelerator.print(json.dumps(inputs[-1].to_json(), indent=2))
+                return 0
+            code = train(set_up(config, given, accelerator, inputs, options.resume, options.allow_changes))
+            accelerator.end_training()
     if code == 0:
         accelerator.print(f"done: {config.run_dir}")
     return code
+
+
+@contextlib.contextmanager
+def failures_from_outside() -> Iterator[None]:
+    """A disk that is full or fails, and a process that is gone, are the machine's failures and not this program's."""
+    from ml_embed.distributed import is_lost_peer
+
+    try:
+        yield
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise UserError(f"{error.strerror or error}{where}; see to that, then continue with --resume auto") from None
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        raise UserError(
+            "another process of this run has ended or does not answer; its own output says why. "
+            "Then start again with --resume auto"
+        ) from None
 
 
 if __name__ == "__main__":

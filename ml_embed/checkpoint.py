@@ -7,8 +7,7 @@ randomness is a function of (seed, step), so weights, moments, the step and the 
 import json
 import re
 import shutil
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,16 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 def save_state(
     folder: Path, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], progress: Mapping[str, Any], step: int
 ) -> Path:
-    """Write `folder/step_N` and drop all but the newest `KEPT_STATES`. Called by the first process alone."""
+    """Write `folder/step_N` and drop all but the newest `KEPT_STATES`. Called by the first process alone.
+
+    Args:
+        folder: `resume/` of the run.
+        model, optimizer: what `model_state` and `optimizer_state` gave.
+        progress: anything else that a continued run needs, as JSON.
+        step: N, optimizer steps done.
+    Raises:
+        UserError: the disk is full; the states that were there before are untouched.
+    """
     target = folder / f"step_{step}"
     with atomic_folder(target) as partial:
         save_file(dict(model), partial / MODEL_FILE)
@@ -77,8 +85,8 @@ def numbered_folders(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match.group(1)), path) for match, path in found if match)
 
 
-def find_state(folder: Path) -> Path | None:
-    """The newest whole state under `resume/`; says on stderr which damaged ones it passed over.
+def find_state(folder: Path, say: Callable[[str], None] = print) -> Path | None:
+    """The newest whole state under `resume/`; `say`s which damaged ones it passed over.
 
     Raises:
         UserError: there are states, and all are damaged.
@@ -88,10 +96,17 @@ def find_state(folder: Path) -> Path | None:
         problem = damage(path)
         if problem is None:
             return path
-        print(f"warning: {path} is damaged ({problem}); trying the one before", file=sys.stderr)
+        say(f"warning: {path} is damaged ({problem}); trying the one before")
     if states:
         raise UserError(f"all resume states in {folder} are damaged; start a new run under another experiment_id")
     return None
+
+
+def drop_newer(folder: Path, step: int) -> None:
+    """Remove the states of later steps than the one a run goes back to: damaged ones, or a future that is given up."""
+    for number, path in numbered_folders(folder):
+        if number > step:
+            shutil.rmtree(path)
 
 
 def read_progress(path: Path) -> dict[str, Any]:

@@ -16,6 +16,13 @@ def process_index() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another process ended or did not answer, not for a reason of its own."""
+    text = str(error)
+    signs = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "timeout caused pair closure")
+    return isinstance(error, dist.DistError) or ("gloo" in text and any(sign in text for sign in signs))
+
+
 class _GatherRows(torch.autograd.Function):
     """All-gather whose backward sums every process's gradient and hands each its own rows."""
 

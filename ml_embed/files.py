@@ -42,7 +42,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """A folder to fill; when the block ends well it becomes `target`, replacing one that stands there.
 
     Raises:
-        UserError: the disk is full. Nothing of the new folder is left, and an old `target` is as it was.
+        UserError: the disk is full or fails. Nothing of the new folder is left, and an old `target` is as it was.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}{_PARTIAL}")
@@ -66,6 +66,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             raise UserError(
                 f"no space left on the disk of {target.parent}; free some, then continue the run"
             ) from error
+        if isinstance(error, OSError):
+            raise UserError(f"{target} cannot be written ({error}); see to that, then continue the run") from error
         raise
 
 
@@ -73,18 +75,35 @@ def is_disk_full(error: BaseException) -> bool:
     """Out of space or over quota; safetensors reports it as text."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    return "No space left on device" in str(error) or "os error 28" in str(error)
+    return any(f"os error {number})" in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
 
 
 def write_json(path: Path, value) -> None:
     """Write JSON atomically."""
     partial = path.with_name(f".{path.name}{_PARTIAL}")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
+
+
+def append_whole(path: Path, text: str) -> None:
+    """Append to a file; where that fails (a full disk), the file is left as it was."""
+    with path.open("ab", buffering=0) as file:
+        before = file.seek(0, os.SEEK_END)
+        data = memoryview(text.encode())
+        try:
+            while data:  # a nearly full disk takes a part, and fails at the next write
+                data = data[file.write(data) :]
+        except OSError as error:
+            file.truncate(before)
+            raise OSError(error.errno, error.strerror, str(path)) from None  # a failed write does not say where
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -44,8 +44,9 @@ def forward_backward(
     if max_tokens and accelerator.distributed_type in SHARDED:
         rounds = all_reduce_max(rounds, accelerator.device)  # each forward gathers weights: all must make as many
     if rounds == 1:
-        terms = objective(model(texts.input_ids, texts.packed, rank))
-        accelerator.backward(terms.total)
+        vectors = model(texts.input_ids, texts.packed, rank)
+        terms = objective(vectors)
+        accelerator.backward(_reaching(terms.total, vectors))
         return terms
 
     pieces = [slice_texts(texts, *chunk) for chunk in chunks]
@@ -54,7 +55,7 @@ def forward_backward(
         encoded = [model(piece.input_ids, piece.packed, rank) for piece in pieces]
     vectors = torch.cat(encoded[: len(chunks)], dim=1).requires_grad_()  # (E, N, H)
     terms = objective(vectors)
-    terms.total.backward()  # up to the vectors only: a plain backward, no engine is involved
+    _reaching(terms.total, vectors).backward()  # up to the vectors only: a plain backward, no engine is involved
     gradients = list(vectors.grad.split([last - first for first, last in chunks], dim=1))
     gradients += [torch.zeros_like(extra) for extra in encoded[len(chunks) :]]
     for number, (piece, gradient) in enumerate(zip(pieces, gradients, strict=True), start=1):
@@ -63,3 +64,11 @@ def forward_backward(
             again = model(piece.input_ids, piece.packed, rank)
             accelerator.backward((again * gradient).sum())  # its gradient at `again` is `gradient`
     return terms
+
+
+def _reaching(total: Tensor, vectors: Tensor) -> Tensor:
+    """`total` with a path back to `vectors`, of gradient 0 where nothing was to be learned.
+
+    A share without any negatives has no loss, but its process must take part in the engine's averaging all the same.
+    """
+    return total if total.requires_grad else total + 0 * vectors.sum()

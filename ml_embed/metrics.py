@@ -11,6 +11,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from ml_embed.files import append_whole
+
 
 @dataclass
 class Window:
@@ -90,12 +92,13 @@ class MetricsLog:
         self.last_time = time.time()
         if accelerator.is_main_process:
             path.touch()
-            os.truncate(path, keep_bytes)
+            os.truncate(path, min(keep_bytes, path.stat().st_size))
 
-    @property
-    def size(self) -> int:
-        """Bytes of metrics.jsonl."""
-        return self._path.stat().st_size
+    def force_to_disk(self) -> int:
+        """Bytes of metrics.jsonl, all of them safe from a power cut. First process only."""
+        with self._path.open("rb") as file:
+            os.fsync(file.fileno())
+            return os.fstat(file.fileno()).st_size
 
     def train(self, step: int, epoch: float, learning_rate: float, window: Window, distilled: bool) -> dict[str, Any]:
         """Write the line of a window; returns its values."""
@@ -111,8 +114,7 @@ class MetricsLog:
     def _write(self, line: dict[str, Any]) -> None:
         self.last_time = line["time"]
         if self._accelerator.is_main_process:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+            append_whole(self._path, json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
         prefix = "valid/" if line["split"] == "valid" else ""
         plain = ("split", "step", "time")
         values = {name if "/" in name else prefix + name: value for name, value in line.items() if name not in plain}

@@ -1,18 +1,21 @@
 """From command line and config to a `Run`: checks first, then folders, then weights."""
 
-import json
 import os
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, broadcast_object_list, set_seed
+from torch import nn
 
 from ml_embed.attention import choose_kernel
 from ml_embed.build import build_encoder, build_optimizer, build_teacher
-from ml_embed.checkpoint import find_state, load_state, read_progress
+from ml_embed.checkpoint import drop_newer, load_state, read_progress
 from ml_embed.config import TrainConfig
 from ml_embed.data.batch import BatchBuilder
 from ml_embed.data.store import Store, open_store
@@ -21,17 +24,16 @@ from ml_embed.files import remove_leftovers, write_json
 from ml_embed.metrics import MetricsLog, Window
 from ml_embed.model_folder import ModelRecord, load_config
 from ml_embed.resolve import Resolved, loss_spec, make_schedule, resolve
+from ml_embed.resume import check_unchanged, continuation_notice, run_fingerprint, state_to_resume
 from ml_embed.tokenizer import fingerprint as tokenizer_fingerprint
 from ml_embed.tokenizer import load_tokenizer
 from ml_embed.training import Run
 
-# Keys that may differ between a run and its continuation: they decide where things are and how they are computed or
-# reported, not what is computed.
-_FREE_KEYS = frozenset(
-    {"model_path", "experiment_id", "output_dir", "tb_dir", "cache_dir", "train_data_path", "train_batch_size"}
-    | {"log_interval", "validation_steps", "checkpointing_steps", "save_total_limit", "report_to", "num_processes"}
-    | {"attention", "gradient_checkpointing", "max_tokens_per_forward"}
-)
+# Processes wait for one that converts the data or writes a checkpoint. Dead ones are noticed much sooner: by closed
+# connections, and over several machines by `ml_embed.heartbeat`.
+_COLLECTIVE_TIMEOUT = timedelta(hours=2)
+_ENGINES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+_Answer = TypeVar("_Answer")
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -52,11 +54,33 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         mixed_precision=None if launched else ("bf16" if has_bf16 else "no"),
         log_with=list(config.report_to) or None,
         project_dir=config.tb_dir,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            # The only buffers are constants, and GradCache makes forwards that other processes do not.
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT),
+        ],
     )
+    _check_engine(accelerator)
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise UserError(f"mixed_precision: {accelerator.mixed_precision!r} is not supported; use 'bf16' or 'no'")
     return accelerator
+
+
+def _check_engine(accelerator: Accelerator) -> None:
+    """Refuse what accelerate would do otherwise than asked, or this project's steps cannot work with."""
+    if accelerator.distributed_type is DistributedType.FSDP:
+        if not accelerator.is_fsdp2:
+            raise UserError("FSDP version 1 is not supported; set fsdp_version: 2, as in configs/accelerate_fsdp2.yaml")
+        return
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.num_processes > 1:
+        raise UserError(
+            "accelerate shards parameters (FSDP) only on GPUs and would silently copy them to every process here; "
+            "on CPUs use configs/accelerate_cpu.yaml"
+        )
+    if accelerator.distributed_type not in _ENGINES:
+        raise UserError(
+            f"the engine {accelerator.distributed_type.value} is not supported; use one of those in configs/"
+        )
 
 
 def open_inputs(config: TrainConfig, world_size: int, progress: bool) -> tuple[Any, Any, Store, Resolved]:
@@ -80,7 +104,7 @@ def _check_tokenizer(config: TrainConfig, tokenizer, store: Store) -> None:
     if store.manifest["tokenizer_fingerprint"] != tokenizer_fingerprint(tokenizer):
         raise UserError(
             f"train_data_path: {config.train_data_path} was tokenized with another tokenizer than the one in "
-            f"model_path {config.model_path}; run tokenize_data_qwen.py --tokenizer {config.model_path} --overwrite again"
+            f"model_path {config.model_path}; run tokenize_data_qwen.py again with --overwrite"
         )
 
 
@@ -113,21 +137,23 @@ def set_up(
     backbone_config, tokenizer, store, resolved = inputs
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     choose_kernel(config.attention, accelerator.device, dtype)  # refuses an impossible one before anything is written
-    fingerprint = run_fingerprint(config, resolved, store)
-    state_path = _resume_from(config.run_dir, resume)
-    progress = None
-    if state_path is not None:
-        progress = read_progress(state_path)
-        _check_unchanged(progress["fingerprint"], fingerprint, allow_changes)
-    accelerator.wait_for_everyone()  # nobody looks at the run folder any more, so it may be written
-    if accelerator.is_main_process:
-        _prepare_run_dir(config, given, resolved)
-    accelerator.wait_for_everyone()
+    fingerprint = run_fingerprint(config, resolved, store, accelerator.mixed_precision)
 
-    set_seed(config.seed)
+    def prepare() -> tuple[Path | None, dict | None]:
+        state_path = state_to_resume(config.run_dir, resume)
+        progress = None
+        if state_path is not None:
+            progress = read_progress(state_path)
+            changes = check_unchanged(progress["fingerprint"], fingerprint, allow_changes)
+            accelerator.print(continuation_notice(state_path, progress, resolved, changes))
+        _prepare_run_dir(config, given, resolved, None if progress is None else progress["step"])
+        return state_path, progress
+
+    state_path, progress = _asked_of_first(accelerator, prepare)
+    set_seed(config.seed % 2**32)  # NumPy takes no larger one; nothing here draws from it, but libraries may
     encoder = build_encoder(config, resolved, backbone_config, store, accelerator.device, dtype)
     teacher = build_teacher(config, accelerator.device, dtype)
-    model, optimizer = accelerator.prepare(encoder, build_optimizer(encoder, config))
+    model, optimizer = _prepare(accelerator, encoder, build_optimizer(encoder, config))
     if state_path is not None:
         load_state(state_path, model, optimizer.optimizer)
     accelerator.init_trackers(config.experiment_id)
@@ -168,45 +194,39 @@ def set_up(
     )
 
 
-def run_fingerprint(config: TrainConfig, resolved: Resolved, store: Store) -> dict[str, Any]:
-    """Everything that decides the weights, under the name of the config key the user would change it by."""
-    kept = {key: value for key, value in vars(config).items() if key not in _FREE_KEYS}
-    kept["datasets"] = {name: vars(settings) for name, settings in config.datasets.items()}
-    kept |= {"train_data_path": store.folder.name, "global_batch_size": resolved.global_batch_size}
-    return json.loads(json.dumps(kept))  # as it reads back from disk
+def _asked_of_first(accelerator: Accelerator, ask: Callable[[], _Answer]) -> _Answer:
+    """`ask()` on the first process; its answer, or its UserError, on all of them."""
+    answer: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            answer[0] = ask()
+        except UserError as error:
+            answer[1] = str(error)
+    broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise UserError(answer[1])
+    return answer[0]
 
 
-def _check_unchanged(before: dict, now: dict, allow_changes: bool) -> None:
-    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    if changed and not allow_changes:
-        listing = "\n".join(f"  - {key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed)
-        raise UserError(
-            "--resume: these have changed since the state was saved, so the run would not be the same:\n"
-            f"{listing}\nrestore them, or give --allow-changes to continue all the same"
-        )
+def _prepare(accelerator: Accelerator, encoder: nn.Module, optimizer: torch.optim.Optimizer) -> tuple:
+    with warnings.catch_warnings():
+        # accelerate has no other name yet for the option that torch renames
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        return accelerator.prepare(encoder, optimizer)
 
 
-def _resume_from(run_dir: Path, resume: str) -> Path | None:
-    if resume == "no":
-        if (run_dir / "metrics.jsonl").exists() or (run_dir / "resume").exists():
-            raise UserError(
-                f"{run_dir} already holds a run; continue it with --resume auto, or choose another experiment_id"
-            )
-        return None
-    if resume == "auto":
-        return find_state(run_dir / "resume")
-    return Path(resume)
-
-
-def _prepare_run_dir(config: TrainConfig, given: dict, resolved: Resolved) -> None:
+def _prepare_run_dir(config: TrainConfig, given: dict, resolved: Resolved, continued_step: int | None) -> None:
+    """Make the run folder and clear it of what interrupted writes left, and of states that are gone back behind."""
     run_dir = config.run_dir
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         for folder in (run_dir, run_dir / "resume"):
             remove_leftovers(folder)
+        if continued_step is not None:
+            drop_newer(run_dir / "resume", continued_step)
         write_json(run_dir / "config.json", given)
         write_json(run_dir / "resolved.json", resolved.to_json())
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+    except OSError as error:
         raise UserError(
-            f"output_dir: {run_dir} cannot be written ({error.strerror}); choose another output_dir"
+            f"output_dir: {run_dir} cannot be written ({error.strerror}); see to that or choose another output_dir"
         ) from None

@@ -6,6 +6,7 @@ Letters: E exits, N texts of a batch, H hidden size, W processes.
 import collections
 import contextlib
 import itertools
+import math
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -186,19 +187,28 @@ def _sum_over_processes(
 
 
 def _not_finite_message(run: Run, values: StepValues, step: int, dataset: str) -> str:
-    states = numbered_folders(run.config.run_dir / "resume")
-    good = f"the last good checkpoint is {states[-1][1]}" if states else "there is no checkpoint yet"
     return (
         f"step {step}, dataset {dataset!r}: the loss is {values.total} and the gradient norm {values.grad_norm}; "
-        f"stopped before the update, and {good}. Lower learning_rate, or look at the data of {dataset!r}"
+        f"stopped before the update, and {_last_good(run)}. Lower learning_rate, or look at the data of {dataset!r}"
     )
 
 
+def _last_good(run: Run) -> str:
+    states = numbered_folders(run.config.run_dir / "resume")
+    return f"the last good checkpoint is {states[-1][1]}" if states else "there is no checkpoint yet"
+
+
 def validate_and_log(run: Run, step: int) -> None:
-    """Validation, if any rows are held out; the model is back in training mode afterwards."""
+    """Validation, if any rows are held out; the model is back in training mode afterwards.
+
+    Raises:
+        UserError: a loss is not finite.
+    """
     run.model.eval()
     values = validate(run.encode, run.schedule, run.store, run.builder, run.spec, run.accelerator.device)
     run.model.train()
+    if not all(map(math.isfinite, values.values())):  # alike on all processes
+        raise UserError(f"validation after step {step}: a loss is not finite; {_last_good(run)}. Lower learning_rate")
     if values:
         run.log.valid(step, run.epoch_of(step), values)
 
@@ -227,10 +237,17 @@ def _write_checkpoint(run: Run, step: int, epoch_ends: bool, state: dict, moment
     for name in [f"step_{step}", *([f"epoch_{epoch}"] if epoch_ends else [])]:
         with atomic_folder(run_dir / name) as folder:
             save_model_folder(folder, state, run.backbone_config, run.tokenizer, run.record)
-    progress = {"window": run.window.to_json(), "metrics_bytes": run.log.size, "fingerprint": run.fingerprint}
+    progress = {
+        "window": run.window.to_json(),
+        "metrics_bytes": run.log.force_to_disk(),
+        "fingerprint": run.fingerprint,
+        "processes": run.accelerator.num_processes,
+    }
     save_state(run_dir / "resume", state, moments, progress, step)
     if run.config.save_total_limit is not None:
-        for _, old in numbered_folders(run_dir)[: -run.config.save_total_limit]:
+        # Folders of later steps, from before the run went back to an earlier state, do not push this one out.
+        done = [path for number, path in numbered_folders(run_dir) if number <= step]
+        for old in done[: -run.config.save_total_limit]:
             shutil.rmtree(old)
 
 

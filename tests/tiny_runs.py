@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tiny_models import make_tokenizer, random_backbone
 
@@ -150,7 +151,9 @@ def fork_server():
     return context
 
 
-def _child(main: Callable[..., int] | None, arguments: Sequence[str], environment: dict[str, str], output: Path) -> None:
+def _child(
+    main: Callable[..., int] | None, arguments: Sequence[str], environment: dict[str, str], output: Path
+) -> None:
     os.environ.update(environment)
     with output.open("wb") as file:
         os.dup2(file.fileno(), 1)
@@ -206,6 +209,18 @@ class Launch:
 
     def printed(self) -> str:
         return "\n".join(path.read_text(errors="replace") for path in self.outputs if path.exists())
+
+
+def run_each(configs: list[str]) -> int:
+    """run.py's main for one config after another, in the same processes."""
+    main = runpy.run_path(str(ROOT / "run.py"))["main"]
+    codes = []
+    for config in configs:
+        codes.append(main(["--config", config]))
+        AcceleratorState._reset_state(reset_partial_state=True)  # the next run makes a process group of its own
+        if "MASTER_PORT" in os.environ:
+            os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+    return max(codes)
 
 
 def run(inputs: Inputs, config: Path, *arguments: Any, processes: int = 1, expected: int = 0, **options: Any) -> str:
