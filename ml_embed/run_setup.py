@@ -19,6 +19,7 @@ from ml_embed.checkpoint import drop_newer, load_state, read_progress
 from ml_embed.config import TrainConfig
 from ml_embed.data.batch import BatchBuilder
 from ml_embed.data.store import Store, open_store
+from ml_embed.distributed import world_size as processes_of_group
 from ml_embed.errors import UserError
 from ml_embed.files import remove_leftovers, write_json
 from ml_embed.metrics import MetricsLog, Window
@@ -51,6 +52,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             f"report_to: {', '.join(missing)} is not installed or not known; available: {', '.join(trackers)}"
         )
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # said aloud, or accelerate takes launched processes for single ones
         mixed_precision=None if launched else ("bf16" if has_bf16 else "no"),
         log_with=list(config.report_to) or None,
         project_dir=config.tb_dir,
@@ -76,6 +78,11 @@ def _check_engine(accelerator: Accelerator) -> None:
         raise UserError(
             "accelerate shards parameters (FSDP) only on GPUs and would silently copy them to every process here; "
             "on CPUs use configs/accelerate_cpu.yaml"
+        )
+    if processes_of_group() != accelerator.num_processes:
+        raise UserError(
+            f"the launcher started {processes_of_group()} processes, but accelerate sees {accelerator.num_processes}; "
+            "to train on the CPUs of a machine with GPUs, set the environment variable ACCELERATE_USE_CPU=true"
         )
     if accelerator.distributed_type not in _ENGINES:
         raise UserError(
