@@ -5,7 +5,15 @@ One launch for each number of processes trains all the cases one after another. 
 
 import pytest
 import torch
-from tiny_runs import DATASETS, Inputs, Launch, final_state, metrics, run_each
+import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from safetensors.torch import load_file
+from tiny_runs import DATASETS, ROOT, Inputs, Launch, final_state, metrics, run, run_each
+
+import run as run_script
+from ml_embed import run_setup
 
 CASES = {
     "everything": {"valid_fraction": 0.3},
@@ -37,6 +45,54 @@ def run_dirs(inputs):
         assert launch.wait() == [0] * processes, launch.printed()
         assert "Warning" not in launch.printed()
     return lambda case, processes: inputs.run_dir(f"{case}-{processes}")
+
+
+@pytest.fixture(scope="module")
+def sharded_run_dirs(inputs, run_dirs):
+    """case -> the folder of a run of two processes under FSDP2."""
+    configs = []
+    for case in ("everything", "in_chunks"):
+        configs.append(inputs.config(f"{case}-sharded", train_batch_size=GLOBAL_BATCH // 2, **CASES[case]))
+    launch = Launch(inputs.folder / "printed" / "sharded", configs, 2, main=run_each_sharded)
+    assert launch.wait() == [0, 0], launch.printed()
+    return lambda case: inputs.run_dir(f"{case}-sharded")
+
+
+def run_each_sharded(configs: list[str]) -> int:
+    shard_on_cpu()
+    return run_each(configs)
+
+
+def run_sharded(arguments: list[str]) -> int:
+    shard_on_cpu()
+    return run_script.main(arguments)
+
+
+def shard_on_cpu() -> None:
+    """Make accelerate shard as configs/accelerate_fsdp2.yaml says: left alone, it knows FSDP on GPUs only.
+
+    All that comes after this choice is accelerate's own code, and torch's, over gloo.
+    """
+    settings = yaml.safe_load((ROOT / "configs" / "accelerate_fsdp2.yaml").read_text())["fsdp_config"]
+    make = run_setup.make_accelerator
+
+    def make_sharded(config) -> Accelerator:
+        accelerator = make(config)
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=settings["fsdp_version"],
+            auto_wrap_policy=settings["fsdp_auto_wrap_policy"],
+            transformer_cls_names_to_wrap=[settings["fsdp_transformer_layer_cls_to_wrap"]],
+            reshard_after_forward=settings["fsdp_reshard_after_forward"],
+            cpu_ram_efficient_loading=settings["fsdp_cpu_ram_efficient_loading"],
+            state_dict_type=settings["fsdp_state_dict_type"],
+        )
+        AcceleratorState._shared_state["fsdp_plugin"] = plugin
+        for state in (AcceleratorState, PartialState):
+            state._shared_state["distributed_type"] = DistributedType.FSDP
+        assert accelerator.is_fsdp2
+        return accelerator
+
+    run_setup.make_accelerator = make_sharded
 
 
 def assert_same_metrics(left: list[dict], right: list[dict], relative: float = 1e-5) -> None:
@@ -85,3 +141,39 @@ def test_the_cases_hold_what_they_should(run_dirs, inputs):
     moved = sum(not torch.equal(first[name], last[name]) for name in first.keys() & last.keys())
     assert moved > 30
     assert any(line["split"] == "valid" for line in metrics(run_dirs("everything", 4)))
+
+
+@pytest.mark.parametrize("case", ["everything", "in_chunks"])
+def test_sharded_processes_are_one(run_dirs, sharded_run_dirs, case):
+    one, sharded = run_dirs(case, 1), sharded_run_dirs(case)
+    assert_same_metrics(metrics(one), metrics(sharded))
+    assert_same_tensors(final_state(one), final_state(sharded))
+    for moments in (final_state(one, "optimizer.safetensors"), final_state(sharded, "optimizer.safetensors")):
+        assert any(name.endswith("|exp_avg_sq") for name in moments)
+    assert_same_tensors(final_state(one, "optimizer.safetensors"), final_state(sharded, "optimizer.safetensors"))
+
+
+def test_the_model_folder_of_sharded_processes_is_whole(run_dirs, sharded_run_dirs):
+    (one,) = run_dirs("everything", 1).glob("epoch_1")
+    sharded = sharded_run_dirs("everything") / "epoch_1"
+    names = sorted(str(path.relative_to(one)) for path in one.rglob("*"))
+    assert names == sorted(str(path.relative_to(sharded)) for path in sharded.rglob("*"))
+    assert "model.safetensors" in names
+    for name in names:
+        if name.endswith(".safetensors"):
+            assert_same_tensors(load_file(one / name), load_file(sharded / name))
+        elif (one / name).is_file():
+            assert (one / name).read_bytes() == (sharded / name).read_bytes(), name
+
+
+def test_a_sharded_run_continues_a_copied_one_and_the_reverse(inputs):
+    settings = {"train_steps": 6, "checkpointing_steps": 3, "train_batch_size": 2}
+    run(inputs, inputs.config("whole", **settings), processes=2)
+    for name, first, then in (("to_sharded", None, run_sharded), ("from_sharded", run_sharded, None)):
+        run(inputs, inputs.config(name, **settings), processes=2, main=first)
+        for path in inputs.run_dir(name).glob("**/step_6"):
+            path.rename(inputs.folder / f"{name}-{path.parent.name}-set-aside")
+        printed = run(inputs, inputs.config(name, **settings), "--resume", "auto", processes=2, main=then)
+        assert "continuing after step 3" in printed
+        assert_same_metrics(metrics(inputs.run_dir("whole")), metrics(inputs.run_dir(name)))
+        assert_same_tensors(final_state(inputs.run_dir("whole")), final_state(inputs.run_dir(name)))

@@ -15,6 +15,7 @@ from faults.storm import Storm
 from test_distributed import assert_same_metrics, assert_same_tensors
 from tiny_runs import ROOT, Inputs, Launch, final_state, metrics, run
 
+import run as run_script
 from ml_embed.checkpoint import numbered_folders
 
 STEPS = 9
@@ -202,8 +203,6 @@ def test_not_finite_on_one_process_stops_all_before_the_update(inputs):
 
 def main_with_nan_at_step_5(arguments: list[str]) -> int:
     """run.py's main where the vectors of the second process are not numbers in the fifth step."""
-    import runpy
-
     from ml_embed.model import MatryoshkaEncoder
 
     forward, calls = MatryoshkaEncoder.forward, iter(range(1, 1000))
@@ -213,7 +212,7 @@ def main_with_nan_at_step_5(arguments: list[str]) -> int:
         return vectors * torch.nan if next(calls) == 5 and os.environ["RANK"] == "1" else vectors
 
     MatryoshkaEncoder.forward = poisoned
-    return runpy.run_path(str(ROOT / "run.py"))["main"](arguments)
+    return run_script.main(arguments)
 
 
 def test_a_mistake_on_one_process_alone_does_not_hang_the_others(inputs):
@@ -230,8 +229,6 @@ def test_a_mistake_on_one_process_alone_does_not_hang_the_others(inputs):
 
 
 def main_without_data_on_second(arguments: list[str]) -> int:
-    import runpy
-
     if os.environ["RANK"] == "1":
         arguments = [*arguments, "--set", "train_data_path=/nowhere"]
-    return runpy.run_path(str(ROOT / "run.py"))["main"](arguments)
+    return run_script.main(arguments)

@@ -8,7 +8,6 @@ import functools
 import json
 import multiprocessing
 import os
-import runpy
 import socket
 import sys
 import time
@@ -160,7 +159,8 @@ def _child(
         os.dup2(file.fileno(), 2)
     sys.stdout.reconfigure(line_buffering=True)
     torch.set_num_threads(1)
-    main = main or runpy.run_path(str(ROOT / "run.py"))["main"]
+    if main is None:
+        from run import main
     sys.exit(main([str(argument) for argument in arguments]))
 
 
@@ -213,7 +213,8 @@ class Launch:
 
 def run_each(configs: list[str]) -> int:
     """run.py's main for one config after another, in the same processes."""
-    main = runpy.run_path(str(ROOT / "run.py"))["main"]
+    from run import main
+
     codes = []
     for config in configs:
         codes.append(main(["--config", config]))

@@ -3,7 +3,7 @@
     python tests/faults/storm.py --runs 50 --seed 0 [--processes 2] [--folder DIR]
 
 Each run meets a few faults, chosen and timed by the seed: killed at any moment, killed while a checkpoint is being
-written, told to stop, its disk full, its newest checkpoint torn or with a bit flipped. The last line is one JSON object.
+written, told to stop, its disk full, its newest checkpoint torn or with a bit flipped. The last line is a JSON object.
 """
 
 import argparse
@@ -12,7 +12,6 @@ import contextlib
 import errno
 import json
 import os
-import runpy
 import shutil
 import signal
 import sys
@@ -25,10 +24,11 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]  # when run as a script
 
-from tiny_runs import ROOT, TIMEOUT, Inputs, Launch, metrics
+from tiny_runs import TIMEOUT, Inputs, Launch, metrics  # noqa: E402
 
-from ml_embed.checkpoint import numbered_folders
-from ml_embed.files import damage
+import run as run_script  # noqa: E402
+from ml_embed.checkpoint import numbered_folders  # noqa: E402
+from ml_embed.files import damage  # noqa: E402
 
 STEPS = 14  # more than an epoch, so that checkpoints of epochs are broken too
 STATE_FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "checksums.json")
@@ -49,7 +49,7 @@ def main_on_full_disk(arguments: list[str]) -> int:
         fsync(descriptor)
 
     os.fsync = failing
-    return runpy.run_path(str(ROOT / "run.py"))["main"](arguments)
+    return run_script.main(arguments)
 
 
 class Storm:
