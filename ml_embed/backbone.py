@@ -148,7 +148,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
             f"{folder} is not a tokenizer folder: it has no tokenizer.json; give a local folder that has one"
         )
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exception for a broken file
         raise UserError(f"the tokenizer in {folder} cannot be read: {error}") from error
 

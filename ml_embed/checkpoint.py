@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -28,6 +29,7 @@ from ml_embed.files import atomic_folder, damage, write_checksums
 FORMAT_VERSION = 1
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
 KEPT_STATES = 2  # the newest, and the one before it in case the newest is found damaged
+_PROGRESS_KEYS = {"step", "window", "metrics_bytes", "fingerprint", "processes"}
 _STEP_FOLDER = re.compile(r"step_(\d+)")
 
 # The same calls serve one process, DDP and FSDP2: tensors come whole, on the CPU, on the first process.
@@ -120,8 +122,12 @@ def read_progress(path: Path) -> dict[str, Any]:
     problem = damage(path)
     if problem is not None:
         raise UserError(f"--resume: {path} is damaged ({problem}); use --resume auto to take the newest whole one")
-    state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-    if state.get("format_version") != FORMAT_VERSION:
+    try:
+        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        version, missing = state["format_version"], _PROGRESS_KEYS - state.keys()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"--resume: {path / STATE_FILE} is no record of a run ({error!r})") from None
+    if version != FORMAT_VERSION or missing:
         raise UserError(f"--resume: {path} was written by another version of ml-embed")
     return state
 
@@ -130,16 +136,23 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
     """Put a saved state into a prepared model and optimizer, whatever number of processes wrote it.
 
     Raises:
-        UserError: the state is of another model.
+        UserError: the state is not readable, or of another model.
     """
-    tensors = load_file(path / MODEL_FILE)
+    try:
+        tensors, moments = load_file(path / MODEL_FILE), load_file(path / OPTIMIZER_FILE)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"--resume: the tensors in {path} cannot be read ({error}); every machine must see the same output_dir"
+        ) from None
     own = set(get_model_state_dict(model, options=StateDictOptions()))
     if own != set(tensors):
         odd = sorted(own ^ set(tensors))[0]
         raise UserError(f"--resume: {path} is the state of another model (they differ in {odd})")
+    if {name.rpartition(_SEPARATOR)[0] for name in moments} != own:
+        raise UserError(f"--resume: {path / OPTIMIZER_FILE} does not belong to the weights beside it")
     set_model_state_dict(model, tensors, options=_SCATTER)
     state: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in load_file(path / OPTIMIZER_FILE).items():
+    for name, tensor in moments.items():
         parameter, _, moment = name.rpartition(_SEPARATOR)
         state.setdefault(parameter, {})[moment] = tensor
     groups = get_optimizer_state_dict(model, optimizer)["param_groups"]  # learning rate and betas are the config's

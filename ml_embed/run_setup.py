@@ -12,6 +12,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, broadcast_object_list, set_seed
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from ml_embed.attention import choose_kernel
 from ml_embed.build import build_encoder, build_optimizer, build_teacher
@@ -63,6 +64,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         ],
     )
     _check_engine(accelerator)
+    if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
+        # accelerate's own choice would also sum gradients and return vectors in bf16
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise UserError(f"mixed_precision: {accelerator.mixed_precision!r} is not supported; use 'bf16' or 'no'")
     return accelerator

@@ -44,7 +44,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     else:
         source = str(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exception for a broken file; the hub has a dozen classes
         remedy = (
             "Check that its files are whole."

@@ -1,0 +1,151 @@
+"""Files and folders that are whole whenever they exist, and that say so when they are not."""
+
+import errno
+import os
+import resource
+import subprocess
+
+import pytest
+
+from ml_embed.errors import UserError
+from ml_embed.files import (
+    append_whole,
+    atomic_folder,
+    damage,
+    is_disk_full,
+    remove_leftovers,
+    write_checksums,
+    write_json,
+)
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    """A file system of one megabyte."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("a small file system cannot be mounted here (needs root); simulated in tests/faults/storm.py")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    with atomic_folder(tmp_path / "target") as folder:
+        (folder / "file").write_text("new")
+        assert not (tmp_path / "target").exists()
+    assert names(tmp_path) == ["target"]
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "target") as folder:  # noqa: PT012
+        (folder / "file").write_text("half")
+        raise KeyboardInterrupt
+    assert names(tmp_path) == ["target"]
+    assert (tmp_path / "target" / "file").read_text() == "new"
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    for text in ("old", "new"):
+        with atomic_folder(tmp_path / "target") as folder:
+            (folder / text).write_text(text)
+    assert names(tmp_path / "target") == ["new"]
+    assert names(tmp_path) == ["target"]
+
+
+def test_what_a_kill_leaves_is_removed_and_a_replaced_folder_put_back(tmp_path, monkeypatch):
+    with atomic_folder(tmp_path / "target") as folder:
+        (folder / "file").write_text("old")
+    rename, renames = os.rename, iter(range(3))
+
+    class Killed(BaseException):
+        """SIGKILL between the two renames: nothing of ours runs any more."""
+
+    def kill_at_second(self, target):
+        if next(renames) == 1:
+            raise Killed
+        rename(self, target)
+
+    monkeypatch.setattr("pathlib.Path.rename", kill_at_second)
+    monkeypatch.setattr("shutil.rmtree", lambda *args, **kwargs: None)
+    with pytest.raises(Killed), atomic_folder(tmp_path / "target") as folder:
+        (folder / "file").write_text("new")
+    monkeypatch.undo()
+    assert names(tmp_path) == [".target.partial", ".target.replaced"]
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["target"]
+    assert (tmp_path / "target" / "file").read_text() == "old"
+
+
+def test_a_full_disk_leaves_the_old_folder_and_no_half_one(full_disk):
+    with atomic_folder(full_disk / "target") as folder:
+        (folder / "file").write_bytes(bytes(400_000))
+    with pytest.raises(UserError, match="no space left on the disk of"), atomic_folder(full_disk / "target") as folder:
+        (folder / "file").write_bytes(bytes(800_000))
+    assert names(full_disk) == ["target"]
+    assert (full_disk / "target" / "file").stat().st_size == 400_000
+
+
+def test_a_full_disk_under_json_and_appended_lines(full_disk):
+    write_json(full_disk / "settings.json", {"a": 1})
+    append_whole(full_disk / "log", "first\n")
+    (full_disk / "filler").write_bytes(bytes(1024 * 1024 - 3 * 4096))
+    with pytest.raises(OSError, match="No space left") as caught:
+        append_whole(full_disk / "log", "x" * 100_000)
+    assert is_disk_full(caught.value)
+    assert caught.value.filename == str(full_disk / "log")
+    with pytest.raises(OSError, match="No space left"):
+        write_json(full_disk / "settings.json", {"a": "x" * 100_000})
+    assert (full_disk / "log").read_text() == "first\n"
+    assert (full_disk / "settings.json").read_text() == '{\n  "a": 1\n}\n'
+    assert names(full_disk) == ["filler", "log", "settings.json"]
+
+
+def test_a_failing_disk_is_a_message(tmp_path):
+    with pytest.raises(UserError, match=r"cannot be written .*Input/output"), atomic_folder(tmp_path / "target"):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    assert names(tmp_path) == []
+
+
+def test_a_file_size_limit_cuts_no_line(tmp_path):
+    append_whole(tmp_path / "log", "first\n")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            append_whole(tmp_path / "log", "second line\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (tmp_path / "log").read_text() == "first\n"
+
+
+def test_safetensors_reports_full_disks_as_text():
+    assert is_disk_full(RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"))
+    assert is_disk_full(RuntimeError("I/O error: Disk quota exceeded (os error 122)"))
+    assert not is_disk_full(RuntimeError("Error while serializing: (os error 2)"))
+
+
+@pytest.mark.parametrize("name", ["a", "inner/b", "checksums.json"])
+def test_every_flipped_bit_and_every_torn_file_is_found(tmp_path, name):
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "a").write_bytes(b"abc")
+    (tmp_path / "inner" / "b").write_bytes(b"def")
+    write_checksums(tmp_path)
+    assert damage(tmp_path) is None
+    path = tmp_path / name
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        assert damage(tmp_path) is not None, length
+    if name != "checksums.json":  # a flip in its blanks changes nothing that is read
+        for position in range(8 * len(whole)):
+            flipped = bytearray(whole)
+            flipped[position // 8] ^= 1 << position % 8
+            path.write_bytes(flipped)
+            assert damage(tmp_path) is not None, position
+    path.unlink()
+    assert damage(tmp_path) is not None
