@@ -63,27 +63,30 @@ class ContrastiveBatch:
 
 
 class TextPool:
-    """The distinct texts of a batch: queries told apart by their ids, documents by their number."""
+    """The distinct texts of a batch, told apart by their ids: a query may be some row's document."""
 
     def __init__(self, dataset: TokenizedDataset, max_length: int, eos_id: int):
         self._dataset = dataset
         self._max_length = max_length
         self._eos_id = eos_id
-        self._number: dict[bytes | int, int] = {}
+        self._number: dict[bytes, int] = {}
+        self._document_number: dict[int, int] = {}
         self._texts: list[np.ndarray] = []
 
     def add_query(self, row: int) -> int:
-        ids = self._dataset.query(row)
-        return self._add(ids.tobytes(), ids)
+        return self._add(self._dataset.query(row))
 
     def add_document(self, document: int) -> int:
-        known = self._number.get(document)
-        return self._add(document, self._dataset.document(document)) if known is None else known
+        number = self._document_number.get(document)
+        if number is None:
+            number = self._document_number[document] = self._add(self._dataset.document(document))
+        return number
 
-    def _add(self, key: bytes | int, ids: np.ndarray) -> int:
-        number = self._number.setdefault(key, len(self._texts))
+    def _add(self, ids: np.ndarray) -> int:
+        ids = cut_to_length(ids, self._max_length, self._eos_id)
+        number = self._number.setdefault(ids.tobytes(), len(self._texts))
         if number == len(self._texts):
-            self._texts.append(cut_to_length(ids, self._max_length, self._eos_id))
+            self._texts.append(ids)
         return number
 
     def pack(self) -> tuple[PackedBatch, np.ndarray]:

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# The whole test suite, in an environment of its own making (shared with quickstart.sh). Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/environment.sh
+prepare_environment plot,sentence-transformers,dev
+
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+exec "$PYTHON" -m pytest -q "$@"
