@@ -7,7 +7,7 @@ from pathlib import Path
 from ml_embed.errors import exit_on_user_error
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Tokenize raw contrastive data (one .parquet or .jsonl file a dataset; columns query, passage, "
         "negative_1 ... negative_K or negatives) for run.py. An interrupted run is continued by the same command."
@@ -29,18 +29,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--overwrite", action="store_true", help="make all datasets anew; without it, other data there is an error"
     )
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 @exit_on_user_error
-def main() -> int:
-    arguments = parse_arguments()
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
     from ml_embed.tokenization import TokenizeOptions, tokenize_folder  # after parsing: --help answers at once
 
-    manifest = tokenize_folder(TokenizeOptions(**vars(arguments)))
+    manifest = tokenize_folder(TokenizeOptions(**vars(options)))
     datasets = manifest["datasets"].values()
     rows, documents, tokens = (sum(entry[key] for entry in datasets) for key in ("rows", "documents", "tokens"))
-    print(f"{arguments.output}: {len(datasets)} datasets, {rows:,} rows, {documents:,} documents, {tokens:,} tokens")
+    print(f"{options.output}: {len(datasets)} datasets, {rows:,} rows, {documents:,} documents, {tokens:,} tokens")
     return 0
 
 

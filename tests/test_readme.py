@@ -1,0 +1,154 @@
+"""The README is executed: its commands and Python run on a tiny model and data under the names it uses."""
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+import run as run_script
+import tokenize_data_qwen
+from ml_embed.config import DatasetConfig, TrainConfig, field_docs, parse_config
+
+REPOSITORY = Path(__file__).parents[1]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+# Run by CI itself, or installing what is installed already.
+RUN_ELSEWHERE = ("bash scripts/quickstart.sh", "bash scripts/test.sh", "pip install -c constraints.txt -e .")
+TINY = ["train_steps=2", "train_batch_size=4", "r=32", "max_seq_length=24", "num_hard_neg=2", "report_to=[]"]
+PREFIX = r"(?:[A-Z_]+=\S+ )*"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = [line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    return [line for line in lines if line and line not in RUN_ELSEWHERE]
+
+
+@pytest.fixture(scope="module")
+def laptop(world, tmp_path_factory):
+    """A folder where every path that the README names exists, tiny."""
+    folder = tmp_path_factory.mktemp("laptop")
+    (folder / "my_data").mkdir()
+    (folder / "my_data" / "raw").symlink_to(world.raw)
+    shutil.copytree(world.backbone, folder / "models" / "Qwen3-0.6B")
+    (folder / "configs").symlink_to(REPOSITORY / "configs")
+    return folder
+
+
+def load_script(name: str):
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location(Path(name).stem, REPOSITORY / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def check_launch(flags: list[str]) -> None:
+    """accelerate's own parser takes the flags, and the config file is there."""
+    from accelerate.commands.launch import launch_command_parser
+
+    known, rest = launch_command_parser().parse_known_args([*flags, "run.py"])
+    assert known.training_script == "run.py"
+    assert not rest
+    assert (REPOSITORY / known.config_file).is_file()
+
+
+def run_command(command: str, experiment: str) -> int:
+    words = shlex.split(re.sub(f"^{PREFIX}", "", command))
+    if words[:2] == ["accelerate", "launch"]:
+        script = words.index("run.py")
+        check_launch(words[2:script])
+        words = ["python", *words[script:]]
+    assert words[0] == "python", command
+    arguments = words[2:]
+    if words[1] == "run.py":
+        if "configs/quickstart.json" in arguments:  # run by CI as it is
+            return 0
+        resumes = "--resume" in arguments
+        own_data = [] if any("train_data_path=" in a for a in arguments) else ["train_data_path=my_data/tokenized"]
+        name = [] if resumes or "--dry-run" in arguments else [f"experiment_id={experiment}"]
+        return run_script.main([*arguments, "--set", *TINY, *own_data, *name])
+    if words[1] == "tokenize_data_qwen.py":
+        return tokenize_data_qwen.main(arguments)
+    return load_script(words[1]).main([a.replace("0.6B-3d-ml/epoch_2", "trained/step_2") for a in arguments])
+
+
+def test_every_command_of_the_readme_runs(laptop, monkeypatch):
+    monkeypatch.chdir(laptop)
+    # What evaluate and export are shown with: sizes that the tiny model has.
+    smaller = {
+        "--depth 8": "--depth 1",
+        "--rank 128": "--rank 32",
+        "--dim 256": "--dim 16",
+        "0.6B-3d-ml/epoch_2": "run0/step_2",
+    }
+    seen = commands()
+    assert len(seen) >= 12
+    for number, command in enumerate(seen):
+        for shown, tiny in smaller.items():
+            command = command.replace(shown, tiny)
+        if "evaluate.py" in command and not Path("output/run0").exists():
+            trained = next(Path("output").iterdir())
+            Path("output/run0").symlink_to(trained.absolute())
+        assert run_command(command, f"run-{number}") == 0, command
+
+
+def test_the_python_of_the_readme_runs(laptop, monkeypatch):
+    monkeypatch.chdir(laptop)
+    assert Path("my_models/small").is_dir(), "made by the commands above it in the README"
+    for block in blocks("python"):
+        code = block.replace("0.6B-3d-ml/epoch_2", "run0/step_2").replace(
+            "depth=8, dim=256, rank=128", "depth=1, dim=16, rank=32"
+        )
+        names = {}
+        exec(code, names)
+        assert len(names["vectors"]) in (1, 2)
+        assert names["vectors"].shape[1] == 16
+
+
+def test_the_json_of_the_readme_is_accepted():
+    shown = blocks("json")
+    assert any('"datasets"' in block for block in shown)
+    for block in shown:
+        if '"datasets"' in block:
+            required = dict.fromkeys(
+                ("model_path", "experiment_id", "output_dir", "tb_dir", "cache_dir", "train_data_path"), "x"
+            )
+            parse_config(required | json.loads("{" + block + "}"))
+        else:
+            assert {"query", "passage", "negatives"} == json.loads(block).keys()
+
+
+@pytest.mark.parametrize("cls", [TrainConfig, DatasetConfig])
+def test_the_key_tables_are_the_configs_own(cls):
+    for line in config_table(cls):
+        assert line in README, line
+
+
+def config_table(cls) -> list[str]:
+    """The lines of the README's table of keys."""
+    import dataclasses
+
+    lines = ["| key | default | meaning |", "|---|---|---|"]
+    docs = field_docs(cls)
+    for field in dataclasses.fields(cls):
+        default = "required"
+        if field.default is not dataclasses.MISSING:
+            default = f"`{json.dumps(field.default)}`"
+        elif field.default_factory is not dataclasses.MISSING:
+            default = f"`{json.dumps(field.default_factory())}`"
+        lines.append(f"| `{field.name}` | {default} | {docs[field.name]} |")
+    return lines
+
+
+def test_paths_that_the_readme_names_exist():
+    for path in re.findall(r"\]\(([^)#]+)\)", README):
+        assert path.startswith("http") or (REPOSITORY / path).exists(), path
+    for path in re.findall(r"`((?:configs|scripts|tests|ml_embed)/[\w./-]+)`", README):
+        assert (REPOSITORY / path).exists(), path
