@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -35,9 +36,9 @@ class PackedSequences:
 
     @classmethod
     def from_lengths(cls, lengths, device: torch.device | str = "cpu") -> "PackedSequences":
-        lengths = tuple(int(length) for length in lengths)
-        cumulative = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-        return cls(lengths, cumulative.to(device, non_blocking=True))
+        lengths = tuple(map(int, lengths))
+        cumulative = np.array([0, *itertools.accumulate(lengths)], dtype=np.int32)
+        return cls(lengths, torch.from_numpy(cumulative).to(device, non_blocking=True))
 
     @property
     def max_length(self) -> int:

@@ -63,42 +63,39 @@ class ContrastiveBatch:
 
 
 class TextPool:
-    """The distinct texts of a batch, told apart by their ids: a query may be some row's document."""
+    """The distinct texts of a batch, told apart by their ids: a query may be some row's document.
 
-    def __init__(self, dataset: TokenizedDataset, max_length: int, eos_id: int):
-        self._dataset = dataset
+    Ids are kept as bytes: they are the keys of a dictionary, and are joined without an array for each text.
+    """
+
+    def __init__(self, max_length: int, eos_id: int):
         self._max_length = max_length
         self._eos_id = eos_id
         self._number: dict[bytes, int] = {}
-        self._document_number: dict[int, int] = {}
-        self._texts: list[np.ndarray] = []
 
-    def add_query(self, row: int) -> int:
-        return self._add(self._dataset.query(row))
+    def add(self, texts: Sequence[np.ndarray]) -> list[int]:
+        """A number for each text of int32 ids; the same one for the same text (once cut to the longest length)."""
+        number, longest = self._number, self._max_length
+        numbers = []
+        for ids in texts:
+            if len(ids) > longest:
+                ids = cut_to_length(ids, longest, self._eos_id)
+            numbers.append(number.setdefault(ids.tobytes(), len(number)))
+        return numbers
 
-    def add_document(self, document: int) -> int:
-        number = self._document_number.get(document)
-        if number is None:
-            number = self._document_number[document] = self._add(self._dataset.document(document))
-        return number
+    def pack(self) -> tuple[PackedBatch, np.ndarray, np.ndarray]:
+        """The texts, shortest first; for each number its place among them; for each number its tokens.
 
-    def _add(self, ids: np.ndarray) -> int:
-        ids = cut_to_length(ids, self._max_length, self._eos_id)
-        number = self._number.setdefault(ids.tobytes(), len(self._texts))
-        if number == len(self._texts):
-            self._texts.append(ids)
-        return number
-
-    def pack(self) -> tuple[PackedBatch, np.ndarray]:
-        """The texts, shortest first, and for each number its place among them."""
-        lengths = np.array([len(text) for text in self._texts])
+        Equal lengths stand together: attention runs them in one call.
+        """
+        texts = list(self._number)
+        lengths = np.fromiter(map(len, texts), np.int64, len(texts)) // np.dtype(np.int32).itemsize
         order = np.argsort(lengths, kind="stable")
         place = np.empty_like(order)
         place[order] = np.arange(len(order))
-        return pack_texts([self._texts[i] for i in order]), place
-
-    def lengths(self) -> np.ndarray:
-        return np.array([len(text) for text in self._texts])
+        joined = b"".join([texts[i] for i in order.tolist()])
+        input_ids = torch.from_numpy(np.frombuffer(joined, np.int32).astype(np.int64))
+        return PackedBatch(input_ids, PackedSequences.from_lengths(lengths[order].tolist())), place, lengths
 
 
 def cut_to_length(ids: np.ndarray, max_length: int, eos_id: int) -> np.ndarray:
@@ -108,12 +105,6 @@ def cut_to_length(ids: np.ndarray, max_length: int, eos_id: int) -> np.ndarray:
     cut = ids[:max_length].copy()
     cut[-1] = eos_id
     return cut
-
-
-def pack_texts(texts: Sequence[np.ndarray]) -> PackedBatch:
-    """Texts one behind another. Equal lengths should stand together: attention runs them in one call."""
-    input_ids = torch.from_numpy(np.concatenate(texts).astype(np.int64))
-    return PackedBatch(input_ids, PackedSequences.from_lengths(len(text) for text in texts))
 
 
 @dataclass(frozen=True)
@@ -142,59 +133,60 @@ class BatchBuilder:
         # A share that is short is filled up with weightless copies: every process must take part in the collectives.
         own = np.concatenate([rows[share], np.repeat(rows[:1], per_process - real)])
 
-        negatives, negatives_in_all = self._draw(dataset, plan, rows, own, epoch)
-        width = max((len(chosen) for chosen in negatives), default=0)
-        own_documents = np.asarray(dataset.passage_documents[own])
+        negative_documents, negatives_in_all = self._draw(dataset, plan, rows, own, epoch)  # (R, K), -1 for none
+        present = negative_documents >= 0
+        own_documents = dataset.passage_documents[own]
+        excluded = np.zeros((per_process, 1 + present.shape[1]), bool)
+        np.logical_not(present, out=excluded[:, 1:])
+        if self.mask_false_negatives:
+            excluded[:, 1:] |= negative_documents == own_documents[:, None]
 
-        pool = TextPool(dataset, self.max_length, self.eos_id)
-        query = np.array([pool.add_query(int(row)) for row in own])
-        passage = np.array([pool.add_document(int(document)) for document in own_documents])
-        negative = np.zeros((per_process, width), dtype=np.int64)
-        filler = np.ones((per_process, width), dtype=bool)
-        negative_documents = np.full((per_process, width), -1, dtype=np.int64)
-        for i, chosen in enumerate(negatives):
-            negative[i, : len(chosen)] = [pool.add_document(int(document)) for document in chosen]
-            filler[i, : len(chosen)] = False
-            negative_documents[i, : len(chosen)] = chosen
-        own_document = negative_documents == own_documents[:, None]
-        excluded = filler | own_document if self.mask_false_negatives else filler
+        pool = TextPool(self.max_length, self.eos_id)
+        query = pool.add(dataset.queries(own))
+        documents = np.concatenate([own_documents, negative_documents[present]]).tolist()
+        distinct = list(dict.fromkeys(documents))  # in the order of their first use
+        number_of = dict(zip(distinct, pool.add(dataset.documents(np.array(distinct))), strict=True))
+        numbers = np.array(query + [number_of[document] for document in documents])  # of all that the rows use
+        texts, place, lengths = pool.pack()
+        places = place[numbers]
+        negatives = np.full_like(negative_documents, place[0])  # any text will do where there is none
+        negatives[present] = places[2 * per_process :]
 
         is_real = np.arange(per_process) < real
+        counted = np.concatenate([is_real, is_real, np.repeat(is_real, present.sum(axis=1))])
         negative_weight = processes / max(1, negatives_in_all)
-        lengths = pool.lengths()
-        used = np.concatenate([query[:real], passage[:real], negative[:real][~filler[:real]]])
-        texts, place = pool.pack()
         return ContrastiveBatch(
             dataset=plan.name,
             task=plan.task,
             texts=texts,
-            query=torch.from_numpy(place[query]),
-            passage=torch.from_numpy(place[passage]),
-            negatives=torch.from_numpy(place[negative]),
-            excluded_candidates=torch.from_numpy(np.pad(excluded, ((0, 0), (1, 0)))),
+            query=torch.from_numpy(places[:per_process]),
+            passage=torch.from_numpy(places[per_process : 2 * per_process]),
+            negatives=torch.from_numpy(negatives),
+            excluded_candidates=torch.from_numpy(excluded),
             sample_weights=torch.from_numpy((is_real * (processes / n)).astype(np.float32)),
-            negative_weights=torch.from_numpy(((~filler & is_real[:, None]) * negative_weight).astype(np.float32)),
+            negative_weights=torch.from_numpy((present & is_real[:, None]) * np.float32(negative_weight)),
             gathered_rows=self._gathered_rows(n, per_process),
-            target=torch.from_numpy(np.where(is_real, share.start + np.arange(per_process), 0)),
+            target=torch.from_numpy((share.start + np.arange(per_process)) * is_real),
             excluded_passages=self._excluded_passages(dataset, rows, share, per_process),
             passage_documents=torch.from_numpy(own_documents),
             negative_documents=torch.from_numpy(negative_documents),
-            num_tokens=int(lengths[used].sum()),
+            num_tokens=int(lengths[numbers[counted]].sum()),
             num_encoded_tokens=len(texts.input_ids),
         )
 
     def _draw(
         self, dataset: TokenizedDataset, plan: DatasetPlan, rows: np.ndarray, own: np.ndarray, epoch: int
-    ) -> tuple[list[np.ndarray], int]:
-        """The document numbers of each own row's negatives, and how many the whole global batch uses."""
+    ) -> tuple[np.ndarray, int]:
+        """(R, K) documents of each own row's negatives, -1 for none; how many the whole global batch uses."""
         offsets = dataset.negative_offsets
-        starts, counts = np.asarray(offsets[own]), np.asarray(offsets[own + 1]) - np.asarray(offsets[own])
+        starts = offsets[own]
         key = key_hash(self.seed, "negatives", plan.name, epoch)
-        places = draw_negatives(counts, own, plan.num_negatives, key)
-        documents = dataset.negative_documents
-        negatives = [np.asarray(documents[start + place]) for start, place in zip(starts, places, strict=True)]
-        all_counts = np.asarray(offsets[rows + 1]) - np.asarray(offsets[rows])
-        return negatives, int(np.minimum(all_counts, plan.num_negatives).sum())
+        places = draw_negatives(offsets[own + 1] - starts, own, plan.num_negatives, key)
+        drawn = places >= 0
+        documents = np.full_like(places, -1)
+        documents[drawn] = dataset.negative_documents[(starts[:, None] + places)[drawn]]
+        counts = offsets[rows + 1] - offsets[rows]
+        return documents, int(np.minimum(counts, plan.num_negatives).sum())
 
     def _gathered_rows(self, n: int, per_process: int) -> Tensor:
         shares = [share_of_process(n, process, self.processes) for process in range(self.processes)]
@@ -207,7 +199,7 @@ class BatchBuilder:
         """(R, n): passages of other rows that are the sample's own document (decision 9: by document, not by text)."""
         if not self.mask_false_negatives:
             return None
-        documents = np.asarray(dataset.passage_documents[rows])
+        documents = dataset.passage_documents[rows]
         if len(np.unique(documents)) == len(documents):
             return None
         same = documents[share, None] == documents[None, :]

@@ -9,6 +9,8 @@ import hashlib
 import numpy as np
 
 _MASK = (1 << 64) - 1
+_SHIFT_1, _SHIFT_2, _SHIFT_3 = np.uint64(30), np.uint64(27), np.uint64(31)
+_FACTOR_1, _FACTOR_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 def key_hash(*key: int | str) -> int:
@@ -18,12 +20,11 @@ def key_hash(*key: int | str) -> int:
 
 
 def mix(values: np.ndarray, key: int) -> np.ndarray:
-    """A 64-bit hash of each uint64 value under `key` (the SplitMix64 finaliser, Steele et al. 2014)."""
-    with np.errstate(over="ignore"):
-        x = values.astype(np.uint64) + np.uint64(key & _MASK)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+    """A 64-bit hash of each integer of an array under `key` (the SplitMix64 finaliser, Steele et al. 2014)."""
+    x = values.astype(np.uint64) + np.uint64(key & _MASK)  # arrays of integers wrap without a warning
+    x = (x ^ (x >> _SHIFT_1)) * _FACTOR_1
+    x = (x ^ (x >> _SHIFT_2)) * _FACTOR_2
+    return x ^ (x >> _SHIFT_3)
 
 
 def uniform(*key: int | str) -> float:

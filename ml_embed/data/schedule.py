@@ -18,6 +18,8 @@ from ml_embed.data.random import Permutation, mix, uniform
 from ml_embed.errors import UserError
 from ml_embed.tasks import task_of
 
+_LARGEST_KEY = np.iinfo(np.uint64).max
+
 
 @dataclass(frozen=True)
 class DatasetPlan:
@@ -139,25 +141,33 @@ def share_of_process(num_rows: int, process: int, processes: int) -> slice:
     return slice(process * num_rows // processes, (process + 1) * num_rows // processes)
 
 
-def draw_negatives(counts: np.ndarray, rows: np.ndarray, asked: int, key: int) -> list[np.ndarray]:
+def draw_negatives(counts: np.ndarray, rows: np.ndarray, asked: int, key: int) -> np.ndarray:
     """Which negatives each sample uses: `asked` of its own without replacement, all of them where it has no more.
 
     Args:
         counts: (n,) negatives that each row has.
         rows: (n,) row numbers; the draw depends on (key, row) alone, not on the batch it stands in.
-        asked: negatives wanted.
+        asked: negatives wanted, K.
         key: hash of what the draw is renewed with (seed, dataset, epoch).
     Returns:
-        n ascending int64 index arrays, each of length min(count, asked).
+        (n, w) int64, w = the most that any row uses: min(count, asked) ascending places in each row, then -1.
     """
-    row_keys = mix(rows, key)
-    chosen = []
-    for count, row_key in zip(counts, row_keys, strict=True):
-        places = np.arange(count)
-        if count > asked:
-            places = np.sort(np.argsort(mix(places, int(row_key)), kind="stable")[:asked])
-        chosen.append(places)
-    return chosen
+    used = np.minimum(counts, asked)[:, None]
+    most = int(counts.max(initial=0))
+    width = min(most, asked)
+    places = np.arange(most)
+    if most > asked:
+        # One random key a place: the `asked` smallest of a row win. Places that a row lacks have the largest key.
+        keys = mix(places.astype(np.uint64) + mix(rows, key)[:, None], 0)  # = mix(places, the row's key)
+        keys[places >= counts[:, None]] = _LARGEST_KEY
+        winners = keys.argsort(axis=1, kind="stable")[:, :width]
+    else:
+        winners = np.repeat(places[None], len(rows), axis=0)
+    absent = places[:width] >= used
+    winners[absent] = most  # sorted to the end
+    winners.sort(axis=1)
+    winners[absent] = -1
+    return winners
 
 
 def draw_rank(ranks: Sequence[int], seed: int, step: int) -> int:

@@ -1,0 +1,68 @@
+"""Real text for the benchmarks: articles of the embedded corpus, tokenized, and backbones of any shape to read them.
+
+The tokenizer is trained on the same text; the token table has Qwen3's 151,936 rows all the same.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
+
+from ml_embed.backbone import load_tokenizer, train_tokenizer
+from ml_embed.sample_data import build_datasets, training_texts
+from ml_embed.tokenization import TokenizeOptions, tokenize_folder
+
+QWEN3_VOCABULARY = 151_936
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Folders of raw and tokenized data of the retrieval task, and the tokenizer they share."""
+
+    raw: Path
+    tokenized: Path
+    tokenizer_folder: Path
+    tokenizer: PreTrainedTokenizerFast
+
+
+def make_sample(
+    folder: Path, rows: int, languages: int = 50, tokenizer_folder: Path | None = None, vocabulary: int = 16_384
+) -> Sample:
+    """Write `rows` rows (query, passage, 23 negatives: articles in many languages) and their token ids.
+
+    Args:
+        folder: an empty or new folder.
+        rows: rows of the retrieval dataset.
+        languages: translations that the rows are made of.
+        tokenizer_folder: a tokenizer to use, Qwen3's where it is at hand; None trains one.
+        vocabulary: tokens of a trained one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    plan = build_datasets(folder / "all", folder / "evaluation", languages=languages, rows=max(rows, 6), eval_rows=6)
+    (folder / "raw").mkdir()
+    (folder / "all" / "udhr_retrieval.parquet").rename(folder / "raw" / "udhr_retrieval.parquet")
+    if tokenizer_folder is None:
+        tokenizer_folder = folder / "tokenizer"
+        train_tokenizer(training_texts(plan), vocabulary).save_pretrained(tokenizer_folder)
+    tokenize_folder(TokenizeOptions(str(tokenizer_folder), folder / "raw", folder / "tokenized"), progress=False)
+    return Sample(folder / "raw", folder / "tokenized", tokenizer_folder, load_tokenizer(tokenizer_folder))
+
+
+def make_backbone(tokenizer: PreTrainedTokenizerFast | None, **shape: int) -> Qwen3Model:
+    """A Qwen3 model with random weights (seed 0) in float32; `shape` overrides the benchmark's usual one."""
+    usual = {
+        "vocab_size": QWEN3_VOCABULARY,
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "max_position_embeddings": 4096,
+    }
+    special = (
+        {} if tokenizer is None else {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    )
+    torch.manual_seed(0)
+    return Qwen3Model(Qwen3Config(**(usual | shape), **special)).float()
