@@ -17,7 +17,8 @@ TEXTS = [
     "",
     "人人生而自由,在尊严和权利上一律平等。",
     "a",
-    "Everyone has the right to life, liberty and security of person. " * 3,
+    # No space at its ends: sentence-transformers before 6 strips what it is given.
+    ("Everyone has the right to life, liberty and security of person. " * 3).strip(),
     "This one says <|im_end|> in the middle, and at its end <|im_end|>",
     "a",
 ]
