@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ml_embed.checkpoint import model_state, numbered_folders, optimizer_state, save_state
 from ml_embed.config import TrainConfig
-from ml_embed.data.batch import BatchBuilder, ContrastiveBatch
+from ml_embed.data.batch import BatchBuilder, ContrastiveBatch, slice_texts, token_chunks
 from ml_embed.data.schedule import Schedule, draw_rank
 from ml_embed.data.store import Store
 from ml_embed.distributed import all_reduce_max, all_reduce_sum
@@ -82,8 +82,12 @@ class Run:
         """The loss terms of a batch as a function of its texts' vectors."""
         teacher_vectors = None
         if self.teacher is not None:
+            budget = self.config.max_tokens_per_forward or batch.num_encoded_tokens
+            pieces = [slice_texts(batch.texts, *chunk) for chunk in token_chunks(batch.texts.packed, budget)]
             with torch.no_grad(), self.accelerator.autocast():
-                teacher_vectors = self.teacher(batch.texts.input_ids, batch.texts.packed).float()
+                teacher_vectors = torch.cat(
+                    [self.teacher(piece.input_ids, piece.packed).float() for piece in pieces], dim=1
+                )
 
         def objective(vectors: Tensor) -> LossTerms:
             return batch_objective(vectors, batch, self.spec, teacher_vectors, self.config.kd_weight)

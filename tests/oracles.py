@@ -104,3 +104,31 @@ def objective(
         if task == "retrieval":
             total = total + in_batch_loss(q, p, [passage for _, passage, _ in samples], dims, temperature, mask)
     return total / len(exits)
+
+
+def distillation(
+    student: Qwen3Model,
+    teacher: Qwen3Model,
+    samples: list[tuple[Sequence[int], int, list[int]]],
+    documents: list[Sequence[int]],
+    *,
+    exits: Sequence[int],
+    teacher_exits: Sequence[int],
+    max_length: int,
+    eos_id: int,
+) -> Tensor:
+    """Mean over the exits paired from the deepest of: mean squared error of all queries + of all passages + of all
+    negatives, each to the leading components of the teacher's vector, nothing normalised."""
+    pairs = list(zip(sorted(exits, reverse=True), sorted(teacher_exits, reverse=True), strict=False))
+
+    def error(ids: Sequence[int]) -> Tensor:
+        ids = cut(ids, max_length, eos_id)
+        vectors = exit_vectors(student, ids, exits)
+        with torch.no_grad():
+            wanted = exit_vectors(teacher, ids, teacher_exits)
+        return sum(((vectors[a] - wanted[b][: len(vectors[a])]) ** 2).mean() for a, b in pairs) / len(pairs)
+
+    queries = [error(query) for query, _, _ in samples]
+    passages = [error(documents[passage]) for _, passage, _ in samples]
+    negatives = [error(documents[negative]) for _, _, own in samples for negative in own]
+    return sum(torch.stack(errors).mean() for errors in (queries, passages, negatives) if errors)
