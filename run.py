@@ -37,15 +37,14 @@ def main(arguments: list[str] | None = None) -> int:
     from ml_embed.run_setup import make_accelerator, open_inputs, set_up
     from ml_embed.training import train
 
-    with failures_from_outside():
+    with failures_from_outside(), heartbeat():
         accelerator = make_accelerator(config)
-        with heartbeat():
-            inputs = open_inputs(config, accelerator.num_processes, progress=accelerator.is_local_main_process)
-            if options.dry_run:
-                accelerator.print(json.dumps(inputs[-1].to_json(), indent=2))
-                return 0
-            code = train(set_up(config, given, accelerator, inputs, options.resume, options.allow_changes))
-            accelerator.end_training()
+        inputs = open_inputs(config, accelerator.num_processes, progress=accelerator.is_local_main_process)
+        if options.dry_run:
+            accelerator.print(json.dumps(inputs[-1].to_json(), indent=2))
+            return 0
+        code = train(set_up(config, given, accelerator, inputs, options.resume, options.allow_changes))
+        accelerator.end_training()
     if code == 0:
         accelerator.print(f"done: {config.run_dir}")
     return code

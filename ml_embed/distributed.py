@@ -3,6 +3,10 @@
 Letters: W processes, R rows of each process.
 """
 
+import os
+import socket
+
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -18,9 +22,24 @@ def process_index() -> int:
 
 def is_lost_peer(error: BaseException) -> bool:
     """Whether a collective failed because another process ended or did not answer, not for a reason of its own."""
-    text = str(error)
-    signs = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "timeout caused pair closure")
+    text = str(error).lower()
+    signs = ("closed by peer", "reset by peer", "broken pipe", "timed out", "timeout", "connectfullmesh failed")
     return isinstance(error, dist.DistError) or ("gloo" in text and any(sign in text for sign in signs))
+
+
+def choose_gloo_interface() -> None:
+    """Let gloo use the network that leads to the first machine: by itself it takes what the host's name resolves to,
+    which on many machines is the loopback."""
+    if "MASTER_ADDR" not in os.environ or os.environ.get("WORLD_SIZE") == os.environ.get("LOCAL_WORLD_SIZE"):
+        return
+    first = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    family, kind, _, _, address = socket.getaddrinfo(*first, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)  # sends nothing
+        own = probe.getsockname()[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address == own for address in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 class _GatherRows(torch.autograd.Function):

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 BEAT_SECONDS = 3.0
 LOST_AFTER_SECONDS = 30.0  # a stalled network or a swapping machine must be able to recover
+START_SECONDS = 600.0  # until the first beat of a machine, which may be loading libraries from a slow disk
 LOST_EXIT_CODE = 69  # EX_UNAVAILABLE of sysexits.h
 
 
@@ -40,8 +41,9 @@ class Heartbeat:
         self._others = [number for number in range(machines) if number != machine]
         self._connect, self._lost = connect, lost
         self._stopped = threading.Event()
-        self._store_answered = time.monotonic()
-        self._heard = dict.fromkeys(self._others, time.monotonic())
+        first_due = time.monotonic() + START_SECONDS
+        self._store_answered = first_due
+        self._heard = dict.fromkeys(self._others, first_due)
         for target in (self._beat, self._watch):
             threading.Thread(target=target, daemon=True, name=f"heartbeat{target.__name__}").start()
 
@@ -58,7 +60,7 @@ class Heartbeat:
                     store.add(_key(self._machine), 1)
                 for other in self._others:
                     count = store.add(_key(other), 0)
-                    if counts.get(other) != count:
+                    if counts.get(other, 0) != count:
                         counts[other] = count
                         self._heard[other] = time.monotonic()
                 self._store_answered = time.monotonic()
@@ -87,14 +89,14 @@ def heartbeat() -> Iterator[None]:
     Does nothing where all processes are on one machine: there a dead process closes its connections.
     """
     processes, on_this_machine = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if processes <= on_this_machine or not dist.is_initialized():
+    if processes <= on_this_machine:
         yield
         return
     leads = os.environ["LOCAL_RANK"] == "0"
 
     def connect() -> dist.Store:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return dist.TCPStore(address, port, timeout=timedelta(seconds=LOST_AFTER_SECONDS))
+        return dist.TCPStore(address, port, timeout=timedelta(seconds=START_SECONDS))
 
     def lost(problem: str) -> None:
         if leads:

@@ -20,6 +20,7 @@ from ml_embed.checkpoint import drop_newer, load_state, read_progress
 from ml_embed.config import TrainConfig
 from ml_embed.data.batch import BatchBuilder
 from ml_embed.data.store import Store, open_store
+from ml_embed.distributed import choose_gloo_interface
 from ml_embed.distributed import world_size as processes_of_group
 from ml_embed.errors import UserError
 from ml_embed.files import remove_leftovers, write_json
@@ -52,6 +53,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         raise UserError(
             f"report_to: {', '.join(missing)} is not installed or not known; available: {', '.join(trackers)}"
         )
+    choose_gloo_interface()
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # said aloud, or accelerate takes launched processes for single ones
         mixed_precision=None if launched else ("bf16" if has_bf16 else "no"),

@@ -5,15 +5,14 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from faults.storm import Storm
 from test_distributed import assert_same_metrics, assert_same_tensors
-from tiny_runs import ROOT, Inputs, Launch, final_state, metrics, run
+from tiny_runs import Inputs, Launch, final_state, metrics, run
 
 import run as run_script
 from ml_embed.checkpoint import numbered_folders
@@ -134,8 +133,8 @@ def test_states_of_other_runs_and_no_states_are_refused(inputs, unbroken, broken
     run(inputs, elsewhere, "--resume", unbroken / "resume" / "step_9")  # a branch, here with nothing left to do
 
 
-def final_bytes(run_dir) -> dict[str, bytes]:
-    folders = [run_dir / f"step_{STEPS}", run_dir / "resume" / f"step_{STEPS}"]
+def final_bytes(run_dir, steps: int = STEPS) -> dict[str, bytes]:
+    folders = [run_dir / f"step_{steps}", run_dir / "resume" / f"step_{steps}"]
     return {str(p.relative_to(run_dir)): p.read_bytes() for f in folders for p in f.rglob("*.safetensors")}
 
 
@@ -154,39 +153,16 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(inputs, number):
     assert (inputs.run_dir(name) / f"step_{step}" / "model.safetensors").exists()
 
 
-def wait_for_lines(path, count: int, launch, seconds: float = 60) -> None:
+def printed_by(launch: Launch | Path) -> str:
+    return launch.printed() if isinstance(launch, Launch) else launch.read_text()
+
+
+def wait_for_lines(path: Path, count: int, launch: Launch | Path, seconds: float = 60) -> None:
+    """Until metrics.jsonl has so many lines; `launch` or the file of its output is shown if it never has."""
     deadline = time.monotonic() + seconds
     while not path.exists() or path.read_text().count("\n") < count:
-        assert time.monotonic() < deadline, launch.printed() if isinstance(launch, Launch) else "no metrics"
+        assert time.monotonic() < deadline, printed_by(launch)
         time.sleep(0.01)
-
-
-def test_kill_9_under_accelerate_launch(inputs):
-    """The real command, killed with all it started; continued by other processes, it ends bit-equal."""
-    reference = config_of(inputs, "two", train_batch_size=2)
-    run(inputs, reference, processes=2)
-    config = config_of(inputs, "killed", train_batch_size=2)
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(ROOT / "configs" / "accelerate_cpu.yaml"), "--main_process_port", "0"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    launcher = subprocess.Popen(
-        [*command, str(ROOT / "run.py"), "--config", str(config)],
-        env=environment,
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        wait_for_lines(inputs.run_dir("killed") / "metrics.jsonl", 4, None)
-    finally:
-        children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launcher.pid)], capture_output=True, text=True)
-        for pid in [launcher.pid, *map(int, children.stdout.split())]:
-            os.kill(pid, signal.SIGKILL)
-        launcher.wait()
-    assert not (inputs.run_dir("killed") / f"step_{STEPS}").exists()
-    run(inputs, config, "--resume", "auto", processes=2)
-    assert final_bytes(inputs.run_dir("killed")) == final_bytes(inputs.run_dir("two"))
-    assert metrics(inputs.run_dir("killed")) == metrics(inputs.run_dir("two"))
 
 
 def test_not_finite_on_one_process_stops_all_before_the_update(inputs):

@@ -181,12 +181,12 @@ class Launch:
         if processes > 1:
             shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
             shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-        shared |= environment or {}
         self.outputs = [output / f"{number}.txt" for number in range(processes)]
         self.processes = []
         for number, path in enumerate(self.outputs):
             own = {"RANK": str(number), "LOCAL_RANK": str(number)} if processes > 1 else {}
-            process = fork_server().Process(target=_child, args=(main, list(arguments), shared | own, path))
+            own = shared | own | dict(environment or {})
+            process = fork_server().Process(target=_child, args=(main, list(arguments), own, path))
             process.start()
             self.processes.append(process)
 
