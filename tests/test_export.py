@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from tiny_models import HIDDEN, LAYERS, PROMPTS, TEXTS, assert_equal_vectors, make_tokenizer, naive, write_model
+from tiny_models import HIDDEN, LAYERS, PROMPTS, SPOKEN, TEXTS, assert_equal_vectors, make_tokenizer, naive, write_model
 
 from ml_embed import Embedder
 from ml_embed.errors import UserError
@@ -54,9 +54,9 @@ def test_sentence_transformers_reads_it(checkpoint, tmp_path, cut):
     sentence_transformers = pytest.importorskip("sentence_transformers")
     export_model(checkpoint, tmp_path / "cut", **cut)
     other = sentence_transformers.SentenceTransformer(str(tmp_path / "cut"), device="cpu")
-    vectors = other.encode(TEXTS, prompt_name="query")
-    assert vectors.shape == (len(TEXTS), cut.get("dim", HIDDEN))
-    expected = Embedder.from_pretrained(checkpoint, **cut, device="cpu").encode(TEXTS, prompt="query")
+    vectors = other.encode(SPOKEN, prompt_name="query")
+    assert vectors.shape == (len(SPOKEN), cut.get("dim", HIDDEN))
+    expected = Embedder.from_pretrained(checkpoint, **cut, device="cpu").encode(SPOKEN, prompt="query")
     assert_equal_vectors(vectors, expected)
 
 

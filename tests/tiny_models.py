@@ -22,6 +22,8 @@ TEXTS = [
     "This one says <|im_end|> in the middle, and at its end <|im_end|>",
     "a",
 ]
+# A prompt before nothing ends in a space as well.
+SPOKEN = [text for text in TEXTS if text]
 PROMPTS = {"query": "Instruct: find the article\nQuery: "}
 MAX_SEQ_LENGTH = 48
 LAYERS, HIDDEN, RANK = 3, 64, 32
