@@ -121,7 +121,7 @@ def init_backbone(
     try:
         model.save_pretrained(partial, max_shard_size="2GB")  # files that any file system and mirror takes
         tokenizer.save_pretrained(partial)
-        _give_usual_permissions(partial)
+        give_usual_permissions(partial)
         _move_into_place(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -203,7 +203,7 @@ def read_texts(paths: Iterable[str | Path]) -> Iterator[str]:
     folder of raw data can be given as it is. A text that occurs often counts once: labels and repeated documents
     would otherwise drown the rest. Raises UserError for a path that is missing, unknown or broken, before any is read.
     """
-    files = [file for path in paths for file in _text_files(Path(path))]
+    files = [file for path in paths for file in text_files(Path(path))]
     readers = {".txt": _read_txt, ".parquet": _read_parquet, ".jsonl": _read_jsonl}
     return _distinct(text for file in files for text in readers[file.suffix](file))
 
@@ -231,7 +231,8 @@ def _at_least_one(texts: Iterable[str]) -> Iterator[str]:
     return chained()
 
 
-def _text_files(path: Path) -> list[Path]:
+def text_files(path: Path) -> list[Path]:
+    """The file itself, or the text files of a folder. Raises UserError if there are none."""
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.is_file() and file.suffix in TEXT_SUFFIXES)
         if not files:
@@ -313,7 +314,7 @@ def _move_into_place(partial: Path, output: Path) -> None:
     shutil.rmtree(replaced)
 
 
-def _give_usual_permissions(folder: Path) -> None:
+def give_usual_permissions(folder: Path) -> None:
     """safetensors makes files that only their owner can read; a colleague's training job must read them too."""
     umask = os.umask(0)
     os.umask(umask)
