@@ -57,6 +57,8 @@ def failures_from_outside() -> Iterator[None]:
 
     try:
         yield
+    except KeyboardInterrupt:  # while it trains, a signal is a request to save and stop
+        raise UserError("interrupted before the first step; nothing is lost") from None
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise UserError(f"{error.strerror or error}{where}; see to that, then continue with --resume auto") from None

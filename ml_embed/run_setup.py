@@ -53,6 +53,13 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         raise UserError(
             f"report_to: {', '.join(missing)} is not installed or not known; available: {', '.join(trackers)}"
         )
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        # accelerate's DeepSpeed moves the weights within `backward`: a gradient that is not finite could not be
+        # stopped before the update, and gradient caching would move them once a chunk.
+        raise UserError(
+            "DeepSpeed is not supported; configs/accelerate_fsdp2.yaml shards weights, gradients and optimizer state "
+            "(as ZeRO-3; with fsdp_reshard_after_forward: false as ZeRO-2)"
+        )
     choose_gloo_interface()
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # said aloud, or accelerate takes launched processes for single ones

@@ -3,10 +3,13 @@
 One launch for each number of processes trains all the cases one after another. The global batch is four rows.
 """
 
+import inspect
+
 import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
@@ -177,3 +180,27 @@ def test_a_sharded_run_continues_a_copied_one_and_the_reverse(inputs):
         assert "continuing after step 3" in printed
         assert_same_metrics(metrics(inputs.run_dir("whole")), metrics(inputs.run_dir(name)))
         assert_same_tensors(final_state(inputs.run_dir("whole")), final_state(inputs.run_dir(name)))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("accelerate_*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_every_config(path):
+    config = load_config_from_file(str(path))
+    given = yaml.safe_load(path.read_text())
+    assert str(config.distributed_type.value) == given["distributed_type"]
+    assert config.num_processes == given["num_processes"]
+    if given["distributed_type"] == "FSDP":
+        plugin_names = {f"fsdp_{name}" for name in inspect.signature(FullyShardedDataParallelPlugin).parameters}
+        renamed = {"fsdp_version", "fsdp_transformer_layer_cls_to_wrap", "fsdp_offload_params"}
+        assert given["fsdp_config"].keys() <= plugin_names | renamed
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [("ACCELERATE_USE_FSDP", "only on GPUs and would silently"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed is not")],
+)
+def test_engines_that_cannot_run_here_are_refused(inputs, engine, message):
+    config = inputs.config(engine, train_batch_size=2)
+    printed = run(inputs, config, processes=2, expected=2, environment={engine: "true"})
+    assert printed.count("error: ") == 2, "one for each process"
+    assert printed.count(message) == 2
+    assert "Traceback" not in printed
