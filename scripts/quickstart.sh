@@ -6,6 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 
 RUN=runs/quickstart
+SHORTER=(${QUICKSTART_STEPS:+--set "train_steps=$QUICKSTART_STEPS"}) # CI looks whether it runs, not how well it learns
 SECONDS=0
 step() { printf '\n== %s (after %d s)\n' "$1" "$SECONDS"; }
 
@@ -14,11 +15,10 @@ prepare_environment plot
 export PATH="$(dirname "$PYTHON"):$PATH" TOKENIZERS_PARALLELISM=true
 
 step "2/6  raw data: the Declaration of Human Rights, three tasks"
-[ -e $RUN/raw/done ] || {
+[ -e $RUN/raw/.done ] || {
     python scripts/make_sample_datasets.py --output $RUN/raw --eval-output $RUN/evaluation_data \
-        --languages 12 --eval-rows 150 --overwrite > $RUN.cues.json
-    mv $RUN.cues.json $RUN/cues.json
-    touch $RUN/raw/done
+        --languages 12 --eval-rows 150 --overwrite > /dev/null
+    touch $RUN/raw/.done
 }
 
 step "3/6  backbone: a tiny Qwen3 with random weights, and a tokenizer trained on the texts"
@@ -29,7 +29,8 @@ step "4/6  tokenization"
 python tokenize_data_qwen.py --tokenizer $RUN/backbone --input $RUN/raw --output $RUN/tokenized --max-seq-length 64
 
 step "5/6  training over three axes: token-table rank, depth, vector length"
-accelerate launch --config_file configs/accelerate_one_cpu.yaml run.py --config configs/quickstart.json --resume auto
+accelerate launch --config_file configs/accelerate_one_cpu.yaml run.py --config configs/quickstart.json --resume auto \
+    "${SHORTER[@]}"
 
 step "6/6  evaluation of every cut on what training never showed"
 MODEL=$(ls -d $RUN/model/step_* | sort -t_ -k2 -n | tail -n 1)
