@@ -1,0 +1,290 @@
+"""Hard negatives: for each query, documents of its dataset that a model takes for near, but not for too near.
+
+The published filter (F2LLM-v2, arXiv 2603.19223): of the 100 nearest documents drop the first 5, which are often right
+answers too; keep those that score below 0.8 and below 95 % of the positive's score; take the best 24 of them.
+
+Letters: Q queries of a block, N documents, K neighbours, M negatives, D vector length.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+from tqdm import tqdm
+
+from ml_embed.data.files import commit, disk_errors_are_user_errors, partial_path
+from ml_embed.errors import UserError
+from ml_embed.files import write_json
+from ml_embed.raw import RawDataset, check_and_count_rows, list_raw_datasets, read_rows
+from ml_embed.row_files import RowFile
+from ml_embed.search import nearest
+from ml_embed.text_models import TextModel
+from ml_embed.tokenization import describe_source
+
+SUMMARY = "mining.json"
+LOCK = ".mining.lock"
+WORK_SUFFIX = ".mining"
+SCHEMA = pa.schema([("query", pa.string()), ("passage", pa.string()), ("negatives", pa.list_(pa.string()))])
+ENCODED_BLOCK = 8192  # texts between two writes to disk; what an interruption costs at most
+QUERY_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Which neighbours count as hard negatives."""
+
+    top: int = 100
+    """nearest documents looked at; a query's own passages and its own text are none of them"""
+    skip: int = 5
+    """of those, how many of the nearest are dropped"""
+    max_score: float = 0.8
+    """cosine that a negative must be below"""
+    max_ratio: float = 0.95
+    """share of the positive's cosine that a negative's must be below"""
+    count: int = 24
+    """negatives kept at most, the nearest first"""
+
+    def check(self) -> None:
+        """Raise UserError for values that keep nothing or make no sense."""
+        if self.count < 1:
+            raise UserError(f"--count is {self.count}; it must be at least 1")
+        if not 0 <= self.skip < self.top:
+            raise UserError(f"--skip {self.skip} must be from 0 to less than --top {self.top}, or nothing is left")
+        for name in ("max_score", "max_ratio"):
+            if not 0 < (value := getattr(self, name)) <= 2:
+                raise UserError(f"--{name.replace('_', '-')} is {value}; it must be above 0 and at most 2")
+
+
+def filter_neighbours(scores: Tensor, documents: Tensor, positive: Tensor, rule: Filter) -> Tensor:
+    """Apply a filter.
+
+    Args:
+        scores, documents: (Q, K) cosines and document rows of the nearest, best first; -inf is none.
+        positive: (Q,) cosine of each query's own passage.
+    Returns:
+        (Q, M) int64 document rows, nearest first, -1 where there are fewer than M.
+    """
+    scores, documents = scores[:, rule.skip : rule.top], documents[:, rule.skip : rule.top]
+    limit = (rule.max_ratio * positive).clamp(max=rule.max_score).unsqueeze(1)
+    kept = (scores < limit) & (scores > -torch.inf)
+    order = (~kept).int().argsort(dim=1, stable=True)[:, : rule.count]
+    chosen = documents.gather(1, order).masked_fill(~kept.gather(1, order), -1)
+    return torch.nn.functional.pad(chosen, (0, rule.count - chosen.shape[1]), value=-1)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One dataset's distinct texts, held in memory, and which of them each row uses."""
+
+    queries: list[str]
+    documents: list[str]
+    """passages and negatives"""
+    query_of_row: np.ndarray  # (rows,) int64
+    passage_of_row: np.ndarray  # (rows,) int64
+    own_documents: list[list[int]]
+    """for each query, the documents that are no negatives of it: all its passages, and its own text"""
+
+
+def read_corpus(dataset: RawDataset) -> Corpus:
+    """Number a dataset's distinct queries and documents by first occurrence."""
+    queries: dict[str, int] = {}
+    documents: dict[str, int] = {}
+    query_of_row, passage_of_row, own = [], [], []
+    for row in read_rows(dataset):
+        query = queries.setdefault(row.query, len(queries))
+        places = [documents.setdefault(text, len(documents)) for text in (row.passage, *row.negatives)]
+        if query == len(own):
+            own.append([])
+        if places[0] not in own[query]:
+            own[query].append(places[0])
+        query_of_row.append(query)
+        passage_of_row.append(places[0])
+    for text, query in queries.items():
+        if text in documents and documents[text] not in own[query]:
+            own[query].append(documents[text])
+    return Corpus(list(queries), list(documents), np.array(query_of_row), np.array(passage_of_row), own)
+
+
+def mine_folder(
+    model: TextModel,
+    source: Path,
+    output: Path,
+    rule: Filter,
+    query_prompt: str = "",
+    passage_prompt: str = "",
+    overwrite: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Write every dataset of a raw folder again with mined negatives in place of its own. Continues what was begun.
+
+    Memory: one dataset's texts, and blocks of vectors; all vectors of a dataset lie on disk while it is mined.
+
+    Args:
+        model: gives the vectors.
+        source: folder of raw data; its negatives, if any, are documents like the passages.
+        output: folder to write; each file appears whole or not at all.
+        rule: which neighbours to keep.
+        query_prompt, passage_prompt: put before the texts for the model; not written.
+        overwrite: make datasets anew that were mined otherwise.
+        progress: bars on stderr.
+    Returns:
+        the summary that is also written as mining.json: settings, and for each dataset rows and negatives found.
+    Raises:
+        UserError: data that cannot be read, or an output folder that holds something else.
+    """
+    rule.check()
+    datasets = list_raw_datasets(source)
+    for dataset in datasets:
+        check_and_count_rows(dataset)
+    if source.resolve() == output.resolve():
+        raise UserError(f"--input and --output are both {source}: write to another folder")
+    settings = {"model": model.name, "query_prompt": query_prompt, "passage_prompt": passage_prompt, **asdict(rule)}
+    with disk_errors_are_user_errors(output, "Then run the same command again: it continues."):
+        output.mkdir(parents=True, exist_ok=True)
+        with _exclusive(output):
+            summary = _read_summary(output, settings, overwrite)
+            for dataset in tqdm(datasets, unit=" file", desc="files", disable=not progress):
+                target, digest = output / f"{dataset.name}.parquet", describe_source(dataset.path)
+                done = summary["datasets"].get(dataset.name)
+                if done is not None and done["source"] == digest and target.is_file():
+                    continue
+                if target.exists() and done is None and not overwrite:
+                    raise UserError(f"{target} exists and is not of this mining; use another --output, or --overwrite")
+                mining = _Mining(model, rule, (query_prompt, passage_prompt), output / f".{dataset.name}{WORK_SUFFIX}")
+                entry = mining.run(dataset, target, settings | {"source": digest}, progress)
+                summary["datasets"][dataset.name] = entry | {"source": digest}
+                write_json(output / SUMMARY, summary)
+    return summary
+
+
+def _exclusive(folder: Path):
+    try:
+        return FileLock(folder / LOCK).acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"another process is mining into {folder}. Wait for it, or stop it first") from error
+
+
+def _read_summary(output: Path, settings: dict[str, Any], overwrite: bool) -> dict[str, Any]:
+    """What a former call left, or an empty summary."""
+    fresh = {"settings": settings, "datasets": {}}
+    path = output / SUMMARY
+    if not path.is_file():
+        return fresh
+    try:
+        former = json.loads(path.read_text(encoding="utf-8"))
+        differing = [key for key, value in settings.items() if former["settings"].get(key) != value]
+        former["datasets"].items()  # a damaged summary fails here
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}); use another --output, or remove that file") from None
+    if not differing:
+        return former
+    if overwrite:
+        return fresh
+    said = "; ".join(f"{key} was {former['settings'].get(key)!r}, now {settings[key]!r}" for key in differing)
+    raise UserError(f"{output} was mined otherwise: {said}. Use another --output, or --overwrite to make it anew")
+
+
+@dataclass(frozen=True)
+class _Mining:
+    """The mining of one dataset; `work` keeps what is done."""
+
+    model: TextModel
+    rule: Filter
+    prompts: tuple[str, str]
+    work: Path
+
+    def run(self, dataset: RawDataset, target: Path, settings: dict[str, Any], progress: bool) -> dict[str, Any]:
+        corpus = read_corpus(dataset)
+        self._open_work(settings)
+        files = {
+            "queries": RowFile(self.work / "queries.bin", np.float32, self.model.dim),
+            "documents": RowFile(self.work / "documents.bin", np.float32, self.model.dim),
+            "negatives": RowFile(self.work / "negatives.bin", np.int64, self.rule.count),
+        }
+        for kind, prompt in zip(("queries", "documents"), self.prompts, strict=True):
+            texts = getattr(corpus, kind)
+
+            def encode(start: int, stop: int, texts: Sequence[str] = texts, prompt: str = prompt) -> np.ndarray:
+                return self.model.encode([prompt + text for text in texts[start:stop]])
+
+            _fill(files[kind], len(texts), ENCODED_BLOCK, encode, f"{dataset.name}: encoding {kind}", progress)
+        queries, documents = files["queries"].mapped(), files["documents"].mapped()
+
+        def search(start: int, stop: int) -> np.ndarray:
+            return self._search(corpus, queries, documents, slice(start, stop))
+
+        title = f"{dataset.name}: searching"
+        _fill(files["negatives"], len(corpus.query_of_row), QUERY_BLOCK, search, title, progress)
+        counts = _write(target, corpus, files["negatives"].mapped())
+        for file in files.values():
+            file.path.unlink()
+        (self.work / "settings.json").unlink()
+        self.work.rmdir()
+        return {
+            "rows": len(counts),
+            "negatives": int(counts.sum()),
+            "rows_without_negatives": int((counts == 0).sum()),
+        }
+
+    def _open_work(self, settings: dict[str, Any]) -> None:
+        """Keep what lies there if it was made for the same thing."""
+        self.work.mkdir(exist_ok=True)
+        path = self.work / "settings.json"
+        try:
+            same = json.loads(path.read_text(encoding="utf-8")) == json.loads(json.dumps(settings))
+        except (OSError, ValueError):
+            same = False
+        if not same:
+            for file in self.work.glob("*.bin"):
+                file.unlink()
+            write_json(path, settings)
+
+    def _search(self, corpus: Corpus, queries: np.ndarray, documents: np.ndarray, rows: slice) -> np.ndarray:
+        """(Q, M) negatives of some rows."""
+        numbers = corpus.query_of_row[rows]
+        vectors = torch.from_numpy(queries[numbers]).to(self.model.device)
+        own = torch.from_numpy(documents[corpus.passage_of_row[rows]]).to(self.model.device)
+        pairs = [(place, other) for place, query in enumerate(numbers) for other in corpus.own_documents[query]]
+        with torch.inference_mode():
+            scores, found = nearest(vectors, documents, self.rule.top, torch.tensor(pairs))
+            positive = (vectors * own).sum(1)
+            return filter_neighbours(scores, found, positive, self.rule).cpu().numpy()
+
+
+def _fill(
+    file: RowFile, total: int, block: int, make: Callable[[int, int], np.ndarray], title: str, progress: bool
+) -> None:
+    """Append rows made block by block until there are `total`; what the file has already is kept."""
+    with tqdm(total=total, initial=file.rows, desc=title, leave=False, disable=not progress) as bar:
+        for start in range(file.rows, total, block):
+            stop = min(start + block, total)
+            file.append(make(start, stop))
+            bar.update(stop - start)
+
+
+def _write(target: Path, corpus: Corpus, negatives: np.ndarray) -> np.ndarray:
+    """Write a raw file; (rows,) how many negatives each row has."""
+    counts = (negatives >= 0).sum(1)
+    with pq.ParquetWriter(partial_path(target), SCHEMA, compression="zstd") as writer:
+        for rows in _blocks(len(counts), QUERY_BLOCK):
+            columns = [
+                [corpus.queries[query] for query in corpus.query_of_row[rows]],
+                [corpus.documents[passage] for passage in corpus.passage_of_row[rows]],
+                [[corpus.documents[number] for number in row if number >= 0] for row in negatives[rows]],
+            ]
+            arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
+            writer.write_table(pa.Table.from_arrays(arrays, schema=SCHEMA))
+    commit(target)
+    return counts
+
+
+def _blocks(total: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, total, size))

@@ -1,0 +1,73 @@
+"""Any model that gives texts vectors: a folder of ours, a plain Qwen3 backbone, or what sentence-transformers reads."""
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from ml_embed.embedder import Embedder, choose_device
+from ml_embed.errors import UserError
+from ml_embed.model_folder import RECORD_FILE
+
+
+class TextModel(Protocol):
+    """Texts in, unit vectors out."""
+
+    name: str
+    dim: int
+    device: torch.device
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """(len(texts), dim) float32, rows of unit length."""
+
+
+class OwnModel:
+    """A model folder of this project."""
+
+    def __init__(self, folder: Path, device: str | None):
+        self.name = str(folder)
+        self._embedder = Embedder.from_pretrained(folder, device=device)
+        self.dim, self.device = self._embedder.dim, self._embedder.device
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        return self._embedder.encode(texts, show_progress=False)
+
+
+class SentenceTransformersModel:
+    """Any folder or hub name that sentence-transformers reads; code that comes with a model is not run."""
+
+    def __init__(self, name: str, device: str | None):
+        if importlib.util.find_spec("sentence_transformers") is None:
+            raise UserError(
+                f"{name} is not a model folder of this project (no {RECORD_FILE}); other models are read with "
+                "sentence-transformers, which is not installed: pip install 'ml-embed[sentence-transformers]'"
+            )
+        from sentence_transformers import SentenceTransformer
+
+        self.name, self.device = name, choose_device(device)
+        try:
+            self._model = SentenceTransformer(name, device=str(self.device), trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{name} cannot be read as a model: {str(error).splitlines()[0]}") from None
+        self.dim = self.encode(["a"]).shape[1]
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        vectors = self._model.encode(list(texts), normalize_embeddings=True, show_progress_bar=False, prompt="")
+        return np.asarray(vectors, np.float32)
+
+
+def load_text_model(name: str | Path, device: str | None = None) -> TextModel:
+    """A model of ours if the folder says so, otherwise one that sentence-transformers reads.
+
+    Raises:
+        UserError: there is no such folder, or it cannot be read.
+    """
+    folder = Path(name)
+    if (folder / RECORD_FILE).is_file():
+        return OwnModel(folder, device)
+    if not folder.exists() and (folder.is_absolute() or str(name).startswith(".")):
+        raise UserError(f"model folder {folder} does not exist")
+    return SentenceTransformersModel(str(name), device)

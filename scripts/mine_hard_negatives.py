@@ -1,0 +1,55 @@
+"""Mine hard negatives for raw data with any embedding model, and write the raw layout with them.
+
+For each row: the nearest documents of its own dataset (all passages and negatives), without the query's own passages
+and text; the first few are dropped, too high scores too, and the best of the rest are kept. The defaults are the
+published ones. An interrupted run is continued by the same command.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from ml_embed.errors import exit_on_user_error
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", required=True, metavar="DIR_OR_NAME", help="a model of this project, or any that "
+        "sentence-transformers reads"
+    )  # fmt: skip
+    parser.add_argument("--input", type=Path, required=True, metavar="DIR", help="folder of raw data")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the data with negatives")
+    parser.add_argument("--top", type=int, default=100, help="nearest documents looked at (default 100)")
+    parser.add_argument("--skip", type=int, default=5, help="of those, the nearest that are dropped (default 5)")
+    parser.add_argument("--max-score", type=float, default=0.8, help="cosine a negative stays below (default 0.8)")
+    parser.add_argument(
+        "--max-ratio", type=float, default=0.95, help="share of the positive's cosine it stays below (default 0.95)"
+    )
+    parser.add_argument("--count", type=int, default=24, help="negatives of a row at most (default 24)")
+    parser.add_argument("--query-prompt", default="", metavar="TEXT", help="put before queries for the model")
+    parser.add_argument("--passage-prompt", default="", metavar="TEXT", help="put before documents for the model")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default the first GPU, else the CPU)")
+    parser.add_argument("--overwrite", action="store_true", help="replace datasets that were mined otherwise")
+    return parser.parse_args(arguments)
+
+
+@exit_on_user_error
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    from ml_embed.mining import Filter, mine_folder
+    from ml_embed.raw import list_raw_datasets
+    from ml_embed.text_models import load_text_model
+
+    rule = Filter(args.top, args.skip, args.max_score, args.max_ratio, args.count)
+    rule.check()
+    list_raw_datasets(args.input)  # mistakes show before a model is loaded
+    model = load_text_model(args.model, args.device)
+    prompts = {"query_prompt": args.query_prompt, "passage_prompt": args.passage_prompt}
+    summary = mine_folder(model, args.input, args.output, rule, overwrite=args.overwrite, **prompts)
+    print(json.dumps({"output": str(args.output), **summary}, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,220 @@
+"""Mined negatives against a naive version: one query, one document at a time, plain Python lists."""
+
+import itertools
+import json
+import random
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tiny_models import make_tokenizer, write_model
+
+from ml_embed import mining
+from ml_embed.errors import UserError
+from ml_embed.mining import Filter, filter_neighbours, mine_folder
+from ml_embed.search import nearest
+from ml_embed.text_models import load_text_model
+from scripts.mine_hard_negatives import main
+
+DOCUMENTS = 60
+
+
+class WordModel:
+    """Texts to vectors by their pairs of letters: related texts are near, and it costs nothing."""
+
+    name, dim, device = "letters", 16, torch.device("cpu")
+    calls = 0
+    of_pair = np.random.default_rng(0).normal(size=(997, dim)).astype(np.float32)
+
+    def encode(self, texts):
+        WordModel.calls += 1
+        rows = np.zeros((len(texts), self.dim), np.float32)
+        for row, text in zip(rows, texts, strict=True):
+            for first, second in itertools.pairwise(text):
+                row += self.of_pair[(ord(first) * 31 + ord(second)) % 997]
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    """Repeated queries with several right passages, a query that is a document, negatives that are passages."""
+    folder = tmp_path_factory.mktemp("raw")
+    rng = random.Random(0)
+    documents = ["".join(rng.choice("abcdefgh ") for _ in range(30)) + str(i) for i in range(DOCUMENTS)]
+    rows = [
+        {"query": f"{documents[i % 20][:12]} {i % 25}", "passage": documents[i], "negatives": rng.sample(documents, 2)}
+        for i in range(40)
+    ]
+    rows.append({"query": documents[3], "passage": documents[4], "negatives": []})
+    lines = "\n".join(json.dumps(row) for row in rows)
+    (folder / "letters.jsonl").write_text(lines)
+    (folder / "few.jsonl").write_text("\n".join(json.dumps(row) for row in rows[:3]))
+    return folder
+
+
+def naive(rows, model, rule, query_prompt="", passage_prompt=""):
+    """The published filter, from its words."""
+
+    def vector(text):
+        return model.encode([text])[0].astype(np.float64)
+
+    documents = list(dict.fromkeys(text for row in rows for text in (row["passage"], *row["negatives"])))
+    vectors = {text: vector(passage_prompt + text) for text in documents}
+    mined = []
+    for row in rows:
+        query = vector(query_prompt + row["query"])
+        right = {other["passage"] for other in rows if other["query"] == row["query"]} | {row["query"]}
+        ranked = sorted(((query @ vectors[text], text) for text in documents if text not in right), reverse=True)
+        limit = min(rule.max_score, rule.max_ratio * (query @ vectors[row["passage"]]))
+        kept = [text for score, text in ranked[: rule.top][rule.skip :] if score < limit]
+        mined.append(kept[: rule.count])
+    return mined
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [Filter(), Filter(top=20, skip=2, max_score=0.7, max_ratio=0.9, count=4), Filter(top=5, skip=0, max_score=2)],
+)
+def test_mined_negatives_are_the_naive_ones(raw, tmp_path, monkeypatch, rule):
+    monkeypatch.setattr(mining, "QUERY_BLOCK", 7)
+    prompts = {"query_prompt": "find: ", "passage_prompt": "text: "}
+    summary = mine_folder(WordModel(), raw, tmp_path, rule, **prompts, progress=False)
+    for name in ("letters", "few"):
+        rows = read(raw / f"{name}.jsonl")
+        mined = pq.read_table(tmp_path / f"{name}.parquet").to_pylist()
+        assert [(row["query"], row["passage"]) for row in mined] == [(row["query"], row["passage"]) for row in rows]
+        expected = naive(rows, WordModel(), rule, **prompts)
+        assert [row["negatives"] for row in mined] == expected
+        counts = list(map(len, expected))
+        entry = summary["datasets"][name]
+        assert (entry["rows"], entry["negatives"]) == (len(rows), sum(counts))
+        assert entry["rows_without_negatives"] == counts.count(0)
+    assert sum(map(len, naive(read(raw / "letters.jsonl"), WordModel(), rule, **prompts))) > 20
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["few.parquet", "letters.parquet", "mining.json"]
+    assert not list(tmp_path.glob(".*.mining")), "working files are gone"
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_search_in_chunks_is_the_whole_search(chunk):
+    generator = torch.Generator().manual_seed(0)
+    queries, documents = torch.randn(5, 8, generator=generator), torch.randn(40, 8, generator=generator)
+    excluded = torch.tensor([[0, 3], [0, 39], [4, 0]])
+    scores = queries @ documents.T
+    scores[excluded[:, 0], excluded[:, 1]] = -torch.inf
+    expected, rows = scores.sort(dim=1, descending=True)
+    best, found = nearest(queries, documents.numpy(), 12, excluded, chunk)
+    torch.testing.assert_close(best, expected[:, :12])
+    assert torch.equal(found, rows[:, :12])
+
+
+def test_the_filter_by_hand():
+    scores = torch.tensor([[0.99, 0.9, 0.79, 0.7, 0.5, -torch.inf]])
+    documents = torch.arange(10, 16).unsqueeze(0)
+    kept = filter_neighbours(scores, documents, torch.tensor([0.8]), Filter(top=5, skip=1, count=3))
+    assert kept.tolist() == [[13, 14, -1]], "0.79 is not below 95 % of 0.8"
+    kept = filter_neighbours(scores, documents, torch.tensor([0.99]), Filter(top=4, skip=1, count=3))
+    assert kept.tolist() == [[12, 13, -1]], "0.9 is not below 0.8, and only four were looked at"
+
+
+def test_an_interrupted_mining_goes_on(raw, tmp_path, monkeypatch):
+    """It stops in the middle of encoding, then in the middle of searching; what was done is not done again."""
+    monkeypatch.setattr(mining, "ENCODED_BLOCK", 10)
+    monkeypatch.setattr(mining, "QUERY_BLOCK", 5)
+    whole = tmp_path / "whole"
+    WordModel.calls = 0
+    mine_folder(WordModel(), raw, whole, Filter(), progress=False)
+    calls_of_whole = WordModel.calls
+
+    class Stops(WordModel):
+        left = 4
+
+        def encode(self, texts):
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+            return super().encode(texts)
+
+    WordModel.calls = 0
+    with pytest.raises(KeyboardInterrupt):
+        mine_folder(Stops(), raw, tmp_path / "parts", Filter(), progress=False)
+    searching, original = iter(range(3)), mining.nearest
+
+    def stops(*args):
+        if next(searching, None) is None:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mining, "nearest", stops)
+        with pytest.raises(KeyboardInterrupt):
+            mine_folder(WordModel(), raw, tmp_path / "parts", Filter(), progress=False)
+    mine_folder(WordModel(), raw, tmp_path / "parts", Filter(), progress=False)
+    assert WordModel.calls == calls_of_whole
+    for name in ("letters", "few"):
+        assert (tmp_path / "parts" / f"{name}.parquet").read_bytes() == (whole / f"{name}.parquet").read_bytes()
+    WordModel.calls = 0
+    mine_folder(WordModel(), raw, whole, Filter(), progress=False)
+    assert WordModel.calls == 0, "nothing is left to do"
+
+
+def test_folders_that_hold_something_else_are_not_mixed_with(raw, tmp_path):
+    mine_folder(WordModel(), raw, tmp_path, Filter(), progress=False)
+    with pytest.raises(UserError, match="count was 24, now 3"):
+        mine_folder(WordModel(), raw, tmp_path, Filter(count=3), progress=False)
+    mine_folder(WordModel(), raw, tmp_path, Filter(count=3), overwrite=True, progress=False)
+    mined = pq.read_table(tmp_path / "letters.parquet").column("negatives").to_pylist()
+    assert max(map(len, mined)) == 3
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "few.parquet").write_bytes(b"precious")
+    with pytest.raises(UserError, match="is not of this mining"):
+        mine_folder(WordModel(), raw, other, Filter(), progress=False)
+    assert (other / "few.parquet").read_bytes() == b"precious"
+    with pytest.raises(UserError, match="write to another folder"):
+        mine_folder(WordModel(), raw, raw, Filter(), progress=False)
+
+
+def test_the_script_with_a_model_of_ours(raw, tmp_path, capsys):
+    folder = write_model(tmp_path / "model", make_tokenizer())
+    flags = ["--input", str(raw), "--output", str(tmp_path / "mined"), "--max-score", "2", "--max-ratio", "2"]
+    assert main(["--model", str(folder), *flags]) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary["datasets"]["letters"]["negatives"] > 100
+    rows = read(raw / "letters.jsonl")
+    mined = pq.read_table(tmp_path / "mined" / "letters.parquet").column("negatives").to_pylist()
+    expected = naive(rows, load_text_model(folder), Filter(max_score=2, max_ratio=2))
+    agreeing = [a == b for a, b in zip(mined, expected, strict=True)]
+    assert sum(agreeing) > 0.9 * len(rows), "but for scores that are equal to the last bits"
+
+
+def test_sentence_transformers_models_give_the_same_vectors(tmp_path):
+    """Our folders load there too, so both ways to read one can be compared."""
+    pytest.importorskip("sentence_transformers")
+    folder = write_model(tmp_path / "model", make_tokenizer())
+    own = load_text_model(folder)
+    (folder / "ml_embed.json").unlink()
+    theirs = load_text_model(folder)
+    assert type(own) is not type(theirs)
+    texts = ["a text", "another one"]
+    np.testing.assert_allclose(own.encode(texts), theirs.encode(texts), atol=2e-5)
+    assert own.dim == theirs.dim
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--skip", "100"], "--skip 100 must be from 0 to less than --top 100"),
+        (["--count", "0"], "--count is 0"),
+        (["--max-score", "-1"], "--max-score is -1.0"),
+        ([], "/nowhere does not exist"),
+    ],
+)
+def test_mistakes(raw, tmp_path, capsys, flags, message):
+    assert main(["--model", "/nowhere", "--input", str(raw), "--output", str(tmp_path / "out"), *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
