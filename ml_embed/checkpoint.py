@@ -6,7 +6,6 @@ randomness is a function of (seed, step), so weights, moments, the step and the 
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ml_embed.errors import UserError
-from ml_embed.files import atomic_folder, damage, write_checksums
+from ml_embed.files import atomic_folder, damage, remove_folder, write_checksums
 
 FORMAT_VERSION = 1
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -77,7 +76,7 @@ def save_state(
         (partial / STATE_FILE).write_text(json.dumps(state, indent=2, ensure_ascii=False), encoding="utf-8")
         write_checksums(partial)
     for _, old in numbered_folders(folder)[:-KEPT_STATES]:
-        shutil.rmtree(old)
+        remove_folder(old)
     return target
 
 
@@ -108,7 +107,7 @@ def drop_newer(folder: Path, step: int) -> None:
     """Remove the states of later steps than the one a run goes back to: damaged ones, or a future that is given up."""
     for number, path in numbered_folders(folder):
         if number > step:
-            shutil.rmtree(path)
+            remove_folder(path)
 
 
 def read_progress(path: Path) -> dict[str, Any]:

@@ -71,6 +71,14 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         raise
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that no part of it is ever seen under its name."""
+    aside = folder.with_name(f".{folder.name}{_PARTIAL}")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    shutil.rmtree(aside)
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Out of space or over quota; safetensors reports it as text."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

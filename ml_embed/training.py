@@ -7,7 +7,6 @@ import collections
 import contextlib
 import itertools
 import math
-import shutil
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +25,7 @@ from ml_embed.data.schedule import Schedule, draw_rank
 from ml_embed.data.store import Store
 from ml_embed.distributed import all_reduce_max, all_reduce_sum
 from ml_embed.errors import UserError
-from ml_embed.files import atomic_folder
+from ml_embed.files import atomic_folder, remove_folder
 from ml_embed.gradcache import forward_backward
 from ml_embed.losses import MatryoshkaSpec
 from ml_embed.metrics import MetricsLog, StepValues, Window
@@ -252,7 +251,7 @@ def _write_checkpoint(run: Run, step: int, epoch_ends: bool, state: dict, moment
         # Folders of later steps, from before the run went back to an earlier state, do not push this one out.
         done = [path for number, path in numbered_folders(run_dir) if number <= step]
         for old in done[: -run.config.save_total_limit]:
-            shutil.rmtree(old)
+            remove_folder(old)
 
 
 def prefetch(build: Callable[[int], ContrastiveBatch], steps: range) -> Iterator[ContrastiveBatch]:

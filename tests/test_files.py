@@ -13,6 +13,7 @@ from ml_embed.files import (
     atomic_folder,
     damage,
     is_disk_full,
+    remove_folder,
     remove_leftovers,
     write_checksums,
     write_json,
@@ -79,6 +80,18 @@ def test_what_a_kill_leaves_is_removed_and_a_replaced_folder_put_back(tmp_path, 
     remove_leftovers(tmp_path)
     assert names(tmp_path) == ["target"]
     assert (tmp_path / "target" / "file").read_text() == "old"
+
+
+def test_a_removed_folder_is_never_half_there(tmp_path, monkeypatch):
+    folder = tmp_path / "step_1"
+    folder.mkdir()
+    (folder / "file").write_text("text")
+    monkeypatch.setattr("shutil.rmtree", lambda *args, **kwargs: None)  # killed before anything is deleted
+    remove_folder(folder)
+    monkeypatch.undo()
+    assert names(tmp_path) == [".step_1.partial"]
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == []
 
 
 def test_a_full_disk_leaves_the_old_folder_and_no_half_one(full_disk):

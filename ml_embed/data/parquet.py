@@ -19,7 +19,7 @@ def broken_file_is_user_error(path: Path) -> Iterator[None]:
     """Arrow's errors about a file's content become a UserError that names the file."""
     try:
         yield
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:  # the latter: a damaged column name
         raise UserError(f"{path} is not a readable parquet file: {error}. Write or download it again.") from error
     except OSError as error:
         if error.errno is None:  # Arrow's own "unexpected end of stream", "corrupt snappy data"
@@ -31,7 +31,9 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     """Open a file and read its footer. Raises UserError if it is missing or broken."""
     with broken_file_is_user_error(path):
         # Memory-mapped and buffered: a row group of many gigabytes is decoded page by page, never held whole.
-        return pq.ParquetFile(path, memory_map=True, buffer_size=READ_BUFFER_BYTES)
+        file = pq.ParquetFile(path, memory_map=True, buffer_size=READ_BUFFER_BYTES)
+        _ = file.schema_arrow  # decoded here, so that damage in it is met here
+        return file
 
 
 def read_batches(

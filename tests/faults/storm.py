@@ -97,12 +97,12 @@ class Storm:
         assert codes == [0] * self.processes, (codes, launch.printed())
         return launch.printed()
 
-    def outcome(self, name: str) -> tuple[dict[str, bytes], list[dict]]:
-        """The bytes of the last state and of the last model's weights, and the metrics but for the clock."""
+    def outcome(self, name: str) -> tuple[dict[str, bytes], list[dict], list[str]]:
+        """The bytes of the last state and the last model's weights, the metrics but for the clock, and all files."""
         run_dir = self.inputs.run_dir(name)
         last = [run_dir / "resume" / f"step_{STEPS}", run_dir / f"step_{STEPS}"]
         files = {f"{path.parent.name}/{path.name}": path.read_bytes() for f in last for path in f.glob("*.safetensors")}
-        return files, metrics(run_dir)
+        return files, metrics(run_dir), sorted(str(path.relative_to(run_dir)) for path in run_dir.rglob("*"))
 
     def run(self, faults: int) -> None:
         """One run with that many faults; raises AssertionError where anything but a clean refusal or end is seen."""
