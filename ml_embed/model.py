@@ -119,7 +119,9 @@ class MatryoshkaEncoder(nn.Module):
         register_packed_attention()
         backbone.set_attn_implementation(ATTENTION_NAME)
         if gradient_checkpointing:
-            backbone.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers renamed the method after 5.3 and warns of the old name
+            enable = getattr(backbone, "activation_checkpointing_enable", backbone.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
         self.config: Qwen3Config = backbone.config
         self.exits = tuple(exits)
         self.norm_sharing = norm_sharing

@@ -154,11 +154,14 @@ def _tokens_per_epoch(plan: DatasetPlan, dataset: TokenizedDataset, config: Trai
     """Expected real tokens of an epoch, from at most 10,000 rows of the dataset."""
     rows = np.linspace(0, dataset.num_rows - 1, min(dataset.num_rows, 10_000)).astype(np.int64)
     limit = config.max_seq_length
-    query = np.minimum(dataset.query_lengths[rows], limit).mean()
-    passage = np.minimum(dataset.document_lengths[dataset.passage_documents[rows]], limit).mean()
-    counts = dataset.negative_offsets[rows + 1] - dataset.negative_offsets[rows]
-    used = np.minimum(counts, plan.num_negatives).mean()
-    return plan.draws * float(query + passage * (1 + used))
+    query = np.minimum(dataset.query_lengths[rows], limit).sum()
+    passage = np.minimum(dataset.document_lengths[dataset.passage_documents[rows]], limit).sum()
+    starts = dataset.negative_offsets[rows]
+    counts = dataset.negative_offsets[rows + 1] - starts
+    places = np.arange(counts.sum()) + np.repeat(starts - np.cumsum(counts) + counts, counts)
+    negatives = np.minimum(dataset.document_lengths[dataset.negative_documents[places]], limit)
+    used = np.minimum(counts, plan.num_negatives) / np.maximum(counts, 1)  # the share of a row's negatives
+    return plan.draws * float(query + passage + (negatives * np.repeat(used, counts)).sum()) / len(rows)
 
 
 def _memory(config: TrainConfig, backbone: Qwen3Config, parameters: int, tokens: float) -> dict[str, float]:
