@@ -1,4 +1,4 @@
-"""Turn a folder of raw contrastive data into token ids for training."""
+"""Turn raw contrastive data, or anybody's pairs and labelled texts, into token ids for training."""
 
 import argparse
 import sys
@@ -13,8 +13,24 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "negative_1 ... negative_K or negatives) for run.py. An interrupted run is continued by the same command."
     )
     parser.add_argument("--tokenizer", required=True, help="folder of the backbone's tokenizer, or its name on the hub")
-    parser.add_argument("--input", required=True, type=Path, help="folder of raw data")
+    parser.add_argument(
+        "--input",
+        required=True,
+        help="folder of raw data; or a .csv, .tsv, .json, .jsonl, .parquet or .arrow file, or the name of a dataset "
+        "on the Hugging Face hub, which is written to OUTPUT/raw first",
+    )
     parser.add_argument("--output", required=True, type=Path, help="folder for token ids; made if it does not exist")
+    parser.add_argument(
+        "--columns",
+        metavar="ROLE=COLUMN,...",
+        help="which columns are what, e.g. query=question,passage=answer (and negatives=..., negative_1=...), or "
+        "text=review,label=stars for labelled text; default: columns have the roles' names",
+    )
+    parser.add_argument("--split", default="train", help="split of a hub dataset (default: train)")
+    parser.add_argument("--subset", help="configuration of a hub dataset, where it has several")
+    parser.add_argument(
+        "--config", type=Path, help="training config whose `datasets` give task, prompt, passage_prompt and its share"
+    )
     parser.add_argument(
         "--max-seq-length", type=int, default=2048, help="tokens of a text at most, EOS included (default: 2048)"
     )
@@ -25,7 +41,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="rows kept of each dataset, a seeded random choice in file order; 0 = all (default: 80000)",
     )
     parser.add_argument("--num-workers", type=int, default=None, help="tokenizing threads (default: all cores)")
-    parser.add_argument("--seed", type=int, default=42, help="of the choice of rows (default: 42)")
+    parser.add_argument("--seed", type=int, default=42, help="of all random choices (default: 42)")
     parser.add_argument(
         "--overwrite", action="store_true", help="make all datasets anew; without it, other data there is an error"
     )
@@ -34,13 +50,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 @exit_on_user_error
 def main(arguments: list[str] | None = None) -> int:
-    options = parse_arguments(arguments)
-    from ml_embed.tokenization import TokenizeOptions, tokenize_folder  # after parsing: --help answers at once
+    options = vars(parse_arguments(arguments))
+    from ml_embed.config import load_config  # after parsing: --help answers at once
+    from ml_embed.own_data import raw_folder
+    from ml_embed.tokenization import TokenizeOptions, tokenize_folder
 
-    manifest = tokenize_folder(TokenizeOptions(**vars(options)))
-    datasets = manifest["datasets"].values()
-    rows, documents, tokens = (sum(entry[key] for entry in datasets) for key in ("rows", "documents", "tokens"))
-    print(f"{options.output}: {len(datasets)} datasets, {rows:,} rows, {documents:,} documents, {tokens:,} tokens")
+    config = options.pop("config")
+    datasets = load_config(config)[0].datasets if config else {}
+    origin = {key: options.pop(key) for key in ("input", "columns", "split", "subset")}
+    folder = raw_folder(**origin, output=options["output"], seed=options["seed"])
+    manifest = tokenize_folder(TokenizeOptions(input=folder, datasets=datasets, **options))
+    entries = manifest["datasets"].values()
+    rows, documents, tokens = (sum(entry[key] for entry in entries) for key in ("rows", "documents", "tokens"))
+    print(f"{options['output']}: {len(entries)} datasets, {rows:,} rows, {documents:,} documents, {tokens:,} tokens")
     return 0
 
 

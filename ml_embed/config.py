@@ -40,6 +40,12 @@ class DatasetConfig:
     """how often the dataset's rows are drawn in an epoch; 1 = once each"""
     max_samples: int | None = _key(None, low=1)
     """training rows used, a fixed random choice; null = all"""
+    prompt: str | None = None
+    """text that tokenize_data_qwen.py --config puts before each query; null = none"""
+    passage_prompt: str | None = None
+    """text that it puts before passages and negatives; null = none"""
+    passage_prompt_share: float = _key(1.0, low=0, high=1)
+    """share of passages and negatives that get passage_prompt; published for symmetric tasks: 0.3"""
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,17 @@ from tqdm import tqdm
 from ml_embed.data.files import commit, disk_errors_are_user_errors, partial_path
 from ml_embed.errors import UserError
 from ml_embed.files import write_json
-from ml_embed.raw import RawDataset, check_and_count_rows, list_raw_datasets, read_rows
+from ml_embed.raw import (
+    TASK_METADATA,
+    RawDataset,
+    check_and_count_rows,
+    declared_task,
+    list_raw_datasets,
+    read_rows,
+)
 from ml_embed.row_files import RowFile
 from ml_embed.search import nearest
+from ml_embed.tasks import Task
 from ml_embed.text_models import TextModel
 from ml_embed.tokenization import describe_source
 
@@ -223,7 +231,7 @@ class _Mining:
 
         title = f"{dataset.name}: searching"
         _fill(files["negatives"], len(corpus.query_of_row), QUERY_BLOCK, search, title, progress)
-        counts = _write(target, corpus, files["negatives"].mapped())
+        counts = _write(target, corpus, files["negatives"].mapped(), declared_task(dataset))
         for file in files.values():
             file.path.unlink()
         (self.work / "settings.json").unlink()
@@ -270,10 +278,11 @@ def _fill(
             bar.update(stop - start)
 
 
-def _write(target: Path, corpus: Corpus, negatives: np.ndarray) -> np.ndarray:
+def _write(target: Path, corpus: Corpus, negatives: np.ndarray, task: Task | None) -> np.ndarray:
     """Write a raw file; (rows,) how many negatives each row has."""
     counts = (negatives >= 0).sum(1)
-    with pq.ParquetWriter(partial_path(target), SCHEMA, compression="zstd") as writer:
+    schema = SCHEMA.with_metadata({TASK_METADATA: task}) if task else SCHEMA
+    with pq.ParquetWriter(partial_path(target), schema, compression="zstd") as writer:
         for rows in _blocks(len(counts), QUERY_BLOCK):
             columns = [
                 [corpus.queries[query] for query in corpus.query_of_row[rows]],
@@ -281,7 +290,7 @@ def _write(target: Path, corpus: Corpus, negatives: np.ndarray) -> np.ndarray:
                 [[corpus.documents[number] for number in row if number >= 0] for row in negatives[rows]],
             ]
             arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
-            writer.write_table(pa.Table.from_arrays(arrays, schema=SCHEMA))
+            writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
     commit(target)
     return counts
 

@@ -18,10 +18,13 @@ import pyarrow as pa
 
 from ml_embed.data.parquet import open_parquet, read_batches, require_columns
 from ml_embed.errors import UserError
+from ml_embed.tasks import TASKS, Task
 
 SUFFIXES = (".parquet", ".jsonl")
 BATCH_ROWS = 256  # texts of 25 documents of 10 kB each: 64 MB
 NEGATIVE_COLUMN = re.compile(r"negative_(\d+)")
+TASK_METADATA = b"ml_embed_task"
+"""Key of a parquet file's schema under which it says its task itself."""
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -73,6 +76,15 @@ def check_and_count_rows(dataset: RawDataset) -> int:
     if rows == 0:
         raise UserError(f"{dataset.path} has no rows. Remove the file or fill it.")
     return rows
+
+
+def declared_task(dataset: RawDataset) -> Task | None:
+    """The task that a parquet file says it is for; None where it says nothing."""
+    if dataset.path.suffix != ".parquet":
+        return None
+    with open_parquet(dataset.path) as file:
+        said = (file.schema_arrow.metadata or {}).get(TASK_METADATA, b"").decode()
+    return said if said in TASKS else None
 
 
 def read_rows(dataset: RawDataset, selected: np.ndarray | None = None) -> Iterator[RawRow]:

@@ -61,7 +61,11 @@ def resolve(config: TrainConfig, backbone: Qwen3Config, store: Store, world_size
             f"{backbone.vocab_size}; tokenize the data with the tokenizer in {config.model_path}"
         )
     check_dataset_names(list(store.datasets), config.datasets)
-    plans = tuple(plan_dataset(name, dataset.num_rows, config) for name, dataset in store.datasets.items())
+    entries = store.manifest["datasets"] if store.manifest is not None else {}
+    plans = tuple(
+        plan_dataset(name, dataset.num_rows, config, entries.get(name, {}).get("task"))
+        for name, dataset in store.datasets.items()
+    )
     global_batch = config.train_batch_size * world_size
     schedule = make_schedule(plans, store, global_batch, config.seed)
     epoch_steps = schedule.steps_per_epoch

@@ -26,6 +26,7 @@ from ml_embed.errors import UserError
 from ml_embed.files import remove_leftovers, write_json
 from ml_embed.metrics import MetricsLog, Window
 from ml_embed.model_folder import ModelRecord, load_config
+from ml_embed.prompts import check_prompts, prompts_to_record
 from ml_embed.resolve import Resolved, loss_spec, make_schedule, resolve
 from ml_embed.resume import check_unchanged, continuation_notice, run_fingerprint, state_to_resume
 from ml_embed.tokenizer import fingerprint as tokenizer_fingerprint
@@ -114,6 +115,7 @@ def open_inputs(config: TrainConfig, world_size: int, progress: bool) -> tuple[A
     tokenizer = load_tokenizer(config.model_path)
     store = open_store(config.train_data_path, config.cache_dir, progress)
     _check_tokenizer(config, tokenizer, store)
+    check_prompts(config, store)
     if config.teacher_model_path is not None:
         _check_teacher(config, backbone_config, tokenizer)
     return backbone_config, tokenizer, store, resolve(config, backbone_config, store, world_size)
@@ -156,6 +158,7 @@ def set_up(
         UserError: the run folder holds a run and resume is "no", or what is resumed does not fit.
     """
     backbone_config, tokenizer, store, resolved = inputs
+    former = ModelRecord.load(Path(config.model_path))
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     choose_kernel(config.attention, accelerator.device, dtype)  # refuses an impossible one before anything is written
     fingerprint = run_fingerprint(config, resolved, store, accelerator.mixed_precision)
@@ -205,6 +208,7 @@ def set_up(
             temperature=config.temperature,
             max_seq_length=config.max_seq_length,
             norm_sharing=config.mll_norm,
+            prompts=prompts_to_record(config, store, former.prompts if former is not None else {}),
         ),
         log=MetricsLog(
             config.run_dir / "metrics.jsonl", accelerator, keep_bytes=progress["metrics_bytes"] if progress else 0

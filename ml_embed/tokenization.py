@@ -8,7 +8,7 @@ content alone, so files are byte-identical whatever the number of workers.
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +20,15 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ml_embed.config import DatasetConfig
 from ml_embed.data.files import disk_errors_are_user_errors
 from ml_embed.data.ledger import Ledger
 from ml_embed.data.numbering import TextNumbers, text_digest
+from ml_embed.data.schedule import check_dataset_names, match_settings
 from ml_embed.data.token_files import CORPUS_SCHEMA, QUERY_SCHEMA, TokenFile, list_array, text_array
 from ml_embed.errors import UserError
-from ml_embed.raw import RawDataset, RawRow, check_and_count_rows, list_raw_datasets, read_rows
+from ml_embed.prompts import Prompts
+from ml_embed.raw import RawRow, check_and_count_rows, declared_task, list_raw_datasets, read_rows
 from ml_embed.tasks import task_of
 from ml_embed.tokenizer import TextEncoder, fingerprint, load_tokenizer
 
@@ -55,6 +58,8 @@ class TokenizeOptions:
     seed: int = 42
     overwrite: bool = False
     """make everything anew, instead of continuing or refusing"""
+    datasets: Mapping[str, DatasetConfig] = field(default_factory=dict)
+    """task and prompts by dataset name or shell-style pattern; the first match in the order given counts"""
 
     def check(self) -> None:
         """Raise UserError for a value out of range."""
@@ -123,10 +128,14 @@ def tokenize_folder(options: TokenizeOptions, progress: bool = True) -> dict[str
     tokenizer = load_tokenizer(options.tokenizer)
     encoder = TextEncoder(tokenizer, options.max_seq_length)
     names = list(rows)
+    check_dataset_names(names, options.datasets)
+    settings = {name: match_settings(name, options.datasets) for name in names}
+    prompts = {name: Prompts.of_settings(settings[name]) for name in names}
     with _exclusive(options.output):
         ledger = Ledger(options.output, _settings(tokenizer, options), options.overwrite)
         known = {dataset.name: describe_source(dataset.path) for dataset in datasets if dataset.name in ledger.datasets}
-        ledger.check(names, known, options.overwrite)
+        recorded = {name: used.to_json().get("prompts", {}) for name, used in prompts.items()}
+        ledger.check(names, known, recorded, options.overwrite)
         todo = [dataset for dataset in datasets if not ledger.is_complete(dataset.name)]
         if progress and len(todo) < len(datasets):
             tqdm.write(f"{len(datasets) - len(todo)} of {len(datasets)} datasets are complete already")
@@ -135,8 +144,12 @@ def tokenize_folder(options: TokenizeOptions, progress: bool = True) -> dict[str
                 ledger.begin(dataset.name)
                 source = describe_source(dataset.path)
                 selected = select_rows(dataset.name, rows[dataset.name], options.max_samples, options.seed)
-                entry = _tokenize_dataset(dataset, selected, rows[dataset.name], encoder, ledger, progress)
-                ledger.record(dataset.name, entry | {"source": source, "task": task_of(dataset.name)})
+                used = prompts[dataset.name]
+                texts = used.apply(read_rows(dataset, selected), options.seed)
+                total = rows[dataset.name] if selected is None else len(selected)
+                entry = _tokenize_dataset(dataset.name, texts, total, encoder, ledger, progress)
+                task = settings[dataset.name].task or declared_task(dataset) or task_of(dataset.name)
+                ledger.record(dataset.name, entry | used.to_json() | {"source": source, "task": task})
             ledger.remove_replaced(names)
             return ledger.finish()
 
@@ -192,21 +205,20 @@ def _make_block(rows: list[RawRow], numbers: TextNumbers) -> Block:
 
 
 def _tokenize_dataset(
-    dataset: RawDataset,
-    selected: np.ndarray | None,
-    num_rows: int,
+    name: str,
+    rows: Iterator[RawRow],
+    total_rows: int,
     encoder: TextEncoder,
     ledger: Ledger,
     progress: bool,
 ) -> dict[str, Any]:
     """Write one dataset's two files; return its manifest entry."""
-    paths = ledger.files_of(dataset.name)
+    paths = ledger.files_of(name)
     files = [TokenFile(paths["query"], QUERY_SCHEMA), TokenFile(paths["corpus"], CORPUS_SCHEMA)]
     totals = Totals()
-    total_rows = num_rows if selected is None else len(selected)
     try:
-        with tqdm(total=total_rows, unit=" row", desc=dataset.name, leave=False, disable=not progress) as bar:
-            for block, ids in _encode_blocks(read_blocks(read_rows(dataset, selected)), encoder):
+        with tqdm(total=total_rows, unit=" row", desc=name, leave=False, disable=not progress) as bar:
+            for block, ids in _encode_blocks(read_blocks(rows), encoder):
                 _write_block(block, ids, *files)
                 totals.add(block, ids)
                 bar.set_postfix(texts=totals.rows + totals.documents, tokens=totals.tokens, refresh=False)

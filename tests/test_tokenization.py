@@ -240,14 +240,14 @@ def test_interrupted_run_is_continued(tokenizer_folder, tmp_path, monkeypatch):
 
     original, made = tokenization._tokenize_dataset, []
 
-    def interrupted(dataset, *arguments):
-        made.append(dataset.name)
+    def interrupted(name, *arguments):
+        made.append(name)
         if made == ["a", "b"]:
             # As after a kill: one file has its final name, the other is half written, nothing is recorded.
             (tmp_path / "tokens/b_query.parquet").write_bytes(b"PAR1")
             (tmp_path / "tokens/b_corpus.parquet.partial").write_bytes(b"PAR1")
             raise KeyboardInterrupt
-        return original(dataset, *arguments)
+        return original(name, *arguments)
 
     monkeypatch.setattr(tokenization, "_tokenize_dataset", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -44,16 +44,24 @@ class Ledger:
         """The query and corpus file of a dataset."""
         return {"query": self.folder / f"{name}{QUERY_SUFFIX}", "corpus": self.folder / f"{name}{CORPUS_SUFFIX}"}
 
-    def check(self, names: list[str], sources: dict[str, dict[str, Any]], overwrite: bool) -> None:
+    def check(
+        self,
+        names: list[str],
+        sources: dict[str, dict[str, Any]],
+        prompts: dict[str, dict[str, Any]],
+        overwrite: bool,
+    ) -> None:
         """Raise UserError if making the datasets `names` would lose or mix anything in the folder.
 
-        `sources` describes the present raw file of every dataset that is recorded.
+        `sources` describes the present raw file of every dataset that is recorded, `prompts` every dataset's prompts.
         """
         for name, entry in self.datasets.items():
             if name not in names:
                 raise UserError(f"{self.folder} holds dataset {name!r}, which the input does not have. {REDO}")
             if entry["source"] != sources[name]:
                 raise UserError(f"{self.folder} holds dataset {name!r} made from another file than the input's. {REDO}")
+            if entry.get("prompts", {}) != prompts[name]:
+                raise UserError(f"{self.folder} holds dataset {name!r} made with other prompts than now. {REDO}")
         known = {*self.datasets, self._unfinished}
         for name in names:
             for path in self.files_of(name).values():

@@ -48,10 +48,13 @@ class GlobalBatch:
     """counts from 0"""
 
 
-def plan_dataset(name: str, num_rows: int, config: TrainConfig) -> DatasetPlan:
-    """Apply the config's settings and the defaults of the dataset's task."""
+def plan_dataset(name: str, num_rows: int, config: TrainConfig, task: Task | None = None) -> DatasetPlan:
+    """Apply the config's settings and the defaults of the dataset's task.
+
+    `task` is what the data itself says, if anything; the config comes before it, the name's default after it.
+    """
     settings = match_settings(name, config.datasets)
-    task = settings.task or task_of(name)
+    task = settings.task or task or task_of(name)
     default_negatives = {
         "retrieval": config.num_hard_neg,
         "clustering": config.num_hard_neg_clustering,
@@ -76,7 +79,7 @@ def check_dataset_names(names: Sequence[str], datasets: Mapping[str, DatasetConf
     unused = [p for p in datasets if p not in names and not fnmatch.filter(names, p)]
     if unused:
         raise UserError(
-            f"datasets: {', '.join(map(repr, unused))} matches none of the datasets in train_data_path "
+            f"datasets: {', '.join(map(repr, unused))} matches none of the datasets there are "
             f"({', '.join(names)}); correct or remove it"
         )
 
