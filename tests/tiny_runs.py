@@ -184,6 +184,7 @@ class Launch:
         self.outputs = [output / f"{number}.txt" for number in range(processes)]
         self.processes = []
         for number, path in enumerate(self.outputs):
+            path.unlink(missing_ok=True)  # of an earlier launch
             own = {"RANK": str(number), "LOCAL_RANK": str(number)} if processes > 1 else {}
             own = shared | own | dict(environment or {})
             process = fork_server().Process(target=_child, args=(main, list(arguments), own, path))
