@@ -1,0 +1,34 @@
+"""Write a run's report: one self-contained HTML page of loss curves, throughput and, if evaluated, the cube."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from ml_embed.errors import exit_on_user_error
+
+METRICS = ("ndcg@10", "recall@1", "mrr@10")
+
+
+@exit_on_user_error
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder, output_dir/experiment_id; may be running")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default RUN/report.html")
+    parser.add_argument(
+        "--evaluation",
+        type=Path,
+        metavar="PATH",
+        help="evaluation.json of scripts/evaluate.py, or its folder (default RUN or RUN/evaluation, if it is there)",
+    )
+    parser.add_argument("--metric", choices=METRICS, default=METRICS[0], help="of the evaluation (default %(default)s)")
+    args = parser.parse_args(arguments)
+
+    from ml_embed.run_report import write_report
+
+    output = args.output or args.run / "report.html"
+    write_report(args.run, output, args.evaluation, args.metric)
+    print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
