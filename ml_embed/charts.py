@@ -113,7 +113,8 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def _ticks_of(scale: Scale) -> list[float]:
-    return (log_ticks if scale.logarithmic else ticks)(scale.low, scale.high)
+    found = log_ticks(scale.low, scale.high) if scale.logarithmic else []
+    return found if len(found) > 2 else ticks(scale.low, scale.high)  # less than a decade has few round powers
 
 
 def _scales(points: Sequence[Point], x_logarithmic: bool, y_logarithmic: bool) -> tuple[Scale, Scale]:

@@ -21,7 +21,7 @@ svg text { font-size: 11px; fill: #444 }
 .legend { margin: .25rem 0 0; font-size: 13px } .legend span { margin-right: 1rem; white-space: nowrap }
 .key { display: inline-block; width: 22px; height: 10px; margin-right: .35rem }
 table { border-collapse: collapse; margin: .5rem 1.5rem 1rem 0; font-variant-numeric: tabular-nums }
-th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd } th:first-child { text-align: left }
+th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd } th:first-child { text-align: left; white-space: nowrap }
 .cubes { display: flex; flex-wrap: wrap } .note { color: #555; font-size: 14px; max-width: 52rem }
 """
 SHOWN = ("world_size", "global_batch_size", "total_steps", "parameters", "exits", "dims", "ranks")
@@ -112,7 +112,7 @@ def _curves(lines: list[dict[str, Any]]) -> str:
     train = _series(line for line in lines if line["split"] == "train")
     valid = _series(line for line in lines if line["split"] == "valid")
     by_suffix = {
-        suffix: {name.split("/")[0]: points for name, points in source.items() if name.endswith(suffix)}
+        suffix: {name.split("/")[0]: points for name, points in sorted(source.items()) if name.endswith(suffix)}
         for source, suffixes in (
             (train, ("/training_loss_hard", "/training_loss_in_batch")),
             (valid, ("/ndcg@10", "/recall@1", "/valid_loss_hard", "/valid_loss_in_batch")),
