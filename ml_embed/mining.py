@@ -33,7 +33,7 @@ from ml_embed.raw import (
 )
 from ml_embed.row_files import RowFile
 from ml_embed.search import nearest
-from ml_embed.tasks import Task
+from ml_embed.tasks import Task, task_of
 from ml_embed.text_models import TextModel
 from ml_embed.tokenization import describe_source
 
@@ -133,6 +133,8 @@ def mine_folder(
 ) -> dict[str, Any]:
     """Write every dataset of a raw folder again with mined negatives in place of its own. Continues what was begun.
 
+    Classification datasets, whose passages are labels, keep the negatives they have.
+
     Memory: one dataset's texts, and blocks of vectors; all vectors of a dataset lie on disk while it is mined.
 
     Args:
@@ -166,8 +168,12 @@ def mine_folder(
                     continue
                 if target.exists() and done is None and not overwrite:
                     raise UserError(f"{target} exists and is not of this mining; use another --output, or --overwrite")
-                mining = _Mining(model, rule, (query_prompt, passage_prompt), output / f".{dataset.name}{WORK_SUFFIX}")
-                entry = mining.run(dataset, target, settings | {"source": digest}, progress)
+                if (declared_task(dataset) or task_of(dataset.name)) == "classification":
+                    entry = _keep_as_it_is(dataset, target)
+                else:
+                    work = output / f".{dataset.name}{WORK_SUFFIX}"
+                    mining = _Mining(model, rule, (query_prompt, passage_prompt), work)
+                    entry = mining.run(dataset, target, settings | {"source": digest}, progress)
                 summary["datasets"][dataset.name] = entry | {"source": digest}
                 write_json(output / SUMMARY, summary)
     return summary
@@ -293,6 +299,18 @@ def _write(target: Path, corpus: Corpus, negatives: np.ndarray, task: Task | Non
             writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
     commit(target)
     return counts
+
+
+def _keep_as_it_is(dataset: RawDataset, target: Path) -> dict[str, Any]:
+    """Write a dataset again with its own negatives; its summary entry."""
+    rows = list(read_rows(dataset))
+    columns = [[getattr(row, name) for row in rows] for name in ("query", "passage", "negatives")]
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
+    schema = SCHEMA.with_metadata({TASK_METADATA: "classification"})
+    pq.write_table(pa.Table.from_arrays(arrays, schema=schema), partial_path(target), compression="zstd")
+    commit(target)
+    counts = [len(row.negatives) for row in rows]
+    return {"rows": len(rows), "negatives": sum(counts), "rows_without_negatives": counts.count(0)}
 
 
 def _blocks(total: int, size: int) -> Iterator[slice]:

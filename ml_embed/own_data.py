@@ -166,11 +166,12 @@ def import_source(
     else:
         triples = _pair_rows(rows, columns, source.path)
     folder.mkdir(parents=True, exist_ok=True)
-    count = _write(target, triples, task)
-    if not count:
-        partial_path(target).unlink()
-        raise UserError(f"{source.path} gives no rows: it is empty, or no label has two texts")
-    commit(target)
+    try:
+        if not _write(target, triples, task):
+            raise UserError(f"{source.path} gives no rows: it is empty, or no label has two texts")
+        commit(target)
+    finally:
+        partial_path(target).unlink(missing_ok=True)
     return target
 
 

@@ -21,7 +21,8 @@ svg text { font-size: 11px; fill: #444 }
 .legend { margin: .25rem 0 0; font-size: 13px } .legend span { margin-right: 1rem; white-space: nowrap }
 .key { display: inline-block; width: 22px; height: 10px; margin-right: .35rem }
 table { border-collapse: collapse; margin: .5rem 1.5rem 1rem 0; font-variant-numeric: tabular-nums }
-th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd } th:first-child { text-align: left; white-space: nowrap }
+th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd }
+th:first-child { text-align: left; white-space: nowrap }
 .cubes { display: flex; flex-wrap: wrap } .note { color: #555; font-size: 14px; max-width: 52rem }
 """
 SHOWN = ("world_size", "global_batch_size", "total_steps", "parameters", "exits", "dims", "ranks")

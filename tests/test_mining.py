@@ -5,6 +5,7 @@ import json
 import random
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tiny_models import make_tokenizer, write_model
 from ml_embed import mining
 from ml_embed.errors import UserError
 from ml_embed.mining import Filter, filter_neighbours, mine_folder
+from ml_embed.raw import TASK_METADATA, RawDataset, declared_task
 from ml_embed.search import nearest
 from ml_embed.text_models import load_text_model
 from scripts.mine_hard_negatives import main
@@ -160,6 +162,22 @@ def test_an_interrupted_mining_goes_on(raw, tmp_path, monkeypatch):
     WordModel.calls = 0
     mine_folder(WordModel(), raw, whole, Filter(), progress=False)
     assert WordModel.calls == 0, "nothing is left to do"
+
+
+def test_labels_are_not_mined(tmp_path):
+    """By the name's task, and by what a file says of itself; clustering is mined and goes on saying so."""
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    rows = [{"query": f"text number {i}", "passage": "good", "negatives": ["bad"]} for i in range(3)]
+    (folder / "imdb.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name, task in (("own", "classification"), ("groups", "clustering")):
+        table = pa.Table.from_pylist(rows).replace_schema_metadata({TASK_METADATA: task})
+        pq.write_table(table, folder / f"{name}.parquet")
+    mine_folder(WordModel(), folder, tmp_path / "mined", Filter(top=5, skip=0), progress=False)
+    for name, task in (("imdb", "classification"), ("own", "classification"), ("groups", "clustering")):
+        file = tmp_path / "mined" / f"{name}.parquet"
+        assert declared_task(RawDataset(name, file)) == task
+        assert (pq.read_table(file).to_pylist() == rows) == (task == "classification")
 
 
 def test_folders_that_hold_something_else_are_not_mixed_with(raw, tmp_path):

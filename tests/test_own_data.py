@@ -159,7 +159,7 @@ def test_columns_that_do_not_fit(tmp_path, columns, message):
     path = write_json_lines(tmp_path / "faq.jsonl", same)
     with pytest.raises(UserError, match=re.escape(message)):
         imported(path, columns, tmp_path / "raw")
-    assert not list((tmp_path / "raw").glob("*.parquet"))
+    assert not list((tmp_path / "raw").glob("*")), "nothing is left lying"
 
 
 @pytest.mark.parametrize(
