@@ -33,12 +33,15 @@ def main(arguments: list[str] | None = None) -> int:
 
     config, given = load_config(options.config, options.set)  # before the slow imports: mistakes show at once
 
+    from ml_embed.allocator import keep_freed_memory
     from ml_embed.heartbeat import heartbeat
     from ml_embed.run_setup import make_accelerator, open_inputs, set_up
     from ml_embed.training import train
 
     with failures_from_outside(), heartbeat():
         accelerator = make_accelerator(config)
+        if accelerator.device.type == "cpu":
+            keep_freed_memory()
         inputs = open_inputs(config, accelerator.num_processes, progress=accelerator.is_local_main_process)
         if options.dry_run:
             accelerator.print(json.dumps(inputs[-1].to_json(), indent=2))

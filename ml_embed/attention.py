@@ -148,6 +148,7 @@ def _variable_length(query, key, value, packed: PackedSequences, scale: float, k
     return out.unsqueeze(0)
 
 
+@torch.compiler.disable  # the lengths differ in every batch: compiled, it would be compiled anew each time
 def packed_attention(
     module: torch.nn.Module,
     query: Tensor,

@@ -47,6 +47,7 @@ def build_encoder(
         config.mll_norm,
         choose_kernel(config.attention, device, compute_dtype),
         config.gradient_checkpointing,
+        config.compile_layers,
     )
     _take_over_exit_norms(encoder, Path(config.model_path))
     return encoder.to(device)

@@ -13,7 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
+LOGITS_AT_ONCE = 2**20
+"""In-batch logits of one exit and dim held at a time; about 25 times as many float32 values live in a block."""
 SMALLEST_SQUARED_NORM = 1e-24  # of a vector, squared: the 1e-12 of torch.nn.functional.normalize
 
 
@@ -49,6 +52,25 @@ def nested_cosines(left: Tensor, right: Tensor, dims: Sequence[int]) -> Iterator
         right_scale = right_square.clamp_min(SMALLEST_SQUARED_NORM).rsqrt()
         yield stop, dot * left_scale.unsqueeze(-1) * right_scale.unsqueeze(-2)
         start = stop
+
+
+def _blockwise_cross_entropy(
+    left: Tensor, right: Tensor, target: Tensor, excluded: Tensor | None, sample_weights: Tensor, spec: MatryoshkaSpec
+) -> Tensor:
+    """`_nested_cross_entropy` of (B, H) and (N, H), in blocks of rows where the B x N logits are many.
+
+    Each block is computed again in the backward pass, so that the logits of one block and one exit exist at a time,
+    and not D x B x N of every exit. The sum is the same; only its order changes.
+    """
+    rows = max(1, LOGITS_AT_ONCE // len(right))
+    if len(left) <= rows:
+        return _nested_cross_entropy(left, right, target, excluded, sample_weights, spec)
+    total = left.new_zeros(())
+    for start in range(0, len(left), rows):
+        block = slice(start, start + rows)
+        own = (left[block], right, target[block], None if excluded is None else excluded[block], sample_weights[block])
+        total = total + checkpoint(_nested_cross_entropy, *own, spec, use_reentrant=False, preserve_rng_state=False)
+    return total
 
 
 def _nested_cross_entropy(
@@ -107,7 +129,7 @@ def in_batch_loss(
     Returns:
         scalar, float32.
     """
-    return _nested_cross_entropy(query, passages, target, excluded, sample_weights, spec)
+    return _blockwise_cross_entropy(query, passages, target, excluded, sample_weights, spec)
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, row_weights: Tensor) -> Tensor:

@@ -102,6 +102,7 @@ class MatryoshkaEncoder(nn.Module):
         norm_sharing: NormSharing = "shared",
         kernel: Kernel = "sdpa",
         gradient_checkpointing: bool = False,
+        compile_layers: bool = False,
     ):
         """
         Args:
@@ -111,6 +112,7 @@ class MatryoshkaEncoder(nn.Module):
             norm_sharing: one final norm for all exits, or a copy trained apart for each.
             kernel: which attention kernel runs (`ml_embed.attention`).
             gradient_checkpointing: recompute each layer in the backward pass; one (T, H) tensor a layer is kept.
+            compile_layers: fuse what stands around attention in each layer, by torch.compile.
         """
         super().__init__()
         check_supported(backbone.config)
@@ -122,6 +124,9 @@ class MatryoshkaEncoder(nn.Module):
             # transformers renamed the method after 5.3 and warns of the old name
             enable = getattr(backbone, "activation_checkpointing_enable", backbone.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
+        if compile_layers:
+            for layer in backbone.layers:
+                layer.compile(dynamic=True)  # in place: parameters keep their names
         self.config: Qwen3Config = backbone.config
         self.exits = tuple(exits)
         self.norm_sharing = norm_sharing

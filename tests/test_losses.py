@@ -6,6 +6,7 @@ from oracles import cosine, dims_and_weights
 from oracles import hard_loss as naive_hard_loss
 from oracles import in_batch_loss as naive_in_batch_loss
 
+from ml_embed import losses
 from ml_embed.losses import MatryoshkaSpec, distillation_loss, hard_loss, in_batch_loss, nested_cosines
 from ml_embed.nesting import default_dims, dim_weights
 
@@ -89,6 +90,19 @@ def test_in_batch_loss(generator, nested, documents):
     )
     torch.testing.assert_close(fast, naive, rtol=1e-5, atol=1e-6)
     assert_same_gradients(fast, naive, (query, passage))
+
+
+@pytest.mark.parametrize("logits_at_once", [1, 20, 21, 35])
+def test_blocks_of_rows_give_the_loss_and_gradients_of_all(generator, monkeypatch, logits_at_once):
+    query, passage = leaf(5, HIDDEN, generator=generator), leaf(7, HIDDEN, generator=generator)
+    excluded = torch.zeros(5, 7, dtype=torch.bool)
+    excluded[1, 5] = excluded[3, 0] = True
+    arguments = (query, passage, torch.tensor([2, 0, 4, 6, 1]), excluded, torch.rand(5, generator=generator))
+    whole = in_batch_loss(*arguments, make_spec(True))
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", logits_at_once)
+    blocks = in_batch_loss(*arguments, make_spec(True))
+    torch.testing.assert_close(blocks, whole, rtol=1e-6, atol=1e-6)
+    assert_same_gradients(blocks, whole, (query, passage))
 
 
 def test_a_row_without_weight_counts_nothing(generator):

@@ -1,0 +1,138 @@
+"""The data path: opening a corpus, and building batches from it, fast and naive."""
+
+import itertools
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ml_embed.benchmarks.common import Timing, measure
+from ml_embed.benchmarks.naive_data import NaiveDataset
+from ml_embed.data.batch import BatchBuilder, ContrastiveBatch
+from ml_embed.data.schedule import DatasetPlan
+from ml_embed.data.store import TokenizedDataset, open_store
+
+SYNTHETIC = "synthetic"
+SYNTHETIC_TOKENS = 16  # of a document: opening and looking up do not depend on it, the disk space does
+NEGATIVES_STORED = 24
+GROUP_ROWS = 250_000
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    batch_size: int = 8
+    negatives: int = 8
+    max_length: int = 256
+
+
+def measure_batches(
+    tokenized: Path, cache: Path, name: str, eos_id: int, shape: BatchShape, repeats: int
+) -> dict[str, Timing]:
+    """Seconds to build a batch of random rows, by both versions, after checking that they give the same texts."""
+    dataset = open_store(tokenized, cache, progress=False).datasets[name]
+    naive = NaiveDataset(tokenized, name)
+    plan = DatasetPlan(name, "retrieval", shape.negatives, dataset.num_rows, 0, dataset.num_rows)
+    builder = BatchBuilder(0, shape.max_length, eos_id, True, 0, 1)
+    rng = np.random.default_rng(0)
+    batches = [rng.permutation(dataset.num_rows)[: shape.batch_size] for _ in range(64)]
+    for rows in batches[:8]:
+        _check_same(builder.build(dataset, plan, rows, 0), naive, dataset, rows, shape.max_length, eos_id)
+    fast_rows, naive_rows = itertools.cycle(batches), itertools.cycle([rows.tolist() for rows in batches])
+    return measure(
+        {
+            "naive": lambda: naive.collate(next(naive_rows), None, shape.negatives, shape.max_length, eos_id),
+            "fast": lambda: builder.build(dataset, plan, next(fast_rows), 0),
+        },
+        repeats,
+        warm_up=20,
+    )
+
+
+def _check_same(
+    batch: ContrastiveBatch, naive: NaiveDataset, dataset: TokenizedDataset, rows: np.ndarray, length: int, eos_id: int
+) -> None:
+    """The packed texts are the padded ones without padding. Raises AssertionError otherwise."""
+    texts = [ids.tolist() for ids in batch.texts.input_ids.split(batch.texts.packed.lengths)]
+    places = [  # where each drawn negative stands among its row's own
+        [int(np.flatnonzero(dataset.negatives(int(row)) == document)[0]) for document in own]
+        for row, own in zip(rows, batch.negative_documents.tolist(), strict=True)
+    ]
+    padded = naive.collate(rows.tolist(), places, 0, length, eos_id)
+    expected = [ids[: sum(mask)] for part in padded for ids, mask in zip(*(x.tolist() for x in part), strict=True)]
+    found = [batch.query.tolist(), batch.passage.tolist(), batch.negatives.flatten().tolist()]
+    assert [texts[i] for part in found for i in part] == expected
+
+
+def write_synthetic(folder: Path, documents: int, rows: int) -> None:
+    """A tokenized folder with `documents` short documents of random ids and `rows` rows that refer to them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+
+    def texts(count: int) -> pa.Array:
+        ids = rng.integers(10, 30_000, count * SYNTHETIC_TOKENS, dtype=np.int32)
+        return pa.ListArray.from_arrays(
+            pa.array(np.arange(count + 1, dtype=np.int32) * SYNTHETIC_TOKENS), pa.array(ids)
+        )
+
+    schema = pa.schema([("input_ids", pa.list_(pa.int32()))])
+    with pq.ParquetWriter(folder / f"{SYNTHETIC}_corpus.parquet", schema) as writer:
+        for start in range(0, documents, GROUP_ROWS):
+            writer.write_table(pa.table([texts(min(GROUP_ROWS, documents - start))], schema=schema))
+    negatives = rng.integers(0, documents, rows * NEGATIVES_STORED)
+    offsets = pa.array(np.arange(rows + 1, dtype=np.int32) * NEGATIVES_STORED)
+    columns = {
+        "query_input_ids": texts(rows),
+        "passage_doc_id": pa.array(rng.integers(0, documents, rows)),
+        "negative_doc_ids": pa.ListArray.from_arrays(offsets, pa.array(negatives)),
+    }
+    pq.write_table(pa.table(columns), folder / f"{SYNTHETIC}_query.parquet")
+    entry = {"rows": rows, "documents": documents}
+    manifest = {
+        "format_version": 1,
+        "eos_id": 1,
+        "pad_id": 0,
+        "tokenizer_fingerprint": "",
+        "datasets": {SYNTHETIC: entry},
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+_OPEN = """
+import json, sys, time
+from pathlib import Path
+from ml_embed.benchmarks.common import memory_mib
+{imports}
+before, start = memory_mib("Private"), time.perf_counter()
+{open}
+print(json.dumps({{"seconds": time.perf_counter() - start, "private_mib": memory_mib("Private") - before}}))
+"""
+_FAST = (
+    "from ml_embed.data.store import open_store",
+    "store = open_store(sys.argv[1], sys.argv[2], progress=False).datasets[sys.argv[3]]",
+)
+_NAIVE = (
+    "from ml_embed.benchmarks.naive_data import NaiveDataset",
+    "data = NaiveDataset(Path(sys.argv[1]), sys.argv[3])",
+)
+
+
+def measure_opening(tokenized: Path, cache: Path, with_naive: bool) -> dict[str, dict[str, Any]]:
+    """Seconds and private memory (MiB) of a fresh process that opens the corpus: the first time (which converts),
+    every time after, and naively."""
+    results = {"first": _open(_FAST, tokenized, cache), "again": _open(_FAST, tokenized, cache)}
+    if with_naive:
+        results["naive"] = _open(_NAIVE, tokenized, cache)
+    return results
+
+
+def _open(version: tuple[str, str], tokenized: Path, cache: Path) -> dict[str, Any]:
+    program = _OPEN.format(imports=version[0], open=version[1])
+    arguments = [sys.executable, "-c", program, str(tokenized), str(cache), SYNTHETIC]
+    output = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
+    return json.loads(output.splitlines()[-1])
