@@ -31,8 +31,17 @@ class Prompts:
 
     @classmethod
     def of_manifest(cls, entry: Mapping[str, Any]) -> "Prompts":
-        """From a dataset's entry in manifest.json."""
-        return cls(**entry.get("prompts", {}))
+        """From a dataset's entry in manifest.json. Raises UserError if it is damaged."""
+        prompts = entry.get("prompts", {})
+        try:
+            query, passage, share = (
+                prompts.get("query", ""),
+                prompts.get("passage", ""),
+                prompts.get("passage_share", 1),
+            )
+            return cls(query + "", passage + "", float(share))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise UserError(f"manifest.json: the prompts {prompts!r} are damaged ({error}); tokenize again") from None
 
     def to_json(self) -> dict[str, Any]:
         """For the manifest; nothing where there is no prompt."""

@@ -17,6 +17,7 @@ from ml_embed.data.store import Store, TokenizedDataset
 from ml_embed.errors import UserError
 from ml_embed.losses import MatryoshkaSpec
 from ml_embed.nesting import default_dims, default_exits, default_ranks, dim_weights
+from ml_embed.tasks import TASKS, Task
 
 GIB = 1024**3
 
@@ -63,7 +64,7 @@ def resolve(config: TrainConfig, backbone: Qwen3Config, store: Store, world_size
     check_dataset_names(list(store.datasets), config.datasets)
     entries = store.manifest["datasets"] if store.manifest is not None else {}
     plans = tuple(
-        plan_dataset(name, dataset.num_rows, config, entries.get(name, {}).get("task"))
+        plan_dataset(name, dataset.num_rows, config, _declared_task(entries.get(name, {})))
         for name, dataset in store.datasets.items()
     )
     global_batch = config.train_batch_size * world_size
@@ -89,6 +90,11 @@ def resolve(config: TrainConfig, backbone: Qwen3Config, store: Store, world_size
         memory_gib=_memory(config, backbone, parameters, tokens / world_size),
         datasets=plans,
     )
+
+
+def _declared_task(entry: Mapping[str, object]) -> Task | None:
+    """The task that the manifest gives a dataset, if it is one."""
+    return next((task for task in TASKS if entry.get("task") == task), None)
 
 
 def make_schedule(plans: tuple[DatasetPlan, ...], store: Store, global_batch: int, seed: int) -> Schedule:

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 import tokenize_data_qwen
 from ml_embed import Embedder
+from ml_embed.errors import UserError
 from ml_embed.prompts import Prompts
 from ml_embed.raw import RawRow
 
@@ -49,6 +50,12 @@ def test_prompts_stand_in_front_of_the_tokenized_texts(world, prompted):
     assert manifest["sentiment"]["prompts"] == {"query": OTHER, "passage": OTHER, "passage_share": 0.5}
     assert "prompts" not in manifest["topics"]
     assert manifest["topics"]["task"] == "clustering"
+
+
+@pytest.mark.parametrize("damaged", [[], {"query": 3}, {"passage_share": "much"}, "text"])
+def test_a_manifest_with_damaged_prompts_is_named(damaged):
+    with pytest.raises(UserError, match="are damaged"):
+        Prompts.of_manifest({"prompts": damaged})
 
 
 def test_a_share_of_documents_gets_the_prompt_always_the_same_ones():
