@@ -21,4 +21,5 @@ def keep_freed_memory(on: bool = True) -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # not Linux, or another C library
         return False
-    return all([mallopt(name, value) == 1 for name, value in (_KEEP if on else _DEFAULTS).items()])
+    settings = _KEEP if on else _DEFAULTS
+    return sum(mallopt(name, value) for name, value in settings.items()) == len(settings)  # 1 for each that was set

@@ -91,7 +91,12 @@ def matryoshka_spec(hidden: int) -> MatryoshkaSpec:
 
 
 def fast_contender(
-    batch: ContrastiveBatch, shape: TrainingShape, accelerator: Accelerator, max_tokens: int = 0, **model_shape: int
+    batch: ContrastiveBatch,
+    shape: TrainingShape,
+    accelerator: Accelerator,
+    max_tokens: int = 0,
+    compiled: bool = False,
+    **model_shape: int,
 ) -> Contender:
     """This project's step."""
     device = accelerator.device
@@ -99,7 +104,7 @@ def fast_contender(
     factors = factorize_table(backbone.embed_tokens.weight.detach(), shape.rank)
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     kernel = choose_kernel("auto", device, dtype)
-    encoder = MatryoshkaEncoder(backbone, default_exits(shape.layers), factors, kernel=kernel)
+    encoder = MatryoshkaEncoder(backbone, default_exits(shape.layers), factors, kernel=kernel, compile_layers=compiled)
     optimizer = torch.optim.AdamW(encoder.parameters(), **_adam(), fused=True)
     model, optimizer = accelerator.prepare(encoder, optimizer)
     batch, spec = batch.to(device), matryoshka_spec(shape.hidden)

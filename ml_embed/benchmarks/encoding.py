@@ -1,0 +1,70 @@
+"""Embedder.encode against sentence-transformers' encode: the same folder, the same texts."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ml_embed.benchmarks.common import MIB, measure, ratio, ratio_range, require_agreement
+from ml_embed.benchmarks.samples import make_backbone
+from ml_embed.embedder import Embedder
+from ml_embed.model import MatryoshkaEncoder, factorize_table
+from ml_embed.model_folder import ModelRecord, save_model_folder
+from ml_embed.nesting import default_dims, default_exits, default_ranks
+from ml_embed.sample_data import plan_datasets, training_texts
+
+TOLERANCE = 1e-4  # of unit vectors' components, float32; measured 4e-7
+MAX_LENGTH = 512
+
+
+def mixed_texts(count: int, seed: int = 0) -> tuple[list[str], list[str]]:
+    """Texts of mixed length (a few words to several articles), and the texts a tokenizer is trained on."""
+    articles = training_texts(plan_datasets(50, seed))
+    rng = np.random.default_rng(seed)
+    texts = []
+    for _ in range(count):
+        joined = " ".join(articles[i] for i in rng.integers(0, len(articles), 4))
+        texts.append(joined[: int(np.exp(rng.uniform(np.log(10), np.log(1500))))])
+    return texts, articles
+
+
+def write_model(folder: Path, tokenizer: Any, rank: int, **shape: int) -> None:
+    """A model folder with random weights, every exit and dim."""
+    backbone = make_backbone(tokenizer, **shape)
+    config = backbone.config
+    layers, hidden = config.num_hidden_layers, config.hidden_size
+    exits = default_exits(layers)
+    encoder = MatryoshkaEncoder(backbone, exits, factorize_table(backbone.embed_tokens.weight.detach(), rank))
+    record = ModelRecord(exits, default_dims(hidden), default_ranks(rank), 0.05, MAX_LENGTH, "shared")
+    save_model_folder(folder, encoder.state_dict(), config, tokenizer, record)
+
+
+def compare_encoding(folder: Path, texts: list[str], repeats: int) -> dict[str, Any]:
+    """Seconds of both, after checking that the vectors agree. Raises SystemExit if they do not."""
+    from sentence_transformers import SentenceTransformer
+
+    ours = Embedder.from_pretrained(folder, device="cpu")
+    theirs = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": torch.float32})
+    contenders: dict[str, Callable[[], np.ndarray]] = {
+        "sentence-transformers": lambda: theirs.encode(texts, show_progress_bar=False),
+        "Embedder": lambda: ours.encode(texts, show_progress=False),
+    }
+    difference = float(np.abs(contenders["Embedder"]() - contenders["sentence-transformers"]()).max())
+    require_agreement("vectors", difference, TOLERANCE)
+    timing = measure(contenders, repeats, warm_up=0)
+    pair = timing["sentence-transformers"], timing["Embedder"]
+    return {"ratio": ratio(*pair), "ratio_range": ratio_range(*pair), "difference": difference, "seconds": timing}
+
+
+def measure_depths(folder: Path, texts: list[str], depths: list[int], repeats: int) -> dict[int, float]:
+    """Median seconds to encode the texts at each depth."""
+    embedders = {depth: Embedder.from_pretrained(folder, depth=depth, device="cpu") for depth in depths}
+    runs = {str(d): (lambda e=e: e.encode(texts, show_progress=False)) for d, e in embedders.items()}
+    return {int(depth): timing.median for depth, timing in measure(runs, repeats).items()}
+
+
+def rank_memory(folder: Path, ranks: list[int]) -> dict[int, float]:
+    """MiB of all parameters held at each rank."""
+    return {rank: Embedder.from_pretrained(folder, rank=rank, device="cpu").num_parameters * 4 / MIB for rank in ranks}

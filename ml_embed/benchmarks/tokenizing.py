@@ -1,0 +1,121 @@
+"""Tokenizing a folder end to end against the tokenizers library alone, and against one text after another."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+_PEAK = """
+lines = open("/proc/self/status").read().splitlines()  # getrusage's maximum would be the parent's
+peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+"""
+_RAW = (
+    """
+import json, sys, time
+import pyarrow.parquet as pq
+from tokenizers import Tokenizer
+tokenizer = Tokenizer.from_file(sys.argv[1] + "/tokenizer.json")
+texts = []
+for row in pq.read_table(sys.argv[2]).to_pylist():
+    texts += [row["query"], row["passage"], *row["negatives"]]
+texts = list(dict.fromkeys(texts)) if sys.argv[4] == "distinct" else texts
+tokenizer.encode_batch_fast(texts[:2000], add_special_tokens=False)
+start = time.perf_counter()
+for i in range(0, len(texts), 8192):
+    tokenizer.encode_batch_fast(texts[i:i + 8192], add_special_tokens=False)
+seconds = time.perf_counter() - start
+"""
+    + _PEAK
+    + """
+print(json.dumps({"seconds": seconds, "peak_mib": peak, "bytes": sum(len(t.encode()) for t in texts)}))
+"""
+)
+_OURS = (
+    """
+import json, sys, time
+from pathlib import Path
+from ml_embed.tokenization import TokenizeOptions, tokenize_folder
+start = time.perf_counter()
+options = TokenizeOptions(sys.argv[1], Path(sys.argv[2]).parent, Path(sys.argv[3]), max_samples=0, overwrite=True)
+tokenize_folder(options, progress=False)
+seconds = time.perf_counter() - start
+"""
+    + _PEAK
+    + """
+print(json.dumps({"seconds": seconds, "peak_mib": peak}))
+"""
+)
+_NAIVE = (
+    """
+import json, sys, time
+import pyarrow.parquet as pq
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+start = time.perf_counter()
+rows = pq.read_table(sys.argv[2]).to_pylist()[: int(sys.argv[4])]
+texts = [text for row in rows for text in (row["query"], row["passage"], *row["negatives"])]
+ids = [tokenizer(text).input_ids for text in texts]
+seconds = time.perf_counter() - start
+"""
+    + _PEAK
+    + """
+print(json.dumps({"seconds": seconds, "peak_mib": peak, "bytes": sum(len(t.encode()) for t in texts)}))
+"""
+)
+
+
+def write_raw(source: Path, path: Path, copies: int) -> None:
+    """The rows of a raw parquet file `copies` times; each copy's texts differ from all others' by a number in front."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = pq.read_table(source).to_pylist()
+    names = [name for name in rows[0] if name.startswith("negative_")]
+    schema = pa.schema([("query", pa.string()), ("passage", pa.string()), ("negatives", pa.list_(pa.string()))])
+    with pq.ParquetWriter(path, schema) as writer:
+        for copy in range(copies):
+            mark = f"{copy} "
+            changed = [
+                {
+                    "query": mark + row["query"],
+                    "passage": mark + row["passage"],
+                    "negatives": [mark + text for text in (row.get("negatives") or [row[name] for name in names])],
+                }
+                for row in rows
+            ]
+            writer.write_table(pa.Table.from_pylist(changed, schema=schema))
+
+
+def compare_tokenizing(tokenizer: Path, raw: Path, output: Path, repeats: int, naive_rows: int) -> dict[str, Any]:
+    """Seconds, MB of distinct text a second and peak memory of each, in new processes that take turns."""
+    arguments = {"raw": (_RAW, "distinct"), "ours": (_OURS, ""), "naive": (_NAIVE, str(naive_rows))}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in arguments}
+    for _ in range(repeats):
+        for name, (program, extra) in arguments.items():
+            runs[name].append(_run(program, tokenizer, raw, output, extra))
+    size = runs["raw"][0]["bytes"]
+    shares = sorted(r["seconds"] / o["seconds"] for r, o in zip(runs["raw"], runs["ours"], strict=True))
+    speed = {name: sorted(run.get("bytes", size) / run["seconds"] / 1e6 for run in runs[name]) for name in runs}
+    middle = repeats // 2
+    return {
+        "share_of_raw": shares[middle],
+        "share_range": (shares[0], shares[-1]),
+        "ratio": speed["ours"][middle] / speed["naive"][middle],
+        "megabytes_per_second": {name: values[middle] for name, values in speed.items()},
+        "distinct_megabytes": size / 1e6,
+        "peak_mib": {name: max(run["peak_mib"] for run in runs[name]) for name in runs},
+    }
+
+
+def peak_memory(tokenizer: Path, raw: Path, output: Path) -> float:
+    """MiB at most of a process that tokenizes a file."""
+    return _run(_OURS, tokenizer, raw, output, "")["peak_mib"]
+
+
+def _run(program: str, tokenizer: Path, raw: Path, output: Path, extra: str) -> dict[str, float]:
+    command = [sys.executable, "-c", program, str(tokenizer), str(raw), str(output), extra]
+    time.sleep(0.1)
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])

@@ -1,0 +1,42 @@
+"""The training step against a naive one (padding, table multiplied out, norm over whole sequences) on the CPU.
+
+Same weights and rows; losses and every gradient are compared first. 8 layers, width 256, a table of 151,936 rows at
+rank 128, 8 rows of 9 texts of the embedded corpus, at most 256 tokens. With --gradcache: memory as the batch grows.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from ml_embed.errors import exit_on_user_error
+
+
+@exit_on_user_error
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5, help="steps of each version (default 5)")
+    parser.add_argument("--compile", action="store_true", help="with compile_layers (a minute to warm up)")
+    parser.add_argument("--threads", type=int, help="threads of torch (default: all cores)")
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="a tokenizer to use; trained if not given")
+    parser.add_argument(
+        "--gradcache", type=int, nargs="*", metavar="B", help="instead: peak memory at these batch sizes (8 to 4096)"
+    )
+    args = parser.parse_args(arguments)
+
+    import torch
+
+    from ml_embed.benchmarks.gradcache import report_gradcache
+    from ml_embed.benchmarks.training import report_training
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.gradcache is not None:
+            report_gradcache(Path(folder), args.gradcache or [8, 64, 512, 4096])
+        else:
+            report_training(Path(folder), args.repeats, args.compile, args.tokenizer)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
