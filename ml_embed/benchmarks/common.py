@@ -145,11 +145,12 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 
 def print_result(benchmark: str, result: Mapping[str, Any], device: str = "cpu") -> None:
     """The last line of a benchmark: one JSON object."""
-    print(json.dumps({"benchmark": benchmark, **result, "environment": environment(device)}, default=_rounded))
+    print(json.dumps({"benchmark": benchmark, **result, "environment": environment(device)}, default=_plain))
 
 
-def _rounded(value: Any) -> Any:
-    return value.to_json() if isinstance(value, Timing) else value.item()
+def _plain(value: Any) -> Any:
+    """Timings and the like tell themselves; NumPy and torch numbers become Python's."""
+    return value.to_json() if hasattr(value, "to_json") else value.item()
 
 
 def require_agreement(name: str, difference: float, tolerance: float) -> None:

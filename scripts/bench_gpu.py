@@ -1,0 +1,61 @@
+"""On one CUDA GPU: are the variable-length kernels and the packed step right, and how fast are they?
+
+Qwen3-0.6B's shape with random weights, rank 512, at most 1,024 tokens, bfloat16; the naive step in the same run.
+Needs no data. Without a GPU it says so and ends with 0.
+"""
+
+import argparse
+import json
+import sys
+
+from ml_embed.errors import exit_on_user_error
+
+
+@exit_on_user_error
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=10, help="steps of each version (default 10)")
+    parser.add_argument(
+        "--batch-size", type=int, default=4, help="rows of 9 texts (default 4: the naive step must fit)"
+    )
+    parser.add_argument("--compile", action="store_true", help="also with compile_layers (minutes to warm up)")
+    args = parser.parse_args(arguments)
+
+    import torch
+
+    if not torch.cuda.is_available():
+        print("no CUDA GPU here: nothing was run")
+        print(json.dumps({"benchmark": "gpu", "skipped": "no CUDA GPU"}))
+        return
+
+    import dataclasses
+
+    from ml_embed.benchmarks.common import print_result, print_table
+    from ml_embed.benchmarks.gpu import MODEL_06B, SHAPE_06B, check_kernels, check_naive, measure_training
+
+    agreement = {"naive": check_naive(), "kernels": check_kernels()}
+    print(f"agreement: {agreement}")
+    shape = dataclasses.replace(SHAPE_06B, batch_size=args.batch_size)
+    result = measure_training(shape, args.repeats, args.compile, **MODEL_06B)
+    rows = [
+        [name, "out of memory", "", "", ""]
+        if m is None
+        else [
+            name,
+            m.timing.in_unit(1000, "ms"),
+            f"{m.tokens_per_second:,.0f}",
+            f"{m.mfu:.1%}",
+            f"{m.peak_mib:,.0f} MiB",
+        ]
+        for name, m in result["versions"].items()
+    ]
+    print_table(["version", "one step", "real tokens/s", "MFU", "peak memory"], rows)
+    naive, fast = result["versions"]["naive"], result["versions"]["fast"]
+    both = naive is not None and fast is not None
+    result["ratio"] = naive.timing.median / fast.timing.median if both else None
+    result["memory_share"] = fast.peak_mib / naive.peak_mib if both else None
+    print_result("gpu", result | {"agreement": agreement}, device="cuda")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
