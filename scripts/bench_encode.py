@@ -5,6 +5,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed, too
+
 from ml_embed.errors import exit_on_user_error
 
 

@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed, too
+
 from ml_embed.errors import exit_on_user_error
 from ml_embed.sample_data.corpus import CORPUS_FILE
 from ml_embed.sample_data.source import PACKAGE, fetch_package, read_package, write_corpus

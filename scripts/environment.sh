@@ -15,7 +15,7 @@ prepare_environment() {
         # most of what is installed is never imported.
         local torch
         torch="$(grep -E '^torch==' constraints.txt)"
-        "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt \
+        "$PYTHON" -m pip install -qq --disable-pip-version-check --no-compile -c constraints.txt \
             "$torch" -e ".[$extras]"
         cat pyproject.toml constraints.txt > "$stamp"
     fi

@@ -11,6 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed, too
+
 from ml_embed.errors import UserError, exit_on_user_error
 
 METRICS = ("recall@1", "mrr@10", "ndcg@10")

@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed, too
+
 from ml_embed.backbone import (
     DEFAULT_VOCAB_SIZE,
     DTYPES,

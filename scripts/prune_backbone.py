@@ -8,6 +8,8 @@ import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed, too
+
 from ml_embed.backbone import PRESETS
 from ml_embed.errors import UserError, exit_on_user_error
 

@@ -29,7 +29,9 @@ step "4/6  tokenization"
 python tokenize_data_qwen.py --tokenizer $RUN/backbone --input $RUN/raw --output $RUN/tokenized --max-seq-length 64
 
 step "5/6  training over three axes: token-table rank, depth, vector length"
-accelerate launch --config_file configs/accelerate_one_cpu.yaml run.py --config configs/quickstart.json --resume auto \
+accelerate launch --config_file configs/accelerate_one_cpu.yaml \
+    --num_cpu_threads_per_process "$(python -c 'import os; print(os.cpu_count())')" \
+    run.py --config configs/quickstart.json --resume auto \
     "${SHORTER[@]}"
 
 step "6/6  evaluation of every cut on what training never showed"

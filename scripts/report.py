@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed, too
+
 from ml_embed.errors import exit_on_user_error
 
 METRICS = ("ndcg@10", "recall@1", "mrr@10")
