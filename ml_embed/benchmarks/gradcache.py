@@ -4,16 +4,18 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from ml_embed.benchmarks.common import memory_mib, print_result, print_table
+from ml_embed.benchmarks.common import print_result, print_table
 from ml_embed.benchmarks.samples import make_sample
 from ml_embed.benchmarks.training_setup import TrainingShape, fast_contender, open_sample, pick_batch
 
 MAX_TOKENS = 2048
+LARGEST_WHOLE = 512  # at once; 4,096 would need over 10 GiB
 NEGATIVES, MAX_LENGTH = 1, 32
 MODEL = {
     "intermediate_size": 128,
@@ -26,41 +28,43 @@ HIDDEN, LAYERS, RANK = 64, 4, 64
 _CHILD = "import sys; from ml_embed.benchmarks.gradcache import child; child(*sys.argv[1:])"
 
 
-def measure_batch(tokenized: Path, cache: Path, eos_id: int, batch_size: int, max_tokens: int) -> dict[str, Any]:
-    """One step in a new process: its seconds, and how far its resident memory rose above the batch and the model."""
-    arguments = [str(tokenized), str(cache), str(eos_id), str(batch_size), str(max_tokens)]
+def measure_batch(
+    tokenized: Path, cache: Path, eos_id: int, batch_size: int, budgets: Sequence[int]
+) -> list[dict[str, Any]]:
+    """A step at each budget (tokens; 0 = the whole batch at once) in one new process: seconds, peak resident MiB."""
+    arguments = [str(tokenized), str(cache), str(eos_id), str(batch_size), *map(str, budgets)]
     output = subprocess.run([sys.executable, "-c", _CHILD, *arguments], check=True, capture_output=True, text=True)
     return json.loads(output.stdout.splitlines()[-1])
 
 
-def child(tokenized: str, cache: str, eos_id: str, batch_size: str, max_tokens: str) -> None:
-    """What the new process runs; prints one JSON object."""
+def child(tokenized: str, cache: str, eos_id: str, batch_size: str, *budgets: str) -> None:
+    """What the new process runs; prints a list as JSON."""
     shape = TrainingShape(int(batch_size), NEGATIVES, MAX_LENGTH, RANK, LAYERS, HIDDEN)
     accelerator = Accelerator(cpu=True, mixed_precision="no")
-    dataset = open_sample(Path(tokenized), Path(cache))
-    small = fast_contender(
-        pick_batch(dataset, TrainingShape(8, NEGATIVES, MAX_LENGTH), int(eos_id)), shape, accelerator, 0, **MODEL
-    )
-    small.step()  # allocates gradients, the optimizer's moments and the libraries' buffers
-    batch = pick_batch(dataset, shape, int(eos_id))
-    contender = fast_contender(batch, shape, accelerator, int(max_tokens), **MODEL)
-    contender.step()
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before, start = memory_mib("Rss"), time.perf_counter()
-    contender.step()
-    seconds = time.perf_counter() - start
+    batch = pick_batch(open_sample(Path(tokenized), Path(cache)), shape, int(eos_id))
+    results = []
+    for budget in budgets:
+        contender = fast_contender(batch, shape, accelerator, int(budget), **MODEL)
+        contender.step()  # allocates gradients, the optimizer's moments and the libraries' buffers
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        start = time.perf_counter()
+        contender.step()
+        result = {"batch_size": shape.batch_size, "max_tokens": int(budget), "tokens": batch.num_encoded_tokens}
+        results.append(result | {"seconds": time.perf_counter() - start, "peak_mib": _peak_mib()})
+    print(json.dumps(results))
+
+
+def _peak_mib() -> float:
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    peak = int(status["VmHWM"].split()[0]) / 1024
-    result = {"batch_size": shape.batch_size, "max_tokens": int(max_tokens), "tokens": batch.num_encoded_tokens}
-    print(json.dumps(result | {"seconds": seconds, "peak_mib": peak, "before_mib": before}))
+    return int(status["VmHWM"].split()[0]) / 1024
 
 
 def report_gradcache(folder: Path, batch_sizes: list[int]) -> None:
     """Measure each batch size in chunks, and the smaller ones at once; print the table and the JSON line."""
     sample = make_sample(folder / "sample", rows=max(6000, max(batch_sizes)), languages=150, vocabulary=4000)
     cache, eos_id = folder / "cache", sample.tokenizer.eos_token_id
-    results = [measure_batch(sample.tokenized, cache, eos_id, size, MAX_TOKENS) for size in batch_sizes]
-    results += [measure_batch(sample.tokenized, cache, eos_id, size, 0) for size in batch_sizes if size <= 512]
+    runs = [(size, MAX_TOKENS) for size in batch_sizes] + [(size, 0) for size in batch_sizes if size <= LARGEST_WHOLE]
+    results = [measure_batch(sample.tokenized, cache, eos_id, size, [budget])[0] for size, budget in runs]
     rows = [
         [
             f"{x['batch_size']:,}",
