@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from ml_embed import zero2
 from ml_embed.errors import UserError
 from ml_embed.files import atomic_folder, damage, remove_folder, write_checksums
 
@@ -42,12 +43,17 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
 
     A collective: every process must call it.
     """
+    if zero2.is_engine(model):
+        return zero2.model_state(model)
     return get_model_state_dict(model, options=_GATHER)
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's tensors as "parameter|moment", on the CPU; a collective like `model_state`."""
-    state = get_optimizer_state_dict(model, optimizer, options=_GATHER).get("state", {})
+    if zero2.is_engine(model):
+        state = zero2.optimizer_state(model)
+    else:
+        state = get_optimizer_state_dict(model, optimizer, options=_GATHER).get("state", {})
     return {
         f"{parameter}{_SEPARATOR}{moment}": tensor.contiguous()
         for parameter, moments in state.items()
@@ -143,16 +149,20 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
         raise UserError(
             f"--resume: the tensors in {path} cannot be read ({error}); every machine must see the same output_dir"
         ) from None
-    own = set(get_model_state_dict(model, options=StateDictOptions()))
+    holder = model.module if zero2.is_engine(model) else model
+    own = set(get_model_state_dict(holder, options=StateDictOptions()))
     if own != set(tensors):
         odd = sorted(own ^ set(tensors))[0]
         raise UserError(f"--resume: {path} is the state of another model (they differ in {odd})")
     if {name.rpartition(_SEPARATOR)[0] for name in moments} != own:
         raise UserError(f"--resume: {path / OPTIMIZER_FILE} does not belong to the weights beside it")
-    set_model_state_dict(model, tensors, options=_SCATTER)
     state: dict[str, dict[str, Tensor]] = {}
     for name, tensor in moments.items():
         parameter, _, moment = name.rpartition(_SEPARATOR)
         state.setdefault(parameter, {})[moment] = tensor
+    if zero2.is_engine(model):
+        zero2.load_state(model, tensors, state)
+        return
+    set_model_state_dict(model, tensors, options=_SCATTER)
     groups = get_optimizer_state_dict(model, optimizer)["param_groups"]  # learning rate and betas are the config's
     set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=_SCATTER)

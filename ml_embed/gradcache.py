@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+from ml_embed import zero2
 from ml_embed.data.batch import slice_texts, token_chunks
 from ml_embed.distributed import all_reduce_max
 from ml_embed.model import PackedBatch
@@ -46,7 +47,7 @@ def forward_backward(
     if rounds == 1:
         vectors = model(texts.input_ids, texts.packed, rank)
         terms = objective(vectors)
-        accelerator.backward(_reaching(terms.total, vectors))
+        _backward(model, accelerator, _reaching(terms.total, vectors), last=True)
         return terms
 
     pieces = [slice_texts(texts, *chunk) for chunk in chunks]
@@ -60,10 +61,17 @@ def forward_backward(
     gradients += [torch.zeros_like(extra) for extra in encoded[len(chunks) :]]
     for number, (piece, gradient) in enumerate(zip(pieces, gradients, strict=True), start=1):
         last = number == rounds
-        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+        with contextlib.nullcontext() if last or zero2.is_engine(model) else accelerator.no_sync(model):
             again = model(piece.input_ids, piece.packed, rank)
-            accelerator.backward((again * gradient).sum())  # its gradient at `again` is `gradient`
+            _backward(model, accelerator, (again * gradient).sum(), last)  # its gradient at `again` is `gradient`
     return terms
+
+
+def _backward(model: nn.Module, accelerator: Accelerator, loss: Tensor, last: bool) -> None:
+    if zero2.is_engine(model):
+        zero2.backward(model, loss, last)
+    else:
+        accelerator.backward(loss)
 
 
 def _reaching(total: Tensor, vectors: Tensor) -> Tensor:

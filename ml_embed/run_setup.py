@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType, broadcast_object_list, set_seed
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from ml_embed import zero2
 from ml_embed.attention import choose_kernel
 from ml_embed.build import build_encoder, build_optimizer, build_teacher
 from ml_embed.checkpoint import drop_newer, load_state, read_progress
@@ -55,12 +56,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             f"report_to: {', '.join(missing)} is not installed or not known; available: {', '.join(trackers)}"
         )
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        # accelerate's DeepSpeed moves the weights within `backward`: a gradient that is not finite could not be
-        # stopped before the update, and gradient caching would move them once a chunk.
-        raise UserError(
-            "DeepSpeed is not supported; configs/accelerate_fsdp2.yaml shards weights, gradients and optimizer state "
-            "(as ZeRO-3; with fsdp_reshard_after_forward: false as ZeRO-2)"
-        )
+        zero2.check_installed()
     choose_gloo_interface()
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # said aloud, or accelerate takes launched processes for single ones
@@ -89,6 +85,14 @@ def _check_engine(accelerator: Accelerator) -> None:
         if not accelerator.is_fsdp2:
             raise UserError("FSDP version 1 is not supported; set fsdp_version: 2, as in configs/accelerate_fsdp2.yaml")
         return
+    if zero2.uses_zero2(accelerator):
+        zero2.check_settings(accelerator)
+        return
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise UserError(
+            "accelerate uses DeepSpeed only on GPUs and would silently copy the optimizer to every process here; "
+            "on CPUs use configs/accelerate_cpu.yaml"
+        )
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.num_processes > 1:
         raise UserError(
             "accelerate shards parameters (FSDP) only on GPUs and would silently copy them to every process here; "
@@ -177,7 +181,7 @@ def set_up(
     set_seed(config.seed % 2**32)  # NumPy takes no larger one; nothing here draws from it, but libraries may
     encoder = build_encoder(config, resolved, backbone_config, store, accelerator.device, dtype)
     teacher = build_teacher(config, accelerator.device, dtype)
-    model, optimizer = _prepare(accelerator, encoder, build_optimizer(encoder, config))
+    model, optimizer = _prepare(accelerator, encoder, build_optimizer(encoder, config), config)
     if state_path is not None:
         load_state(state_path, model, optimizer.optimizer)
     accelerator.init_trackers(config.experiment_id)
@@ -233,7 +237,11 @@ def _asked_of_first(accelerator: Accelerator, ask: Callable[[], _Answer]) -> _An
     return answer[0]
 
 
-def _prepare(accelerator: Accelerator, encoder: nn.Module, optimizer: torch.optim.Optimizer) -> tuple:
+def _prepare(
+    accelerator: Accelerator, encoder: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig
+) -> tuple:
+    if zero2.uses_zero2(accelerator):
+        return zero2.prepare(accelerator, encoder, optimizer, config.train_batch_size, config.max_grad_norm)
     with warnings.catch_warnings():
         # accelerate has no other name yet for the option that torch renames
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ml_embed import zero2
 from ml_embed.checkpoint import model_state, numbered_folders, optimizer_state, save_state
 from ml_embed.config import TrainConfig
 from ml_embed.data.batch import BatchBuilder, ContrastiveBatch, slice_texts, token_chunks
@@ -168,12 +169,18 @@ def training_step(run: Run, batch: ContrastiveBatch, step: int, lr: float, stop_
         raise UserError(_not_finite_message(run, values, step, batch.dataset))
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    run.optimizer.step()
+    # DeepSpeed's engine clips, moves the weights and drops the gradients
+    (run.model if zero2.is_engine(run.model) else run.optimizer).step()
     return values
 
 
 def gradient_norm(run: Run, max_norm: float) -> Tensor:
-    """The total norm before clipping, scalar; gradients are scaled down to `max_norm` if that is not 0."""
+    """The total norm before clipping, scalar; gradients are scaled down to `max_norm` if that is not 0.
+
+    DeepSpeed scales them in its step, by the same factor.
+    """
+    if zero2.is_engine(run.model):
+        return zero2.gradient_norm(run.model)
     norm = run.accelerator.clip_grad_norm_(run.model.parameters(), max_norm or float("inf"))
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded gradients have a sharded norm
 

@@ -196,7 +196,7 @@ def test_accelerate_reads_every_config(path):
 
 @pytest.mark.parametrize(
     ("engine", "message"),
-    [("ACCELERATE_USE_FSDP", "only on GPUs and would silently"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed is not")],
+    [("ACCELERATE_USE_FSDP", "only on GPUs and would silently"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")],
 )
 def test_engines_that_cannot_run_here_are_refused(inputs, engine, message):
     config = inputs.config(engine, train_batch_size=2)
