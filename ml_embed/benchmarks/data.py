@@ -28,7 +28,7 @@ BATCHES_A_TURN = 32
 @dataclass(frozen=True)
 class BatchShape:
     batch_size: int = 8
-    negatives: int = 8
+    negatives: int = 7
     max_length: int = 256
 
 
