@@ -13,10 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils.checkpoint import checkpoint
 
-LOGITS_AT_ONCE = 2**20
-"""In-batch logits of one exit and dim held at a time; about 25 times as many float32 values live in a block."""
+LOGITS_AT_ONCE = 2**18
+"""In-batch logits of one exit and dim held at a time, in rows of the batch; some 40 float32 values live for each."""
 SMALLEST_SQUARED_NORM = 1e-24  # of a vector, squared: the 1e-12 of torch.nn.functional.normalize
 
 
@@ -54,23 +53,36 @@ def nested_cosines(left: Tensor, right: Tensor, dims: Sequence[int]) -> Iterator
         start = stop
 
 
-def _blockwise_cross_entropy(
-    left: Tensor, right: Tensor, target: Tensor, excluded: Tensor | None, sample_weights: Tensor, spec: MatryoshkaSpec
-) -> Tensor:
-    """`_nested_cross_entropy` of (B, H) and (N, H), in blocks of rows where the B x N logits are many.
+class _BlockwiseCrossEntropy(torch.autograd.Function):
+    """`_nested_cross_entropy` of (B, H) and (N, H) in blocks of rows, each with its gradients at once.
 
-    Each block is computed again in the backward pass, so that the logits of one block and one exit exist at a time,
-    and not D x B x N of every exit. The sum is the same; only its order changes.
+    The loss is a sum over rows, so a block's gradients are known as soon as its value is, and the D x B x N logits of
+    every exit need not wait for the backward pass. (Checkpointing each block instead did it twice, and its small
+    leftovers between freed blocks kept glibc from reusing them: 1.5 GiB at B = N = 4,096, three exits.)
     """
-    rows = max(1, LOGITS_AT_ONCE // len(right))
-    if len(left) <= rows:
-        return _nested_cross_entropy(left, right, target, excluded, sample_weights, spec)
-    total = left.new_zeros(())
-    for start in range(0, len(left), rows):
-        block = slice(start, start + rows)
-        own = (left[block], right, target[block], None if excluded is None else excluded[block], sample_weights[block])
-        total = total + checkpoint(_nested_cross_entropy, *own, spec, use_reentrant=False, preserve_rng_state=False)
-    return total
+
+    @staticmethod
+    def forward(ctx, left, right, target, excluded, sample_weights, spec, rows):
+        left, right = left.detach(), right.detach().requires_grad_()
+        total = left.new_zeros(())
+        left_gradient, right_gradient = torch.empty_like(left), torch.zeros_like(right)
+        for start in range(0, len(left), rows):
+            block = slice(start, start + rows)
+            mask = None if excluded is None else excluded[block]
+            with torch.enable_grad():
+                own = left[block].requires_grad_()
+                loss = _nested_cross_entropy(own, right, target[block], mask, sample_weights[block], spec)
+                left_gradient[block], of_right = torch.autograd.grad(loss, (own, right))
+            right_gradient += of_right
+            total += loss.detach()
+        ctx.save_for_backward(left_gradient, right_gradient)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        left_gradient, right_gradient = ctx.saved_tensors
+        return gradient * left_gradient, gradient * right_gradient, None, None, None, None, None
 
 
 def _nested_cross_entropy(
@@ -129,7 +141,10 @@ def in_batch_loss(
     Returns:
         scalar, float32.
     """
-    return _blockwise_cross_entropy(query, passages, target, excluded, sample_weights, spec)
+    rows = max(1, LOGITS_AT_ONCE // len(passages))
+    if len(query) > rows:
+        return _BlockwiseCrossEntropy.apply(query, passages, target, excluded, sample_weights, spec, rows)
+    return _nested_cross_entropy(query, passages, target, excluded, sample_weights, spec)
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, row_weights: Tensor) -> Tensor:
