@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Qwen3Config, Qwen3Model
@@ -17,6 +19,7 @@ from transformers import Qwen3Config, Qwen3Model
 from ml_embed.attention import ATTENTION_NAME, Kernel, PackedSequences, register_packed_attention
 from ml_embed.errors import UserError
 
+COMPILES_SINCE = "5.23.0"
 NormSharing = Literal["shared", "per_layer"]
 
 
@@ -125,6 +128,7 @@ class MatryoshkaEncoder(nn.Module):
             enable = getattr(backbone, "activation_checkpointing_enable", backbone.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
         if compile_layers:
+            check_compilable()
             for layer in backbone.layers:
                 layer.compile(dynamic=True)  # in place: parameters keep their names
         self.config: Qwen3Config = backbone.config
@@ -181,6 +185,19 @@ def _copy_norm(norm: nn.Module, config: Qwen3Config) -> nn.Module:
     copy = type(norm)(config.hidden_size, eps=config.rms_norm_eps)
     copy.load_state_dict(norm.state_dict())
     return copy
+
+
+def check_compilable() -> None:
+    """
+    Raises:
+        UserError: this transformers loses sight of the hidden states of compiled layers (5.3 does, 5.23 does not;
+            those between were not tried).
+    """
+    if Version(transformers.__version__) < Version(COMPILES_SINCE):
+        raise UserError(
+            f"compile_layers: needs transformers {COMPILES_SINCE} or newer (here: {transformers.__version__}); "
+            "update it, or set compile_layers to false"
+        )
 
 
 def check_supported(config) -> None:

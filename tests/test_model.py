@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+import transformers
 from oracles import exit_vectors
+from packaging.version import Version
 from transformers import AutoModel, Qwen3Config
 
 from ml_embed.attention import PackedSequences, available_kernels, choose_kernel
 from ml_embed.errors import UserError
-from ml_embed.model import MatryoshkaEncoder, check_supported, factorize_table
+from ml_embed.model import COMPILES_SINCE, MatryoshkaEncoder, check_supported, factorize_table
 
 EXITS = (1, 2)
 LENGTHS = (1, 3, 3, 3, 7, 12)
@@ -40,6 +42,9 @@ def random_loss(vectors):
     return (vectors * torch.randn(vectors.shape, generator=generator)).sum()
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version(COMPILES_SINCE), reason="this transformers cannot compile layers"
+)
 def test_compiled_layers_give_the_same_and_are_compiled_once(world, backbone, sequences, monkeypatch):
     """Without inductor's C++ (half a minute); scripts/bench_training.py --compile checks the gradients with it."""
     in_place = torch.nn.Module.compile
