@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ml_embed.errors import UserError
+from ml_embed.files import atomic_folder, give_usual_permissions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen3Config
@@ -117,14 +116,10 @@ def init_backbone(
         torch.manual_seed(seed)
         model = Qwen3Model._from_config(config, dtype=getattr(torch, dtype))
 
-    partial = _partial_path(output)
-    try:
+    with atomic_folder(output) as partial:
         model.save_pretrained(partial, max_shard_size="2GB")  # files that any file system and mirror takes
         tokenizer.save_pretrained(partial)
         give_usual_permissions(partial)
-        _move_into_place(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return output
 
 
@@ -296,27 +291,3 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise UserError(
             f"{output} is not a model folder (no config.json), so it is not replaced; give another --output"
         )
-
-
-def _partial_path(output: Path) -> Path:
-    """A sibling to write to, so that the last step is a rename on the same file system."""
-    output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    return output.absolute().with_name(f".{output.absolute().name}.partial-{os.getpid()}")
-
-
-def _move_into_place(partial: Path, output: Path) -> None:
-    if not output.exists():
-        partial.rename(output)
-        return
-    replaced = partial.with_name(partial.name + "-replaced")
-    output.rename(replaced)
-    partial.rename(output)
-    shutil.rmtree(replaced)
-
-
-def give_usual_permissions(folder: Path) -> None:
-    """safetensors makes files that only their owner can read; a colleague's training job must read them too."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for file in folder.iterdir():
-        file.chmod(0o666 & ~umask)

@@ -147,3 +147,11 @@ def damage(folder: Path) -> str | None:
     except (OSError, ValueError, AttributeError) as error:
         return f"{CHECKSUMS_FILE} or a file it names cannot be read ({error})"
     return None
+
+
+def give_usual_permissions(folder: Path) -> None:
+    """safetensors makes files that only their owner can read; colleagues and servers must read them too."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(0o666 & ~umask)

@@ -9,7 +9,6 @@ Letters: V vocabulary, r rank, H hidden size, L layers.
 import copy
 import dataclasses
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from transformers import AutoConfig, Qwen3Config, Qwen3Model
 
 from ml_embed.attention import Kernel
 from ml_embed.errors import UserError
+from ml_embed.files import give_usual_permissions
 from ml_embed.model import MatryoshkaEncoder, NormSharing, check_supported
 from ml_embed.tokenizer import append_eos_template
 
@@ -111,15 +111,7 @@ def save_model_folder(
     _save_tokenizer(folder, tokenizer, record)
     _save_sentence_transformers_files(folder, config.hidden_size, record, dim)
     record.save(folder)
-    _give_usual_permissions(folder)
-
-
-def _give_usual_permissions(folder: Path) -> None:
-    """safetensors makes files that only their owner can read; colleagues and servers must read them too."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for path in folder.rglob("*.safetensors"):
-        path.chmod(0o666 & ~umask)
+    give_usual_permissions(folder)
 
 
 def backbone_state(state: Mapping[str, Tensor], record: ModelRecord) -> dict[str, Tensor]:

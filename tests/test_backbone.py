@@ -255,7 +255,7 @@ def test_failure_leaves_the_old_folder(tokenizer, tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(type(tokenizer), "save_pretrained", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="disk full"):
         init_backbone("tiny", tokenizer, path, seed=1, overwrite=True)
     assert (path / "model.safetensors").read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
