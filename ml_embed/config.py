@@ -113,6 +113,8 @@ class TrainConfig:
     """divides the cosines in all contrastive losses"""
     mask_false_negatives: bool = True
     """a document that is a sample's own positive is never that sample's negative, wherever it stands"""
+    false_negative_margin: float | None = _key(None, low=0, high=2)
+    """negatives whose cosine to the query is above the positive's by more than this are left out too; null = off"""
     datasets: dict[str, DatasetConfig] = dataclasses.field(default_factory=dict)
     """settings by dataset name or shell-style pattern; the first match in the order given counts"""
     valid_fraction: float = _key(0.01, low=0, high=0.5)
@@ -120,8 +122,19 @@ class TrainConfig:
 
     teacher_model_path: str | None = None
     """folder of a model whose vectors are distilled; null = no distillation"""
+    teacher_vectors_path: str | None = None
+    """folder that scripts/embed_teacher.py wrote: a teacher's vectors, computed beforehand; null = none"""
+    kd_loss: Literal["vectors", "similarity"] = "vectors"
+    """what is distilled: the teacher's vectors themselves, or the cosines between them (a teacher of any width)"""
     kd_weight: float = _key(1.0, low=0)
     """weight of the distillation term"""
+
+    lora_r: int = _key(0, low=0)
+    """rank of LoRA adapters (peft) that train in place of the layers' matrices; 0 = the layers train whole"""
+    lora_alpha: float | None = _key(None, above=0)
+    """the adapters' product is scaled by lora_alpha / lora_r; null = 2 * lora_r"""
+    lora_dropout: float = _key(0.0, low=0, high=0.9)
+    """share of an adapter's inputs dropped in training"""
 
     seed: int = _key(0, low=0)
     """all randomness (order, negatives, ranks) is a function of it"""
@@ -138,6 +151,12 @@ class TrainConfig:
     """optimizer steps a log line"""
     validation_steps: int = _key(100, low=0)
     """optimizer steps between validations; 0 = only at the end"""
+    valid_ranks: tuple[int, ...] | None = _key(None, low=1)
+    """ranks at which validation also measures retrieval, with valid_layers and valid_dims; null = the largest"""
+    valid_layers: tuple[int, ...] | None = _key(None, low=1)
+    """exits at which it does; null = the last"""
+    valid_dims: tuple[int, ...] | None = _key(None, low=1)
+    """vector lengths at which it does; null = the whole"""
     checkpointing_steps: int = _key(100, low=0)
     """optimizer steps between checkpoints; 0 = only at the end of each epoch"""
     save_total_limit: int | None = _key(None, low=1)
@@ -211,6 +230,12 @@ def _check_together(config: TrainConfig) -> list[str]:
         problems.append(f"mel_ranks: {max(config.mel_ranks)} is larger than r = {config.r}")
     if config.mel_init == "frequency" and config.r == 0:
         problems.append("mel_init: 'frequency' needs factors; set r > 0 or remove mel_init")
+    if config.teacher_model_path is not None and config.teacher_vectors_path is not None:
+        problems.append("teacher_model_path and teacher_vectors_path are both given; keep one of them")
+    if config.kd_loss != "vectors" and config.teacher_model_path is None and config.teacher_vectors_path is None:
+        problems.append(f"kd_loss: {config.kd_loss!r} needs a teacher; set teacher_model_path or teacher_vectors_path")
+    if config.lora_r == 0 and (config.lora_alpha is not None or config.lora_dropout):
+        problems.append("lora_alpha or lora_dropout is given but lora_r is 0; set lora_r, e.g. to 16, or remove them")
     if config.min_lr > config.learning_rate:
         problems.append(f"min_lr {config.min_lr} is larger than learning_rate {config.learning_rate}")
     if config.train_steps == 0:
