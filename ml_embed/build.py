@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3Model
 
+from ml_embed import lora
 from ml_embed.attention import choose_kernel
 from ml_embed.config import TrainConfig
 from ml_embed.data.store import Store
@@ -50,6 +51,8 @@ def build_encoder(
         config.compile_layers,
     )
     _take_over_exit_norms(encoder, Path(config.model_path))
+    if config.lora_r:
+        lora.add_adapters(encoder, config)
     return encoder.to(device)
 
 
@@ -93,9 +96,9 @@ def _take_over_exit_norms(encoder: MatryoshkaEncoder, folder: Path) -> None:
 
 
 def build_optimizer(encoder: MatryoshkaEncoder, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters with weight decay on all of them, in one fused pass."""
+    """AdamW over all trained parameters with weight decay on all of them, in one fused pass."""
     return torch.optim.AdamW(
-        encoder.parameters(),
+        [parameter for parameter in encoder.parameters() if parameter.requires_grad],
         lr=config.learning_rate,
         betas=ADAM_BETAS,
         eps=ADAM_EPSILON,

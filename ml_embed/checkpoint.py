@@ -2,11 +2,12 @@
 
 `resume/step_N/` holds model.safetensors, optimizer.safetensors, state.json and checksums.json. All of a run's
 randomness is a function of (seed, step), so weights, moments, the step and the open log window are its whole state.
+Frozen weights (LoRA's) are not in it: they come from model_path again, which the fingerprint then holds a sum of.
 """
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ _STEP_FOLDER = re.compile(r"step_(\d+)")
 
 # The same calls serve one process, DDP and FSDP2: tensors come whole, on the CPU, on the first process.
 _GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
-_SCATTER = StateDictOptions(full_state_dict=True)
+_SCATTER = StateDictOptions(full_state_dict=True, strict=False)  # frozen weights stay as they are
 _SEPARATOR = "|"  # stands in no parameter's name
 
 
@@ -61,6 +62,11 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     }
 
 
+def _parameters_of(moments: Iterable[str]) -> set[str]:
+    """The parameters that "parameter|moment" names speak of."""
+    return {name.rpartition(_SEPARATOR)[0] for name in moments}
+
+
 def save_state(
     folder: Path, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], progress: Mapping[str, Any], step: int
 ) -> Path:
@@ -68,15 +74,17 @@ def save_state(
 
     Args:
         folder: `resume/` of the run.
-        model, optimizer: what `model_state` and `optimizer_state` gave.
+        model, optimizer: what `model_state` and `optimizer_state` gave; weights without moments, which are frozen, are
+            left out.
         progress: anything else that a continued run needs, as JSON.
         step: N, optimizer steps done.
     Raises:
         UserError: the disk is full; the states that were there before are untouched.
     """
     target = folder / f"step_{step}"
+    trained = _parameters_of(optimizer)
     with atomic_folder(target) as partial:
-        save_file(dict(model), partial / MODEL_FILE)
+        save_file({name: tensor for name, tensor in model.items() if name in trained}, partial / MODEL_FILE)
         save_file(dict(optimizer), partial / OPTIMIZER_FILE)
         state = {"format_version": FORMAT_VERSION, "step": step, **progress}
         (partial / STATE_FILE).write_text(json.dumps(state, indent=2, ensure_ascii=False), encoding="utf-8")
@@ -150,11 +158,11 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
             f"--resume: the tensors in {path} cannot be read ({error}); every machine must see the same output_dir"
         ) from None
     holder = model.module if zero2.is_engine(model) else model
-    own = set(get_model_state_dict(holder, options=StateDictOptions()))
+    own = set(get_model_state_dict(holder, options=StateDictOptions(ignore_frozen_params=True)))
     if own != set(tensors):
         odd = sorted(own ^ set(tensors))[0]
         raise UserError(f"--resume: {path} is the state of another model (they differ in {odd})")
-    if {name.rpartition(_SEPARATOR)[0] for name in moments} != own:
+    if _parameters_of(moments) != own:
         raise UserError(f"--resume: {path / OPTIMIZER_FILE} does not belong to the weights beside it")
     state: dict[str, dict[str, Tensor]] = {}
     for name, tensor in moments.items():

@@ -130,11 +130,9 @@ class TrainConfig:
     """weight of the distillation term"""
 
     lora_r: int = _key(0, low=0)
-    """rank of LoRA adapters (peft) that train in place of the layers' matrices; 0 = the layers train whole"""
+    """rank of the LoRA adapters that train in place of the layers' matrices (needs peft); 0 = the layers train whole"""
     lora_alpha: float | None = _key(None, above=0)
     """the adapters' product is scaled by lora_alpha / lora_r; null = 2 * lora_r"""
-    lora_dropout: float = _key(0.0, low=0, high=0.9)
-    """share of an adapter's inputs dropped in training"""
 
     seed: int = _key(0, low=0)
     """all randomness (order, negatives, ranks) is a function of it"""
@@ -234,8 +232,8 @@ def _check_together(config: TrainConfig) -> list[str]:
         problems.append("teacher_model_path and teacher_vectors_path are both given; keep one of them")
     if config.kd_loss != "vectors" and config.teacher_model_path is None and config.teacher_vectors_path is None:
         problems.append(f"kd_loss: {config.kd_loss!r} needs a teacher; set teacher_model_path or teacher_vectors_path")
-    if config.lora_r == 0 and (config.lora_alpha is not None or config.lora_dropout):
-        problems.append("lora_alpha or lora_dropout is given but lora_r is 0; set lora_r, e.g. to 16, or remove them")
+    if config.lora_r == 0 and config.lora_alpha is not None:
+        problems.append("lora_alpha is given but lora_r is 0; set lora_r, e.g. to 16, or remove it")
     if config.min_lr > config.learning_rate:
         problems.append(f"min_lr {config.min_lr} is larger than learning_rate {config.learning_rate}")
     if config.train_steps == 0:

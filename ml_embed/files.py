@@ -126,14 +126,15 @@ def remove_leftovers(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _checksum(path: Path) -> str:
+def checksum(path: Path) -> str:
+    """The BLAKE2b sum of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
 def write_checksums(folder: Path) -> None:
     """Record the BLAKE2b sum of every file of a folder in it."""
-    sums = {str(p.relative_to(folder)): _checksum(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    sums = {str(p.relative_to(folder)): checksum(p) for p in sorted(folder.rglob("*")) if p.is_file()}
     (folder / CHECKSUMS_FILE).write_text(json.dumps(sums, indent=2), encoding="utf-8")
 
 
@@ -142,7 +143,7 @@ def damage(folder: Path) -> str | None:
     try:
         sums = json.loads((folder / CHECKSUMS_FILE).read_text(encoding="utf-8"))
         for name, expected in sums.items():
-            if _checksum(folder / name) != expected:
+            if checksum(folder / name) != expected:
                 return f"{name} does not match its checksum"
     except (OSError, ValueError, AttributeError) as error:
         return f"{CHECKSUMS_FILE} or a file it names cannot be read ({error})"

@@ -8,15 +8,17 @@ Letters: V vocabulary, r rank, H hidden size, L layers.
 
 import copy
 import dataclasses
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import save_torch_state_dict, snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,7 +26,7 @@ from transformers import AutoConfig, Qwen3Config, Qwen3Model
 
 from ml_embed.attention import Kernel
 from ml_embed.errors import UserError
-from ml_embed.files import give_usual_permissions
+from ml_embed.files import checksum, give_usual_permissions
 from ml_embed.model import MatryoshkaEncoder, NormSharing, check_supported
 from ml_embed.tokenizer import append_eos_template
 
@@ -212,6 +214,18 @@ def load_backbone(folder: str | Path, config: Qwen3Config, dtype: torch.dtype = 
             f"the weights in {folder} lack {len(missing)} tensors, e.g. {missing[0]}; copy the folder again"
         )
     return model
+
+
+def weights_digest(folder: str | Path) -> str:
+    """Tells the weights of a backbone (a folder, or else a hub name) apart by content, wherever they lie."""
+    if not Path(folder).is_dir():
+        folder = snapshot_download(str(folder), allow_patterns="*.safetensors")
+    files = sorted(Path(folder).glob("*.safetensors"))
+    digest = hashlib.blake2b(digest_size=16)
+    with ThreadPoolExecutor() as pool:  # a large backbone has many files
+        for path, whole in zip(files, pool.map(checksum, files), strict=True):
+            digest.update(f"{path.name}:{whole};".encode())
+    return digest.hexdigest()
 
 
 def _load_layers(folder: Path, config: Qwen3Config, dtype: torch.dtype) -> Qwen3Model:

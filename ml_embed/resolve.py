@@ -15,6 +15,7 @@ from ml_embed.config import TrainConfig
 from ml_embed.data.schedule import DatasetPlan, Schedule, check_dataset_names, plan_dataset
 from ml_embed.data.store import Store, TokenizedDataset
 from ml_embed.errors import UserError
+from ml_embed.lora import adapter_parameters, matrix_shapes
 from ml_embed.losses import MatryoshkaSpec
 from ml_embed.nesting import default_dims, default_exits, default_ranks, dim_weights
 from ml_embed.tasks import TASKS, Task
@@ -38,6 +39,9 @@ class Resolved:
     ranks: tuple[int, ...]
     """ranks that are drawn in training; the single r without use_mel; empty for a whole table"""
     parameters: int
+    """of the model that is saved: adapters are merged in it"""
+    trained_parameters: int
+    """those that training moves; with lora_r: adapters, token factors (or table) and the exits' norms"""
     embedding_parameters: int
     mean_tokens_per_step: int
     """real tokens of an average step, over all processes"""
@@ -72,7 +76,10 @@ def resolve(config: TrainConfig, backbone: Qwen3Config, store: Store, world_size
     epoch_steps = schedule.steps_per_epoch
     total_steps = config.train_steps if config.train_steps > 0 else config.train_epochs * epoch_steps
     embedding = _embedding_parameters(config, backbone)
-    parameters = embedding + _layer_parameters(backbone, len(exits) if config.mll_norm == "per_layer" else 1)
+    final_norms = backbone.hidden_size * (len(exits) if config.mll_norm == "per_layer" else 1)
+    layers, adapters = _layer_parameters(backbone), adapter_parameters(backbone, config.lora_r)
+    parameters = embedding + layers + final_norms
+    trained = parameters - layers + adapters if config.lora_r else parameters
     tokens = sum(_tokens_per_epoch(plan, store.datasets[plan.name], config) for plan in plans) / epoch_steps
     return Resolved(
         world_size=world_size,
@@ -85,9 +92,10 @@ def resolve(config: TrainConfig, backbone: Qwen3Config, store: Store, world_size
         dim_weights=dim_weights(dims),
         ranks=ranks,
         parameters=parameters,
+        trained_parameters=trained,
         embedding_parameters=embedding,
         mean_tokens_per_step=round(tokens),
-        memory_gib=_memory(config, backbone, parameters, tokens / world_size),
+        memory_gib=_memory(config, backbone, parameters + adapters, trained, tokens / world_size),
         datasets=plans,
     )
 
@@ -130,6 +138,9 @@ def _nested_sizes(config: TrainConfig, backbone: Qwen3Config) -> tuple[tuple, tu
         problems.append(f"mll_layers: {max(config.mll_layers)} is deeper than the backbone's {layers} layers")
     if config.mrl_dims and max(config.mrl_dims) > hidden:
         problems.append(f"mrl_dims: {max(config.mrl_dims)} is longer than the backbone's hidden size {hidden}")
+    smallest_side = min(map(min, matrix_shapes(backbone).values()))
+    if config.lora_r > smallest_side:
+        problems.append(f"lora_r: {config.lora_r} is more than the {smallest_side} of the layers' smallest matrix")
     if config.max_seq_length > backbone.max_position_embeddings:
         problems.append(
             f"max_seq_length: {config.max_seq_length} is longer than the backbone's {backbone.max_position_embeddings}"
@@ -153,11 +164,10 @@ def _embedding_parameters(config: TrainConfig, backbone: Qwen3Config) -> int:
     return config.r * (vocabulary + hidden) if config.r else vocabulary * hidden
 
 
-def _layer_parameters(backbone: Qwen3Config, final_norms: int) -> int:
-    hidden, head = backbone.hidden_size, backbone.head_dim
-    attention = hidden * head * (2 * backbone.num_attention_heads + 2 * backbone.num_key_value_heads) + 2 * head
-    layer = attention + 3 * hidden * backbone.intermediate_size + 2 * hidden
-    return backbone.num_hidden_layers * layer + final_norms * hidden
+def _layer_parameters(backbone: Qwen3Config) -> int:
+    matrices = sum(outputs * inputs for outputs, inputs in matrix_shapes(backbone).values())
+    norms = 2 * backbone.hidden_size + 2 * backbone.head_dim
+    return backbone.num_hidden_layers * (matrices + norms)
 
 
 def _tokens_per_epoch(plan: DatasetPlan, dataset: TokenizedDataset, config: TrainConfig) -> float:
@@ -174,20 +184,26 @@ def _tokens_per_epoch(plan: DatasetPlan, dataset: TokenizedDataset, config: Trai
     return plan.draws * float(query + passage + (negatives * np.repeat(used, counts)).sum()) / len(rows)
 
 
-def _memory(config: TrainConfig, backbone: Qwen3Config, parameters: int, tokens: float) -> dict[str, float]:
+def _memory(config: TrainConfig, backbone: Qwen3Config, held: int, trained: int, tokens: float) -> dict[str, float]:
     """Rough need of one process, in GiB: fp32 weights, gradients and two AdamW moments; activations of one forward.
 
     Activations: values kept for the backward pass of each token and layer, at 4 bytes (2 under bf16): about 8 H for
-    the norms and residuals, 4 for each query and 6 for each key/value component, 4 for each MLP component.
+    the norms and residuals, 4 for each query and 6 for each key/value component, 4 for each MLP component, and what
+    stands between an adapter's two parts.
+
+    Args:
+        held: parameters in memory; trained: those among them that have a gradient and moments.
+        tokens: of a process and step.
     """
     heads = 4 * backbone.num_attention_heads + 6 * backbone.num_key_value_heads
     per_layer = 8 * backbone.hidden_size + heads * backbone.head_dim + 4 * backbone.intermediate_size
+    per_layer += config.lora_r * len(matrix_shapes(backbone))
     if config.max_tokens_per_forward:
         tokens = min(tokens, config.max_tokens_per_forward)
     layers = backbone.num_hidden_layers
     kept = per_layer * layers
     if config.gradient_checkpointing:
         kept = per_layer + backbone.hidden_size * layers
-    weights, activations = 4 * parameters / GIB, 4 * kept * tokens / GIB
-    parts = {"weights": weights, "gradients": weights, "optimizer": 2 * weights, "activations": activations}
+    weights, gradients, activations = 4 * held / GIB, 4 * trained / GIB, 4 * kept * tokens / GIB
+    parts = {"weights": weights, "gradients": gradients, "optimizer": 2 * gradients, "activations": activations}
     return {name: round(value, 3) for name, value in (parts | {"total": sum(parts.values())}).items()}

@@ -10,6 +10,7 @@ from ml_embed.checkpoint import find_state
 from ml_embed.config import TrainConfig
 from ml_embed.data.store import Store
 from ml_embed.errors import UserError
+from ml_embed.model_folder import weights_digest
 from ml_embed.resolve import Resolved
 
 # Keys that may differ between a run and its continuation: they decide where things are and how they are computed or
@@ -27,6 +28,8 @@ def run_fingerprint(config: TrainConfig, resolved: Resolved, store: Store, mixed
     kept["datasets"] = {name: vars(settings) for name, settings in config.datasets.items()}
     kept |= {"train_data_path": _data_digest(store), "global_batch_size": resolved.global_batch_size}
     kept["mixed_precision"] = mixed_precision
+    if config.lora_r:
+        kept["model_path"] = weights_digest(config.model_path)  # its layers are frozen, and in no resume state
     return json.loads(json.dumps(kept))  # as it reads back from disk
 
 

@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType, broadcast_object_list, set_seed
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from ml_embed import zero2
+from ml_embed import lora, zero2
 from ml_embed.attention import choose_kernel
 from ml_embed.build import build_encoder, build_optimizer, build_teacher
 from ml_embed.checkpoint import drop_newer, load_state, read_progress
@@ -115,6 +115,8 @@ def open_inputs(config: TrainConfig, world_size: int, progress: bool) -> tuple[A
     Raises:
         UserError: something is missing, damaged, or does not fit together.
     """
+    if config.lora_r:
+        lora.check_installed()
     backbone_config = load_config(config.model_path)
     tokenizer = load_tokenizer(config.model_path)
     store = open_store(config.train_data_path, config.cache_dir, progress)
@@ -165,7 +167,9 @@ def set_up(
     former = ModelRecord.load(Path(config.model_path))
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     choose_kernel(config.attention, accelerator.device, dtype)  # refuses an impossible one before anything is written
-    fingerprint = run_fingerprint(config, resolved, store, accelerator.mixed_precision)
+    fingerprint = _asked_of_first(
+        accelerator, lambda: run_fingerprint(config, resolved, store, accelerator.mixed_precision)
+    )
 
     def prepare() -> tuple[Path | None, dict | None]:
         state_path = state_to_resume(config.run_dir, resume)

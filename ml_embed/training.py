@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ml_embed import zero2
+from ml_embed import lora, zero2
 from ml_embed.checkpoint import model_state, numbered_folders, optimizer_state, save_state
 from ml_embed.config import TrainConfig
 from ml_embed.data.batch import BatchBuilder, ContrastiveBatch, slice_texts, token_chunks
@@ -243,10 +243,11 @@ def save_checkpoint(run: Run, step: int, epoch_ends: bool) -> None:
 def _write_checkpoint(run: Run, step: int, epoch_ends: bool, state: dict, moments: dict) -> None:
     run_dir = run.config.run_dir
     epoch = step // run.resolved.steps_per_epoch
+    weights = lora.merged(state, lora.scale(run.config)) if run.config.lora_r else state
     # Model folders first: a state is only resumed from when all that should stand before it does.
     for name in [f"step_{step}", *([f"epoch_{epoch}"] if epoch_ends else [])]:
         with atomic_folder(run_dir / name) as folder:
-            save_model_folder(folder, state, run.backbone_config, run.tokenizer, run.record)
+            save_model_folder(folder, weights, run.backbone_config, run.tokenizer, run.record)
     progress = {
         "window": run.window.to_json(),
         "metrics_bytes": run.log.force_to_disk(),

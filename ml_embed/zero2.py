@@ -122,7 +122,7 @@ def optimizer_state(engine: nn.Module) -> dict[str, dict[str, Tensor]]:
 
     step = _step_counter(engine)
     state: dict[str, dict[str, Tensor]] = {}
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in _trained_parameters(engine):
         whole = {moment: safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS}
         if engine.global_rank == 0:
             state[name] = {moment: tensor.cpu() for moment, tensor in whole.items()}
@@ -142,12 +142,16 @@ def load_state(engine: nn.Module, weights: Mapping[str, Tensor], state: Mapping[
     _make_moments(sharded.optimizer)
     for parameters, part in zip(sharded.bit16_groups, _parts(sharded.optimizer), strict=True):
         lazy_init_hp_params_optimizer_state(parameters, part, sharded.optimizer.state)
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in _trained_parameters(engine):
         safe_set_full_fp32_param(parameter, weights[name].to(parameter))
         for moment in MOMENTS:
             safe_set_full_optimizer_state(parameter, state[name][moment].to(parameter), moment)
         _step_counter(engine).copy_(state[name]["step"])
     sharded.update_lp_params()
+
+
+def _trained_parameters(engine: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
 
 
 def _make_moments(optimizer: torch.optim.Optimizer) -> None:

@@ -1,0 +1,87 @@
+"""LoRA (arXiv 2106.09685) through peft: adapters train in place of the decoder layers' matrices, merged when saved.
+
+y = W x + s C D x, with W frozen and s = lora_alpha / lora_r. The token factors (or the table) and the exits' norms,
+which are no part of a layer, train whole; the small norms within layers stay as they are, as is usual with LoRA.
+
+Letters: O, I outputs and inputs of a matrix, k the adapters' rank, D (k, I) and C (O, k) an adapter's two parts (LoRA's
+own A and B, which here are the token factors').
+"""
+
+import importlib.util
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from transformers import Qwen3Config
+
+from ml_embed.config import TrainConfig
+from ml_embed.errors import UserError
+from ml_embed.model import MatryoshkaEncoder
+
+# What peft calls the parts of a matrix "….q_proj.weight" that has an adapter.
+_FROZEN, _DOWN, _UP = ".base_layer.weight", ".lora_A.default.weight", ".lora_B.default.weight"
+
+
+def check_installed() -> None:
+    """
+    Raises:
+        UserError: the config asks for LoRA, and peft is not there.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise UserError("lora_r: LoRA needs peft, which is not installed: pip install peft, or set lora_r to 0")
+
+
+def matrix_shapes(backbone: Qwen3Config) -> dict[str, tuple[int, int]]:
+    """(O, I) of each matrix of a decoder layer; all of them get an adapter."""
+    hidden, inner, head = backbone.hidden_size, backbone.intermediate_size, backbone.head_dim
+    queries, keys = backbone.num_attention_heads * head, backbone.num_key_value_heads * head
+    return {
+        "q_proj": (queries, hidden),
+        "k_proj": (keys, hidden),
+        "v_proj": (keys, hidden),
+        "o_proj": (hidden, queries),
+        "gate_proj": (inner, hidden),
+        "up_proj": (inner, hidden),
+        "down_proj": (hidden, inner),
+    }
+
+
+def adapter_parameters(backbone: Qwen3Config, rank: int) -> int:
+    """Parameters of all layers' adapters."""
+    return backbone.num_hidden_layers * rank * sum(map(sum, matrix_shapes(backbone).values()))
+
+
+def scale(config: TrainConfig) -> float:
+    """s, what an adapter's product is multiplied by."""
+    return 2.0 if config.lora_alpha is None else config.lora_alpha / config.lora_r
+
+
+def add_adapters(encoder: MatryoshkaEncoder, config: TrainConfig) -> None:
+    """Freeze the decoder layers of an encoder on the CPU and give each of their matrices an adapter.
+
+    They change nothing at first, because C starts as 0; D is random, a function of the seed alone.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+
+    adapters = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=scale(config) * config.lora_r,
+        target_modules=list(matrix_shapes(encoder.config)),
+    )
+    with torch.random.fork_rng(devices=[]):  # peft draws from the CPU's global generator
+        torch.default_generator.manual_seed(config.seed % 2**63)
+        inject_adapter_in_model(adapters, encoder.backbone)
+    for module in encoder.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False  # under bf16 it would make a float32 copy of every input
+
+
+def merged(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """An encoder's state with its adapters multiplied out: W + s C D under the name of W. `state` is left as it is."""
+    plain = {name: tensor for name, tensor in state.items() if not name.endswith((_FROZEN, _DOWN, _UP))}
+    for name, frozen in state.items():
+        if name.endswith(_FROZEN):
+            matrix = name.removesuffix(_FROZEN)
+            plain[f"{matrix}.weight"] = torch.addmm(frozen, state[matrix + _UP], state[matrix + _DOWN], alpha=scale)
+    return plain
