@@ -4,7 +4,6 @@ Letters: E exits, N texts, H hidden size, D vector length.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +22,11 @@ from ml_embed.evaluation import chance_metrics, metrics_of_ranks
 from ml_embed.evaluation_data import TestSet, read_test_sets
 from ml_embed.model import MatryoshkaEncoder
 from ml_embed.model_folder import ModelRecord, load_config, load_encoder
+from ml_embed.nesting import Cube
 from ml_embed.tokenizer import TextEncoder, load_tokenizer
 
 MAX_QUERIES = 1000
 BYTES_PER_COMPONENT = 4  # vectors are given as float32
-
-
-@dataclass(frozen=True)
-class Cube:
-    """The sizes looked at on each axis."""
-
-    ranks: tuple[int, ...]
-    """ascending; (0,) is a whole token table"""
-    depths: tuple[int, ...]
-    """ascending"""
-    dims: tuple[int, ...]
-    """ascending"""
 
 
 def evaluate_cube(

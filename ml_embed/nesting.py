@@ -3,12 +3,45 @@
 Letters: L layers, H hidden size, r rank of the factorised token table.
 """
 
+import itertools
 import math
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 EXIT_LAYERS = (1, 2, 4, 8, 16, 24, 32, 40, 48)
 SMALLEST_DIM = 8
 SMALLEST_RANK = 64
+
+Cell = tuple[int, int, int]
+"""rank (0: a whole token table), depth and dim of a cut of the model"""
+
+
+@dataclass(frozen=True)
+class Cube:
+    """The sizes looked at on each axis."""
+
+    ranks: tuple[int, ...]
+    """ascending; (0,) is a whole token table"""
+    depths: tuple[int, ...]
+    """ascending"""
+    dims: tuple[int, ...]
+    """ascending"""
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        return tuple(itertools.product(self.ranks, self.depths, self.dims))
+
+
+def cell_name(rank: int, depth: int, dim: int) -> str:
+    """What a cell of the cube is called in a run's metrics."""
+    return f"rank_{rank}_depth_{depth}_dim_{dim}"
+
+
+def cell_of_name(name: str) -> Cell | None:
+    """rank, depth and dim of a `cell_name`; None for another name."""
+    match = re.fullmatch(r"rank_(\d+)_depth_(\d+)_dim_(\d+)", name)
+    return match and tuple(map(int, match.groups()))
 
 
 def default_exits(num_layers: int) -> tuple[int, ...]:

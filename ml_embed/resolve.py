@@ -17,7 +17,7 @@ from ml_embed.data.store import Store, TokenizedDataset
 from ml_embed.errors import UserError
 from ml_embed.lora import adapter_parameters, matrix_shapes
 from ml_embed.losses import MatryoshkaSpec
-from ml_embed.nesting import default_dims, default_exits, default_ranks, dim_weights
+from ml_embed.nesting import Cube, default_dims, default_exits, default_ranks, dim_weights
 from ml_embed.tasks import TASKS, Task
 
 GIB = 1024**3
@@ -43,8 +43,12 @@ class Resolved:
     trained_parameters: int
     """those that training moves; with lora_r: adapters, token factors (or table) and the exits' norms"""
     embedding_parameters: int
+    layer_parameters: int
+    """of one decoder layer"""
     mean_tokens_per_step: int
     """real tokens of an average step, over all processes"""
+    valid_grid: Cube | None
+    """cells that validation measures beside the whole model; null = none"""
     memory_gib: dict[str, float]
     """estimate for one process without sharding"""
     datasets: tuple[DatasetPlan, ...]
@@ -94,7 +98,9 @@ def resolve(config: TrainConfig, backbone: Qwen3Config, store: Store, world_size
         parameters=parameters,
         trained_parameters=trained,
         embedding_parameters=embedding,
+        layer_parameters=layers // backbone.num_hidden_layers,
         mean_tokens_per_step=round(tokens),
+        valid_grid=_valid_grid(config, exits, dims, ranks),
         memory_gib=_memory(config, backbone, parameters + adapters, trained, tokens / world_size),
         datasets=plans,
     )
@@ -157,6 +163,21 @@ def _nested_sizes(config: TrainConfig, backbone: Qwen3Config) -> tuple[tuple, tu
     if config.use_mel:
         ranks = tuple(sorted({*config.mel_ranks, config.r})) if config.mel_ranks else default_ranks(config.r)
     return exits, dims, ranks
+
+
+def _valid_grid(config: TrainConfig, exits: tuple, dims: tuple, ranks: tuple) -> Cube | None:
+    """The cells that validation measures; a null axis is looked at whole."""
+    asked = {"valid_ranks": config.valid_ranks, "valid_layers": config.valid_layers, "valid_dims": config.valid_dims}
+    trained = {"valid_ranks": ranks, "valid_layers": exits, "valid_dims": dims}
+    problems = []
+    for key, values in asked.items():
+        listed = ", ".join(map(str, sorted(trained[key]))) or "a whole token table, which has no ranks"
+        problems += [f"{key}: {v} is not trained (trained: {listed})" for v in values or () if v not in trained[key]]
+    if problems:
+        raise UserError("validation measures only what is trained:\n" + "\n".join(f"  - {p}" for p in problems))
+    if not any(asked.values()):
+        return None
+    return Cube(*(tuple(sorted(values or (max(trained[key], default=0),))) for key, values in asked.items()))
 
 
 def _embedding_parameters(config: TrainConfig, backbone: Qwen3Config) -> int:

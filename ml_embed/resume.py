@@ -18,6 +18,7 @@ from ml_embed.resolve import Resolved
 _FREE_KEYS = frozenset(
     {"model_path", "experiment_id", "output_dir", "tb_dir", "cache_dir", "train_data_path", "train_batch_size"}
     | {"log_interval", "validation_steps", "checkpointing_steps", "save_total_limit", "report_to", "num_processes"}
+    | {"valid_ranks", "valid_layers", "valid_dims"}
     | {"attention", "gradient_checkpointing", "max_tokens_per_forward", "compile_layers"}
 )
 

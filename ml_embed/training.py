@@ -74,9 +74,9 @@ class Run:
         plan = self.schedule.plans[chosen.dataset]
         return self.builder.build(self.store.datasets[chosen.dataset], plan, chosen.rows, chosen.epoch)
 
-    def encode(self, batch: ContrastiveBatch) -> Tensor:
-        """(E, N, H) vectors of a batch's texts at full rank."""
-        return self.model(batch.texts.input_ids, batch.texts.packed)
+    def encode(self, batch: ContrastiveBatch, rank: int) -> Tensor:
+        """(E, N, H) vectors of a batch's texts at a rank; 0 is a whole token table."""
+        return self.model(batch.texts.input_ids, batch.texts.packed, rank or None)
 
     def objective_of(self, batch: ContrastiveBatch) -> Callable[[Tensor], LossTerms]:
         """The loss terms of a batch as a function of its texts' vectors."""
@@ -215,7 +215,7 @@ def validate_and_log(run: Run, step: int) -> None:
         UserError: a loss is not finite.
     """
     run.model.eval()
-    values = validate(run.encode, run.schedule, run.store, run.builder, run.spec, run.accelerator.device)
+    values = validate(run.encode, run.schedule, run.store, run.builder, run.spec, run.resolved, run.accelerator.device)
     run.model.train()
     if not all(map(math.isfinite, values.values())):  # alike on all processes
         raise UserError(f"validation after step {step}: a loss is not finite; {_last_good(run)}. Lower learning_rate")

@@ -1,10 +1,12 @@
-"""Validation at full rank: losses on held-out rows, and how well the deepest, whole vectors retrieve.
+"""Validation: losses on held-out rows at full rank, and how well the whole vectors, and cut ones, retrieve.
 
-Letters: R rows of this process, K negatives, H hidden size, Q queries and P distinct passages of a dataset.
+Letters: E exits, N texts of a batch, R rows of this process, K negatives, H hidden size, Q queries and P distinct
+passages of a dataset.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -16,37 +18,43 @@ from ml_embed.data.store import Store
 from ml_embed.distributed import all_reduce_sum, gather_uneven, world_size
 from ml_embed.evaluation import metrics_of_ranks, ranks_of_positives, ranks_of_scores
 from ml_embed.losses import MatryoshkaSpec
+from ml_embed.nesting import Cell, cell_name
 from ml_embed.objective import batch_objective
+from ml_embed.resolve import Resolved
+from ml_embed.tasks import Task
 
 VALIDATION_EPOCH = -1  # negatives are drawn as in an epoch that training never has: always the same ones
-
-
-def valid_batches(
-    schedule: Schedule, store: Store, builder: BatchBuilder, dataset: str
-) -> Iterator[tuple[int, ContrastiveBatch]]:
-    """(rows of the global batch, this process's share of it) over a dataset's held-out rows."""
-    for rows in schedule.valid_batches(dataset):
-        yield len(rows), builder.build(store.datasets[dataset], schedule.plans[dataset], rows, VALIDATION_EPOCH)
+Encode = Callable[[ContrastiveBatch, int], Tensor]
+"""batch, rank (0 is a whole token table) -> (E, N, H) vectors, in evaluation mode"""
+Batches = Callable[[], Iterator[tuple[int, ContrastiveBatch]]]
+"""goes once more through (rows of the global batch, this process's share of it) of a dataset's held-out rows"""
+Vectors = Mapping[int, Tensor]
+"""exit layer -> (N, H), of one rank"""
 
 
 @torch.no_grad()
 def validate(
-    encode: Callable[[ContrastiveBatch], Tensor],
+    encode: Encode,
     schedule: Schedule,
     store: Store,
     builder: BatchBuilder,
     spec: MatryoshkaSpec,
+    resolved: Resolved,
     device: torch.device,
 ) -> dict[str, float]:
     """Losses and retrieval metrics of every dataset that has held-out rows. A collective.
 
+    Texts are encoded once a rank; all exits and vector lengths come from that.
+
     Args:
-        encode: batch -> (E, N, H) vectors at full rank, in evaluation mode.
+        encode: the model.
         schedule, store, builder: as in training; no training randomness is advanced, for there is none to advance.
         spec: the losses' dims, weights and temperature.
+        resolved: sizes of the model, and the grid of cells to measure beside the whole of it.
     Returns:
-        "<dataset>/valid_loss_hard" and so on, their means over the datasets of a task as "Avg/<task>/…", and "loss",
-        the mean over datasets. The same on every process; empty if nothing is held out.
+        "<dataset>/valid_loss_hard", "<dataset>/ndcg@10" and so on; with a grid also "<dataset>/ndcg@10/<cell_name>"
+        and so on; the means of all these over the datasets of a task as "Avg/<task>/…"; and "loss", the mean over
+        datasets. The same on every process; empty if nothing is held out.
     """
     values: dict[str, float] = {}
     by_task: dict[str, list[float]] = defaultdict(list)
@@ -54,7 +62,11 @@ def validate(
     for name, plan in schedule.plans.items():
         if plan.valid_rows == 0:
             continue
-        own = _validate_dataset(encode, valid_batches(schedule, store, builder, name), spec, device)
+
+        def batches(name: str = name) -> Iterator[tuple[int, ContrastiveBatch]]:
+            return valid_batches(schedule, store, builder, name)
+
+        own = _validate_dataset(encode, batches, plan.task, spec, resolved, device)
         totals.append(own["valid_loss_hard"] + own.get("valid_loss_in_batch", 0.0))
         for metric, value in own.items():
             values[f"{name}/{metric}"] = value
@@ -65,34 +77,108 @@ def validate(
     return values
 
 
-def _validate_dataset(encode, batches, spec: MatryoshkaSpec, device: torch.device) -> dict[str, float]:
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
-    num_rows, queries, passages, documents, ranks = 0, [], [], [], []
-    retrieval = False
-    for rows, on_host in batches:
-        batch = on_host.to(device)
-        vectors = encode(batch)
-        terms = batch_objective(vectors, batch, spec)
-        sums += rows * torch.stack([terms.hard, terms.in_batch]).double()
-        num_rows += rows
-        retrieval = batch.task == "retrieval"
-        whole = normalize(vectors[-1], dim=-1)
+def valid_batches(
+    schedule: Schedule, store: Store, builder: BatchBuilder, dataset: str
+) -> Iterator[tuple[int, ContrastiveBatch]]:
+    """(rows of the global batch, this process's share of it) over a dataset's held-out rows."""
+    for rows in schedule.valid_batches(dataset):
+        yield len(rows), builder.build(store.datasets[dataset], schedule.plans[dataset], rows, VALIDATION_EPOCH)
+
+
+def _validate_dataset(
+    encode: Encode, batches: Batches, task: Task, spec: MatryoshkaSpec, resolved: Resolved, device: torch.device
+) -> dict[str, float]:
+    whole: Cell = (resolved.ranks[-1] if resolved.ranks else 0, resolved.exits[-1], resolved.dims[0])
+    grid = resolved.valid_grid.cells if resolved.valid_grid else ()
+    wanted = {whole, *grid}
+    search_of_task = _PoolSearch if task == "retrieval" else _CandidateSearch
+    losses = _Losses(spec, device)
+    found: dict[Cell, dict[str, float]] = {}
+    for rank in sorted({rank for rank, _, _ in wanted}):
+        search = search_of_task({cell for cell in wanted if cell[0] == rank})
+        for rows, on_host in batches():
+            batch = on_host.to(device)
+            vectors = encode(batch, rank)
+            if rank == whole[0]:
+                losses.add(vectors, batch, rows)
+            search.add(dict(zip(resolved.exits, vectors, strict=True)), batch)
+        found |= {cell: metrics_of_ranks(ranks.cpu()) for cell, ranks in search.ranks()}
+    values = losses.means(with_in_batch=task == "retrieval") | found[whole]
+    for cell in grid:
+        values |= {f"{metric}/{cell_name(*cell)}": value for metric, value in found[cell].items()}
+    return values
+
+
+class _Losses:
+    """Means over the held-out rows of all processes."""
+
+    def __init__(self, spec: MatryoshkaSpec, device: torch.device):
+        self._spec = spec
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self._rows = 0
+
+    def add(self, vectors: Tensor, batch: ContrastiveBatch, rows: int) -> None:
+        """vectors: (E, N, H); rows: of the global batch."""
+        terms = batch_objective(vectors, batch, self._spec)
+        self._sums += rows * torch.stack([terms.hard, terms.in_batch]).double()
+        self._rows += rows
+
+    def means(self, with_in_batch: bool) -> dict[str, float]:
+        hard, in_batch = (all_reduce_sum(self._sums) / (world_size() * self._rows)).tolist()
+        return {"valid_loss_hard": hard} | ({"valid_loss_in_batch": in_batch} if with_in_batch else {})
+
+
+class _PoolSearch:
+    """Retrieval: each query among all distinct documents of the dataset's held-out rows. Held: the queries and
+    documents of this process at the exits that are measured."""
+
+    def __init__(self, cells: Collection[Cell]):
+        self._cells = sorted(cells)
+        self._queries: dict[int, list[Tensor]] = {depth: [] for _, depth, _ in self._cells}
+        self._passages: dict[int, list[Tensor]] = {depth: [] for _, depth, _ in self._cells}
+        self._documents: list[Tensor] = []
+        self._wanted: list[Tensor] = []
+
+    def add(self, vectors: Vectors, batch: ContrastiveBatch) -> None:
         real = batch.sample_weights > 0
-        if retrieval:
-            used, numbers = candidate_documents(batch)
-            queries.append(whole[batch.query[real]])
-            passages.append(whole[used])
-            documents.append((numbers, batch.passage_documents[real]))
-        else:
-            ranks.append(_ranks_among_own(whole, batch)[real])
-    hard, in_batch = (all_reduce_sum(sums) / (world_size() * num_rows)).tolist()
-    losses = {"valid_loss_hard": hard}
-    if retrieval:
-        losses["valid_loss_in_batch"] = in_batch
-        found = _ranks_in_pool(queries, passages, documents)
-    else:
-        found = gather_uneven(torch.cat(ranks))
-    return losses | metrics_of_ranks(found.cpu())
+        used, numbers = candidate_documents(batch)
+        self._documents.append(numbers)
+        self._wanted.append(batch.passage_documents[real])
+        for depth in self._queries:
+            self._queries[depth].append(vectors[depth][batch.query[real]])
+            self._passages[depth].append(vectors[depth][used])
+
+    def ranks(self) -> Iterator[tuple[Cell, Tensor]]:
+        """Each cell with the (Q,) ranks of the positives."""
+        number, wanted = (gather_uneven(torch.cat(parts)) for parts in (self._documents, self._wanted))
+        distinct, place = torch.unique(number, return_inverse=True)  # sorted
+        positive = torch.searchsorted(distinct, wanted)
+        for depth, cells in groupby(self._cells, key=lambda cell: cell[1]):
+            query, passage = (gather_uneven(torch.cat(parts.pop(depth))) for parts in (self._queries, self._passages))
+            pool = passage.new_zeros((len(distinct), passage.shape[1]))
+            pool[place] = passage  # the same document has the same vector
+            for cell in cells:
+                dim = cell[2]
+                cut_query, cut_pool = normalize(query[:, :dim], dim=-1), normalize(pool[:, :dim], dim=-1)
+                yield cell, ranks_of_positives(cut_query, cut_pool, positive)
+
+
+class _CandidateSearch:
+    """Clustering and classification: each query chooses among its passage and its own negatives."""
+
+    def __init__(self, cells: Collection[Cell]):
+        self._ranks: dict[Cell, list[Tensor]] = {cell: [] for cell in sorted(cells)}
+
+    def add(self, vectors: Vectors, batch: ContrastiveBatch) -> None:
+        for cell, ranks in self._ranks.items():
+            _, depth, dim = cell
+            unit = normalize(vectors[depth][:, :dim], dim=-1)
+            ranks.append(_ranks_among_own(unit, batch)[batch.sample_weights > 0])
+
+    def ranks(self) -> Iterator[tuple[Cell, Tensor]]:
+        """Each cell with the (Q,) ranks of the positives."""
+        for cell, ranks in self._ranks.items():
+            yield cell, gather_uneven(torch.cat(ranks))
 
 
 def candidate_documents(batch: ContrastiveBatch) -> tuple[Tensor, Tensor]:
@@ -109,15 +195,3 @@ def _ranks_among_own(vectors: Tensor, batch: ContrastiveBatch) -> Tensor:
     scores = (vectors[batch.query].unsqueeze(1) * vectors[candidates]).sum(-1)
     scores = scores.masked_fill(batch.excluded_candidates, -torch.inf)
     return ranks_of_scores(scores, torch.zeros_like(batch.passage))
-
-
-def _ranks_in_pool(queries: list[Tensor], passages: list[Tensor], documents: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """(Q,) rank of each positive among all distinct documents of the held-out rows."""
-    query = gather_uneven(torch.cat(queries))
-    passage = gather_uneven(torch.cat(passages))
-    number = gather_uneven(torch.cat([numbers for numbers, _ in documents]))
-    wanted = gather_uneven(torch.cat([own for _, own in documents]))
-    distinct, place = torch.unique(number, return_inverse=True)  # sorted
-    pool = passage.new_zeros((len(distinct), passage.shape[1]))
-    pool[place] = passage  # the same document has the same vector
-    return ranks_of_positives(query, pool, torch.searchsorted(distinct, wanted))

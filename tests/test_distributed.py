@@ -18,9 +18,10 @@ from tiny_runs import DATASETS, ROOT, Inputs, Launch, final_state, metrics, run,
 import run as run_script
 from ml_embed import run_setup
 
+GRID = {"valid_ranks": [8, 32], "valid_layers": [1, 3], "valid_dims": [8, 64]}
 CASES = {
-    "everything": {"valid_fraction": 0.3},
-    "in_chunks": {"valid_fraction": 0.3, "max_tokens_per_forward": 40},
+    "everything": {"valid_fraction": 0.3} | GRID,
+    "in_chunks": {"valid_fraction": 0.3} | GRID | {"max_tokens_per_forward": 40},
     "teacher": {"teacher": True, "kd_weight": 0.5, "mll_norm": "per_layer", "mask_false_negatives": False},
     "no_negatives": {"num_hard_neg": 0, "num_hard_neg_clustering": 0, "use_mel": False, "mel_ranks": None, "r": 0},
 }
@@ -143,7 +144,8 @@ def test_the_cases_hold_what_they_should(run_dirs, inputs):
     first, last = final_state(run_dirs("teacher", 1)), final_state(run_dirs("everything", 1))
     moved = sum(not torch.equal(first[name], last[name]) for name in first.keys() & last.keys())
     assert moved > 30
-    assert any(line["split"] == "valid" for line in metrics(run_dirs("everything", 4)))
+    valid = [line for line in metrics(run_dirs("everything", 4)) if line["split"] == "valid"]
+    assert any("answers/ndcg@10/rank_8_depth_1_dim_8" in line for line in valid)
 
 
 @pytest.mark.parametrize("case", ["everything", "in_chunks"])
