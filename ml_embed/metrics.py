@@ -12,6 +12,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from ml_embed.files import append_whole
+from ml_embed.tasks import Task
 
 
 @dataclass
@@ -27,8 +28,9 @@ class Window:
     dataset_steps: dict[str, int] = field(default_factory=dict)
     hard: dict[str, float] = field(default_factory=dict)
     in_batch: dict[str, float] = field(default_factory=dict)
+    tasks: dict[str, Task] = field(default_factory=dict)
 
-    def add(self, dataset: str, in_batch_used: bool, step: "StepValues") -> None:
+    def add(self, dataset: str, task: Task, step: "StepValues") -> None:
         self.steps += 1
         self.loss += step.total
         self.grad_norm += step.grad_norm
@@ -37,11 +39,15 @@ class Window:
         self.encoded_tokens += step.encoded_tokens
         self.dataset_steps[dataset] = self.dataset_steps.get(dataset, 0) + 1
         self.hard[dataset] = self.hard.get(dataset, 0.0) + step.hard
-        if in_batch_used:
+        self.tasks[dataset] = task
+        if task == "retrieval":
             self.in_batch[dataset] = self.in_batch.get(dataset, 0.0) + step.in_batch
 
     def summary(self, seconds: float, distilled: bool) -> dict[str, float]:
-        """Means over the window; a dataset that did not appear in it has no entry."""
+        """Means over the window; a dataset that did not appear in it has no entry.
+
+        "Avg/<task>/…" are means over the task's datasets, each counting the same.
+        """
         values = {
             "loss": self.loss / self.steps,
             "grad_norm": self.grad_norm / self.steps,
@@ -51,10 +57,13 @@ class Window:
         }
         if distilled:
             values["distillation_loss"] = self.distillation / self.steps
-        for name, total in self.hard.items():
-            values[f"{name}/training_loss_hard"] = total / self.dataset_steps[name]
-        for name, total in self.in_batch.items():
-            values[f"{name}/training_loss_in_batch"] = total / self.dataset_steps[name]
+        for metric, totals in (("training_loss_hard", self.hard), ("training_loss_in_batch", self.in_batch)):
+            means = {name: total / self.dataset_steps[name] for name, total in totals.items()}
+            values |= {f"{name}/{metric}": mean for name, mean in means.items()}
+            for task in dict.fromkeys(self.tasks.values()):
+                of_task = [mean for name, mean in means.items() if self.tasks.get(name) == task]
+                if of_task:
+                    values[f"Avg/{task}/{metric}"] = sum(of_task) / len(of_task)
         return values
 
     def to_json(self) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def train(run: Run) -> int:
         for done, batch in enumerate(batches, start=run.start_step + 1):
             lr = learning_rate(done, config, last)
             values = training_step(run, batch, done, lr, stop.requested)
-            run.window.add(batch.dataset, batch.task == "retrieval", values)
+            run.window.add(batch.dataset, batch.task, values)
             bar.update()
             if done % config.log_interval == 0 or done == last:
                 line = run.log.train(done, run.epoch_of(done), lr, run.window, run.teacher is not None)
