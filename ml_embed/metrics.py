@@ -25,6 +25,8 @@ class Window:
     distillation: float = 0.0
     tokens: int = 0
     encoded_tokens: int = 0
+    masked_by_document: int = 0
+    masked_by_margin: int = 0
     dataset_steps: dict[str, int] = field(default_factory=dict)
     hard: dict[str, float] = field(default_factory=dict)
     in_batch: dict[str, float] = field(default_factory=dict)
@@ -37,14 +39,16 @@ class Window:
         self.distillation += step.distillation
         self.tokens += step.tokens
         self.encoded_tokens += step.encoded_tokens
+        self.masked_by_document += step.masked_by_document
+        self.masked_by_margin += step.masked_by_margin
         self.dataset_steps[dataset] = self.dataset_steps.get(dataset, 0) + 1
         self.hard[dataset] = self.hard.get(dataset, 0.0) + step.hard
         self.tasks[dataset] = task
         if task == "retrieval":
             self.in_batch[dataset] = self.in_batch.get(dataset, 0.0) + step.in_batch
 
-    def summary(self, seconds: float, distilled: bool) -> dict[str, float]:
-        """Means over the window; a dataset that did not appear in it has no entry.
+    def summary(self, seconds: float, distilled: bool, margin_used: bool) -> dict[str, float]:
+        """Means over the window, sums of what is counted; a dataset that did not appear in it has no entry.
 
         "Avg/<task>/…" are means over the task's datasets, each counting the same.
         """
@@ -54,7 +58,10 @@ class Window:
             "tokens_per_second": self.tokens / seconds,
             "tokens": self.tokens,
             "encoded_tokens": self.encoded_tokens,
+            "masked_by_document": self.masked_by_document,
         }
+        if margin_used:
+            values["masked_by_margin"] = self.masked_by_margin
         if distilled:
             values["distillation_loss"] = self.distillation / self.steps
         for metric, totals in (("training_loss_hard", self.hard), ("training_loss_in_batch", self.in_batch)):
@@ -80,6 +87,9 @@ class StepValues:
     distillation: float
     tokens: int
     encoded_tokens: int
+    masked_by_document: int
+    """logits left out as false negatives, see `ml_embed.false_negatives.LeftOut`"""
+    masked_by_margin: int
     grad_norm: float
     stop_requested: bool
 
@@ -109,10 +119,16 @@ class MetricsLog:
             os.fsync(file.fileno())
             return os.fstat(file.fileno()).st_size
 
-    def train(self, step: int, epoch: float, learning_rate: float, window: Window, distilled: bool) -> dict[str, Any]:
-        """Write the line of a window; returns its values."""
+    def train(
+        self, step: int, epoch: float, learning_rate: float, window: Window, distilled: bool, margin_used: bool
+    ) -> dict[str, Any]:
+        """Write the line of a window; returns its values.
+
+        `distilled`, `margin_used`: whether the run has a teacher and a false_negative_margin, whose numbers are left
+        out otherwise.
+        """
         now = time.time()
-        summary = window.summary(max(now - self.last_time, 1e-9), distilled)
+        summary = window.summary(max(now - self.last_time, 1e-9), distilled, margin_used)
         line = {"split": "train", "step": step, "epoch": epoch, "learning_rate": learning_rate, **summary, "time": now}
         self._write(line)
         return line

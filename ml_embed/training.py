@@ -90,7 +90,8 @@ class Run:
                 )
 
         def objective(vectors: Tensor) -> LossTerms:
-            return batch_objective(vectors, batch, self.spec, teacher_vectors, self.config.kd_weight)
+            weight, margin = self.config.kd_weight, self.config.false_negative_margin
+            return batch_objective(vectors, batch, self.spec, teacher_vectors, weight, margin)
 
         return objective
 
@@ -134,7 +135,11 @@ def train(run: Run) -> int:
             run.window.add(batch.dataset, batch.task, values)
             bar.update()
             if done % config.log_interval == 0 or done == last:
-                line = run.log.train(done, run.epoch_of(done), lr, run.window, run.teacher is not None)
+                optional = {
+                    "distilled": run.teacher is not None,
+                    "margin_used": config.false_negative_margin is not None,
+                }
+                line = run.log.train(done, run.epoch_of(done), lr, run.window, **optional)
                 run.window = Window()
                 bar.set_postfix(loss=f"{line['loss']:.3f}", lr=f"{lr:.1e}", tok_s=f"{line['tokens_per_second']:,.0f}")
             if _is_due(done, config.validation_steps) or done == last:
@@ -190,10 +195,12 @@ def _sum_over_processes(
 ) -> StepValues:
     losses = torch.stack([terms.total, terms.hard, terms.in_batch, terms.distillation]).detach().double()
     losses = losses / accelerator.num_processes  # shares average to the global value, see ContrastiveBatch
+    masked = torch.stack([terms.left_out.by_document, terms.left_out.by_margin]).double()
     counts = losses.new_tensor([batch.num_tokens, batch.num_encoded_tokens, stop_requested])
-    summed = all_reduce_sum(torch.cat([losses, counts]))
-    total, hard, in_batch, distillation, tokens, encoded, stop, norm = [*summed.tolist(), float(grad_norm)]
-    return StepValues(total, hard, in_batch, distillation, int(tokens), int(encoded), norm, stop > 0)
+    total, hard, in_batch, distillation, *summed = all_reduce_sum(torch.cat([losses, counts, masked])).tolist()
+    tokens, encoded, stop, by_document, by_margin = map(int, summed)
+    norm = float(grad_norm)
+    return StepValues(total, hard, in_batch, distillation, tokens, encoded, by_document, by_margin, norm, stop > 0)
 
 
 def _not_finite_message(run: Run, values: StepValues, step: int, dataset: str) -> str:

@@ -44,7 +44,9 @@ def validate(
 ) -> dict[str, float]:
     """Losses and retrieval metrics of every dataset that has held-out rows. A collective.
 
-    Texts are encoded once a rank; all exits and vector lengths come from that.
+    Texts are encoded once a rank; all exits and vector lengths come from that. The losses leave out what is the same
+    document, but nothing by false_negative_margin: what the margin drops depends on the model, and models could not
+    be compared.
 
     Args:
         encode: the model.

@@ -53,16 +53,31 @@ def hard_loss(
 
 
 def in_batch_loss(
-    queries: list[Tensor], passages: list[Tensor], documents: list[int], dims, temperature: float, mask: bool = True
+    queries: list[Tensor], passages: list[Tensor], left_out: list[set[int]], dims, temperature: float
 ) -> Tensor:
-    """Mean over samples, sum over dims, of CE(positive among all positives), the same document elsewhere left out."""
+    """Mean over samples, sum over dims, of CE(positive among all positives but those that the sample leaves out)."""
     total = torch.zeros(())
     for dim, weight in dims:
         for i, query in enumerate(queries):
-            kept = [j for j in range(len(passages)) if j == i or not mask or documents[j] != documents[i]]
+            kept = [j for j in range(len(passages)) if j not in left_out[i]]
             logits = [cosine(query, passages[j], dim) / temperature for j in kept]
             total = total + weight * cross_entropy(logits, kept.index(i)) / len(queries)
     return total
+
+
+def same_documents(documents: list[int]) -> list[set[int]]:
+    """For each sample, the other rows whose passage is its own document."""
+    return [{j for j, other in enumerate(documents) if j != i and other == own} for i, own in enumerate(documents)]
+
+
+def above_margin(
+    query: Tensor, positive: Tensor, others: list[Tensor], margin: float | None, rounding: float = 1e-6
+) -> set[int]:
+    """Which of the others are nearer to the query than the positive, by more than the margin."""
+    if margin is None:
+        return set()
+    limit = cosine(query, positive, len(query)) + margin + rounding
+    return {place for place, other in enumerate(others) if cosine(query, other, len(query)) > limit}
 
 
 def cut(ids: Sequence[int], max_length: int, eos_id: int) -> list[int]:
@@ -82,10 +97,13 @@ def objective(
     max_length: int,
     eos_id: int,
     mask: bool = True,
+    margin: float | None = None,
+    counts: dict[str, int] | None = None,
 ) -> Tensor:
     """The whole loss of a global batch: mean over exits of (hard + in-batch).
 
-    `samples`: (query ids, passage document, negative documents) each; `documents`: ids of every document.
+    `samples`: (query ids, passage document, negative documents) each; `documents`: ids of every document; `counts`
+    takes how many logits were left out by document and by margin.
     """
     dims = dims_and_weights(model.config.hidden_size, use_mrl)
 
@@ -94,15 +112,34 @@ def objective(
 
     queries = [encode(query) for query, _, _ in samples]
     passages = [encode(documents[passage]) for _, passage, _ in samples]
-    negatives = [[encode(documents[n]) for n in own if not mask or n != passage] for _, passage, own in samples]
+    negatives = [[encode(documents[n]) for n in own] for _, _, own in samples]
+    deepest = max(exits)
+    negatives_out, passages_out, by_document, by_margin = [], [], 0, 0
+    own_documents = same_documents([passage for _, passage, _ in samples])
+    for i, (_, passage, own) in enumerate(samples):
+        query, positive = queries[i][deepest], passages[i][deepest]
+        same = {place for place, n in enumerate(own) if mask and n == passage}
+        near = above_margin(query, positive, [v[deepest] for v in negatives[i]], margin) - same
+        negatives_out.append(same | near)
+        by_document, by_margin = by_document + len(same), by_margin + len(near)
+        if task == "retrieval":
+            same = own_documents[i] if mask else set()
+            near = above_margin(query, positive, [v[deepest] for v in passages], margin) - same
+            passages_out.append(same | near)
+            by_document, by_margin = by_document + len(same), by_margin + len(near)
+    if counts is not None:
+        counts |= {"masked_by_document": by_document, "masked_by_margin": by_margin}
     total = torch.zeros(())
     for layer in exits:
         q, p = [v[layer] for v in queries], [v[layer] for v in passages]
-        n = [[v[layer] for v in own] for own in negatives]
+        n = [
+            [v[layer] for place, v in enumerate(own) if place not in out]
+            for own, out in zip(negatives, negatives_out, strict=True)
+        ]
         if any(own for _, _, own in samples):
             total = total + hard_loss(q, p, n, dims, temperature)
         if task == "retrieval":
-            total = total + in_batch_loss(q, p, [passage for _, passage, _ in samples], dims, temperature, mask)
+            total = total + in_batch_loss(q, p, passages_out, dims, temperature)
     return total / len(exits)
 
 

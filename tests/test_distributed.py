@@ -19,9 +19,10 @@ import run as run_script
 from ml_embed import run_setup
 
 GRID = {"valid_ranks": [8, 32], "valid_layers": [1, 3], "valid_dims": [8, 64]}
+MARGIN = {"false_negative_margin": 0.05}
 CASES = {
-    "everything": {"valid_fraction": 0.3} | GRID,
-    "in_chunks": {"valid_fraction": 0.3} | GRID | {"max_tokens_per_forward": 40},
+    "everything": {"valid_fraction": 0.3} | GRID | MARGIN,
+    "in_chunks": {"valid_fraction": 0.3} | GRID | MARGIN | {"max_tokens_per_forward": 40},
     "teacher": {"teacher": True, "kd_weight": 0.5, "mll_norm": "per_layer", "mask_false_negatives": False},
     "no_negatives": {"num_hard_neg": 0, "num_hard_neg_clustering": 0, "use_mel": False, "mel_ranks": None, "r": 0},
 }
@@ -146,6 +147,9 @@ def test_the_cases_hold_what_they_should(run_dirs, inputs):
     assert moved > 30
     valid = [line for line in metrics(run_dirs("everything", 4)) if line["split"] == "valid"]
     assert any("answers/ndcg@10/rank_8_depth_1_dim_8" in line for line in valid)
+    counted = [line for line in metrics(run_dirs("everything", 4)) if line["split"] == "train"]
+    assert any(line["masked_by_document"] for line in counted)
+    assert any(line["masked_by_margin"] for line in counted)
 
 
 @pytest.mark.parametrize("case", ["everything", "in_chunks"])
