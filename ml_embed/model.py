@@ -18,6 +18,7 @@ from transformers import Qwen3Config, Qwen3Model
 
 from ml_embed.attention import ATTENTION_NAME, Kernel, PackedSequences, register_packed_attention
 from ml_embed.errors import UserError
+from ml_embed.last_layer import read_last_tokens_only
 
 COMPILES_SINCE = "5.23.0"
 NormSharing = Literal["shared", "per_layer"]
@@ -123,6 +124,7 @@ class MatryoshkaEncoder(nn.Module):
         assert exits[-1] == backbone.config.num_hidden_layers, (exits, backbone.config.num_hidden_layers)
         register_packed_attention()
         backbone.set_attn_implementation(ATTENTION_NAME)
+        read_last_tokens_only(backbone.layers[-1])
         if gradient_checkpointing:
             # transformers renamed the method after 5.3 and warns of the old name
             enable = getattr(backbone, "activation_checkpointing_enable", backbone.gradient_checkpointing_enable)
