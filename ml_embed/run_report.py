@@ -1,4 +1,5 @@
-"""A run as one self-contained HTML page: curves from metrics.jsonl and, if evaluated, the cube to choose from."""
+"""A run as one self-contained HTML page: curves from metrics.jsonl and the cube to choose from, as it was evaluated
+and as validation measured it."""
 
 import json
 from collections import defaultdict
@@ -9,6 +10,7 @@ from typing import Any
 
 from ml_embed.charts import Point, line_chart, number_text, scatter_chart
 from ml_embed.errors import UserError
+from ml_embed.grid_report import grid_curves, grid_result
 from ml_embed.report import MEANING, Result, mean_chance, mean_metric, model_name, rows_of_cell, sizes
 
 STYLE = """
@@ -36,7 +38,7 @@ def write_report(run_dir: Path, output: Path, evaluation: Path | None = None, me
         run_dir: output_dir/experiment_id of a run, finished or not.
         output: the .html file.
         evaluation: evaluation.json, or its folder; None takes it from the run folder if it is there.
-        metric: which one of an evaluation is shown.
+        metric: which one is shown of an evaluation and of the validation grid.
     Raises:
         UserError: the run folder has no metrics, or a file is damaged.
     """
@@ -44,14 +46,19 @@ def write_report(run_dir: Path, output: Path, evaluation: Path | None = None, me
     resolved = _read_json(run_dir / "resolved.json") if (run_dir / "resolved.json").is_file() else {}
     if evaluation is None:
         evaluation = next((f for f in (run_dir, run_dir / "evaluation") if (f / "evaluation.json").is_file()), None)
-    parts = [f"<h1>{escape(run_dir.resolve().name)}</h1>", _summary(resolved, lines), _curves(lines)]
+    parts = [f"<h1>{escape(run_dir.resolve().name)}</h1>", _summary(resolved, lines), _curves(lines, metric)]
     if evaluation is not None:
         path = evaluation / "evaluation.json" if evaluation.is_dir() else evaluation
         evaluated = _read_json(path)
         try:
-            parts.append(_cube(evaluated["model"], metric))
+            parts.append(_evaluated_cube(evaluated["model"], metric))
         except (KeyError, TypeError, IndexError, ValueError) as error:
             raise UserError(f"{path} is not what scripts/evaluate.py writes ({error!r}); evaluate again") from None
+    validated = grid_result(resolved, lines)
+    if validated is not None:
+        step, result = validated
+        source = f"mean over the datasets' held-out rows after step {step}"
+        parts.append(_cube(result, metric, f"{metric} on held-out rows", source, "this run's model folders"))
     title = escape(f"{run_dir.resolve().name} - training report")
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
@@ -109,7 +116,7 @@ def _fact(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def _curves(lines: list[dict[str, Any]]) -> str:
+def _curves(lines: list[dict[str, Any]], metric: str) -> str:
     train = _series(line for line in lines if line["split"] == "train")
     valid = _series(line for line in lines if line["split"] == "valid")
     by_suffix = {
@@ -126,6 +133,10 @@ def _curves(lines: list[dict[str, Any]]) -> str:
         ("Validation: mean loss", {"validation": valid.get("loss", ())}, "loss"),
         ("Validation: nDCG@10", by_suffix["/ndcg@10"], "nDCG@10"),
         ("Validation: recall@1", by_suffix["/recall@1"], "recall@1"),
+        *(
+            (f"Validation grid: {metric} by {axis}", curves, metric)
+            for axis, curves in grid_curves(lines, metric).items()
+        ),
         ("Training: loss over hard negatives", by_suffix["/training_loss_hard"], "loss"),
         ("Training: in-batch loss", by_suffix["/training_loss_in_batch"], "loss"),
         ("Validation: loss over hard negatives", by_suffix["/valid_loss_hard"], "loss"),
@@ -152,19 +163,28 @@ def _series(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[Point]]:
     return series
 
 
-def _cube(result: Result, metric: str) -> str:
+def _evaluated_cube(result: Result, metric: str) -> str:
+    source = f"mean over test sets, chance is {mean_chance(result, metric):.3f}"
+    return _cube(result, metric, metric, source, result["model"])
+
+
+def _cube(result: Result, metric: str, title: str, source: str, model: str) -> str:
+    """`source`: what the numbers are means over; `model`: what the cells can be cut out of."""
     points = cube_points(result, metric)
     deepest = max(point["depth"] for point in points)
     groups = {f"dim {dim}": [] for dim in sizes(result, "dim")}
     for point in points:
-        text = f"{model_name(point['rank'], point['depth'], point['dim'])}: {point['quality']:.3f}"
+        text = (
+            f"{model_name(point['rank'], point['depth'], point['dim'])}: {point['quality']:.3f}, "
+            f"{number_text(point['parameters'])} parameters, {100 * point['depth'] / deepest:.0f} % of the latency, "
+            f"{point['bytes_per_vector']:,} bytes a vector"
+        )
         groups[f"dim {point['dim']}"].append((point["parameters"], point["quality"], text))
     tables = [_cells(result, rank, metric) for rank in sizes(result, "rank")]
     return (
-        f"<h2>What to choose from: {escape(metric)}</h2>"
-        f'<p class="note">{escape(metric)}: {escape(MEANING[metric])}; mean over test sets, chance is '
-        f"{mean_chance(result, metric):.3f}. Every point is a model that can be cut out of {escape(result['model'])} "
-        "without training.</p>"
+        f"<h2>What to choose from: {escape(title)}</h2>"
+        f'<p class="note">{escape(metric)}: {escape(MEANING[metric])}; {escape(source)}. Every point is a model that '
+        f"can be cut out of {escape(model)} without training.</p>"
         f'<div class="charts"><div><h3>Quality and size</h3>{scatter_chart(groups, "parameters", metric)}</div>'
         f"<div><h3>Best for their cost</h3>{_choices(points, deepest)}</div></div>"
         f'<h3>All of it</h3><div class="cubes">{"".join(tables)}</div>'
@@ -202,13 +222,14 @@ def best_choices(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _choices(points: list[dict[str, Any]], deepest: int) -> str:
-    head = "<tr><th>model</th><th>parameters</th><th>layers run</th><th>bytes a vector</th><th>quality</th></tr>"
+    head = "<tr><th>model</th><th>parameters</th><th>relative latency</th><th>bytes a vector</th><th>quality</th></tr>"
     rows = "".join(
         f"<tr><th>{model_name(p['rank'], p['depth'], p['dim'])}</th><td>{number_text(p['parameters'])}</td>"
         f"<td>{100 * p['depth'] / deepest:.0f} %</td><td>{p['bytes_per_vector']:,}</td><td>{p['quality']:.3f}</td></tr>"
         for p in sorted(best_choices(points), key=lambda p: -p["quality"])
     )
-    note = "No other cut is at most as large, deep and long as one of these, and better. Latency grows with layers run."
+    note = "No other cut is at most as large, deep and long as one of these, and better. "
+    note += "Latency is that of the layers run, relative to the deepest."
     return f'<p class="note">{note}</p><table>{head}{rows}</table>'
 
 

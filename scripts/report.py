@@ -1,4 +1,4 @@
-"""Write a run's report: one self-contained HTML page of loss curves, throughput and, if evaluated, the cube."""
+"""Write a run's report: one self-contained HTML page of loss curves, throughput and the cube to choose from."""
 
 import argparse
 import sys
@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
         metavar="PATH",
         help="evaluation.json of scripts/evaluate.py, or its folder (default RUN or RUN/evaluation, if it is there)",
     )
-    parser.add_argument("--metric", choices=METRICS, default=METRICS[0], help="of the evaluation (default %(default)s)")
+    parser.add_argument("--metric", choices=METRICS, default=METRICS[0], help="of the cube (default %(default)s)")
     args = parser.parse_args(arguments)
 
     from ml_embed.run_report import write_report

@@ -6,14 +6,18 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from conftest import TASKS
 from test_training import train
 
+from ml_embed import Embedder
 from ml_embed.charts import MOST_POINTS, Scale, line_chart, log_ticks, number_text, scatter_chart, thinned, ticks
 from ml_embed.cube import evaluate_cube
+from ml_embed.grid_report import cut_parameters
 from ml_embed.run_report import best_choices
 from scripts.report import main
 
 VOID = {"meta"}
+GRID = {"valid_ranks": [16], "valid_layers": [1, 2], "valid_dims": [8, 64]}  # the whole model is not in it
 
 
 class Balanced(HTMLParser):
@@ -43,7 +47,8 @@ class Balanced(HTMLParser):
 @pytest.fixture(scope="module")
 def run_dir(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
-    code, _ = train(world, folder, "a <b> run", train_steps=6, log_interval=2, validation_steps=3, valid_fraction=0.3)
+    intervals = {"train_steps": 6, "log_interval": 2, "validation_steps": 3}
+    code, _ = train(world, folder, "a <b> run", valid_fraction=0.3, **intervals, **GRID)
     assert code == 0
     result = evaluate_cube(folder / "a <b> run" / "step_6", world.raw / "facts.parquet", progress=False)
     (folder / "a <b> run" / "evaluation.json").write_text(json.dumps({"model": result, "baseline": None}))
@@ -77,6 +82,39 @@ def test_the_loss_curve_has_the_logged_points(run_dir):
     by_height = sorted(range(3), key=lambda i: -drawn[i][1])
     assert by_height == sorted(range(3), key=lambda i: losses[i][1]), "higher values stand higher"
     assert [x for x, _ in drawn] == sorted(x for x, _ in drawn)
+
+
+def test_the_validation_grid_is_shown_over_time_and_to_choose_from(run_dir):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    valid = [line for line in lines if line["split"] == "valid"]
+    page = _report(run_dir).read_text()
+
+    def mean(line, suffix):
+        return sum(line[f"{name}/ndcg@10{suffix}"] for name in TASKS) / len(TASKS)
+
+    by_depth = {f"depth {n}": [(v["step"], mean(v, f"/rank_16_depth_{n}_dim_64")) for v in valid] for n in (1, 2)}
+    by_dim = {f"dim {n}": [(v["step"], mean(v, f"/rank_16_depth_2_dim_{n}")) for v in valid] for n in (8, 64)}
+    assert [step for step, _ in by_dim["dim 8"]] == [3, 6]
+    for axis, curves in (("depth", by_depth), ("dim", by_dim)):
+        assert f"ndcg@10 by {axis}</h3>{line_chart(curves, 'optimizer step', 'ndcg@10')}" in page
+    assert "ndcg@10 by rank" not in page, "one rank is no curve"
+
+    chosen = page[page.index("What to choose from: ndcg@10 on held-out rows") :]
+    assert "held-out rows after step 6" in chosen
+    cells = {(16, depth, dim): f"/rank_16_depth_{depth}_dim_{dim}" for depth in (1, 2) for dim in (8, 64)}
+    for (rank, depth, dim), suffix in {**cells, (32, 2, 64): ""}.items():
+        model = Embedder.from_pretrained(run_dir / "step_6", rank=rank, depth=depth, dim=dim, device="cpu")
+        assert (
+            f"depth {depth}, dim {dim}, rank {rank}: {mean(valid[-1], suffix):.3f}, "
+            f"{number_text(model.num_parameters)} parameters, {50 * depth} % of the latency, {4 * dim} bytes a vector"
+        ) in chosen
+    resolved = json.loads((run_dir / "resolved.json").read_text())
+    assert cut_parameters(resolved, 32, 2) == resolved["parameters"]
+
+
+def test_a_whole_token_table_is_counted_whole():
+    resolved = {"embedding_parameters": 70, "layer_parameters": 5, "ranks": [], "dims": [4]}
+    assert cut_parameters(resolved, 0, 3) == 70 + 15 + 4
 
 
 def _report(run_dir):
