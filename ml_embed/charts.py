@@ -12,7 +12,7 @@ Point = tuple[float, float]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
 WIDTH, HEIGHT = 640, 300
-LEFT, RIGHT, TOP, BOTTOM = 64, 12, 12, 40
+LEFT, RIGHT, TOP, BOTTOM = 64, 22, 12, 40
 MOST_POINTS = 500  # of a line; more cannot be seen and make the page heavy
 TICKS = 5
 

@@ -3,7 +3,9 @@
 Letters: E exits, N texts, H hidden size, D vector length.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,65 @@ from ml_embed.evaluation_data import TestSet, read_test_sets
 from ml_embed.model import MatryoshkaEncoder
 from ml_embed.model_folder import ModelRecord, load_config, load_encoder
 from ml_embed.nesting import Cube
+from ml_embed.resolve import layer_parameters
 from ml_embed.tokenizer import TextEncoder, load_tokenizer
 
 MAX_QUERIES = 1000
 BYTES_PER_COMPONENT = 4  # vectors are given as float32
+
+
+@dataclass(frozen=True)
+class CubeModel:
+    """A model folder, or a plain backbone, and the part of its cube that is looked at."""
+
+    folder: str | Path
+    config: Qwen3Config
+    record: ModelRecord
+    text_encoder: TextEncoder
+    cube: Cube
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        ranks: Sequence[int] | None = None,
+        depths: Sequence[int] | None = None,
+        dims: Sequence[int] | None = None,
+        device: str | None = None,
+    ) -> "CubeModel":
+        """Read all but the weights; None is all sizes that were trained, and the best device.
+
+        Raises:
+            UserError: the model cannot be read, or a size is not one that it has.
+        """
+        chosen = choose_device(device)
+        config, tokenizer = load_config(folder), load_tokenizer(folder)
+        record = read_record(Path(folder), config, tokenizer)
+        cube = choose_cube(record, config, ranks, depths, dims)
+        texts = TextEncoder(tokenizer, record.max_seq_length)
+        return cls(folder, config, record, texts, cube, chosen, default_dtype(chosen))
+
+    @functools.cached_property
+    def encoder(self) -> MatryoshkaEncoder:
+        """The weights, read at first use: as deep, and of as high a rank, as the cube; its depths are the exits."""
+        kernel = choose_kernel("auto", self.device, self.dtype)
+        depth, rank = self.cube.depths[-1], self.cube.ranks[-1] or None
+        encoder = load_encoder(
+            self.folder, depth=depth, rank=rank, exits=self.cube.depths, kernel=kernel, dtype=self.dtype
+        )
+        return encoder.to(self.device)
+
+    def describe(self, rank: int, depth: int, dim: int) -> dict[str, Any]:
+        """A cell's sizes and costs. Parameters: token factors (rank 0: the whole table), layers run, one norm."""
+        vocabulary, hidden = self.config.vocab_size, self.config.hidden_size
+        table = rank * (vocabulary + hidden) if rank else vocabulary * hidden
+        ranks = self.record.ranks or (0,)
+        trained = rank in ranks and depth in self.record.exits and dim in self.record.dims
+        parameters = table + depth * layer_parameters(self.config) + hidden
+        sizes = {"rank": rank, "depth": depth, "dim": dim, "trained": trained, "parameters": parameters}
+        return sizes | {"bytes_per_vector": BYTES_PER_COMPONENT * dim}
 
 
 def evaluate_cube(
@@ -61,34 +118,26 @@ def evaluate_cube(
     Raises:
         UserError: the model or the data cannot be read, or a size is not one that the model has.
     """
-    chosen = choose_device(device)
-    dtype = default_dtype(chosen)
-    config, tokenizer = load_config(folder), load_tokenizer(folder)
-    record = read_record(Path(folder), config, tokenizer)
-    cube = choose_cube(record, config, ranks, depths, dims)
+    model = CubeModel.open(folder, ranks, depths, dims, device)
+    cube = model.cube
     texts, test_sets = read_test_sets(Path(data), max_queries)
-    kernel = choose_kernel("auto", chosen, dtype)
-    encoder = load_encoder(
-        folder, depth=cube.depths[-1], rank=cube.ranks[-1] or None, exits=cube.depths, kernel=kernel, dtype=dtype
-    ).to(chosen)
-    token_ids = TextEncoder(tokenizer, record.max_seq_length)(texts.texts)
+    encoder = model.encoder
+    token_ids = model.text_encoder(texts.texts)
     fixed = [_fixed_columns(test_set) for test_set in test_sets]
     rows = []
     total = len(cube.ranks) * len(token_ids)
     with tqdm(desc="evaluating", unit=" texts", total=total, disable=None if progress else True) as bar:
         for rank in cube.ranks:
-            vectors = _all_exits(encoder, token_ids, batch_tokens, rank or None, bar)
-            for depth, dim, unit in _cut_vectors(vectors, cube, chosen):
-                cell = {"rank": rank, "depth": depth, "dim": dim, "trained": _is_trained(record, rank, depth, dim)}
-                cell |= {"parameters": count_parameters(encoder, depth, rank)}
-                cell |= {"bytes_per_vector": BYTES_PER_COMPONENT * dim}
+            vectors = encode_all_exits(encoder, token_ids, batch_tokens, rank or None, bar)
+            for depth, dim, unit in _cut_vectors(vectors, cube, model.device):
+                cell = model.describe(rank, depth, dim)
                 for test_set, columns in zip(test_sets, fixed, strict=True):
                     rows.append(cell | columns | metrics_of_ranks(test_set.ranks(unit)))
     return {
         "model": str(folder),
         "data": str(data),
-        "device": torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else chosen.type,
-        "dtype": str(dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
+        "dtype": str(model.dtype).removeprefix("torch."),
         "texts": len(token_ids),
         "tokens": sum(map(len, token_ids)),
         "rows": rows,
@@ -135,28 +184,16 @@ def evaluate_baseline(folder: str | Path, data: str | Path, result: dict[str, An
     return evaluate_cube(folder, data, record.ranks[-1:] or None, depths, dims, **options)
 
 
-def count_parameters(encoder: MatryoshkaEncoder, depth: int, rank: int) -> int:
-    """Parameters of a cut of a model: token factors (rank 0: the whole table), `depth` layers, one final norm."""
-    config = encoder.config
-    table = rank * (config.vocab_size + config.hidden_size) if rank else config.vocab_size * config.hidden_size
-    layer = sum(parameter.numel() for parameter in encoder.backbone.layers[0].parameters())
-    return table + depth * layer + config.hidden_size
-
-
-def _is_trained(record: ModelRecord, rank: int, depth: int, dim: int) -> bool:
-    return rank in (record.ranks or (0,)) and depth in record.exits and dim in record.dims
-
-
 def _fixed_columns(test_set: TestSet) -> dict[str, Any]:
     sizes = test_set.sizes
     names = {"dataset": test_set.dataset, "split": test_set.split}
     return names | {"queries": len(sizes), "candidates": float(sizes.mean()), "chance": chance_metrics(sizes)}
 
 
-def _all_exits(
+def encode_all_exits(
     encoder: MatryoshkaEncoder, token_ids: list[np.ndarray], batch_tokens: int | None, rank: int | None, bar: tqdm
 ) -> Tensor:
-    """(E, N, H) float32 on the CPU, in the order of the texts."""
+    """(E, N, H) float32 vectors of N texts given as ids, on the CPU, in the order of the texts; not normalised."""
     order = longest_first(token_ids)
     vectors = torch.empty(len(encoder.exits), len(order), encoder.config.hidden_size)
     start = 0

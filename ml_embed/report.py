@@ -58,7 +58,7 @@ def test_set_table(result: Result, baseline: Result | None, metric: str) -> str:
         columns["before"] = _with_mean([row[metric] for row in rows_of_cell(baseline, *whole)])
         header += f"\nbefore = {baseline['model']} ({model_name(*whole)})"
     columns["after"] = _with_mean([row[metric] for row in after])
-    return header + "\n\n" + _aligned("test set", [*names, "mean"], columns)
+    return header + "\n\n" + aligned("test set", [*names, "mean"], columns)
 
 
 def cube_tables(result: Result, metric: str) -> str:
@@ -75,7 +75,7 @@ def cube_tables(result: Result, metric: str) -> str:
         parameters = [rows_of_cell(result, rank, depth, dims[0])[0]["parameters"] for depth in depths]
         columns = {"parameters": [f"{count:,}" for count in parameters]} | columns
         table = f"rank {rank}" if rank else "whole token table"
-        blocks.append(_aligned(table, [f"depth {depth}" for depth in depths], columns))
+        blocks.append(aligned(table, [f"depth {depth}" for depth in depths], columns))
     return "\n\n".join(blocks)
 
 
@@ -83,7 +83,7 @@ def _with_mean(values: list[float]) -> list[str]:
     return [f"{value:.3f}" for value in (*values, sum(values) / len(values))]
 
 
-def _aligned(corner: str, names: list[str], columns: dict[str, list[str]]) -> str:
+def aligned(corner: str, names: list[str], columns: dict[str, list[str]]) -> str:
     """Names to the left, numbers to the right; a short column leaves its last cells empty."""
     left = max(map(len, (corner, *names)))
     widths = {title: max(map(len, (title, *cells))) for title, cells in columns.items()}

@@ -81,7 +81,8 @@ def resolve(config: TrainConfig, backbone: Qwen3Config, store: Store, world_size
     total_steps = config.train_steps if config.train_steps > 0 else config.train_epochs * epoch_steps
     embedding = _embedding_parameters(config, backbone)
     final_norms = backbone.hidden_size * (len(exits) if config.mll_norm == "per_layer" else 1)
-    layers, adapters = _layer_parameters(backbone), adapter_parameters(backbone, config.lora_r)
+    layers = backbone.num_hidden_layers * layer_parameters(backbone)
+    adapters = adapter_parameters(backbone, config.lora_r)
     parameters = embedding + layers + final_norms
     trained = parameters - layers + adapters if config.lora_r else parameters
     tokens = sum(_tokens_per_epoch(plan, store.datasets[plan.name], config) for plan in plans) / epoch_steps
@@ -98,7 +99,7 @@ def resolve(config: TrainConfig, backbone: Qwen3Config, store: Store, world_size
         parameters=parameters,
         trained_parameters=trained,
         embedding_parameters=embedding,
-        layer_parameters=layers // backbone.num_hidden_layers,
+        layer_parameters=layer_parameters(backbone),
         mean_tokens_per_step=round(tokens),
         valid_grid=_valid_grid(config, exits, dims, ranks),
         memory_gib=_memory(config, backbone, parameters + adapters, trained, tokens / world_size),
@@ -185,10 +186,10 @@ def _embedding_parameters(config: TrainConfig, backbone: Qwen3Config) -> int:
     return config.r * (vocabulary + hidden) if config.r else vocabulary * hidden
 
 
-def _layer_parameters(backbone: Qwen3Config) -> int:
+def layer_parameters(backbone: Qwen3Config) -> int:
+    """Parameters of one decoder layer."""
     matrices = sum(outputs * inputs for outputs, inputs in matrix_shapes(backbone).values())
-    norms = 2 * backbone.hidden_size + 2 * backbone.head_dim
-    return backbone.num_hidden_layers * (matrices + norms)
+    return matrices + 2 * backbone.hidden_size + 2 * backbone.head_dim
 
 
 def _tokens_per_epoch(plan: DatasetPlan, dataset: TokenizedDataset, config: TrainConfig) -> float:
