@@ -8,6 +8,7 @@ Letters: T tokens, N sequences, A query heads, G key/value heads, D head size.
 
 import importlib.util
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -35,9 +36,10 @@ class PackedSequences:
     """(N + 1,) int32, cumulative lengths from 0, on the compute device."""
 
     @classmethod
-    def from_lengths(cls, lengths, device: torch.device | str = "cpu") -> "PackedSequences":
-        lengths = tuple(map(int, lengths))
-        cumulative = np.array([0, *itertools.accumulate(lengths)], dtype=np.int32)
+    def from_lengths(cls, lengths: Iterable[int], device: torch.device | str = "cpu") -> "PackedSequences":
+        lengths = tuple(lengths)
+        cumulative = np.zeros(len(lengths) + 1, np.int32)
+        np.cumsum(lengths, out=cumulative[1:])
         return cls(lengths, torch.from_numpy(cumulative).to(device, non_blocking=True))
 
     @property

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ml_embed.config import parse_config
-from ml_embed.data.batch import BatchBuilder, cut_to_length, slice_texts, token_chunks
+from ml_embed.data.batch import ID_BYTES, BatchBuilder, cut_to_length, slice_texts, token_chunks
 from ml_embed.data.schedule import plan_dataset
 from ml_embed.data.store import open_store
 
@@ -108,8 +108,12 @@ def test_shares_put_together_are_the_batch_of_one_process(store, config, num_row
 
 
 def test_cut_texts_end_in_eos():
-    assert cut_to_length(np.array([5, 6, 7, EOS], np.int32), 3, EOS).tolist() == [5, 6, EOS]
-    assert cut_to_length(np.array([5, 6, EOS], np.int32), 3, EOS).tolist() == [5, 6, EOS]
+    def cut(*ids: int) -> list[int]:
+        as_bytes = np.array(ids, np.int32).tobytes()
+        return np.frombuffer(cut_to_length(as_bytes, 3 * ID_BYTES, np.int32(EOS).tobytes()), np.int32).tolist()
+
+    assert cut(5, 6, 7, EOS) == [5, 6, EOS]
+    assert cut(5, 6, EOS) == [5, 6, EOS]
 
 
 @pytest.mark.parametrize("budget", [1, 20, 50, 10_000])

@@ -1,7 +1,7 @@
 """From rows of a step to one packed batch: distinct texts, no padding, and the indices that the losses need.
 
 Letters: n rows of the global batch, W processes, R = ceil(n / W) rows of each process (fillers included), K negatives,
-N distinct texts of this process, T tokens.
+N distinct texts of this process, T tokens, E exits, H vector length.
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,35 @@ from ml_embed.data.random import key_hash
 from ml_embed.data.schedule import DatasetPlan, draw_negatives, share_of_process
 from ml_embed.data.store import TokenizedDataset
 from ml_embed.model import PackedBatch
+
+ID_BYTES = np.dtype(np.int32).itemsize
+
+
+@dataclass(frozen=True)
+class PartVectors:
+    """Vectors of the texts of a share, by the parts that they play. A teacher may give one text two vectors, one as a
+    query and one as a document, because it has other prompts for them."""
+
+    query: Tensor
+    """(E, R, H)"""
+    passage: Tensor
+    """(E, R, H)"""
+    negatives: Tensor
+    """(E, R, K, H), of any finite value where a sample has fewer than K"""
+
+    @classmethod
+    def of_texts(cls, vectors: Tensor, batch: "ContrastiveBatch") -> "PartVectors":
+        """From (E, N, H) vectors of the batch's distinct texts, with gradients."""
+        negatives = vectors.index_select(1, batch.negatives.flatten()).unflatten(1, batch.negatives.shape)
+        return cls(vectors.index_select(1, batch.query), vectors.index_select(1, batch.passage), negatives)
+
+    def candidates(self) -> Tensor:
+        """(E, R, 1 + K, H): each row's passage, then its negatives."""
+        return torch.cat([self.passage.unsqueeze(2), self.negatives], dim=2)
+
+    def to(self, device: torch.device) -> "PartVectors":
+        moved = (part.to(device, non_blocking=True) for part in (self.query, self.passage, self.negatives))
+        return PartVectors(*moved)
 
 
 @dataclass(frozen=True)
@@ -54,34 +83,35 @@ class ContrastiveBatch:
     """real tokens of this process's queries, passages and negatives"""
     num_encoded_tokens: int
     """T: the same with each distinct text counted once"""
+    teacher: PartVectors | None = None
+    """a teacher's vectors that were computed beforehand; None without them"""
 
     def to(self, device: torch.device) -> "ContrastiveBatch":
         moved = {
             name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
-        return replace(self, texts=self.texts.to(device), **moved)
+        teacher = None if self.teacher is None else self.teacher.to(device)
+        return replace(self, texts=self.texts.to(device), teacher=teacher, **moved)
 
 
 class TextPool:
     """The distinct texts of a batch, told apart by their ids: a query may be some row's document.
 
-    Ids are kept as bytes: they are the keys of a dictionary, and are joined without an array for each text.
+    Ids are kept as bytes (of int32): they are the keys of a dictionary, and are joined without an array for each text.
     """
 
     def __init__(self, max_length: int, eos_id: int):
-        self._max_length = max_length
-        self._eos_id = eos_id
+        self._max_bytes = max_length * ID_BYTES
+        self._eos = np.int32(eos_id).tobytes()
         self._number: dict[bytes, int] = {}
 
-    def add(self, texts: Sequence[np.ndarray]) -> list[int]:
-        """A number for each text of int32 ids; the same one for the same text (once cut to the longest length)."""
-        number, longest = self._number, self._max_length
-        numbers = []
-        for ids in texts:
-            if len(ids) > longest:
-                ids = cut_to_length(ids, longest, self._eos_id)
-            numbers.append(number.setdefault(ids.tobytes(), len(number)))
-        return numbers
+    def add(self, texts: Sequence[bytes]) -> list[int]:
+        """A number for each text; the same one for the same text (once cut to the longest length)."""
+        number, longest, eos = self._number, self._max_bytes, self._eos
+        return [
+            number.setdefault(cut_to_length(ids, longest, eos) if len(ids) > longest else ids, len(number))
+            for ids in texts
+        ]
 
     def pack(self) -> tuple[PackedBatch, np.ndarray, np.ndarray]:
         """The texts, shortest first; for each number its place among them; for each number its tokens.
@@ -89,8 +119,8 @@ class TextPool:
         Equal lengths stand together: attention runs them in one call.
         """
         texts = list(self._number)
-        lengths = np.fromiter(map(len, texts), np.int64, len(texts)) // np.dtype(np.int32).itemsize
-        order = np.argsort(lengths, kind="stable")
+        lengths = np.fromiter(map(len, texts), np.int64, len(texts)) // ID_BYTES
+        order = lengths.argsort(kind="stable")
         place = np.empty_like(order)
         place[order] = np.arange(len(order))
         joined = b"".join([texts[i] for i in order.tolist()])
@@ -98,13 +128,9 @@ class TextPool:
         return PackedBatch(input_ids, PackedSequences.from_lengths(lengths[order].tolist())), place, lengths
 
 
-def cut_to_length(ids: np.ndarray, max_length: int, eos_id: int) -> np.ndarray:
-    """At most `max_length` ids; the last of a cut text is replaced by EOS."""
-    if len(ids) <= max_length:
-        return ids
-    cut = ids[:max_length].copy()
-    cut[-1] = eos_id
-    return cut
+def cut_to_length(ids: bytes, max_bytes: int, eos: bytes) -> bytes:
+    """At most `max_bytes` of a text's ids; the last id of a cut text is replaced by EOS."""
+    return ids if len(ids) <= max_bytes else ids[: max_bytes - len(eos)] + eos
 
 
 @dataclass(frozen=True)
@@ -142,10 +168,10 @@ class BatchBuilder:
             excluded[:, 1:] |= negative_documents == own_documents[:, None]
 
         pool = TextPool(self.max_length, self.eos_id)
-        query = pool.add(dataset.queries(own))
+        query = pool.add(dataset.query_bytes(own))
         documents = np.concatenate([own_documents, negative_documents[present]]).tolist()
         distinct = list(dict.fromkeys(documents))  # in the order of their first use
-        number_of = dict(zip(distinct, pool.add(dataset.documents(np.array(distinct))), strict=True))
+        number_of = dict(zip(distinct, pool.add(dataset.document_bytes(np.array(distinct))), strict=True))
         numbers = np.array(query + [number_of[document] for document in documents])  # of all that the rows use
         texts, place, lengths = pool.pack()
         places = place[numbers]
@@ -174,6 +200,12 @@ class BatchBuilder:
             num_encoded_tokens=len(texts.input_ids),
         )
 
+    def own_rows(self, rows: np.ndarray) -> np.ndarray:
+        """(R,) this process's rows of the global batch `rows` (n,), in the order of `build`, fillers included."""
+        share = share_of_process(len(rows), self.process, self.processes)
+        fillers = -(-len(rows) // self.processes) - (share.stop - share.start)
+        return np.concatenate([rows[share], np.repeat(rows[:1], fillers)])
+
     def _draw(
         self, dataset: TokenizedDataset, plan: DatasetPlan, rows: np.ndarray, own: np.ndarray, epoch: int
     ) -> tuple[np.ndarray, int]:
@@ -200,7 +232,7 @@ class BatchBuilder:
         if not self.mask_false_negatives:
             return None
         documents = dataset.passage_documents[rows]
-        if len(np.unique(documents)) == len(documents):
+        if len(set(documents.tolist())) == len(documents):
             return None
         same = documents[share, None] == documents[None, :]
         same[np.arange(len(same)), share.start + np.arange(len(same))] = False

@@ -22,9 +22,12 @@ def key_hash(*key: int | str) -> int:
 def mix(values: np.ndarray, key: int) -> np.ndarray:
     """A 64-bit hash of each integer of an array under `key` (the SplitMix64 finaliser, Steele et al. 2014)."""
     x = values.astype(np.uint64) + np.uint64(key & _MASK)  # arrays of integers wrap without a warning
-    x = (x ^ (x >> _SHIFT_1)) * _FACTOR_1
-    x = (x ^ (x >> _SHIFT_2)) * _FACTOR_2
-    return x ^ (x >> _SHIFT_3)
+    x ^= x >> _SHIFT_1
+    x *= _FACTOR_1
+    x ^= x >> _SHIFT_2
+    x *= _FACTOR_2
+    x ^= x >> _SHIFT_3
+    return x
 
 
 def uniform(*key: int | str) -> float:

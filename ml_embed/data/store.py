@@ -66,13 +66,14 @@ class TokenizedDataset:
         """(tokens,) int32 view: a document of the dataset's corpus."""
         return self._document_tokens[self._document_offsets[document] : self._document_offsets[document + 1]]
 
-    def queries(self, rows: np.ndarray) -> list[np.ndarray]:
-        """`query` of each of several rows, (n,) int64, at less than the price of n calls."""
-        return _slices(self._query_tokens, self._query_offsets, rows)
+    def query_bytes(self, rows: np.ndarray) -> list[bytes]:
+        """The int32 ids of the queries of several rows, (n,) int64, as bytes: keys to tell texts apart, and quickly
+        joined."""
+        return _byte_slices(self._query_tokens, self._query_offsets, rows)
 
-    def documents(self, documents: np.ndarray) -> list[np.ndarray]:
-        """`document` of each of several documents, (n,) int64."""
-        return _slices(self._document_tokens, self._document_offsets, documents)
+    def document_bytes(self, documents: np.ndarray) -> list[bytes]:
+        """The same of several documents, (n,) int64."""
+        return _byte_slices(self._document_tokens, self._document_offsets, documents)
 
     def negatives(self, row: int) -> np.ndarray:
         """(negatives of this row,) int64 view: documents; may be empty."""
@@ -90,9 +91,11 @@ class TokenizedDataset:
         return _reopen_dataset, (self._store_folder, self.name)
 
 
-def _slices(tokens: np.ndarray, offsets: np.ndarray, numbers: np.ndarray) -> list[np.ndarray]:
-    bounds = zip(offsets[numbers].tolist(), offsets[numbers + 1].tolist(), strict=True)
-    return [tokens[start:stop] for start, stop in bounds]
+def _byte_slices(tokens: np.ndarray, offsets: np.ndarray, numbers: np.ndarray) -> list[bytes]:
+    view = memoryview(tokens).cast("B") if len(tokens) else memoryview(b"")  # half the price of slices of an array
+    starts = (offsets[numbers] * tokens.itemsize).tolist()
+    stops = (offsets[numbers + 1] * tokens.itemsize).tolist()
+    return [bytes(view[start:stop]) for start, stop in zip(starts, stops, strict=True)]
 
 
 class Store:
