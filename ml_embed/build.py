@@ -121,7 +121,8 @@ def build_teacher(config: TrainConfig, device: torch.device, compute_dtype: torc
     kernel = choose_kernel(config.attention, device, compute_dtype)
     teacher = load_encoder(
         config.teacher_model_path,
-        exits=tuple(exits) if config.use_mll else (teacher_config.num_hidden_layers,),
+        # similarities are learned from the deepest alone
+        exits=tuple(exits) if config.use_mll and config.kd_loss == "vectors" else (teacher_config.num_hidden_layers,),
         kernel=kernel,
         dtype=compute_dtype if device.type == "cuda" else torch.float32,
     )

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from ml_embed.errors import UserError
 
 Task = Literal["retrieval", "clustering", "classification"]
+DistillationLoss = Literal["vectors", "similarity"]
 
 
 def _key(default: Any = MISSING, *, low: float | None = None, above: float | None = None, high: float | None = None):
@@ -124,7 +125,7 @@ class TrainConfig:
     """folder of a model whose vectors are distilled; null = no distillation"""
     teacher_vectors_path: str | None = None
     """folder that scripts/embed_teacher.py wrote: a teacher's vectors, computed beforehand; null = none"""
-    kd_loss: Literal["vectors", "similarity"] = "vectors"
+    kd_loss: DistillationLoss = "vectors"
     """what is distilled: the teacher's vectors themselves, or the cosines between them (a teacher of any width)"""
     kd_weight: float = _key(1.0, low=0)
     """weight of the distillation term"""

@@ -130,6 +130,7 @@ class Embedder:
         batch_tokens: int | None = None,
         show_progress: bool | None = None,
         devices: Sequence[str] | None = None,
+        normalize: bool = True,
     ) -> np.ndarray:
         """Vectors of texts, in the order of the texts.
 
@@ -143,14 +144,15 @@ class Embedder:
             devices: spread the texts over these, with a process and a copy of the model on each, e.g.
                 ["cuda:0", "cuda:1"] or ["cpu", "cpu"]; None computes here. The calling script needs the usual
                 `if __name__ == "__main__":`.
+            normalize: False leaves vectors as long as the model gives them, which is what distillation learns from.
 
         Returns:
-            (len(texts), dim) float32, rows of unit length.
+            (len(texts), dim) float32, rows of unit length unless `normalize` is False.
 
         Raises:
             UserError: a text is not a string, or the prompt is not known.
         """
-        windows = list(self._stream(texts, prompt, batch_tokens, show_progress, devices))
+        windows = list(self._stream(texts, prompt, batch_tokens, show_progress, devices, normalize))
         return np.concatenate(windows) if windows else np.empty((0, self.dim), np.float32)
 
     def encode_to_file(
@@ -194,6 +196,7 @@ class Embedder:
         batch_tokens: int | None,
         show_progress: bool | None,
         devices: Sequence[str] | None,
+        unit_length: bool = True,
     ) -> Iterator[np.ndarray]:
         """(n, D) vectors of one window of texts after another."""
         texts = [texts] if isinstance(texts, str) else texts
@@ -208,9 +211,10 @@ class Embedder:
             disable=None if show_progress is None else not show_progress,
         )
         if devices is None:
-            run = self._encode_here(_windows(texts, prefix, WINDOW), batch_tokens, bar.update)
+            run = self._encode_here(_windows(texts, prefix, WINDOW), batch_tokens, unit_length, bar.update)
         else:
-            run = self._encode_elsewhere(_windows(texts, prefix, WORKER_WINDOW), batch_tokens, bar.update, devices)
+            windows = _windows(texts, prefix, WORKER_WINDOW)
+            run = self._encode_elsewhere(windows, batch_tokens, unit_length, bar.update, devices)
         with bar, closing(run):
             yield from run
 
@@ -226,21 +230,30 @@ class Embedder:
         return self._record.prompts[prompt]
 
     def _encode_here(
-        self, windows: Iterable[list[str]], batch_tokens: int | None, progress: Callable[[int], object]
+        self,
+        windows: Iterable[list[str]],
+        batch_tokens: int | None,
+        unit_length: bool,
+        progress: Callable[[int], object],
     ) -> Iterator[np.ndarray]:
         # One window is tokenized, in Rust without the GIL, while the one before it is computed.
         with ThreadPoolExecutor(1) as tokenizing:
             for token_ids in _ahead(windows, partial(tokenizing.submit, self._text_encoder), 1):
-                yield self._encode_window(token_ids, batch_tokens, progress)
+                yield self._encode_window(token_ids, batch_tokens, unit_length, progress)
 
     def _encode_window(
-        self, token_ids: list[np.ndarray], batch_tokens: int | None, progress: Callable[[int], object]
+        self,
+        token_ids: list[np.ndarray],
+        batch_tokens: int | None,
+        unit_length: bool,
+        progress: Callable[[int], object],
     ) -> np.ndarray:
         """(n, D) vectors of n texts given as ids."""
         order = longest_first(token_ids)
         rows = []
         for vectors in pooled_vectors(self._encoder, [token_ids[i] for i in order], batch_tokens):
-            rows.append(normalize(vectors[0, :, : self.dim], dim=-1))
+            cut = vectors[0, :, : self.dim]
+            rows.append(normalize(cut, dim=-1) if unit_length else cut)
             progress(len(rows[-1]))
         unsorted = np.empty((len(order), self.dim), np.float32)
         unsorted[order] = torch.cat(rows).cpu().numpy()  # the only wait for a GPU in a window
@@ -250,6 +263,7 @@ class Embedder:
         self,
         windows: Iterable[list[str]],
         batch_tokens: int | None,
+        unit_length: bool,
         progress: Callable[[int], object],
         devices: Sequence[str],
     ) -> Iterator[np.ndarray]:
@@ -263,7 +277,9 @@ class Embedder:
         for name in names:
             waiting.put(name)
         with ProcessPoolExecutor(len(names), context, _start_worker, (waiting, self._source, len(names))) as pool:
-            for vectors in _ahead(windows, partial(pool.submit, _encode_in_worker, batch_tokens), 2 * len(names)):
+            for vectors in _ahead(
+                windows, partial(pool.submit, _encode_in_worker, batch_tokens, unit_length), 2 * len(names)
+            ):
                 progress(len(vectors))
                 yield vectors
 
@@ -351,8 +367,8 @@ def _start_worker(devices: Any, source: _Source, workers: int) -> None:
     _in_worker["embedder"] = source.load(device)
 
 
-def _encode_in_worker(batch_tokens: int | None, texts: list[str]) -> np.ndarray:
-    return _in_worker["embedder"].encode(texts, batch_tokens=batch_tokens, show_progress=False)
+def _encode_in_worker(batch_tokens: int | None, unit_length: bool, texts: list[str]) -> np.ndarray:
+    return _in_worker["embedder"].encode(texts, None, batch_tokens, False, normalize=unit_length)
 
 
 def _windows(texts: Iterable[str], prefix: str, size: int) -> Iterator[list[str]]:

@@ -1,4 +1,4 @@
-"""Contrastive losses over nested vectors: pure functions of tensors.
+"""Contrastive and distillation losses over nested vectors: pure functions of tensors.
 
 One loop over the nested dims (`nested_cosines`) serves all of them. Rows may be weighted, so that a mean over the
 samples of a global batch is a sum of shares, exact for uneven batches and any number of processes.
@@ -7,7 +7,7 @@ Letters: B samples of this process, C candidates of a sample (its positive and i
 global batch, H hidden size, D nested dims. Sources: MRL (arXiv 2205.13147), ML-Embed (arXiv 2605.15081).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 LOGITS_AT_ONCE = 2**18
-"""In-batch logits of one exit and dim held at a time, in rows of the batch; some 40 float32 values live for each."""
+"""In-batch cosines of one exit and dim held at a time, in rows of the batch; some 40 float32 values live for each."""
 SMALLEST_SQUARED_NORM = 1e-24  # of a vector, squared: the 1e-12 of torch.nn.functional.normalize
 
 
@@ -53,25 +53,28 @@ def nested_cosines(left: Tensor, right: Tensor, dims: Sequence[int]) -> Iterator
         start = stop
 
 
-class _BlockwiseCrossEntropy(torch.autograd.Function):
-    """`_nested_cross_entropy` of (B, H) and (N, H) in blocks of rows, each with its gradients at once.
+LossOfRows = Callable[[Tensor, Tensor, slice], Tensor]
+"""(some rows of left, all of right, which rows those are) -> their part of a loss, a scalar"""
 
-    The loss is a sum over rows, so a block's gradients are known as soon as its value is, and the D x B x N logits of
-    every exit need not wait for the backward pass. (Checkpointing each block instead did it twice, and its small
-    leftovers between freed blocks kept glibc from reusing them: 1.5 GiB at B = N = 4,096, three exits.)
+
+class _BlockwiseLoss(torch.autograd.Function):
+    """A loss of (B, H) and (N, H) that is a sum over rows, in blocks of rows, each with its gradients at once.
+
+    A block's gradients are known as soon as its value is, and the D x B x N cosines of every exit need not wait for
+    the backward pass. (Checkpointing each block instead did it twice, and its small leftovers between freed blocks kept
+    glibc from reusing them: 1.5 GiB at B = N = 4,096, three exits.)
     """
 
     @staticmethod
-    def forward(ctx, left, right, target, excluded, sample_weights, spec, rows):
+    def forward(ctx, left, right, loss_of_rows, rows):
         left, right = left.detach(), right.detach().requires_grad_()
         total = left.new_zeros(())
         left_gradient, right_gradient = torch.empty_like(left), torch.zeros_like(right)
         for start in range(0, len(left), rows):
             block = slice(start, start + rows)
-            mask = None if excluded is None else excluded[block]
             with torch.enable_grad():
                 own = left[block].requires_grad_()
-                loss = _nested_cross_entropy(own, right, target[block], mask, sample_weights[block], spec)
+                loss = loss_of_rows(own, right, block)
                 left_gradient[block], of_right = torch.autograd.grad(loss, (own, right))
             right_gradient += of_right
             total += loss.detach()
@@ -82,26 +85,53 @@ class _BlockwiseCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         left_gradient, right_gradient = ctx.saved_tensors
-        return gradient * left_gradient, gradient * right_gradient, None, None, None, None, None
+        return gradient * left_gradient, gradient * right_gradient, None, None
 
 
-def _nested_cross_entropy(
-    left: Tensor, right: Tensor, target: Tensor, excluded: Tensor | None, sample_weights: Tensor, spec: MatryoshkaSpec
+def _sum_over_rows(left: Tensor, right: Tensor, loss_of_rows: LossOfRows) -> Tensor:
+    """The loss of all rows of `left` (B, H) against `right` (N, H), in as few blocks as LOGITS_AT_ONCE allows."""
+    rows = max(1, LOGITS_AT_ONCE // len(right))
+    if len(left) > rows:
+        return _BlockwiseLoss.apply(left, right, loss_of_rows, rows)
+    return loss_of_rows(left, right, slice(None))
+
+
+def _sum_over_dims(
+    left: Tensor, right: Tensor, spec: MatryoshkaSpec, loss_of_cosines: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """sum_n c_n sum_i w_i CE(cos_n(left_i, right) / tau, target_i), a scalar; `excluded` (B, N) logits count nothing.
+    """sum_n c_n loss(cosines at d_n), a scalar; the loss sees (B, N).
 
-    `right` is (N, H), shared by all samples, or (B, N, H), each sample's own.
+    `left` is (B, H); `right` is (N, H), shared by all samples, or (B, N, H), each sample's own.
     """
     own_candidates = right.dim() == 3
     left = left.unsqueeze(1) if own_candidates else left  # (B, 1, H) or (B, H)
     weight_of = dict(zip(spec.dims, spec.weights, strict=True))
     total = left.new_zeros(())
     for dim, cosines in nested_cosines(left, right, spec.dims):
-        logits = (cosines.squeeze(1) if own_candidates else cosines) / spec.temperature  # (B, N)
+        total = total + weight_of[dim] * loss_of_cosines(cosines.squeeze(1) if own_candidates else cosines)
+    return total
+
+
+def _nested_cross_entropy(
+    left: Tensor, right: Tensor, target: Tensor, excluded: Tensor | None, sample_weights: Tensor, spec: MatryoshkaSpec
+) -> Tensor:
+    """sum_n c_n sum_i w_i CE(cos_n(left_i, right) / tau, target_i), a scalar, without the `excluded` (B, N)."""
+
+    def loss(cosines: Tensor) -> Tensor:
+        logits = cosines / spec.temperature
         if excluded is not None:
             logits = logits.masked_fill(excluded, -torch.inf)
-        total = total + weight_of[dim] * (sample_weights * cross_entropy(logits, target, reduction="none")).sum()
-    return total
+        return (sample_weights * cross_entropy(logits, target, reduction="none")).sum()
+
+    return _sum_over_dims(left, right, spec, loss)
+
+
+def _nested_squared_error(
+    left: Tensor, right: Tensor, wanted: Tensor, entry_weights: Tensor, spec: MatryoshkaSpec
+) -> Tensor:
+    """sum_n c_n / (sum_n c_n) sum_ij w_ij (cos_n(left_i, right_j) - wanted_ij)^2, a scalar; all (B, N)."""
+    error = _sum_over_dims(left, right, spec, lambda cosines: (entry_weights * (cosines - wanted).square()).sum())
+    return error / sum(spec.weights)
 
 
 def hard_loss(
@@ -141,10 +171,12 @@ def in_batch_loss(
     Returns:
         scalar, float32.
     """
-    rows = max(1, LOGITS_AT_ONCE // len(passages))
-    if len(query) > rows:
-        return _BlockwiseCrossEntropy.apply(query, passages, target, excluded, sample_weights, spec, rows)
-    return _nested_cross_entropy(query, passages, target, excluded, sample_weights, spec)
+
+    def of_rows(own: Tensor, shared: Tensor, rows: slice) -> Tensor:
+        mask = None if excluded is None else excluded[rows]
+        return _nested_cross_entropy(own, shared, target[rows], mask, sample_weights[rows], spec)
+
+    return _sum_over_rows(query, passages, of_rows)
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, row_weights: Tensor) -> Tensor:
@@ -158,3 +190,43 @@ def distillation_loss(student: Tensor, teacher: Tensor, row_weights: Tensor) -> 
     """
     difference = student - teacher[..., : student.shape[-1]]
     return (row_weights * difference.square().mean(-1)).sum()
+
+
+def candidate_similarity_loss(
+    query: Tensor, candidates: Tensor, wanted: Tensor, entry_weights: Tensor, spec: MatryoshkaSpec
+) -> Tensor:
+    """How far the cosines of each query with its own candidates are from a teacher's.
+
+    Args:
+        query: (B, H), candidates: (B, C, H), the student's.
+        wanted: (B, C) the teacher's cosines.
+        entry_weights: (B, C), 0 where there is no candidate.
+    Returns:
+        scalar: sum_n c_n / (sum_n c_n) sum_ij w_ij (cos_n(q_i, c_ij) - t_ij)^2.
+    """
+    return _nested_squared_error(query, candidates, wanted, entry_weights, spec)
+
+
+def in_batch_similarity_loss(
+    query: Tensor,
+    passages: Tensor,
+    teacher_query: Tensor,
+    teacher_passages: Tensor,
+    sample_weights: Tensor,
+    spec: MatryoshkaSpec,
+) -> Tensor:
+    """How far the cosines of each query with all positives of the global batch are from a teacher's.
+
+    Args:
+        query: (B, H), passages: (G, H), gathered with gradients, the student's.
+        teacher_query: (B, H'), teacher_passages: (G, H'), unit vectors of any width, without gradients.
+        sample_weights: (B,).
+    Returns:
+        scalar: sum_n c_n / (sum_n c_n) sum_i w_i mean_j (cos_n(q_i, p_j) - t_i . t_j)^2.
+    """
+
+    def of_rows(own: Tensor, shared: Tensor, rows: slice) -> Tensor:
+        wanted = teacher_query[rows] @ teacher_passages.T
+        return _nested_squared_error(own, shared, wanted, sample_weights[rows].unsqueeze(1) / len(passages), spec)
+
+    return _sum_over_rows(query, passages, of_rows)

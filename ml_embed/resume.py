@@ -1,5 +1,6 @@
 """Which state a run continues from, whether it may, and what is no longer as it was."""
 
+import dataclasses
 import hashlib
 import json
 import sys
@@ -12,6 +13,7 @@ from ml_embed.data.store import Store
 from ml_embed.errors import UserError
 from ml_embed.model_folder import weights_digest
 from ml_embed.resolve import Resolved
+from ml_embed.teacher_vectors import TeacherVectors
 
 # Keys that may differ between a run and its continuation: they decide where things are and how they are computed or
 # reported, not what is computed.
@@ -22,12 +24,27 @@ _FREE_KEYS = frozenset(
     | {"attention", "gradient_checkpointing", "max_tokens_per_forward", "compile_layers"}
 )
 
+# What a state of an earlier version did, without knowing the key.
+_DEFAULTS = {
+    field.name: field.default
+    for field in dataclasses.fields(TrainConfig)
+    if field.name not in _FREE_KEYS and field.default is not dataclasses.MISSING
+}
 
-def run_fingerprint(config: TrainConfig, resolved: Resolved, store: Store, mixed_precision: str) -> dict[str, Any]:
+
+def run_fingerprint(
+    config: TrainConfig,
+    resolved: Resolved,
+    store: Store,
+    teacher_vectors: TeacherVectors | None,
+    mixed_precision: str,
+) -> dict[str, Any]:
     """Everything that decides the weights, under the name of the key the user would change it by."""
     kept = {key: value for key, value in vars(config).items() if key not in _FREE_KEYS}
     kept["datasets"] = {name: vars(settings) for name, settings in config.datasets.items()}
     kept |= {"train_data_path": _data_digest(store), "global_batch_size": resolved.global_batch_size}
+    if teacher_vectors is not None:
+        kept["teacher_vectors_path"] = teacher_vectors.fingerprint(list(store.datasets))
     kept["mixed_precision"] = mixed_precision
     if config.lora_r:
         kept["model_path"] = weights_digest(config.model_path)  # its layers are frozen, and in no resume state
@@ -45,6 +62,7 @@ def _data_digest(store: Store) -> str:
 
 def check_unchanged(before: dict, now: dict, allow_changes: bool) -> list[str]:
     """A line for each key that has changed; refuses them unless `allow_changes`."""
+    before = _DEFAULTS | before
     changes = [
         f"  - {key}: {before.get(key)!r} -> {now.get(key)!r}"
         + " (train_batch_size times the number of processes)" * (key == "global_batch_size")

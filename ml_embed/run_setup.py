@@ -30,6 +30,7 @@ from ml_embed.model_folder import ModelRecord, load_config
 from ml_embed.prompts import check_prompts, prompts_to_record
 from ml_embed.resolve import Resolved, loss_spec, make_schedule, resolve
 from ml_embed.resume import check_unchanged, continuation_notice, run_fingerprint, state_to_resume
+from ml_embed.teacher_vectors import KD_REMEDY, TeacherVectors, open_teacher_vectors
 from ml_embed.tokenizer import fingerprint as tokenizer_fingerprint
 from ml_embed.tokenizer import load_tokenizer
 from ml_embed.training import Run
@@ -109,8 +110,11 @@ def _check_engine(accelerator: Accelerator) -> None:
         )
 
 
-def open_inputs(config: TrainConfig, world_size: int, progress: bool) -> tuple[Any, Any, Store, Resolved]:
-    """Backbone config, tokenizer, data and derived numbers; nothing is written but the data's cached form.
+def open_inputs(
+    config: TrainConfig, world_size: int, progress: bool
+) -> tuple[Any, Any, Store, TeacherVectors | None, Resolved]:
+    """Backbone config, tokenizer, data, a teacher's vectors if there are any, and derived numbers; nothing is written
+    but the data's cached form.
 
     Raises:
         UserError: something is missing, damaged, or does not fit together.
@@ -124,7 +128,11 @@ def open_inputs(config: TrainConfig, world_size: int, progress: bool) -> tuple[A
     check_prompts(config, store)
     if config.teacher_model_path is not None:
         _check_teacher(config, backbone_config, tokenizer)
-    return backbone_config, tokenizer, store, resolve(config, backbone_config, store, world_size)
+    teacher_vectors = None
+    if config.teacher_vectors_path is not None:
+        folder = Path(config.teacher_vectors_path)
+        teacher_vectors = open_teacher_vectors(folder, store, backbone_config.hidden_size, config.kd_loss)
+    return backbone_config, tokenizer, store, teacher_vectors, resolve(config, backbone_config, store, world_size)
 
 
 def _check_tokenizer(config: TrainConfig, tokenizer, store: Store) -> None:
@@ -139,14 +147,15 @@ def _check_tokenizer(config: TrainConfig, tokenizer, store: Store) -> None:
 
 def _check_teacher(config: TrainConfig, student_config, tokenizer) -> None:
     teacher_config = load_config(config.teacher_model_path)
-    if teacher_config.hidden_size < student_config.hidden_size:
+    if config.kd_loss == "vectors" and teacher_config.hidden_size < student_config.hidden_size:
         raise UserError(
             f"teacher_model_path: the teacher's vectors have {teacher_config.hidden_size} components, fewer than the "
-            f"student's {student_config.hidden_size}; distillation needs at least as many"
+            f"student's {student_config.hidden_size}; {KD_REMEDY}"
         )
     if tokenizer_fingerprint(load_tokenizer(config.teacher_model_path)) != tokenizer_fingerprint(tokenizer):
         raise UserError(
-            "teacher_model_path: the teacher has another tokenizer than model_path; it cannot read the data"
+            "teacher_model_path: the teacher has another tokenizer than model_path; it cannot read the data. "
+            "Compute its vectors with scripts/embed_teacher.py, and give them as teacher_vectors_path"
         )
 
 
@@ -163,12 +172,12 @@ def set_up(
     Raises:
         UserError: the run folder holds a run and resume is "no", or what is resumed does not fit.
     """
-    backbone_config, tokenizer, store, resolved = inputs
+    backbone_config, tokenizer, store, teacher_vectors, resolved = inputs
     former = ModelRecord.load(Path(config.model_path))
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     choose_kernel(config.attention, accelerator.device, dtype)  # refuses an impossible one before anything is written
     fingerprint = _asked_of_first(
-        accelerator, lambda: run_fingerprint(config, resolved, store, accelerator.mixed_precision)
+        accelerator, lambda: run_fingerprint(config, resolved, store, teacher_vectors, accelerator.mixed_precision)
     )
 
     def prepare() -> tuple[Path | None, dict | None]:
@@ -196,6 +205,7 @@ def set_up(
         model=model,
         optimizer=optimizer,
         teacher=teacher,
+        teacher_vectors=teacher_vectors,
         store=store,
         schedule=make_schedule(resolved.datasets, store, resolved.global_batch_size, config.seed),
         builder=BatchBuilder(

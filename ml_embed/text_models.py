@@ -14,14 +14,14 @@ from ml_embed.model_folder import RECORD_FILE
 
 
 class TextModel(Protocol):
-    """Texts in, unit vectors out."""
+    """Texts in, vectors out."""
 
     name: str
     dim: int
     device: torch.device
 
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """(len(texts), dim) float32, rows of unit length."""
+    def encode(self, texts: Sequence[str], normalize: bool = True) -> np.ndarray:
+        """(len(texts), dim) float32: rows of unit length, or what the model gives before it normalises at its end."""
 
 
 class OwnModel:
@@ -32,14 +32,14 @@ class OwnModel:
         self._embedder = Embedder.from_pretrained(folder, device=device)
         self.dim, self.device = self._embedder.dim, self._embedder.device
 
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        return self._embedder.encode(texts, show_progress=False)
+    def encode(self, texts: Sequence[str], normalize: bool = True) -> np.ndarray:
+        return self._embedder.encode(texts, show_progress=False, normalize=normalize)
 
 
 class SentenceTransformersModel:
     """Any folder or hub name that sentence-transformers reads; code that comes with a model is not run."""
 
-    def __init__(self, name: str, device: str | None):
+    def __init__(self, name: str, device: str | None, batch_size: int):
         if importlib.util.find_spec("sentence_transformers") is None:
             raise UserError(
                 f"{name} is not a model folder of this project (no {RECORD_FILE}); other models are read with "
@@ -52,22 +52,36 @@ class SentenceTransformersModel:
             self._model = SentenceTransformer(name, device=str(self.device), trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise UserError(f"{name} cannot be read as a model: {str(error).splitlines()[0]}") from None
+        if type(self._model[-1]).__name__ == "Normalize":
+            del self._model[-1]  # `encode` does it, where it is wanted
+        self._batch_size = batch_size
         self.dim = self.encode(["a"]).shape[1]
 
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        vectors = self._model.encode(list(texts), normalize_embeddings=True, show_progress_bar=False, prompt="")
+    def encode(self, texts: Sequence[str], normalize: bool = True) -> np.ndarray:
+        vectors = self._model.encode(
+            list(texts),
+            normalize_embeddings=normalize,
+            batch_size=self._batch_size,
+            show_progress_bar=False,
+            prompt="",
+        )
         return np.asarray(vectors, np.float32)
 
 
-def load_text_model(name: str | Path, device: str | None = None) -> TextModel:
+def load_text_model(name: str | Path, device: str | None = None, batch_size: int = 32) -> TextModel:
     """A model of ours if the folder says so, otherwise one that sentence-transformers reads.
 
+    Args:
+        device: None is the first GPU if there is one, else the CPU.
+        batch_size: texts in a forward pass of sentence-transformers; a model of ours packs texts by their tokens.
     Raises:
         UserError: there is no such folder, or it cannot be read.
     """
+    if batch_size < 1:
+        raise UserError(f"--batch-size is {batch_size}; it must be at least 1")
     folder = Path(name)
     if (folder / RECORD_FILE).is_file():
         return OwnModel(folder, device)
     if not folder.exists() and (folder.is_absolute() or str(name).startswith(".")):
         raise UserError(f"model folder {folder} does not exist")
-    return SentenceTransformersModel(str(name), device)
+    return SentenceTransformersModel(str(name), device, batch_size)

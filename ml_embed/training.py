@@ -10,7 +10,7 @@ import math
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ml_embed import lora, zero2
 from ml_embed.checkpoint import model_state, numbered_folders, optimizer_state, save_state
 from ml_embed.config import TrainConfig
-from ml_embed.data.batch import BatchBuilder, ContrastiveBatch, slice_texts, token_chunks
+from ml_embed.data.batch import BatchBuilder, ContrastiveBatch, PartVectors, slice_texts, token_chunks
 from ml_embed.data.schedule import Schedule, draw_rank
 from ml_embed.data.store import Store
 from ml_embed.distributed import all_reduce_max, all_reduce_sum
@@ -33,6 +33,7 @@ from ml_embed.metrics import MetricsLog, StepValues, Window
 from ml_embed.model_folder import ModelRecord, save_model_folder
 from ml_embed.objective import LossTerms, batch_objective
 from ml_embed.resolve import Resolved, learning_rate
+from ml_embed.teacher_vectors import TeacherVectors
 from ml_embed.validation import validate
 
 PREFETCHED_BATCHES = 2
@@ -50,6 +51,9 @@ class Run:
     """the encoder, prepared by accelerate"""
     optimizer: torch.optim.Optimizer
     teacher: nn.Module | None
+    """a teacher that runs beside the student"""
+    teacher_vectors: TeacherVectors | None
+    """or what one said beforehand"""
     store: Store
     schedule: Schedule
     builder: BatchBuilder
@@ -72,7 +76,10 @@ class Run:
         """This process's share of what the step with this number (from 0) trains on."""
         chosen = self.schedule.batch(step)
         plan = self.schedule.plans[chosen.dataset]
-        return self.builder.build(self.store.datasets[chosen.dataset], plan, chosen.rows, chosen.epoch)
+        batch = self.builder.build(self.store.datasets[chosen.dataset], plan, chosen.rows, chosen.epoch)
+        if self.teacher_vectors is None:
+            return batch
+        return replace(batch, teacher=self.teacher_vectors.of_batch(batch, self.builder.own_rows(chosen.rows)))
 
     def encode(self, batch: ContrastiveBatch, rank: int) -> Tensor:
         """(E, N, H) vectors of a batch's texts at a rank; 0 is a whole token table."""
@@ -80,20 +87,23 @@ class Run:
 
     def objective_of(self, batch: ContrastiveBatch) -> Callable[[Tensor], LossTerms]:
         """The loss terms of a batch as a function of its texts' vectors."""
-        teacher_vectors = None
-        if self.teacher is not None:
-            budget = self.config.max_tokens_per_forward or batch.num_encoded_tokens
-            pieces = [slice_texts(batch.texts, *chunk) for chunk in token_chunks(batch.texts.packed, budget)]
-            with torch.no_grad(), self.accelerator.autocast():
-                teacher_vectors = torch.cat(
-                    [self.teacher(piece.input_ids, piece.packed).float() for piece in pieces], dim=1
-                )
+        config = self.config
+        teacher = batch.teacher if self.teacher is None else self._taught(batch)
 
         def objective(vectors: Tensor) -> LossTerms:
-            weight, margin = self.config.kd_weight, self.config.false_negative_margin
-            return batch_objective(vectors, batch, self.spec, teacher_vectors, weight, margin)
+            distillation = (teacher, config.kd_loss, config.kd_weight)
+            return batch_objective(vectors, batch, self.spec, *distillation, config.false_negative_margin)
 
         return objective
+
+    @torch.no_grad()
+    def _taught(self, batch: ContrastiveBatch) -> PartVectors:
+        """The live teacher's vectors of a batch."""
+        budget = self.config.max_tokens_per_forward or batch.num_encoded_tokens
+        pieces = [slice_texts(batch.texts, *chunk) for chunk in token_chunks(batch.texts.packed, budget)]
+        with self.accelerator.autocast():
+            vectors = torch.cat([self.teacher(piece.input_ids, piece.packed).float() for piece in pieces], dim=1)
+        return PartVectors.of_texts(vectors, batch)
 
 
 class StopRequest:
@@ -136,7 +146,7 @@ def train(run: Run) -> int:
             bar.update()
             if done % config.log_interval == 0 or done == last:
                 optional = {
-                    "distilled": run.teacher is not None,
+                    "distilled": run.teacher is not None or run.teacher_vectors is not None,
                     "margin_used": config.false_negative_margin is not None,
                 }
                 line = run.log.train(done, run.epoch_of(done), lr, run.window, **optional)

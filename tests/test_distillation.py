@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoTokenizer, Qwen3Config, Qwen3Model
 from ml_embed.backbone import train_tokenizer
 from ml_embed.build import build_teacher
 from ml_embed.config import parse_config
-from ml_embed.data.batch import BatchBuilder
+from ml_embed.data.batch import BatchBuilder, PartVectors
 from ml_embed.data.schedule import plan_dataset
 from ml_embed.data.store import open_store
 from ml_embed.losses import MatryoshkaSpec
@@ -98,7 +98,9 @@ def test_the_term_and_all_its_gradients_are_the_naive_ones(world, teachers, only
     teacher = build_teacher(config, CPU, torch.float32)
     vectors = teacher(batch.texts.input_ids, batch.texts.packed)
     spec = MatryoshkaSpec((64,), (1.0,), 0.05)
-    terms = batch_objective(student(batch.texts.input_ids, batch.texts.packed), batch, spec, vectors, 0.25)
+    taught = PartVectors.of_texts(vectors, batch)
+    vectors = student(batch.texts.input_ids, batch.texts.packed)
+    terms = batch_objective(vectors, batch, spec, taught, "vectors", kd_weight=0.25)
     torch.testing.assert_close(terms.total, terms.hard + terms.in_batch + 0.25 * terms.distillation)
 
     samples, documents = dataset_rows(world, "facts")

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import AcquireReturnProxy, FileLock, Timeout
+
 from ml_embed.errors import UserError
 
 PARTIAL_SUFFIX = ".partial"
@@ -39,3 +41,15 @@ def disk_errors_are_user_errors(folder: Path, remedy: str) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"no space left while writing to {folder}. {remedy}") from error
         raise UserError(f"cannot write to {folder}: {error}. {remedy}") from error
+
+
+def lock_folder(path: Path, doing: str) -> AcquireReturnProxy:
+    """Hold the lock file `path` until the returned context ends, so that two runs never write the same files.
+
+    Raises:
+        UserError: another process holds it; it is `doing` something ("mining into") the lock file's folder.
+    """
+    try:
+        return FileLock(path).acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"another process is {doing} {path.parent}. Wait for it, or stop it first") from error
