@@ -7,10 +7,11 @@ Letters: O, I outputs and inputs of a matrix, k the adapters' rank, D (k, I) and
 own A and B, which here are the token factors').
 """
 
-import importlib.util
+import importlib.metadata
 from collections.abc import Mapping
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 from transformers import Qwen3Config
 
@@ -18,6 +19,7 @@ from ml_embed.config import TrainConfig
 from ml_embed.errors import UserError
 from ml_embed.model import MatryoshkaEncoder
 
+OLDEST_PEFT = "0.18"  # those before import names that transformers 5 no longer has
 # What peft calls the parts of a matrix "….q_proj.weight" that has an adapter.
 _FROZEN, _DOWN, _UP = ".base_layer.weight", ".lora_A.default.weight", ".lora_B.default.weight"
 
@@ -25,10 +27,17 @@ _FROZEN, _DOWN, _UP = ".base_layer.weight", ".lora_A.default.weight", ".lora_B.d
 def check_installed() -> None:
     """
     Raises:
-        UserError: the config asks for LoRA, and peft is not there.
+        UserError: the config asks for LoRA, and peft is not there or too old.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise UserError("lora_r: LoRA needs peft, which is not installed: pip install peft, or set lora_r to 0")
+    try:
+        found = importlib.metadata.version("peft")
+    except importlib.metadata.PackageNotFoundError:
+        found = "none"
+    if found == "none" or Version(found) < Version(OLDEST_PEFT):
+        raise UserError(
+            f"lora_r: needs peft {OLDEST_PEFT} or newer (here: {found}); pip install 'peft>={OLDEST_PEFT}', or set "
+            "lora_r to 0"
+        )
 
 
 def matrix_shapes(backbone: Qwen3Config) -> dict[str, tuple[int, int]]:

@@ -57,7 +57,7 @@ def run_zero2(arguments: list[str]) -> int:
         assert zero2.is_engine(engine)
         assert engine.zero_optimization_stage() == 2
         (part,) = optimizer.optimizer.param_groups[0]["params"]
-        whole = sum(parameter.numel() for parameter in engine.module.parameters())
+        whole = sum(parameter.numel() for parameter in engine.module.parameters() if parameter.requires_grad)
         assert whole / 2 <= part.numel() < whole * 0.51, "each process has half"
         print("under ZeRO-2")
         return engine, optimizer

@@ -138,7 +138,7 @@ def free_port() -> int:
 def fork_server():
     """A multiprocessing context whose server has imported what a run needs."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ml_embed.run_setup", "ml_embed.training", "tiny_runs", "torch._dynamo"])
+    context.set_forkserver_preload(["ml_embed.run_setup", "ml_embed.training", "tiny_runs", "torch._dynamo", "peft"])
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), before or ""])
     try:
