@@ -22,6 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--batch-size", type=int, default=4, help="rows of 9 texts (default 4: the naive step must fit)"
     )
     parser.add_argument("--compile", action="store_true", help="also with compile_layers (minutes to warm up)")
+    parser.add_argument("--liger", action="store_true", help="also with liger-kernel's norms, rotary and MLP")
     args = parser.parse_args(arguments)
 
     import torch
@@ -34,12 +35,21 @@ def main(arguments: list[str] | None = None) -> None:
     import dataclasses
 
     from ml_embed.benchmarks.common import print_result, print_table
-    from ml_embed.benchmarks.gpu import MODEL_06B, SHAPE_06B, check_kernels, check_naive, measure_training
+    from ml_embed.benchmarks.gpu import (
+        MODEL_06B,
+        SHAPE_06B,
+        check_kernels,
+        check_liger,
+        check_naive,
+        measure_training,
+    )
 
     agreement = {"naive": check_naive(), "kernels": check_kernels()}
+    if args.liger:
+        agreement["liger"] = check_liger()
     print(f"agreement: {agreement}")
     shape = dataclasses.replace(SHAPE_06B, batch_size=args.batch_size)
-    result = measure_training(shape, args.repeats, args.compile, **MODEL_06B)
+    result = measure_training(shape, args.repeats, args.compile, args.liger, **MODEL_06B)
     rows = [
         [name, "out of memory", "", "", ""]
         if m is None

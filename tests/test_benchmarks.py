@@ -3,15 +3,19 @@
 Fast and naive take turns, so that a busy machine slows both. Recorded ratios: benchmark_baselines.json.
 """
 
+import importlib.machinery
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from accelerate import Accelerator
 
 from ml_embed.backbone import train_tokenizer
+from ml_embed.benchmarks import gpu
 from ml_embed.benchmarks.common import measure
 from ml_embed.benchmarks.data import BatchShape, measure_batches, measure_opening, write_synthetic
 from ml_embed.benchmarks.encoding import compare_encoding, mixed_texts, write_model
@@ -84,6 +88,35 @@ def test_the_gpu_benchmark_says_when_it_cannot_run():
         pytest.skip("there is a GPU")
     run = subprocess.run([sys.executable, SCRIPTS / "bench_gpu.py"], capture_output=True, text=True, check=True)
     assert json.loads(run.stdout.splitlines()[-1])["skipped"]
+
+
+def test_ligers_kernels_are_compared_and_put_back(monkeypatch):
+    """With a stand-in for liger-kernel (it needs a GPU) that replaces what it replaces, as it does."""
+    from transformers.models.qwen3 import modeling_qwen3
+
+    norm, rotary, uses = modeling_qwen3.Qwen3RMSNorm, modeling_qwen3.apply_rotary_pos_emb, []
+
+    class OtherNorm(norm):
+        def forward(self, hidden):
+            uses.append("norm")
+            return super().forward(hidden)
+
+    def replace(**options):
+        assert not options["fused_linear_cross_entropy"]
+        modeling_qwen3.Qwen3RMSNorm = OtherNorm
+        modeling_qwen3.apply_rotary_pos_emb = lambda *arguments: uses.append("rotary") or rotary(*arguments)
+
+    stand_in = types.ModuleType("liger_kernel")
+    stand_in.__spec__ = importlib.machinery.ModuleSpec("liger_kernel", None)
+    stand_in.transformers = types.ModuleType("liger_kernel.transformers")
+    stand_in.transformers.apply_liger_kernel_to_qwen3 = replace
+    monkeypatch.setitem(sys.modules, "liger_kernel", stand_in)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", stand_in.transformers)
+    monkeypatch.setattr(gpu, "_accelerator", lambda precision: Accelerator(cpu=True))
+    monkeypatch.setattr(gpu, "SMALL", TrainingShape(2, 2, 32, 16, 2, 64))
+    assert gpu.check_liger()["gradient_difference"] < 1e-5
+    assert set(uses) == {"norm", "rotary"}
+    assert (modeling_qwen3.Qwen3RMSNorm, modeling_qwen3.apply_rotary_pos_emb) == (norm, rotary)
 
 
 def test_tokenizing(sample, tmp_path):

@@ -3,7 +3,10 @@
 Letters: T tokens, N texts, E exits, H hidden size.
 """
 
+import contextlib
 import gc
+import importlib.util
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from accelerate.state import AcceleratorState
 
 from ml_embed.attention import available_kernels
 from ml_embed.benchmarks.common import MIB, Timing, matrix_peak, measure, require_agreement
-from ml_embed.benchmarks.training import check_agreement
+from ml_embed.benchmarks.training import check_agreement, compare_gradients
 from ml_embed.benchmarks.training_setup import (
     Contender,
     TrainingShape,
@@ -26,6 +29,7 @@ from ml_embed.benchmarks.training_setup import (
 )
 from ml_embed.data.batch import ContrastiveBatch
 from ml_embed.data.store import TokenizedDataset
+from ml_embed.errors import UserError
 
 EOS = 1
 SMALL = TrainingShape(batch_size=4, negatives=3, max_length=128, rank=64, layers=4, hidden=256)
@@ -81,6 +85,41 @@ def check_naive() -> dict[str, float]:
     return check_agreement(fast, naive, NAIVE_TOLERANCE)
 
 
+@contextlib.contextmanager
+def liger_kernels() -> Iterator[None]:
+    """Inside of it, Qwen3 models are made and run with liger-kernel's norms, rotary embedding and MLP.
+
+    liger-kernel replaces them for the whole process; here they are put back, for the other versions' sake.
+
+    Raises:
+        UserError: liger-kernel is not installed.
+    """
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise UserError("--liger: liger-kernel is not installed; pip install liger-kernel")
+    from liger_kernel.transformers import apply_liger_kernel_to_qwen3
+    from transformers.models.qwen3 import modeling_qwen3
+
+    replaced = ("apply_rotary_pos_emb", "Qwen3RMSNorm", "Qwen3MLP")
+    own = {name: getattr(modeling_qwen3, name) for name in replaced}
+    try:
+        apply_liger_kernel_to_qwen3(cross_entropy=False, fused_linear_cross_entropy=False)
+        yield
+    finally:
+        for name, value in own.items():
+            setattr(modeling_qwen3, name, value)
+
+
+def check_liger() -> dict[str, float]:
+    """Losses and gradients of a small model in float32: with liger's kernels against the naive version without."""
+    accelerator = _accelerator("no")
+    batch = pick_batch(random_dataset(64, SMALL_MODEL["vocab_size"], SMALL.max_length), SMALL, EOS)
+    naive = naive_contender(batch, SMALL, accelerator, **SMALL_MODEL)
+    expected = naive.gradients()
+    with liger_kernels():
+        liger = fast_contender(batch, SMALL, accelerator, **SMALL_MODEL)
+        return compare_gradients(liger.gradients(), expected, NAIVE_TOLERANCE)
+
+
 def check_kernels() -> dict[str, float]:
     """Largest 1 - cosine between vectors of each variable-length kernel and of SDPA sequence by sequence, in bf16."""
     accelerator = _accelerator("bf16")
@@ -103,8 +142,8 @@ def check_kernels() -> dict[str, float]:
     return differences
 
 
-def measure_training(shape: TrainingShape, repeats: int, compiled: bool, **model: int) -> dict[str, Any]:
-    """The naive step, ours and (on request) ours compiled, one after another, each alone on the GPU."""
+def measure_training(shape: TrainingShape, repeats: int, compiled: bool, liger: bool, **model: int) -> dict[str, Any]:
+    """The naive step, ours and (on request) ours compiled or with liger's kernels, each alone on the GPU."""
     accelerator = _accelerator("bf16")
     batch = pick_batch(random_dataset(256, 151_936, shape.max_length), shape, EOS)
     peak = matrix_peak(8192, 10, accelerator.device, torch.bfloat16)
@@ -114,10 +153,13 @@ def measure_training(shape: TrainingShape, repeats: int, compiled: bool, **model
     }
     if compiled:
         versions["compiled"] = lambda: fast_contender(batch, shape, accelerator, compiled=True, **model)
+    if liger:
+        versions["liger"] = versions["fast"]
     measured: dict[str, Measured | None] = {}
     for name, make in versions.items():
         try:
-            measured[name] = _measure(make(), batch, repeats, peak)
+            with liger_kernels() if name == "liger" else contextlib.nullcontext():
+                measured[name] = _measure(make(), batch, repeats, peak)
         except torch.OutOfMemoryError:
             measured[name] = None
         gc.collect()

@@ -19,6 +19,7 @@ from ml_embed.benchmarks.common import (
 from ml_embed.benchmarks.samples import make_sample
 from ml_embed.benchmarks.training_setup import (
     Contender,
+    Gradients,
     TrainingShape,
     fast_contender,
     largest_difference,
@@ -89,7 +90,12 @@ def compare_training(
 
 def check_agreement(fast: Contender, naive: Contender, tolerance: float = TOLERANCE) -> dict[str, float]:
     """Both losses, and the largest difference of any gradient. Raises SystemExit beyond the tolerance."""
-    (fast_loss, fast_gradients), (naive_loss, naive_gradients) = fast.gradients(), naive.gradients()
+    return compare_gradients(fast.gradients(), naive.gradients(), tolerance)
+
+
+def compare_gradients(fast: Gradients, naive: Gradients, tolerance: float) -> dict[str, float]:
+    """The same of what two contenders' `gradients` gave."""
+    (fast_loss, fast_gradients), (naive_loss, naive_gradients) = fast, naive
     require_agreement("losses", abs(fast_loss - naive_loss) / abs(naive_loss), tolerance)
     difference = largest_difference(fast_gradients, naive_gradients)
     require_agreement("gradients", difference, tolerance)

@@ -24,6 +24,8 @@ from ml_embed.objective import batch_objective
 
 TEMPERATURE = 0.05
 LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-4, 1e-2, 1.0
+Gradients = tuple[float, dict[str, Tensor]]
+"""A loss, and the gradient of every parameter by its name."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ class Contender:
         self.optimizer.step()
         return loss.item()
 
-    def gradients(self) -> tuple[float, dict[str, Tensor]]:
-        """The loss, and the gradient of every parameter by its name."""
+    def gradients(self) -> Gradients:
+        """Of the batch, at the present weights."""
         self.optimizer.zero_grad()
         loss = self.forward_backward().item()
         return loss, {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
