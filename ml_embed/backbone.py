@@ -133,21 +133,6 @@ def table_rows(tokenizer: PreTrainedTokenizerFast, vocab_size: int | None = None
     return -(-max(needed, vocab_size or 0) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a local folder. Raises UserError if the folder or its tokenizer.json is not there or broken."""
-    from transformers import AutoTokenizer
-
-    folder = Path(folder)
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(
-            f"{folder} is not a tokenizer folder: it has no tokenizer.json; give a local folder that has one"
-        )
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises bare Exception for a broken file
-        raise UserError(f"the tokenizer in {folder} cannot be read: {error}") from error
-
-
 def train_tokenizer(texts: Iterable[str], vocab_size: int = DEFAULT_VOCAB_SIZE) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer with Qwen3's normalisation (NFC) and pre-tokenization.
 

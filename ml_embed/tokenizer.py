@@ -23,11 +23,11 @@ from ml_embed.errors import UserError
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | Path, needs_padding: bool = True) -> PreTrainedTokenizerBase:
     """The fast tokenizer in a folder, or of a model on the hub if `path` is no folder but a name ("Qwen/Qwen3-0.6B").
 
     Code that comes with a tokenizer is never run. Raises UserError if there is none, if it has no fast
-    (`tokenizers`) version, or if its EOS or padding token is not set.
+    (`tokenizers`) version, or if its EOS token, or with `needs_padding` its padding token, is not set.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -52,7 +52,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             else "It is not a folder here either: without network access, download the model and give its folder."
         )
         raise UserError(f"cannot load a tokenizer from {source!r}: {_first_line(error)}. {remedy}") from error
-    _check_usable(tokenizer, source)
+    _check_usable(tokenizer, source, ("eos_token", "pad_token") if needs_padding else ("eos_token",))
     return tokenizer
 
 
@@ -137,11 +137,11 @@ def _added_ids(tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
     return processed[len(bare.ids) :] if processed[: len(bare.ids)] == bare.ids else None
 
 
-def _check_usable(tokenizer: Any, source: str) -> None:
+def _check_usable(tokenizer: Any, source: str, needed: tuple[str, ...]) -> None:
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"the tokenizer of {source!r} has no fast version. Give one that has a tokenizer.json.")
-    for name, token_id in (("eos_token", tokenizer.eos_token_id), ("pad_token", tokenizer.pad_token_id)):
-        if token_id is None:
+    for name in needed:
+        if getattr(tokenizer, f"{name}_id") is None:
             raise UserError(
                 f"the tokenizer of {source!r} has no {name}. Set {name!r} in its tokenizer_config.json "
                 "to a token of its vocabulary."

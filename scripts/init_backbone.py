@@ -12,7 +12,6 @@ from ml_embed.backbone import (
     PRESETS,
     check_output,
     init_backbone,
-    load_tokenizer,
     read_texts,
     train_tokenizer,
 )
@@ -23,7 +22,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", required=True, choices=list(PRESETS), help="shape of the decoder")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="copy the tokenizer of this local folder")
+    source.add_argument("--tokenizer", metavar="FOLDER", help="copy the tokenizer of this folder (or hub name)")
     source.add_argument(
         "--train-tokenizer",
         type=Path,
@@ -59,7 +58,9 @@ def main(arguments: list[str] | None = None) -> None:
         tokenizer = train_tokenizer(read_texts(args.train_tokenizer), args.vocab_size or DEFAULT_VOCAB_SIZE)
         rows = None
     else:
-        tokenizer = load_tokenizer(args.tokenizer)
+        from ml_embed.tokenizer import load_tokenizer  # seconds of imports that a mistake or --help need not wait for
+
+        tokenizer = load_tokenizer(args.tokenizer, needs_padding=False)
         rows = args.vocab_size
     folder = init_backbone(args.preset, tokenizer, args.output, args.seed, args.dtype, rows, args.overwrite)
     print(f"wrote {folder}: {args.preset}, {len(tokenizer)} tokens, {args.dtype}")

@@ -20,12 +20,12 @@ from ml_embed.backbone import (
     PRESETS,
     backbone_config,
     init_backbone,
-    load_tokenizer,
     read_texts,
     table_rows,
     train_tokenizer,
 )
 from ml_embed.errors import UserError
+from ml_embed.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 QWEN3_TOKENIZER = os.environ.get("ML_EMBED_QWEN3_TOKENIZER", "")
@@ -214,12 +214,6 @@ def test_text_mistakes(tmp_path):
 
 
 def test_backbone_mistakes(tokenizer, tmp_path):
-    with pytest.raises(UserError, match=r"no tokenizer\.json"):
-        load_tokenizer(tmp_path / "missing")
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="cannot be read"):
-        load_tokenizer(tmp_path / "broken")
     with pytest.raises(UserError, match="tiny, 80M"):
         init_backbone("81M", tokenizer, tmp_path / "out")
     with pytest.raises(UserError, match="float32, bfloat16"):

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
-from ml_embed.backbone import load_tokenizer, train_tokenizer
+from ml_embed.backbone import train_tokenizer
 from ml_embed.sample_data import build_datasets, training_texts
 from ml_embed.tokenization import TokenizeOptions, tokenize_folder
+from ml_embed.tokenizer import load_tokenizer
 
 QWEN3_VOCABULARY = 151_936
 
