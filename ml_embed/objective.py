@@ -145,7 +145,8 @@ def _similarity_distillation(
     wanted = (own @ teacher_query.unsqueeze(2)).squeeze(2)  # (R, 1 + K)
     teacher_passages = _of_all(own[None, :, 0], batch)[:, 0]  # (n, H')
 
-    present = torch.cat([torch.ones_like(batch.negative_weights[:, :1]), (batch.negative_weights > 0).float()], dim=1)
+    negatives_present = (batch.negative_weights > 0).float()
+    present = torch.cat([torch.ones_like(wanted[:, :1]), negatives_present], dim=1)  # (R, 1 + K)
     entry_weights = batch.sample_weights.unsqueeze(1) * present / present.sum(1, keepdim=True)  # (R, 1 + K)
     total = query.new_zeros(())
     for e in range(len(query)):

@@ -169,3 +169,45 @@ def distillation(
     passages = [error(documents[passage]) for _, passage, _ in samples]
     negatives = [error(documents[negative]) for _, _, own in samples for negative in own]
     return sum(torch.stack(errors).mean() for errors in (queries, passages, negatives) if errors)
+
+
+def similarity(
+    student: Qwen3Model,
+    teacher: Qwen3Model,
+    samples: list[tuple[Sequence[int], int, list[int]]],
+    documents: list[Sequence[int]],
+    *,
+    exits: Sequence[int],
+    teacher_exit: int,
+    use_mrl: bool,
+    max_length: int,
+    eos_id: int,
+) -> Tensor:
+    """Mean over exits and samples of: mean over the sample's candidates, plus mean over all positives, of the squared
+    difference between the student's cosine (at each dim, weighted) and the teacher's."""
+    dims = dims_and_weights(student.config.hidden_size, use_mrl)
+    all_weights = sum(weight for _, weight in dims)
+
+    def encode(ids: Sequence[int]) -> tuple[dict[int, Tensor], Tensor]:
+        ids = cut(ids, max_length, eos_id)
+        with torch.no_grad():
+            wanted = exit_vectors(teacher, ids, [teacher_exit])[teacher_exit]
+        return exit_vectors(student, ids, exits), wanted
+
+    queries = [encode(query) for query, _, _ in samples]
+    passages = [encode(documents[passage]) for _, passage, _ in samples]
+    negatives = [[encode(documents[negative]) for negative in own] for _, _, own in samples]
+
+    def error(query, others, layer: int) -> Tensor:
+        errors = []
+        for own, taught in others:
+            wanted = cosine(query[1], taught, len(taught))
+            for dim, weight in dims:
+                errors.append(weight / all_weights * (cosine(query[0][layer], own[layer], dim) - wanted) ** 2)
+        return torch.stack(errors).sum() / len(others)
+
+    total = torch.zeros(())
+    for layer in exits:
+        for query, passage, own in zip(queries, passages, negatives, strict=True):
+            total = total + error(query, [passage, *own], layer) + error(query, passages, layer)
+    return total / len(samples) / len(exits)

@@ -7,20 +7,23 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from oracles import distillation, objective
+from conftest import TASKS
+from oracles import distillation, objective, similarity
 from safetensors.torch import load_file
 from test_training import dataset_rows, train
 from transformers import AutoModel, AutoTokenizer, Qwen3Config, Qwen3Model
 
+from ml_embed import losses
 from ml_embed.backbone import train_tokenizer
 from ml_embed.build import build_teacher
 from ml_embed.config import parse_config
-from ml_embed.data.batch import BatchBuilder, PartVectors
+from ml_embed.data.batch import BatchBuilder, ContrastiveBatch, PartVectors
 from ml_embed.data.schedule import plan_dataset
 from ml_embed.data.store import open_store
 from ml_embed.losses import MatryoshkaSpec
 from ml_embed.model import MatryoshkaEncoder, factorize_table
 from ml_embed.model_folder import ModelRecord, save_model_folder
+from ml_embed.nesting import default_dims, dim_weights
 from ml_embed.objective import batch_objective
 
 MAX_LENGTH = 16
@@ -62,6 +65,7 @@ def teachers(world, tmp_path_factory):
     return {name: folder / name for name in ("deeper", "shallower", "narrow", "nested")}
 
 
+LAYERS = {"deeper": 4, "shallower": 1, "narrow": 2}
 TEACHER_EXITS = {"deeper": (1, 2, 4), "shallower": (1,), "nested": (2, 3)}
 
 
@@ -76,56 +80,93 @@ def only_facts(world, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", TEACHER_EXITS)
-@pytest.mark.parametrize(("nested", "negatives"), [(True, 10), (False, 10), (True, 0)])
-def test_the_term_and_all_its_gradients_are_the_naive_ones(world, teachers, only_facts, name, nested, negatives):
+@dataclasses.dataclass(frozen=True)
+class Case:
     """Some rows as one batch and all their negatives, so that nothing is drawn; or no negatives at all."""
-    given = world.config(
-        train_data_path=str(only_facts),
-        datasets={"facts": {"num_hard_neg": negatives}},
-        teacher_model_path=str(teachers[name]),
-        valid_fraction=0,
-        use_mll=nested,
-    )
-    config = parse_config(given)
-    dataset = open_store(only_facts, config.cache_dir, progress=False).datasets["facts"]
-    plan = plan_dataset("facts", dataset.num_rows, config)
+
+    batch: ContrastiveBatch
+    samples: list
+    documents: list
+    exits: tuple[int, ...]
+    student: MatryoshkaEncoder
+    taught: PartVectors
+    sizes: dict
+
+    def assert_same(self, term, expected, naive) -> None:
+        """In value and in every named gradient, none of which is zero."""
+        assert expected > 0.01
+        torch.testing.assert_close(term, expected, rtol=1e-5, atol=1e-6)
+        term.backward()
+        expected.backward()
+        names = {"embedding.weight": "embed_tokens.weight", "norms.0.weight": "norm.weight"}
+        references = {key: parameter.grad for key, parameter in naive.named_parameters()}
+        for key, parameter in self.student.named_parameters():
+            reference = references[names.get(key, key.removeprefix("backbone."))]
+            assert reference.abs().max() > 1e-5, key
+            torch.testing.assert_close(
+                parameter.grad, reference, rtol=1e-3, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}"
+            )
+
+
+def make_case(world, data, teacher: str, nested: bool, negatives: int, name: str = "facts", **settings) -> Case:
+    settings |= {"train_data_path": str(data), "use_mll": nested, "valid_fraction": 0, "teacher_model_path": teacher}
+    config = parse_config(world.config(datasets={name: {"num_hard_neg": negatives}}, **settings))
+    dataset = open_store(data, config.cache_dir, progress=False).datasets[name]
+    plan = plan_dataset(name, dataset.num_rows, config, task=TASKS[name])
     eos = AutoTokenizer.from_pretrained(world.backbone).eos_token_id
     builder = BatchBuilder(0, MAX_LENGTH, eos, mask_false_negatives=True, process=0, processes=1)
     batch = builder.build(dataset, plan, np.arange(ROWS), epoch=0)
     exits = (1, 2) if nested else (2,)
-    student = MatryoshkaEncoder(AutoModel.from_pretrained(world.backbone), exits)
-    teacher = build_teacher(config, CPU, torch.float32)
-    vectors = teacher(batch.texts.input_ids, batch.texts.packed)
-    spec = MatryoshkaSpec((64,), (1.0,), 0.05)
-    taught = PartVectors.of_texts(vectors, batch)
-    vectors = student(batch.texts.input_ids, batch.texts.packed)
-    terms = batch_objective(vectors, batch, spec, taught, "vectors", kd_weight=0.25)
-    torch.testing.assert_close(terms.total, terms.hard + terms.in_batch + 0.25 * terms.distillation)
-
-    samples, documents = dataset_rows(world, "facts")
+    vectors = build_teacher(config, CPU, torch.float32)(batch.texts.input_ids, batch.texts.packed)
+    samples, documents = dataset_rows(world, name)
     samples = [(query, passage, own[:negatives]) for query, passage, own in samples[:ROWS]]
+    student = MatryoshkaEncoder(AutoModel.from_pretrained(world.backbone), exits)
+    sizes = {"exits": exits, "max_length": MAX_LENGTH, "eos_id": eos}
+    return Case(batch, samples, documents, exits, student, PartVectors.of_texts(vectors, batch), sizes)
+
+
+@pytest.mark.parametrize("name", TEACHER_EXITS)
+@pytest.mark.parametrize(("nested", "negatives"), [(True, 10), (False, 10), (True, 0)])
+def test_the_term_and_all_its_gradients_are_the_naive_ones(world, teachers, only_facts, name, nested, negatives):
+    case = make_case(world, only_facts, str(teachers[name]), nested, negatives)
+    vectors = case.student(case.batch.texts.input_ids, case.batch.texts.packed)
+    spec = MatryoshkaSpec((64,), (1.0,), 0.05)
+    terms = batch_objective(vectors, case.batch, spec, case.taught, "vectors", kd_weight=0.25)
+    torch.testing.assert_close(terms.total, terms.hard + terms.in_batch + 0.25 * terms.distillation)
     naive = AutoModel.from_pretrained(world.backbone)
-    expected = distillation(
-        naive,
-        AutoModel.from_pretrained(teachers[name]),
-        samples,
-        documents,
-        exits=exits,
-        teacher_exits=TEACHER_EXITS[name] if nested else TEACHER_EXITS[name][-1:],
-        max_length=MAX_LENGTH,
-        eos_id=eos,
-    )
-    assert expected > 0.1
-    torch.testing.assert_close(terms.distillation, expected, rtol=1e-5, atol=1e-6)
-    terms.distillation.backward()
-    expected.backward()
-    names = {"embedding.weight": "embed_tokens.weight", "norms.0.weight": "norm.weight"}
-    references = {key: parameter.grad for key, parameter in naive.named_parameters()}
-    for key, parameter in student.named_parameters():
-        reference = references[names.get(key, key.removeprefix("backbone."))]
-        assert reference.abs().max() > 1e-5, key
-        torch.testing.assert_close(parameter.grad, reference, rtol=1e-3, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+    teacher = AutoModel.from_pretrained(teachers[name])
+    exits = TEACHER_EXITS[name] if nested else TEACHER_EXITS[name][-1:]
+    expected = distillation(naive, teacher, case.samples, case.documents, teacher_exits=exits, **case.sizes)
+    case.assert_same(terms.distillation, expected, naive)
+
+
+@pytest.mark.parametrize(
+    ("name", "teacher", "nested", "negatives"),
+    [
+        ("facts", "narrow", True, 10),
+        ("facts", "deeper", False, 10),
+        ("facts", "narrow", True, 0),
+        ("topics", "shallower", True, 4),
+        ("sentiment", "narrow", True, 1),
+    ],
+)
+def test_similarities_and_all_their_gradients_are_the_naive_ones(
+    world, teachers, monkeypatch, name, teacher, nested, negatives
+):
+    """From teachers of other widths, for every task; in one block of rows, and in several."""
+    for at_once in (2**18, 2 * ROWS):
+        monkeypatch.setattr(losses, "LOGITS_AT_ONCE", at_once)
+        folder = teachers[teacher]
+        case = make_case(world, world.tokenized, str(folder), nested, negatives, name, kd_loss="similarity")
+        vectors = case.student(case.batch.texts.input_ids, case.batch.texts.packed)
+        dims = default_dims(64) if nested else (64,)
+        spec = MatryoshkaSpec(dims, dim_weights(dims), 0.05)
+        terms = batch_objective(vectors, case.batch, spec, case.taught, "similarity", kd_weight=0.25)
+        torch.testing.assert_close(terms.total, terms.hard + terms.in_batch + 0.25 * terms.distillation)
+        naive = AutoModel.from_pretrained(world.backbone)
+        rest = {"teacher_exit": LAYERS[teacher], "use_mrl": nested, **case.sizes}
+        expected = similarity(naive, AutoModel.from_pretrained(folder), case.samples, case.documents, **rest)
+        case.assert_same(terms.distillation, expected, naive)
 
 
 def test_the_teacher_is_whole_still_and_takes_no_gradient(world, teachers):
@@ -192,7 +233,7 @@ def test_runs_without_a_teacher_do_not_speak_of_one(world, tmp_path):
 def test_teachers_that_cannot_teach_are_refused(world, teachers, tmp_path, capsys):
     code, _ = train(world, tmp_path, teacher_model_path=str(teachers["narrow"]))
     assert code == 2
-    assert "48 components, fewer than the student's 64" in capsys.readouterr().err
+    assert '48 components, fewer than the student\'s 64; set kd_loss to "similarity"' in capsys.readouterr().err
     stranger = tmp_path / "stranger"
     random_model(64, 1, seed=1).save_pretrained(stranger)
     train_tokenizer(pq.read_table(world.raw / "topics.parquet").column("query").to_pylist(), 300).save_pretrained(
