@@ -3,11 +3,15 @@
 The published filter (F2LLM-v2, arXiv 2603.19223): of the 100 nearest documents drop the first 5, which are often right
 answers too; keep those that score below 0.8 and below 95 % of the positive's score; take the best 24 of them.
 
+The search is exact, or approximate for large corpora (ann.py); the scores that the filter sees are exact in both.
+
 Letters: Q queries of a block, N documents, K neighbours, M negatives, D vector length.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
+from ml_embed import ann
 from ml_embed.data.files import commit, disk_errors_are_user_errors, partial_path
 from ml_embed.errors import UserError
 from ml_embed.files import write_json
@@ -31,7 +36,7 @@ from ml_embed.raw import (
     list_raw_datasets,
     read_rows,
 )
-from ml_embed.row_files import RowFile
+from ml_embed.row_files import RowFile, blocks
 from ml_embed.search import nearest
 from ml_embed.tasks import Task, task_of
 from ml_embed.text_models import TextModel
@@ -43,6 +48,9 @@ WORK_SUFFIX = ".mining"
 SCHEMA = pa.schema([("query", pa.string()), ("passage", pa.string()), ("negatives", pa.list_(pa.string()))])
 ENCODED_BLOCK = 8192  # texts between two writes to disk; what an interruption costs at most
 QUERY_BLOCK = 1024
+VECTOR_SETTINGS = ("model", "query_prompt", "passage_prompt", "source")
+"""what the vectors of an unfinished dataset depend on; other settings can change without encoding again"""
+INDEX_SETTINGS = (*VECTOR_SETTINGS, "code_bits")
 
 
 @dataclass(frozen=True)
@@ -128,6 +136,7 @@ def mine_folder(
     rule: Filter,
     query_prompt: str = "",
     passage_prompt: str = "",
+    approximation: ann.Approximation | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -135,7 +144,8 @@ def mine_folder(
 
     Classification datasets, whose passages are labels, keep the negatives they have.
 
-    Memory: one dataset's texts, and blocks of vectors; all vectors of a dataset lie on disk while it is mined.
+    Memory: one dataset's texts, and blocks of vectors; all vectors of a dataset lie on disk while it is mined. The
+    approximate search adds its codes (see ann.py).
 
     Args:
         model: gives the vectors.
@@ -143,20 +153,26 @@ def mine_folder(
         output: folder to write; each file appears whole or not at all.
         rule: which neighbours to keep.
         query_prompt, passage_prompt: put before the texts for the model; not written.
+        approximation: search large datasets approximately; None is exactly. Datasets with fewer than
+            `ann.FEWEST_DOCUMENTS` documents are searched exactly all the same.
         overwrite: make datasets anew that were mined otherwise.
         progress: bars on stderr.
     Returns:
-        the summary that is also written as mining.json: settings, and for each dataset rows and negatives found.
+        the summary that is also written as mining.json: settings, and for each dataset rows and negatives found; with
+        an approximation also how it was searched, and the share of the exact nearest that was found.
     Raises:
-        UserError: data that cannot be read, or an output folder that holds something else.
+        UserError: data that cannot be read, an output folder that holds something else, or faiss is missing.
     """
     rule.check()
+    if approximation is not None:
+        approximation.check()
     datasets = list_raw_datasets(source)
     for dataset in datasets:
         check_and_count_rows(dataset)
     if source.resolve() == output.resolve():
         raise UserError(f"--input and --output are both {source}: write to another folder")
     settings = {"model": model.name, "query_prompt": query_prompt, "passage_prompt": passage_prompt, **asdict(rule)}
+    settings |= {"search": "exact"} if approximation is None else {"search": "ann", **asdict(approximation)}
     with disk_errors_are_user_errors(output, "Then run the same command again: it continues."):
         output.mkdir(parents=True, exist_ok=True)
         with _exclusive(output):
@@ -172,8 +188,8 @@ def mine_folder(
                     entry = _keep_as_it_is(dataset, target)
                 else:
                     work = output / f".{dataset.name}{WORK_SUFFIX}"
-                    mining = _Mining(model, rule, (query_prompt, passage_prompt), work)
-                    entry = mining.run(dataset, target, settings | {"source": digest}, progress)
+                    mining = _Mining(model, rule, (query_prompt, passage_prompt), approximation, work, progress)
+                    entry = mining.run(dataset, target, settings | {"source": digest})
                 summary["datasets"][dataset.name] = entry | {"source": digest}
                 write_json(output / SUMMARY, summary)
     return summary
@@ -213,75 +229,103 @@ class _Mining:
     model: TextModel
     rule: Filter
     prompts: tuple[str, str]
+    approximation: ann.Approximation | None
     work: Path
+    progress: bool
 
-    def run(self, dataset: RawDataset, target: Path, settings: dict[str, Any], progress: bool) -> dict[str, Any]:
+    def run(self, dataset: RawDataset, target: Path, settings: dict[str, Any]) -> dict[str, Any]:
+        """Mine into `target`; the dataset's entry in the summary."""
         corpus = read_corpus(dataset)
         self._open_work(settings)
-        files = {
-            "queries": RowFile(self.work / "queries.bin", np.float32, self.model.dim),
-            "documents": RowFile(self.work / "documents.bin", np.float32, self.model.dim),
-            "negatives": RowFile(self.work / "negatives.bin", np.int64, self.rule.count),
-        }
-        for kind, prompt in zip(("queries", "documents"), self.prompts, strict=True):
-            texts = getattr(corpus, kind)
-
-            def encode(start: int, stop: int, texts: Sequence[str] = texts, prompt: str = prompt) -> np.ndarray:
-                return self.model.encode([prompt + text for text in texts[start:stop]])
-
-            _fill(files[kind], len(texts), ENCODED_BLOCK, encode, f"{dataset.name}: encoding {kind}", progress)
-        queries, documents = files["queries"].mapped(), files["documents"].mapped()
+        queries = self._vectors("queries", corpus.queries, self.prompts[0], dataset.name)
+        documents = self._vectors("documents", corpus.documents, self.prompts[1], dataset.name)
+        nearest_documents, searched = self._prepare_search(corpus, queries, documents, dataset.name)
 
         def search(start: int, stop: int) -> np.ndarray:
-            return self._search(corpus, queries, documents, slice(start, stop))
+            return self._search(nearest_documents, corpus, queries, documents, slice(start, stop))
 
+        negatives = RowFile(self.work / "negatives.bin", np.int64, self.rule.count)
         title = f"{dataset.name}: searching"
-        _fill(files["negatives"], len(corpus.query_of_row), QUERY_BLOCK, search, title, progress)
-        counts = _write(target, corpus, files["negatives"].mapped(), declared_task(dataset))
-        for file in files.values():
-            file.path.unlink()
-        (self.work / "settings.json").unlink()
-        self.work.rmdir()
+        negatives.fill(len(corpus.query_of_row), QUERY_BLOCK, search, title, self.progress)
+        counts = _write(target, corpus, negatives.mapped(), declared_task(dataset))
+        shutil.rmtree(self.work)
         return {
             "rows": len(counts),
             "negatives": int(counts.sum()),
             "rows_without_negatives": int((counts == 0).sum()),
+            **searched,
         }
 
     def _open_work(self, settings: dict[str, Any]) -> None:
-        """Keep what lies there if it was made for the same thing."""
+        """Keep of what lies there all that was made for the same things."""
         self.work.mkdir(exist_ok=True)
         path = self.work / "settings.json"
         try:
-            same = json.loads(path.read_text(encoding="utf-8")) == json.loads(json.dumps(settings))
+            former = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            same = False
-        if not same:
-            for file in self.work.glob("*.bin"):
-                file.unlink()
+            former = {}
+        differing = {key for key in {*former, *settings} if former.get(key) != settings.get(key)}
+        if differing.intersection(VECTOR_SETTINGS):
+            for name in ("queries.bin", "documents.bin"):
+                (self.work / name).unlink(missing_ok=True)
+        if differing.intersection(INDEX_SETTINGS):
+            ann.remove_index(self.work)
+        if differing:
+            (self.work / "negatives.bin").unlink(missing_ok=True)
             write_json(path, settings)
 
-    def _search(self, corpus: Corpus, queries: np.ndarray, documents: np.ndarray, rows: slice) -> np.ndarray:
+    def _vectors(self, kind: str, texts: Sequence[str], prompt: str, name: str) -> np.ndarray:
+        """(len(texts), D), memory-mapped."""
+        file = RowFile(self.work / f"{kind}.bin", np.float32, self.model.dim)
+
+        def encode(start: int, stop: int) -> np.ndarray:
+            return self.model.encode([prompt + text for text in texts[start:stop]])
+
+        file.fill(len(texts), ENCODED_BLOCK, encode, f"{name}: encoding {kind}", self.progress)
+        return file.mapped()
+
+    def _prepare_search(
+        self, corpus: Corpus, queries: np.ndarray, documents: np.ndarray, name: str
+    ) -> tuple[ann.Search, dict[str, Any]]:
+        """How to search, and what the summary says of it."""
+        if self.approximation is None:
+            return nearest, {}
+        if len(documents) < ann.FEWEST_DOCUMENTS:
+            reason = f"{len(documents)} documents are fewer than {ann.FEWEST_DOCUMENTS}"
+            self._say(f"{name}: searched exactly: {reason}")
+            return nearest, {"search": "exact", "why_exact": reason}
+        index = ann.ApproximateIndex(self.work, documents, self.approximation, f"{name}: ", self.progress)
+        sample = ann.sample_queries(len(queries))
+        vectors, own = torch.from_numpy(queries[sample]).to(self.model.device), _own_pairs(corpus, sample)
+        share = ann.recall(index.nearest, vectors, documents, self.rule.top, own)
+        self._say(
+            f"{name}: finds {share:.1%} of the exact {self.rule.top} nearest ({len(sample)} queries, "
+            f"--nprobe {self.approximation.nprobe} of {index.cells} cells); more cells find more"
+        )
+        return index.nearest, {
+            "search": "ann", "cells": index.cells, "recall": round(share, 4), "recall_queries": len(sample)
+        }  # fmt: skip
+
+    def _search(
+        self, search: ann.Search, corpus: Corpus, queries: np.ndarray, documents: np.ndarray, rows: slice
+    ) -> np.ndarray:
         """(Q, M) negatives of some rows."""
         numbers = corpus.query_of_row[rows]
         vectors = torch.from_numpy(queries[numbers]).to(self.model.device)
         own = torch.from_numpy(documents[corpus.passage_of_row[rows]]).to(self.model.device)
-        pairs = [(place, other) for place, query in enumerate(numbers) for other in corpus.own_documents[query]]
         with torch.inference_mode():
-            scores, found = nearest(vectors, documents, self.rule.top, torch.tensor(pairs))
+            scores, found = search(vectors, documents, self.rule.top, _own_pairs(corpus, numbers))
             positive = (vectors * own).sum(1)
             return filter_neighbours(scores, found, positive, self.rule).cpu().numpy()
 
+    def _say(self, message: str) -> None:
+        if self.progress:
+            tqdm.write(message, file=sys.stderr)
 
-def _fill(
-    file: RowFile, total: int, block: int, make: Callable[[int, int], np.ndarray], title: str, progress: bool
-) -> None:
-    """Append rows made block by block until there are `total`; what the file has already is kept."""
-    with tqdm(total=total, initial=file.rows, desc=title, leave=False, disable=not progress) as bar:
-        for start in range(file.rows, total, block):
-            stop = min(start + block, total)
-            file.append(make(start, stop))
-            bar.update(stop - start)
+
+def _own_pairs(corpus: Corpus, queries: np.ndarray) -> Tensor:
+    """(P, 2) places in `queries` and the documents that are no negatives of the query there."""
+    return torch.tensor([(place, own) for place, query in enumerate(queries) for own in corpus.own_documents[query]])
 
 
 def _write(target: Path, corpus: Corpus, negatives: np.ndarray, task: Task | None) -> np.ndarray:
@@ -289,7 +333,7 @@ def _write(target: Path, corpus: Corpus, negatives: np.ndarray, task: Task | Non
     counts = (negatives >= 0).sum(1)
     schema = SCHEMA.with_metadata({TASK_METADATA: task}) if task else SCHEMA
     with pq.ParquetWriter(partial_path(target), schema, compression="zstd") as writer:
-        for rows in _blocks(len(counts), QUERY_BLOCK):
+        for rows in blocks(len(counts), QUERY_BLOCK):
             columns = [
                 [corpus.queries[query] for query in corpus.query_of_row[rows]],
                 [corpus.documents[passage] for passage in corpus.passage_of_row[rows]],
@@ -311,7 +355,3 @@ def _keep_as_it_is(dataset: RawDataset, target: Path) -> dict[str, Any]:
     commit(target)
     counts = [len(row.negatives) for row in rows]
     return {"rows": len(rows), "negatives": sum(counts), "rows_without_negatives": counts.count(0)}
-
-
-def _blocks(total: int, size: int) -> Iterator[slice]:
-    return (slice(start, start + size) for start in range(0, total, size))

@@ -1,8 +1,10 @@
 """Files of equally long rows that grow at their end, so that long work can go on where it stopped."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 
 class RowFile:
@@ -25,8 +27,29 @@ class RowFile:
             file.write(np.ascontiguousarray(rows, self._dtype).data)
         self.rows += len(rows)
 
+    def fill(
+        self, total: int, block: int, make: Callable[[int, int], np.ndarray], title: str, progress: bool = True
+    ) -> None:
+        """Append rows until there are `total`; rows that are there already are kept.
+
+        Args:
+            block: rows made at a time; what an interruption costs at most.
+            make: (start, stop) -> (stop - start, width) rows.
+            title, progress: of the bar on stderr.
+        """
+        with tqdm(total=total, initial=self.rows, desc=title, leave=False, disable=not progress) as bar:
+            for start in range(self.rows, total, block):
+                stop = min(start + block, total)
+                self.append(make(start, stop))
+                bar.update(stop - start)
+
     def mapped(self) -> np.ndarray:
         """(rows, width), memory-mapped, read-only."""
         if self.rows == 0:
             return np.empty((0, self._width), self._dtype)
         return np.memmap(self.path, self._dtype, "r", shape=(self.rows, self._width))
+
+
+def blocks(total: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of `size` rows, the last one shorter."""
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))

@@ -3,16 +3,25 @@
 For each row: the nearest documents of its own dataset (all passages and negatives), without the query's own passages
 and text; the first few are dropped, too high scores too, and the best of the rest are kept. The defaults are the
 published ones. An interrupted run is continued by the same command.
+
+Each query is compared with each document, on a GPU if there is one. For corpora where that takes too long, --search ann
+looks only where near documents are likely. Before it searches it prints the share of the true nearest that it finds
+(mining.json has it too); if that is too low, stop it and start again with a higher --nprobe: the vectors of an
+unfinished dataset are kept.
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed, too
 
-from ml_embed.errors import exit_on_user_error
+from ml_embed.errors import UserError, exit_on_user_error
+
+if TYPE_CHECKING:
+    from ml_embed.ann import Approximation
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -30,11 +39,37 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--max-ratio", type=float, default=0.95, help="share of the positive's cosine it stays below (default 0.95)"
     )
     parser.add_argument("--count", type=int, default=24, help="negatives of a row at most (default 24)")
+    parser.add_argument(
+        "--search", choices=("exact", "ann"), default="exact", help="exact (default), or ann: approximate, on the CPU "
+        "with faiss, for datasets of 100,000 documents and more"
+    )  # fmt: skip
+    parser.add_argument("--nprobe", type=int, help="with --search ann: cells a query looks into (default 64)")
+    parser.add_argument(
+        "--code-bits",
+        type=int,
+        help="with --search ann: bits per dimension of a document in memory: 8, 4 or 2 (default 4)",
+    )
     parser.add_argument("--query-prompt", default="", metavar="TEXT", help="put before queries for the model")
     parser.add_argument("--passage-prompt", default="", metavar="TEXT", help="put before documents for the model")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default the first GPU, else the CPU)")
     parser.add_argument("--overwrite", action="store_true", help="replace datasets that were mined otherwise")
     return parser.parse_args(arguments)
+
+
+def _approximation(args: argparse.Namespace) -> "Approximation | None":
+    """The settings of the approximate search, checked; None for the exact one."""
+    from ml_embed.ann import Approximation
+
+    given = {name: value for name in ("nprobe", "code_bits") if (value := getattr(args, name)) is not None}
+    if args.search == "ann":
+        approximation = Approximation(**given)
+        approximation.check()
+        return approximation
+    if given:
+        raise UserError(
+            f"--{next(iter(given)).replace('_', '-')} is for --search ann; the exact search has no such setting"
+        )
+    return None
 
 
 @exit_on_user_error
@@ -46,10 +81,13 @@ def main(arguments: list[str] | None = None) -> None:
 
     rule = Filter(args.top, args.skip, args.max_score, args.max_ratio, args.count)
     rule.check()
+    approximation = _approximation(args)
     list_raw_datasets(args.input)  # mistakes show before a model is loaded
     model = load_text_model(args.model, args.device)
     prompts = {"query_prompt": args.query_prompt, "passage_prompt": args.passage_prompt}
-    summary = mine_folder(model, args.input, args.output, rule, overwrite=args.overwrite, **prompts)
+    summary = mine_folder(
+        model, args.input, args.output, rule, approximation=approximation, overwrite=args.overwrite, **prompts
+    )
     print(json.dumps({"output": str(args.output), **summary}, ensure_ascii=False))
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -11,11 +12,12 @@ import pytest
 import torch
 from tiny_models import make_tokenizer, write_model
 
-from ml_embed import mining
+from ml_embed import ann, mining
+from ml_embed.ann import Approximation
 from ml_embed.errors import UserError
 from ml_embed.mining import Filter, filter_neighbours, mine_folder
 from ml_embed.raw import TASK_METADATA, RawDataset, declared_task
-from ml_embed.search import nearest
+from ml_embed.row_files import RowFile
 from ml_embed.text_models import load_text_model
 from scripts.mine_hard_negatives import main
 
@@ -55,20 +57,26 @@ def raw(tmp_path_factory):
     return folder
 
 
-def naive(rows, model, rule, query_prompt="", passage_prompt=""):
-    """The published filter, from its words."""
+def naive_ranking(rows, model, query_prompt="", passage_prompt=""):
+    """For each row, the positive's cosine and (cosine, text) of all documents that are no right answers, best first."""
 
     def vector(text):
         return model.encode([text])[0].astype(np.float64)
 
     documents = list(dict.fromkeys(text for row in rows for text in (row["passage"], *row["negatives"])))
     vectors = {text: vector(passage_prompt + text) for text in documents}
-    mined = []
     for row in rows:
         query = vector(query_prompt + row["query"])
         right = {other["passage"] for other in rows if other["query"] == row["query"]} | {row["query"]}
         ranked = sorted(((query @ vectors[text], text) for text in documents if text not in right), reverse=True)
-        limit = min(rule.max_score, rule.max_ratio * (query @ vectors[row["passage"]]))
+        yield query @ vectors[row["passage"]], ranked
+
+
+def naive(rows, model, rule, **prompts):
+    """The published filter, from its words."""
+    mined = []
+    for positive, ranked in naive_ranking(rows, model, **prompts):
+        limit = min(rule.max_score, rule.max_ratio * positive)
         kept = [text for score, text in ranked[: rule.top][rule.skip :] if score < limit]
         mined.append(kept[: rule.count])
     return mined
@@ -99,19 +107,6 @@ def test_mined_negatives_are_the_naive_ones(raw, tmp_path, monkeypatch, rule):
     assert sum(map(len, naive(read(raw / "letters.jsonl"), WordModel(), rule, **prompts))) > 20
     assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["few.parquet", "letters.parquet", "mining.json"]
     assert not list(tmp_path.glob(".*.mining")), "working files are gone"
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 1000])
-def test_search_in_chunks_is_the_whole_search(chunk):
-    generator = torch.Generator().manual_seed(0)
-    queries, documents = torch.randn(5, 8, generator=generator), torch.randn(40, 8, generator=generator)
-    excluded = torch.tensor([[0, 3], [0, 39], [4, 0]])
-    scores = queries @ documents.T
-    scores[excluded[:, 0], excluded[:, 1]] = -torch.inf
-    expected, rows = scores.sort(dim=1, descending=True)
-    best, found = nearest(queries, documents.numpy(), 12, excluded, chunk)
-    torch.testing.assert_close(best, expected[:, :12])
-    assert torch.equal(found, rows[:, :12])
 
 
 def test_the_filter_by_hand():
@@ -162,6 +157,143 @@ def test_an_interrupted_mining_goes_on(raw, tmp_path, monkeypatch):
     WordModel.calls = 0
     mine_folder(WordModel(), raw, whole, Filter(), progress=False)
     assert WordModel.calls == 0, "nothing is left to do"
+
+
+@pytest.fixture
+def sixty_are_many(monkeypatch):
+    """The approximate search also for small data: of the dataset `letters`, but not of `few`."""
+    pytest.importorskip("faiss")
+    monkeypatch.setattr(ann, "FEWEST_DOCUMENTS", 30)
+    monkeypatch.setattr(ann, "BLOCK", 16)
+    monkeypatch.setattr(mining, "QUERY_BLOCK", 7)
+
+
+@pytest.fixture
+def letters(raw, tmp_path):
+    """A folder with this one dataset."""
+    (tmp_path / "raw").mkdir()
+    shutil.copy(raw / "letters.jsonl", tmp_path / "raw")
+    return tmp_path / "raw"
+
+
+WIDE = Filter(top=20, skip=2, max_score=2, max_ratio=2)
+
+
+@pytest.mark.usefixtures("sixty_are_many")
+def test_an_approximate_search_of_all_cells_mines_the_exact_negatives(raw, tmp_path, capsys):
+    mine_folder(WordModel(), raw, tmp_path / "exact", WIDE, progress=False)
+    summary = mine_folder(WordModel(), raw, tmp_path / "ann", WIDE, approximation=Approximation(nprobe=1000))
+    for name in ("letters", "few"):
+        exact, approximate = (pq.read_table(tmp_path / folder / f"{name}.parquet") for folder in ("exact", "ann"))
+        assert exact.equals(approximate)
+    entry = summary["datasets"]["letters"]
+    queries = len({row["query"] for row in read(raw / "letters.jsonl")})
+    assert (entry["search"], entry["recall"], entry["recall_queries"]) == ("ann", 1.0, queries)
+    assert entry["cells"] > 10
+    few = summary["datasets"]["few"]
+    assert few["search"] == "exact"
+    assert few["why_exact"].endswith("documents are fewer than 30")
+    assert summary == json.loads((tmp_path / "ann" / "mining.json").read_text())
+    assert summary["settings"].items() >= {"search": "ann", "nprobe": 1000, "code_bits": 4}.items()
+    said = capsys.readouterr().err
+    assert "letters: finds 100.0% of the exact 20 nearest" in said
+    assert "few: searched exactly" in said
+    assert not list((tmp_path / "ann").glob(".*.mining")), "working files are gone"
+
+
+@pytest.mark.usefixtures("sixty_are_many")
+def test_the_recall_told_is_that_of_the_neighbours_found(letters, tmp_path, monkeypatch):
+    """Without a filter the file holds the neighbours; the exact ones come from the naive ranking."""
+
+    def unfiltered(scores, documents, positive, rule):
+        return documents.masked_fill(scores == -torch.inf, -1)
+
+    monkeypatch.setattr(mining, "filter_neighbours", unfiltered)
+    settings = {"rule": Filter(top=10, skip=0, count=10), "approximation": Approximation(nprobe=2)}
+    summary = mine_folder(WordModel(), letters, tmp_path, **settings, progress=False)
+    rows = read(letters / "letters.jsonl")
+    found = pq.read_table(tmp_path / "letters.parquet").column("negatives").to_pylist()
+    hits, exact = {}, {}
+    for row, texts, (_, ranked) in zip(rows, found, naive_ranking(rows, WordModel()), strict=True):
+        exact[row["query"]] = {text for _, text in ranked[:10]}
+        hits[row["query"]] = len(exact[row["query"]].intersection(texts))
+    share = sum(hits.values()) / sum(map(len, exact.values()))
+    assert summary["datasets"]["letters"]["recall"] == pytest.approx(share, abs=1e-4)
+    assert 0.1 < share < 0.95, "or the number would show nothing"
+
+
+def interrupt(*args):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.usefixtures("sixty_are_many")
+def test_an_interrupted_approximate_search_goes_on(letters, tmp_path, monkeypatch):
+    """It stops while codes are made, and before the search; then --nprobe is raised. Nothing is made again."""
+    trained, append, train = [], RowFile.append, ann._trained
+    monkeypatch.setattr(ann, "_trained", lambda *args: trained.append(1) or train(*args))
+
+    def stops_at_the_second_block_of_codes(file, rows):
+        if file.path.name == "codes.bin" and file.rows:
+            raise KeyboardInterrupt
+        append(file, rows)
+
+    def mine(folder, nprobe):
+        return mine_folder(
+            WordModel(), letters, tmp_path / folder, WIDE, approximation=Approximation(nprobe), progress=False
+        )
+
+    def is_interrupted(place, name, replacement=interrupt, nprobe=2):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, replacement)
+            with pytest.raises(KeyboardInterrupt):
+                mine("parts", nprobe)
+
+    codes = tmp_path / "parts" / ".letters.mining" / "codes.bin"
+    (tmp_path / "parts").mkdir()
+    WordModel.calls = 0
+    is_interrupted(RowFile, "append", stops_at_the_second_block_of_codes)
+    half = codes.read_bytes()
+    assert half, "one block is there"
+    is_interrupted(ann, "recall")
+    full = codes.read_bytes()
+    assert full.startswith(half)
+    assert len(full) > len(half)
+
+    def appends_no_codes(file, rows):
+        assert file.path.name != "codes.bin", "the index serves other settings of the search, too"
+        append(file, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RowFile, "append", appends_no_codes)
+        is_interrupted(mining, "filter_neighbours", nprobe=5)
+        mine("parts", 5)
+    assert trained == [1]
+    calls, WordModel.calls = WordModel.calls, 0
+    mine("whole", 5)
+    assert calls == WordModel.calls, "no text was encoded twice"
+    for name in ("letters.parquet", "mining.json"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    with pytest.raises(UserError, match="nprobe was 5, now 2"):
+        mine("whole", 2)
+    with pytest.raises(UserError, match="search was 'ann', now 'exact'"):
+        mine_folder(WordModel(), letters, tmp_path / "whole", WIDE, progress=False)
+
+
+@pytest.mark.usefixtures("sixty_are_many")
+def test_an_index_of_other_vectors_is_not_used(letters, tmp_path, monkeypatch):
+    """Neither with codes of another length, nor with another prompt."""
+    other, approximation = {"passage_prompt": "text: "}, Approximation(nprobe=1000, code_bits=8)
+    exact = mine_folder(WordModel(), letters, tmp_path / "exact", WIDE, **other, progress=False)
+    for interrupted in ({"approximation": Approximation(nprobe=1000)}, {"approximation": approximation}):
+        with monkeypatch.context() as patch:
+            patch.setattr(mining, "filter_neighbours", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                mine_folder(WordModel(), letters, tmp_path / "ann", WIDE, **interrupted, progress=False)
+    summary = mine_folder(
+        WordModel(), letters, tmp_path / "ann", WIDE, approximation=approximation, **other, progress=False
+    )
+    assert summary["datasets"]["letters"]["negatives"] == exact["datasets"]["letters"]["negatives"] > 100
+    assert pq.read_table(tmp_path / "ann/letters.parquet").equals(pq.read_table(tmp_path / "exact/letters.parquet"))
 
 
 def test_labels_are_not_mined(tmp_path):
@@ -229,10 +361,21 @@ def test_sentence_transformers_models_give_the_same_vectors(tmp_path):
         (["--skip", "100"], "--skip 100 must be from 0 to less than --top 100"),
         (["--count", "0"], "--count is 0"),
         (["--max-score", "-1"], "--max-score is -1.0"),
+        (["--nprobe", "3"], "--nprobe is for --search ann"),
+        (["--search", "ann", "--nprobe", "0"], "--nprobe is 0; it must be at least 1"),
+        (["--search", "ann", "--code-bits", "3"], "--code-bits is 3; it must be one of 8, 4, 2"),
         ([], "/nowhere does not exist"),
     ],
 )
 def test_mistakes(raw, tmp_path, capsys, flags, message):
     assert main(["--model", "/nowhere", "--input", str(raw), "--output", str(tmp_path / "out"), *flags]) == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_faiss_the_message_says_how_to_install_it(raw, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ann.importlib.util, "find_spec", lambda name: None)
+    flags = ["--model", "/nowhere", "--input", str(raw), "--output", str(tmp_path / "out"), "--search", "ann"]
+    assert main(flags) == 2
+    assert "pip install 'ml-embed[ann]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
