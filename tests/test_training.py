@@ -123,9 +123,9 @@ def test_a_run_writes_what_the_design_promises(world, tmp_path):
         assert {"loss", "learning_rate", "grad_norm", "tokens_per_second", "tokens", "time", "epoch"} <= line.keys()
         assert all(math.isfinite(value) for value in line.values() if isinstance(value, float))
     seen = {key.split("/")[0] for line in train_lines for key in line if key.endswith("training_loss_hard")}
-    assert seen == {"facts", "topics", "sentiment"}
+    assert seen == {"facts", "topics", "sentiment", "Avg"}
     in_batch = {key for line in train_lines for key in line if key.endswith("training_loss_in_batch")}
-    assert in_batch == {"facts/training_loss_in_batch"}
+    assert in_batch == {"facts/training_loss_in_batch", "Avg/retrieval/training_loss_in_batch"}
     valid = [line for line in lines if line["split"] == "valid"][-1]
     assert 0 < valid["facts/ndcg@10"] <= 1
     assert valid["facts/valid_loss_in_batch"] > 0
