@@ -139,7 +139,7 @@ def test_one_line_tokenizes_and_the_result_trains(world, tmp_path, capsys):
     assert code == 0
     in_batch = {key.split("/")[0] for line in lines for key in line if key.endswith("in_batch")}
     hard = {key.split("/")[0] for line in lines for key in line if key.endswith("hard") and line[key] > 0}
-    assert (in_batch, hard) == ({"faq"}, {"topic"})
+    assert (in_batch, hard) == ({"faq", "Avg"}, {"topic", "Avg"})
 
 
 @pytest.mark.parametrize(
