@@ -21,6 +21,8 @@ from scripts import evaluate_mteb as script
 pytest.importorskip("mteb")
 from datasets import Dataset
 from mteb.abstasks import AbsTaskRetrieval, AbsTaskSTS
+from mteb.abstasks.aggregate_task_metadata import AggregateTaskMetadata
+from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 from mteb.abstasks.task_metadata import TaskMetadata
 
@@ -76,6 +78,17 @@ class SampleRetrieval(AbsTaskRetrieval):
         )
         self.dataset = {"default": {"test": data}}
         self.data_loaded = True
+
+
+class SampleTitles(SampleRetrieval):
+    """The same with the beginnings of the French articles."""
+
+    metadata = SampleRetrieval.metadata.model_copy(update={"name": "SampleTitles"})
+
+    def load_data(self, **kwargs) -> None:
+        super().load_data()
+        data = self.dataset["default"]["test"]
+        data["corpus"] = data["corpus"].map(lambda row: {"text": row["text"][:20]})
 
 
 class SampleSTS(AbsTaskSTS):
@@ -196,6 +209,29 @@ def test_mteb_reads_its_own_result_files(evaluated):
         assert result["scores"]["test"][0]["main_score"] == pytest.approx(score)
     assert json.loads((output / "summary.json").read_text()) == summary
     assert not list(output.glob(".vectors-*"))
+
+
+def test_an_aggregate_is_put_together_from_its_parts(evaluated, folder):
+    """Its score is the mean of theirs, and they are computed like any other task."""
+    described = {
+        key: value for key, value in DESCRIBED.items() if key in ("description", "reference", "bibtex_citation")
+    }
+    metadata = AggregateTaskMetadata(
+        name="SampleAggregate",
+        type="Retrieval",
+        main_score="ndcg_at_10",
+        tasks=[SampleRetrieval(), SampleTitles()],
+        eval_splits=["test"],
+        **described,
+    )
+    task = type("SampleAggregate", (AbsTaskAggregate,), {"metadata": metadata})()
+    output = folder.parent / "aggregated"
+    cuts = {"ranks": [16], "depths": [1], "dims": [8, 64]}
+    summary = evaluate_mteb(folder, [task, *metadata.tasks], output, **cuts, device="cpu", progress=False)
+    whole, one, other = (scores(summary, name) for name in ("SampleAggregate", "SampleRetrieval", "SampleTitles"))
+    assert one != other
+    assert whole == pytest.approx({cut: (one[cut] + other[cut]) / 2 for cut in one})
+    assert one == pytest.approx({cut: scores(evaluated[0], "SampleRetrieval")[cut] for cut in one})
 
 
 def test_a_row_says_what_its_cut_costs(evaluated, folder):
