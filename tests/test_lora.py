@@ -56,7 +56,7 @@ def trained(inputs) -> Path:
 def start_of(inputs: Inputs, name: str = "start", **changes):
     """The encoder as a run builds it, and the run's derived numbers."""
     config, _ = load_config(inputs.config(name, **SETTINGS | changes))
-    backbone_config, _, store, resolved = open_inputs(config, 1, progress=False)
+    backbone_config, _, store, _, resolved = open_inputs(config, 1, progress=False)
     return build_encoder(config, resolved, backbone_config, store, torch.device("cpu"), torch.float32), resolved
 
 
