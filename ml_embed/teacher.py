@@ -49,6 +49,7 @@ BLOCK = 8192  # texts between two writes to disk; what an interruption costs at 
 PROBES = ("a", "A short sentence.", "Two sentences. The second is the longer one.")
 UNIT_TOLERANCE = 1e-3
 CHECKED_TEXTS = 100
+SAME_IDS = 0.9
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,8 @@ class _Part:
     title: str
     path: Path
     total: int
-    texts: Callable[[np.ndarray], list[np.ndarray]]
-    """numbers of texts -> their ids"""
+    ids: Callable[[int], np.ndarray]
+    """number of a text -> its token ids"""
     former_prompt: str
     """taken away from a text that begins with it"""
     prompt: str
@@ -186,6 +187,7 @@ def _claim(options: TeacherOptions, settings: dict[str, Any]) -> dict[str, Taugh
         others = [path.name for path in folder.iterdir() if path.name != LOCK]
         if others and not known:
             raise UserError(f"{folder} holds something else ({others[0]}); use another --output")
+        write_json(folder / UNFINISHED, {})  # until all that was made otherwise is gone
         (folder / RECORD).unlink(missing_ok=True)
         for path in folder.glob(f"*{VECTORS_SUFFIX}"):
             path.unlink()
@@ -213,21 +215,27 @@ def _check_by_texts(
 ) -> None:
     """For data that does not say what it was made with: texts that are read back must give their ids again.
 
-    Not all of them: a text that was cut, or a tokenizer that normalises, may give others.
+    But for the ends of texts that were cut: what is left of a word may be other ids than its first ones were.
     """
     dataset = next(iter(store.datasets.values()))
-    ids = dataset.documents(np.arange(min(CHECKED_TEXTS, dataset.num_documents)))
-    encoder = TextEncoder(tokenizer, int(max(map(len, ids))) + 1)
+    ids = [dataset.document(number) for number in range(min(CHECKED_TEXTS, dataset.num_documents))]
     fits = tokenizer.backend_tokenizer.get_vocab_size() > store.max_token_id
     if fits:
-        again = encoder(decoder(ids))
-        same = sum(np.array_equal(one, other) for one, other in zip(ids, again, strict=True))
-        fits = same >= len(ids) / 2
+        again = TextEncoder(tokenizer, max(map(len, ids)) + 1)(decoder(ids))
+        same = sum(_common_start(one, other) for one, other in zip(ids, again, strict=True))
+        fits = same >= SAME_IDS * sum(map(len, ids))
     if not fits:
         raise UserError(
             f"--tokenizer: {options.tokenizer} does not read the data in {options.data}: texts that it gives back are "
             "other ids when tokenized again. Give the tokenizer that the data was made with"
         )
+
+
+def _common_start(one: np.ndarray, other: np.ndarray) -> int:
+    """How many first ids are the same."""
+    shorter = min(len(one), len(other))
+    differing = np.flatnonzero(one[:shorter] != other[:shorter])
+    return int(differing[0]) if len(differing) else shorter
 
 
 def _parts(
@@ -244,12 +252,12 @@ def _parts(
         return _Part(f"{dataset.name}: {kind}", path, total, ids, former_prompt, prompt)
 
     return (
-        part("queries", texts.queries_digest, texts.rows, dataset.queries, former.query, options.query_prompt),
+        part("queries", texts.queries_digest, texts.rows, dataset.query, former.query, options.query_prompt),
         part(
             "documents",
             texts.documents_digest,
             texts.documents,
-            dataset.documents,
+            dataset.document,
             former.passage,
             options.passage_prompt,
         ),
@@ -260,11 +268,9 @@ def _embed(part: _Part, model: TextModel, decoder: TextDecoder, dtype: str, widt
     """Make a file whole."""
 
     def make(start: int, stop: int) -> np.ndarray:
-        texts = decoder(part.texts(np.arange(start, stop)))
-        # Models sort the texts of a call by length, so that little is padded.
-        vectors = model.encode(
-            [part.prompt + text.removeprefix(part.former_prompt) for text in texts], normalized=False
-        )
+        texts = decoder([part.ids(number) for number in range(start, stop)])
+        texts = [part.prompt + text.removeprefix(part.former_prompt) for text in texts]
+        vectors = model.encode(texts, normalize=False)  # sorts a call's texts by length, so that little is padded
         with np.errstate(over="ignore"):
             stored = vectors.astype(DTYPES[dtype])
         finite = np.isfinite(stored).all(axis=1)
