@@ -86,11 +86,16 @@ def add_adapters(encoder: MatryoshkaEncoder, config: TrainConfig) -> None:
             module.cast_input_dtype_enabled = False  # under bf16 it would make a float32 copy of every input
 
 
-def merged(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """An encoder's state with its adapters multiplied out: W + s C D under the name of W. `state` is left as it is."""
+def merged(state: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+    """An encoder's state with its adapters multiplied out: W + s C D under the name of W.
+
+    Args:
+        state: of the encoder, whole; it is left as it is.
+        factor: s.
+    """
     plain = {name: tensor for name, tensor in state.items() if not name.endswith((_FROZEN, _DOWN, _UP))}
     for name, frozen in state.items():
         if name.endswith(_FROZEN):
             matrix = name.removesuffix(_FROZEN)
-            plain[f"{matrix}.weight"] = torch.addmm(frozen, state[matrix + _UP], state[matrix + _DOWN], alpha=scale)
+            plain[f"{matrix}.weight"] = torch.addmm(frozen, state[matrix + _UP], state[matrix + _DOWN], alpha=factor)
     return plain

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import AutoModel
 
 import run as run_script
-from ml_embed import Embedder, lora
+from ml_embed import Embedder, lora, model_folder
 from ml_embed.attention import PackedSequences
 from ml_embed.build import build_encoder
 from ml_embed.checkpoint import numbered_folders
@@ -225,6 +225,12 @@ def test_other_frozen_weights_are_refused(inputs, broken, capsys):
     assert run_script.main(["--config", str(config), "--resume", "auto"]) == 2
     assert "  - model_path: " in capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in broken.rglob("*") if path.is_file()}
+
+
+def test_a_backbone_from_the_hub_counts_by_its_files(inputs, monkeypatch):
+    monkeypatch.setattr(model_folder, "snapshot_download", lambda name, **_: inputs.folder / name.split("/")[1])
+    assert model_folder.weights_digest("someone/backbone") == model_folder.weights_digest(inputs.folder / "backbone")
+    assert model_folder.weights_digest("someone/backbone") != model_folder.weights_digest(inputs.folder / "teacher")
 
 
 def test_adapters_train_on_from_a_trained_folder(inputs, trained):
