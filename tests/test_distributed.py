@@ -13,10 +13,12 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
+from test_teacher import LetterModel
 from tiny_runs import DATASETS, ROOT, Inputs, Launch, final_state, metrics, run, run_each
 
 import run as run_script
 from ml_embed import run_setup
+from ml_embed.teacher import TeacherOptions, embed_teacher
 
 GRID = {"valid_ranks": [8, 32], "valid_layers": [1, 3], "valid_dims": [8, 64]}
 MARGIN = {"false_negative_margin": 0.05}
@@ -24,6 +26,7 @@ CASES = {
     "everything": {"valid_fraction": 0.3} | GRID | MARGIN,
     "in_chunks": {"valid_fraction": 0.3} | GRID | MARGIN | {"max_tokens_per_forward": 40},
     "teacher": {"teacher": True, "kd_weight": 0.5, "mll_norm": "per_layer", "mask_false_negatives": False},
+    "similar": {"teacher_vectors": True, "kd_loss": "similarity", "kd_weight": 5.0, "max_tokens_per_forward": 40},
     "no_negatives": {"num_hard_neg": 0, "num_hard_neg_clustering": 0, "use_mel": False, "mel_ranks": None, "r": 0},
 }
 LAUNCHES = {1: CASES, 2: CASES, 4: ["everything", "in_chunks"]}
@@ -38,12 +41,18 @@ def inputs(tmp_path_factory) -> Inputs:
 @pytest.fixture(scope="module")
 def run_dirs(inputs):
     """(case, processes) -> the run's folder."""
+    taught = TeacherOptions(
+        inputs.folder / "tokenized", str(inputs.folder / "backbone"), inputs.folder / "teacher_vectors"
+    )
+    embed_teacher(LetterModel(), taught, progress=False)
     for processes, cases in LAUNCHES.items():
         configs = []
         for case in cases:
             changes = dict(CASES[case])
             if changes.pop("teacher", False):
                 changes["teacher_model_path"] = str(inputs.folder / "teacher")
+            if changes.pop("teacher_vectors", False):
+                changes["teacher_vectors_path"] = str(inputs.folder / "teacher_vectors")
             name = f"{case}-{processes}"
             configs.append(inputs.config(name, train_batch_size=GLOBAL_BATCH // processes, **changes))
         launch = Launch(inputs.folder / "printed" / str(processes), configs, processes, main=run_each)
@@ -140,6 +149,7 @@ def test_the_cases_hold_what_they_should(run_dirs, inputs):
     assert min(rows) < 2
     assert sum(line["loss"] > 0.01 for line in lines) > len(lines) / 2
     assert all("distillation_loss" in line for line in lines)
+    assert all(line["distillation_loss"] > 1e-3 for line in metrics(run_dirs("similar", 2)))
     assert any("topics/training_loss_hard" in line for line in lines)
     assert not any("topics/training_loss_in_batch" in line for line in lines)
     first, last = final_state(run_dirs("teacher", 1)), final_state(run_dirs("everything", 1))
