@@ -24,7 +24,9 @@ Task = Literal["retrieval", "clustering", "classification"]
 DistillationLoss = Literal["vectors", "similarity"]
 
 
-def _key(default: Any = MISSING, *, low: float | None = None, above: float | None = None, high: float | None = None):
+def _key(
+    default: Any = MISSING, *, low: float | None = None, above: float | None = None, high: float | None = None
+) -> Any:
     """A config field with its range: low <= value <= high, value > above."""
     return dataclasses.field(default=default, metadata={"low": low, "above": above, "high": high})
 
@@ -75,7 +77,7 @@ class TrainConfig:
     min_lr: float = _key(1e-6, low=0)
     """floor of the learning rate after the warm-up"""
     weight_decay: float = _key(1e-2, low=0)
-    """AdamW's decoupled weight decay, on all parameters"""
+    """AdamW's decoupled weight decay, on all trained parameters"""
     warmup_steps: int = _key(100, low=0)
     """optimizer steps of linear warm-up"""
     scheduler_type: Literal["cosine", "constant_with_warmup"] = "cosine"
@@ -244,7 +246,7 @@ def _check_together(config: TrainConfig) -> list[str]:
     return problems
 
 
-def _parse_dataclass(cls, given: Mapping[str, Any], prefix: str, problems: list[str]):
+def _parse_dataclass(cls: type, given: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     for key in given:
@@ -334,11 +336,13 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "null" if value is None else type(value).__name__)
 
 
-def field_docs(cls) -> dict[str, str]:
+def field_docs(cls: type) -> dict[str, str]:
     """Field name -> the docstring line under it, read from the source (also the README's table)."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(definition, ast.ClassDef)
     docs = {}
-    for field, following in itertools.pairwise(body):
-        if isinstance(field, ast.AnnAssign) and isinstance(following, ast.Expr):
-            docs[field.target.id] = following.value.value
+    for pair in itertools.pairwise(definition.body):
+        match pair:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                docs[name] = text
     return docs

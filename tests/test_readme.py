@@ -88,9 +88,7 @@ def run_command(command: str) -> int:
     if script == "tokenize_data_qwen.py":
         return tokenize_data_qwen.main(arguments)
     module = load_script(script)
-    if (
-        script == "scripts/evaluate_mteb.py"
-    ):  # its data come from the hub; tests/test_mteb.py has a task of its own
+    if script == "scripts/evaluate_mteb.py":  # its data come from the hub; tests/test_mteb.py has a task of its own
         module.evaluate = lambda args: None
     return module.main(arguments)
 
