@@ -5,9 +5,17 @@ import torch
 from oracles import cosine, dims_and_weights, same_documents
 from oracles import hard_loss as naive_hard_loss
 from oracles import in_batch_loss as naive_in_batch_loss
+from torch.nn.functional import normalize
 
 from ml_embed import losses
-from ml_embed.losses import MatryoshkaSpec, distillation_loss, hard_loss, in_batch_loss, nested_cosines
+from ml_embed.losses import (
+    MatryoshkaSpec,
+    distillation_loss,
+    hard_loss,
+    in_batch_loss,
+    in_batch_similarity_loss,
+    nested_cosines,
+)
 from ml_embed.nesting import default_dims, dim_weights
 
 HIDDEN, TEMPERATURE = 24, 0.05
@@ -101,6 +109,19 @@ def test_blocks_of_rows_give_the_loss_and_gradients_of_all(generator, monkeypatc
     whole = in_batch_loss(*arguments, make_spec(True))
     monkeypatch.setattr(losses, "LOGITS_AT_ONCE", logits_at_once)
     blocks = in_batch_loss(*arguments, make_spec(True))
+    torch.testing.assert_close(blocks, whole, rtol=1e-6, atol=1e-6)
+    assert_same_gradients(blocks, whole, (query, passage))
+
+
+@pytest.mark.parametrize("logits_at_once", [1, 20, 21])
+def test_blocks_of_similarities_are_the_whole(generator, monkeypatch, logits_at_once):
+    """Teacher and student of other widths; rows of different weights."""
+    query, passage = leaf(5, HIDDEN, generator=generator), leaf(7, HIDDEN, generator=generator)
+    taught = [normalize(torch.randn(rows, 5, generator=generator), dim=-1) for rows in (5, 7)]
+    arguments = (query, passage, *taught, torch.rand(5, generator=generator), make_spec(True))
+    whole = in_batch_similarity_loss(*arguments)
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", logits_at_once)
+    blocks = in_batch_similarity_loss(*arguments)
     torch.testing.assert_close(blocks, whole, rtol=1e-6, atol=1e-6)
     assert_same_gradients(blocks, whole, (query, passage))
 
