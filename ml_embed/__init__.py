@@ -3,11 +3,13 @@
 Importing the package does nothing heavy: `Embedder` is loaded on first use.
 """
 
+from typing import Any
+
 __version__ = "0.1.0"
 __all__ = ["Embedder"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name == "Embedder":
         from ml_embed.embedder import Embedder
 

@@ -5,6 +5,7 @@ Letters: W processes, R rows of each process.
 
 import os
 import socket
+from typing import Any
 
 import psutil
 import torch
@@ -46,14 +47,14 @@ class _GatherRows(torch.autograd.Function):
     """All-gather whose backward sums every process's gradient and hands each its own rows."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
         ctx.rows = len(rows)
         gathered = [torch.empty_like(rows) for _ in range(world_size())]
         dist.all_gather(gathered, rows.contiguous())
         return torch.cat(gathered)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         # all_reduce and a slice, not reduce_scatter: gloo has no reduce_scatter. The tensor is small, (W R, E, H).
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)

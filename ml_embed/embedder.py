@@ -11,11 +11,10 @@ Letters: N texts, T tokens of a packed batch, E exits, H hidden size, D vector l
 import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -206,7 +205,7 @@ class Embedder:
         bar = tqdm(
             desc="encoding",
             unit=" texts",
-            total=len(texts) if hasattr(texts, "__len__") else None,
+            total=len(texts) if isinstance(texts, Sized) else None,
             delay=0 if show_progress else PROGRESS_DELAY,
             disable=None if show_progress is None else not show_progress,
         )
@@ -235,10 +234,10 @@ class Embedder:
         batch_tokens: int | None,
         unit_length: bool,
         progress: Callable[[int], object],
-    ) -> Iterator[np.ndarray]:
+    ) -> Generator[np.ndarray, None, None]:
         # One window is tokenized, in Rust without the GIL, while the one before it is computed.
         with ThreadPoolExecutor(1) as tokenizing:
-            for token_ids in _ahead(windows, partial(tokenizing.submit, self._text_encoder), 1):
+            for token_ids in _ahead(windows, lambda texts: tokenizing.submit(self._text_encoder, texts), 1):
                 yield self._encode_window(token_ids, batch_tokens, unit_length, progress)
 
     def _encode_window(
@@ -266,7 +265,7 @@ class Embedder:
         unit_length: bool,
         progress: Callable[[int], object],
         devices: Sequence[str],
-    ) -> Iterator[np.ndarray]:
+    ) -> Generator[np.ndarray, None, None]:
         assert self._source is not None, "only a model that was loaded from a folder can be loaded again elsewhere"
         names = [str(choose_device(device)) for device in devices]
         if not names:
@@ -277,9 +276,11 @@ class Embedder:
         for name in names:
             waiting.put(name)
         with ProcessPoolExecutor(len(names), context, _start_worker, (waiting, self._source, len(names))) as pool:
-            for vectors in _ahead(
-                windows, partial(pool.submit, _encode_in_worker, batch_tokens, unit_length), 2 * len(names)
-            ):
+
+            def submit(texts: list[str]) -> Future[np.ndarray]:
+                return pool.submit(_encode_in_worker, batch_tokens, unit_length, texts)
+
+            for vectors in _ahead(windows, submit, 2 * len(names)):
                 progress(len(vectors))
                 yield vectors
 

@@ -109,7 +109,8 @@ def read_test_sets(path: Path, max_queries: int | None = None) -> tuple[Texts, l
     if not path.exists():
         raise UserError(f"evaluation data {path} does not exist; give a .parquet or .jsonl file, or a folder of them")
     datasets = list_raw_datasets(path) if path.is_dir() else [RawDataset(path.stem, path)]
-    texts, sets = Texts(), []
+    texts = Texts()
+    sets: list[TestSet] = []
     for dataset in datasets:
         if _has_candidates(dataset.path):
             sets += _candidate_sets(dataset, texts)
@@ -167,9 +168,10 @@ def _corpus_set(dataset: RawDataset, texts: Texts, max_queries: int | None) -> C
         right = passages.setdefault(texts.number(row.query), [])
         if places[0] not in right:
             right.append(places[0])
-    queries, positive, excluded = [], [], []
+    queries: list[int] = []
+    positive, excluded = [], []
     for query, right in passages.items():
-        never_wrong = {*right, corpus.get(query)} - {None}
+        never_wrong = {*right, *([corpus[query]] if query in corpus else [])}
         for own in right:
             excluded += [(len(queries), other) for other in sorted(never_wrong - {own})]
             queries.append(query)

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ml_embed.errors import UserError
 
@@ -86,7 +87,7 @@ def is_disk_full(error: BaseException) -> bool:
     return any(f"os error {number})" in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
 
 
-def write_json(path: Path, value) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically."""
     partial = path.with_name(f".{path.name}{_PARTIAL}")
     try:

@@ -57,6 +57,7 @@ def forward_backward(
     vectors = torch.cat(encoded[: len(chunks)], dim=1).requires_grad_()  # (E, N, H)
     terms = objective(vectors)
     _reaching(terms.total, vectors).backward()  # up to the vectors only: a plain backward, no engine is involved
+    assert vectors.grad is not None
     gradients = list(vectors.grad.split([last - first for first, last in chunks], dim=1))
     gradients += [torch.zeros_like(extra) for extra in encoded[len(chunks) :]]
     for number, (piece, gradient) in enumerate(zip(pieces, gradients, strict=True), start=1):

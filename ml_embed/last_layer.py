@@ -21,21 +21,21 @@ def read_last_tokens_only(layer: nn.Module) -> None:
     """
     call = threading.local()  # what the layer is working on: one model may encode in several threads
 
-    def remember(_, arguments: tuple, keywords: dict) -> None:
+    def remember(_: nn.Module, arguments: tuple, keywords: dict) -> None:
         # At attention and not at the layer: what recomputes a layer in the backward pass (gradient checkpointing) may
         # leave out the layer's own hooks, but runs this again, before the parts below.
         call.rows = keywords["packed"].last_tokens
 
-    def select(_, arguments: tuple[Tensor]) -> Tensor:
+    def select(_: nn.Module, arguments: tuple[Tensor]) -> Tensor:
         """(1, T, H) -> (1, N, H)"""
         call.tokens = arguments[0].shape[1]
         return arguments[0].index_select(1, call.rows)
 
-    def put_back(_, arguments: tuple[Tensor], output: Tensor) -> Tensor:
+    def put_back(_: nn.Module, arguments: tuple[Tensor], output: Tensor) -> Tensor:
         """(1, N, H) -> (1, T, H), 0 for the other tokens"""
         whole = output.new_zeros((1, call.tokens, output.shape[2]))
         return whole.index_copy(1, call.rows, output)
 
-    layer.self_attn.register_forward_pre_hook(remember, with_kwargs=True)
-    layer.post_attention_layernorm.register_forward_pre_hook(select)
-    layer.mlp.register_forward_hook(put_back)
+    layer.get_submodule("self_attn").register_forward_pre_hook(remember, with_kwargs=True)
+    layer.get_submodule("post_attention_layernorm").register_forward_pre_hook(select)
+    layer.get_submodule("mlp").register_forward_hook(put_back)

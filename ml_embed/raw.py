@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -225,6 +225,6 @@ def _chosen(selected: np.ndarray, start: int, rows: int) -> np.ndarray:
     return selected[slice(*np.searchsorted(selected, [start, start + rows]))]
 
 
-def _raise_empty(where: str, query: str | None, passage: str | None) -> None:
+def _raise_empty(where: str, query: str | None, passage: str | None) -> NoReturn:
     column, text = ("passage", passage) if query else ("query", query)
     raise UserError(f"{where}: {column!r} is {'null' if text is None else 'empty'}. Fill it or remove the row.")

@@ -3,7 +3,7 @@ and as validation measured it."""
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,7 @@ def _curves(lines: list[dict[str, Any]], metric: str) -> str:
         )
         for suffix in suffixes
     }
-    charts = [
+    charts: list[tuple[str, Mapping[str, Sequence[Point]], str]] = [
         ("Loss, the whole objective", {"training": train.get("loss", ())}, "loss"),
         ("Distillation term", {"training": train.get("distillation_loss", ())}, "mean squared error"),
         ("Validation: mean loss", {"validation": valid.get("loss", ())}, "loss"),
@@ -172,7 +172,7 @@ def _cube(result: Result, metric: str, title: str, source: str, model: str) -> s
     """`source`: what the numbers are means over; `model`: what the cells can be cut out of."""
     points = cube_points(result, metric)
     deepest = max(point["depth"] for point in points)
-    groups = {f"dim {dim}": [] for dim in sizes(result, "dim")}
+    groups: dict[str, list[tuple[float, float, str]]] = {f"dim {dim}": [] for dim in sizes(result, "dim")}
     for point in points:
         text = (
             f"{model_name(point['rank'], point['depth'], point['dim'])}: {point['quality']:.3f}, "

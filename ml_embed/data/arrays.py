@@ -24,7 +24,7 @@ class ArrayFile:
         """Add the values of a one-dimensional array at the end, cast to the file's type (the caller checked ranges)."""
         assert values.ndim == 1
         # write() and not tofile(): tofile turns "disk full" into an error without its errno.
-        self._file.write(memoryview(np.ascontiguousarray(values, dtype=self._dtype)).cast("B") if len(values) else b"")
+        self._file.write(np.ascontiguousarray(values, dtype=self._dtype).data.cast("B") if len(values) else b"")
         self.length += len(values)
 
     def mapped(self) -> np.ndarray:

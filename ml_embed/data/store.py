@@ -87,12 +87,12 @@ class TokenizedDataset:
         counts[: len(self._token_counts)] = self._token_counts
         return counts
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return _reopen_dataset, (self._store_folder, self.name)
 
 
 def _byte_slices(tokens: np.ndarray, offsets: np.ndarray, numbers: np.ndarray) -> list[bytes]:
-    view = memoryview(tokens).cast("B") if len(tokens) else memoryview(b"")  # half the price of slices of an array
+    view = tokens.data.cast("B") if len(tokens) else memoryview(b"")  # half the price of slices of an array
     starts = (offsets[numbers] * tokens.itemsize).tolist()
     stops = (offsets[numbers + 1] * tokens.itemsize).tolist()
     return [bytes(view[start:stop]) for start, stop in zip(starts, stops, strict=True)]
@@ -119,7 +119,7 @@ class Store:
             for name, slices in sorted(index["datasets"].items())
         }
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return open_converted, (self.folder,)
 
 

@@ -80,7 +80,7 @@ def plan_datasets(languages: int | None = 50, seed: int = 0) -> Plan:
     rng = random.Random(f"plan {seed}")
     blocks = length_blocks(usable)
     unseen_articles = blocks[rng.randrange(1, len(blocks) - 1)]  # of middling length
-    pairs = sorted(tuple(sorted(pair)) for pair in combinations(training, 2))
+    pairs = sorted((min(pair), max(pair)) for pair in combinations(training, 2))
     return Plan(
         languages={code: usable[code] for code in (*training, *unseen)},
         training_languages=training,
@@ -96,7 +96,7 @@ def length_blocks(languages: Mapping[str, Language]) -> list[tuple[int, ...]]:
 
     Choosing within such a block, the length of a text tells little about which article it is.
     """
-    shares = {article: [] for article in ARTICLES}
+    shares: dict[int, list[float]] = {article: [] for article in ARTICLES}
     for language in languages.values():
         total = sum(map(len, language.articles.values()))
         for article, text in language.articles.items():

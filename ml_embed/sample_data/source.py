@@ -126,7 +126,9 @@ def _archive_files(archive: Path) -> dict[str, str]:
         raise UserError(f"{archive} is not {PACKAGE}: its SHA-256 is {digest}, not {PACKAGE_SHA256}")
     with tarfile.open(archive) as package:
         return {
-            member.name.removeprefix("package/"): package.extractfile(member).read().decode("utf-8")
+            member.name.removeprefix("package/"): file.read().decode("utf-8")
             for member in package
-            if member.isfile() and member.name.endswith((".html", "/index.js"))
+            if member.isfile()
+            and member.name.endswith((".html", "/index.js"))
+            and (file := package.extractfile(member))
         }
