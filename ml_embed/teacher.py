@@ -137,7 +137,6 @@ def embed_teacher(model: TextModel, options: TeacherOptions, progress: bool = Tr
         UserError: the tokenizer is not the data's, a vector is not finite, or the folder holds something else.
     """
     tokenizer = tokenizer_of_data(options)
-    decoder = TextDecoder(tokenizer)
     probe = model.encode(PROBES, normalize=False)
     width, normalized = probe.shape[1], bool(np.allclose(np.linalg.norm(probe, axis=1), 1, atol=UNIT_TOLERANCE))
     settings = {
@@ -151,22 +150,29 @@ def embed_teacher(model: TextModel, options: TeacherOptions, progress: bool = Tr
         options.output.mkdir(parents=True, exist_ok=True)
         with lock_folder(options.output / LOCK, "embedding into"):
             former = _claim(options, settings | {"dtype": options.dtype, "width": width})
-            store = open_store(options.data, options.cache_dir or options.output / OWN_CACHE, progress)
-            if store.manifest is None:
-                _check_by_texts(store, tokenizer, decoder, options)
-            described = describe_texts(store)
-            parts = {
-                name: _parts(dataset, described[name], store, decoder, options)
-                for name, dataset in store.datasets.items()
-            }
-            by_path = {part.path: part for pair in parts.values() for part in pair}  # a shared corpus is one
-            for part in tqdm(by_path.values(), unit=" file", desc="files", disable=not progress):
-                _embed(part, model, decoder, options.dtype, width, progress)
-            datasets = former | {name: _entry(described[name], parts[name], options.dtype, width) for name in parts}
+            datasets = former | _embed_datasets(model, tokenizer, options, width, progress)
             folder = TeacherVectors(options.output, settings, options.dtype, width, normalized, datasets)
             write_json(options.output / RECORD, folder.to_json())
             _remove_leftovers(folder)
     return folder.to_json()
+
+
+def _embed_datasets(
+    model: TextModel, tokenizer: PreTrainedTokenizerBase, options: TeacherOptions, width: int, progress: bool
+) -> dict[str, TaughtDataset]:
+    """Make the files of all datasets whole; their entries."""
+    store = open_store(options.data, options.cache_dir or options.output / OWN_CACHE, progress)
+    decoder = TextDecoder(tokenizer)
+    if store.manifest is None:
+        _check_by_texts(store, tokenizer, decoder, options)
+    described = describe_texts(store)
+    parts = {
+        name: _parts(dataset, described[name], store, decoder, options) for name, dataset in store.datasets.items()
+    }
+    by_path = {part.path: part for pair in parts.values() for part in pair}  # a shared corpus is one
+    for part in tqdm(by_path.values(), unit=" file", desc="files", disable=not progress):
+        _embed(part, model, decoder, options.dtype, width, progress)
+    return {name: _entry(described[name], parts[name], options.dtype, width) for name in parts}
 
 
 def _claim(options: TeacherOptions, settings: dict[str, Any]) -> dict[str, TaughtDataset]:
