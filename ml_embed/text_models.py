@@ -1,6 +1,7 @@
 """Any model that gives texts vectors: a folder of ours, a plain Qwen3 backbone, or what sentence-transformers reads."""
 
 import importlib.util
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -25,7 +26,7 @@ class TextModel(Protocol):
 
 
 class OwnModel:
-    """A model folder of this project."""
+    """A model folder of this project, or a backbone."""
 
     def __init__(self, folder: Path, device: str | None):
         self.name = str(folder)
@@ -69,7 +70,8 @@ class SentenceTransformersModel:
 
 
 def load_text_model(name: str | Path, device: str | None = None, batch_size: int = 32) -> TextModel:
-    """A model of ours if the folder says so, otherwise one that sentence-transformers reads.
+    """A model of ours if the folder says so, or a plain Qwen3 backbone, read like those; otherwise one that
+    sentence-transformers reads.
 
     Args:
         device: None is the first GPU if there is one, else the CPU.
@@ -80,8 +82,20 @@ def load_text_model(name: str | Path, device: str | None = None, batch_size: int
     if batch_size < 1:
         raise UserError(f"--batch-size is {batch_size}; it must be at least 1")
     folder = Path(name)
-    if (folder / RECORD_FILE).is_file():
+    if (folder / RECORD_FILE).is_file() or _is_backbone(folder):
         return OwnModel(folder, device)
     if not folder.exists() and (folder.is_absolute() or str(name).startswith(".")):
         raise UserError(f"model folder {folder} does not exist")
     return SentenceTransformersModel(str(name), device, batch_size)
+
+
+def _is_backbone(folder: Path) -> bool:
+    """Whether it is a Qwen3 folder that does not say how to pool: sentence-transformers would take the mean of all
+    tokens, where training and a live teacher take the last."""
+    path = folder / "config.json"
+    if not path.is_file() or (folder / "modules.json").is_file():
+        return False
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("model_type") == "qwen3"
+    except (ValueError, AttributeError):
+        return False

@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_training import dataset_rows
 from tiny_models import make_tokenizer, write_model
-from transformers import AutoTokenizer
+from transformers import AutoModel, AutoTokenizer
 
 from ml_embed import teacher as teacher_module
 from ml_embed.backbone import train_tokenizer
@@ -266,6 +266,16 @@ def test_models_give_vectors_as_they_are_before_normalisation(tmp_path):
     for model in (own, theirs):
         np.testing.assert_allclose(model.encode(texts, normalize=False), expected, atol=1e-4)
         np.testing.assert_allclose(np.linalg.norm(model.encode(texts), axis=1), 1, atol=1e-5)
+
+
+def test_a_plain_backbone_is_read_as_a_live_teacher_would_be(world):
+    """At its last token, through the final norm."""
+    model, tokenizer = AutoModel.from_pretrained(world.backbone), AutoTokenizer.from_pretrained(world.backbone)
+    ids = torch.tensor([[*tokenizer("river stone", add_special_tokens=False).input_ids, tokenizer.eos_token_id]])
+    with torch.no_grad():
+        expected = model(ids).last_hidden_state[0, -1].numpy()
+    found = load_text_model(world.backbone, "cpu").encode(["river stone"], normalize=False)[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_script(world, tmp_path, capsys):
