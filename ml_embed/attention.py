@@ -8,10 +8,10 @@ Letters: T tokens, N sequences, A query heads, G key/value heads, D head size.
 
 import importlib.util
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from ml_embed.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 ATTENTION_NAME = "ml_embed_packed"
 Kernel = Literal["varlen", "flash", "sdpa"]
@@ -62,7 +65,7 @@ class PackedSequences:
 
 
 @cache
-def _torch_varlen():
+def _torch_varlen() -> Callable[..., Any] | None:
     """torch's own variable-length attention, or None where this torch has none."""
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -72,11 +75,11 @@ def _torch_varlen():
 
 
 @cache
-def _varlen_causal_kwargs() -> tuple[tuple[str, object], ...]:
+def _varlen_causal_kwargs(attend: Callable[..., Any]) -> tuple[tuple[str, object], ...]:
     """How this torch spells "causal": `window_size=(-1, 0)` since 2.11, `is_causal=True` before."""
     import inspect
 
-    parameters = inspect.signature(_torch_varlen()).parameters
+    parameters = inspect.signature(attend).parameters
     return (("window_size", (-1, 0)),) if "window_size" in parameters else (("is_causal", True),)
 
 
@@ -127,7 +130,9 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, sc
     return torch.cat(outputs).unsqueeze(0)
 
 
-def _variable_length(query, key, value, packed: PackedSequences, scale: float, kernel: Kernel) -> Tensor:
+def _variable_length(
+    query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float, kernel: Kernel
+) -> Tensor:
     """(1, A, T, D) x (1, G, T, D) -> (1, T, A, D) with one fused kernel on CUDA in half precision."""
     dtype = value.dtype if value.dtype in HALF_DTYPES else torch.get_autocast_dtype("cuda")
     # Under autocast the query and key norms return float32, the value projection half precision.
@@ -144,15 +149,17 @@ def _variable_length(query, key, value, packed: PackedSequences, scale: float, k
         if groups > 1:  # grouped heads came to varlen_attn later than the function itself
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         # The scale is 1 / sqrt(D) for Qwen3, which is the kernel's default (older versions have no argument for it).
-        out = _torch_varlen()(
-            q, k, v, packed.cu_seqlens, packed.cu_seqlens, longest, longest, **dict(_varlen_causal_kwargs())
+        attend = _torch_varlen()
+        assert attend is not None, "choose_kernel takes it only where torch has it"
+        out = attend(
+            q, k, v, packed.cu_seqlens, packed.cu_seqlens, longest, longest, **dict(_varlen_causal_kwargs(attend))
         )
     return out.unsqueeze(0)
 
 
 @torch.compiler.disable  # the lengths differ in every batch: compiled, it would be compiled anew each time
 def packed_attention(
-    module: torch.nn.Module,
+    module: "Qwen3Attention",
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -92,7 +92,7 @@ def _take_over_exit_norms(encoder: MatryoshkaEncoder, folder: Path) -> None:
     trained = read_exit_norms(folder)
     for layer, norm in zip(encoder.exits, encoder.norms, strict=True):
         if layer in trained:
-            norm.weight.data.copy_(trained[layer])
+            norm.get_parameter("weight").data.copy_(trained[layer])
 
 
 def build_optimizer(encoder: MatryoshkaEncoder, config: TrainConfig) -> torch.optim.AdamW:

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -46,7 +46,7 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
     """
     if zero2.is_engine(model):
         return zero2.model_state(model)
-    return get_model_state_dict(model, options=_GATHER)
+    return cast("dict[str, Tensor]", get_model_state_dict(model, options=_GATHER))  # torch names it more broadly
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -54,7 +54,8 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     if zero2.is_engine(model):
         state = zero2.optimizer_state(model)
     else:
-        state = get_optimizer_state_dict(model, optimizer, options=_GATHER).get("state", {})
+        gathered = get_optimizer_state_dict(model, optimizer, options=_GATHER)
+        state = cast("dict[str, dict[str, Tensor]]", gathered.get("state", {}))
     return {
         f"{parameter}{_SEPARATOR}{moment}": tensor.contiguous()
         for parameter, moments in state.items()
@@ -164,13 +165,13 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
         raise UserError(f"--resume: {path} is the state of another model (they differ in {odd})")
     if _parameters_of(moments) != own:
         raise UserError(f"--resume: {path / OPTIMIZER_FILE} does not belong to the weights beside it")
-    state: dict[str, dict[str, Tensor]] = {}
+    state: dict[str, Any] = {}  # parameter -> moment -> tensor
     for name, tensor in moments.items():
         parameter, _, moment = name.rpartition(_SEPARATOR)
         state.setdefault(parameter, {})[moment] = tensor
     if zero2.is_engine(model):
         zero2.load_state(model, tensors, state)
         return
-    set_model_state_dict(model, tensors, options=_SCATTER)
+    set_model_state_dict(model, {**tensors}, options=_SCATTER)
     groups = get_optimizer_state_dict(model, optimizer)["param_groups"]  # learning rate and betas are the config's
     set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=_SCATTER)

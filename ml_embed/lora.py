@@ -43,6 +43,7 @@ def check_installed() -> None:
 def matrix_shapes(backbone: Qwen3Config) -> dict[str, tuple[int, int]]:
     """(O, I) of each matrix of a decoder layer; all of them get an adapter."""
     hidden, inner, head = backbone.hidden_size, backbone.intermediate_size, backbone.head_dim
+    assert backbone.num_key_value_heads is not None  # Qwen3Config fills it in
     queries, keys = backbone.num_attention_heads * head, backbone.num_key_value_heads * head
     return {
         "q_proj": (queries, hidden),

@@ -9,6 +9,7 @@ global batch, H hidden size, D nested dims. Sources: MRL (arXiv 2205.13147), ML-
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ def nested_cosines(left: Tensor, right: Tensor, dims: Sequence[int]) -> Iterator
     Yields:
         dim and the cosines (..., M, N).
     """
-    dot = left_square = right_square = 0.0
+    dot = left_square = right_square = left.new_zeros(())
     start = 0
     for stop in sorted(dims):
         left_block, right_block = left[..., start:stop], right[..., start:stop]
@@ -66,7 +67,7 @@ class _BlockwiseLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, left, right, loss_of_rows, rows):
+    def forward(ctx: Any, left: Tensor, right: Tensor, loss_of_rows: LossOfRows, rows: int) -> Tensor:
         left, right = left.detach(), right.detach().requires_grad_()
         total = left.new_zeros(())
         left_gradient, right_gradient = torch.empty_like(left), torch.zeros_like(right)
@@ -83,7 +84,7 @@ class _BlockwiseLoss(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         left_gradient, right_gradient = ctx.saved_tensors
         return gradient * left_gradient, gradient * right_gradient, None, None
 

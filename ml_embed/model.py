@@ -7,7 +7,7 @@ Letters: V vocabulary, H hidden size, r rank, L layers, T tokens of a packed bat
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -146,8 +146,8 @@ class MatryoshkaEncoder(nn.Module):
             self.norms = nn.ModuleList([final_norm])
         else:
             self.norms = nn.ModuleList([_copy_norm(final_norm, self.config) for _ in self.exits])
-        backbone.embed_tokens = None
-        backbone.norm = nn.Identity()
+        backbone.register_module("embed_tokens", None)
+        backbone.register_module("norm", nn.Identity())
         self.backbone = backbone
 
     @property
@@ -202,7 +202,7 @@ def check_compilable() -> None:
         )
 
 
-def check_supported(config) -> None:
+def check_supported(config: Any) -> None:
     """Refuse a backbone that this encoder would compute wrongly.
 
     Raises:

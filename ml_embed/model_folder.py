@@ -22,7 +22,7 @@ from huggingface_hub import save_torch_state_dict, snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, Qwen3Config, Qwen3Model
+from transformers import AutoConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3Model
 
 from ml_embed.attention import Kernel
 from ml_embed.errors import UserError
@@ -67,10 +67,11 @@ class ModelRecord:
         if not path.exists():
             return None
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             version = values.pop("format_version")
             known = {f.name for f in dataclasses.fields(cls)}
-            record = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
+            own: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
+            record = cls(**own)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{path} is damaged ({error}); copy the model folder again") from None
         if version != FORMAT_VERSION:
@@ -87,7 +88,7 @@ def save_model_folder(
     folder: Path,
     state: Mapping[str, Tensor],
     config: Qwen3Config,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     record: ModelRecord,
     dim: int | None = None,
 ) -> None:
@@ -133,7 +134,9 @@ def backbone_state(state: Mapping[str, Tensor], record: ModelRecord) -> dict[str
     return plain
 
 
-def _save_config(folder: Path, config: Qwen3Config, tokenizer, record: ModelRecord, dim: int | None) -> None:
+def _save_config(
+    folder: Path, config: Qwen3Config, tokenizer: PreTrainedTokenizerBase, record: ModelRecord, dim: int | None
+) -> None:
     config = copy.deepcopy(config)
     config.architectures = ["Qwen3ForCausalLM"]  # the name that embedding servers know this layout of files by
     config.tie_word_embeddings = True
@@ -144,7 +147,7 @@ def _save_config(folder: Path, config: Qwen3Config, tokenizer, record: ModelReco
     config.save_pretrained(folder)
 
 
-def _save_tokenizer(folder: Path, tokenizer, record: ModelRecord) -> None:
+def _save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, record: ModelRecord) -> None:
     tokenizer = copy.deepcopy(tokenizer)
     append_eos_template(tokenizer)
     tokenizer.model_max_length = record.max_seq_length
@@ -161,7 +164,7 @@ def _save_sentence_transformers_files(folder: Path, hidden_size: int, record: Mo
     _write_json(folder / "1_Pooling" / "config.json", pooling | {"pooling_mode_lasttoken": True})
     if dim is not None and dim < hidden_size:
         # A projection onto the leading components: unlike `truncate_dim` it stands before the normalisation.
-        cut = {"in_features": hidden_size, "out_features": dim, "bias": False}
+        cut: dict[str, Any] = {"in_features": hidden_size, "out_features": dim, "bias": False}
         cut["activation_function"] = "torch.nn.modules.linear.Identity"
         _write_json(folder / "2_Dense" / "config.json", cut)
         save_file({"linear.weight": torch.eye(dim, hidden_size)}, folder / "2_Dense" / "model.safetensors")
@@ -202,12 +205,13 @@ def load_backbone(folder: str | Path, config: Qwen3Config, dtype: torch.dtype = 
         UserError: weights are missing, damaged, do not fit the config, or are not safetensors.
     """
     try:
-        model, report = Qwen3Model.from_pretrained(
+        loaded: Any = Qwen3Model.from_pretrained(  # a pair, because of output_loading_info
             folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"the weights in {folder} cannot be loaded: {reason}; safetensors files are needed") from None
+    model, report = loaded
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise UserError(
@@ -236,7 +240,7 @@ def _load_layers(folder: Path, config: Qwen3Config, dtype: torch.dtype) -> Qwen3
     config.dtype = dtype
     with torch.device("meta"):
         backbone = Qwen3Model(config)
-    backbone.embed_tokens = None
+    backbone.register_module("embed_tokens", None)
     backbone.rotary_emb = type(backbone.rotary_emb)(config)  # its buffers are computed, not stored
     state: dict[str, Tensor] = {}
     try:
@@ -286,6 +290,7 @@ def load_encoder(
     depth = config.num_hidden_layers if depth is None else depth
     assert 1 <= depth <= config.num_hidden_layers, depth
     config.num_hidden_layers = depth
+    assert config.layer_types is not None  # Qwen3Config fills it in
     config.layer_types = config.layer_types[:depth]
     if record is not None and record.ranks:
         backbone, factors = _load_layers(folder, config, dtype), read_factors(folder, rank, dtype)
@@ -299,7 +304,7 @@ def load_encoder(
         for layer, norm in zip(exits, encoder.norms, strict=True):
             # An exit that was not trained borrows the norm of the nearest deeper one that was.
             nearest = min(trained for trained in norms if trained >= layer)
-            norm.weight.data.copy_(norms[nearest])
+            norm.get_parameter("weight").data.copy_(norms[nearest])
     return encoder.eval()
 
 

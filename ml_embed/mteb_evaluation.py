@@ -329,15 +329,24 @@ class CutEncoder:
         self._prompts = prompts
         self.mteb_model_meta = mteb_model_meta
 
-    def encode(self, inputs, *, task_metadata, hf_split, hf_subset, prompt_type=None, **kwargs) -> np.ndarray:
+    def encode(
+        self,
+        inputs: Iterable[Mapping[str, Sequence[str]]],
+        *,
+        task_metadata: "TaskMetadata",
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: "PromptType | None" = None,
+        **kwargs: Any,
+    ) -> np.ndarray:
         """(N, D) vectors of the texts in batches {"text": [...]}, behind their prompt."""
         prompt = self._prompts.text(task_metadata, prompt_type)
         return self._vectors([prompt + text for batch in inputs for text in batch["text"]])
 
-    def similarity(self, embeddings1, embeddings2) -> Tensor:
+    def similarity(self, embeddings1: np.ndarray, embeddings2: np.ndarray) -> Tensor:
         """(N, M) cosines of (N, D) and (M, D) unit vectors."""
         return torch.atleast_2d(torch.as_tensor(embeddings1)) @ torch.atleast_2d(torch.as_tensor(embeddings2)).T
 
-    def similarity_pairwise(self, embeddings1, embeddings2) -> Tensor:
+    def similarity_pairwise(self, embeddings1: np.ndarray, embeddings2: np.ndarray) -> Tensor:
         """(N,) cosines of (N, D) and (N, D) unit vectors, row by row."""
         return (torch.as_tensor(embeddings1) * torch.as_tensor(embeddings2)).sum(-1)

@@ -66,10 +66,12 @@ def batch_objective(
     passages = _of_all(student.passage, batch) if batch.task == "retrieval" or similarities else None  # (n, E, H)
     candidates = student.candidates()  # (E, R, 1 + K, H)
     hard, in_batch, left_out = _contrastive(student.query, candidates, passages, batch, spec, false_negative_margin)
-    distillation = vectors.new_zeros(())
-    if similarities:
+    if teacher is None:
+        distillation = vectors.new_zeros(())
+    elif kd_loss == "similarity":
+        assert passages is not None
         distillation = _similarity_distillation(student.query, candidates, passages, teacher, batch, spec)
-    elif teacher is not None:
+    else:
         distillation = _vector_distillation(student, teacher, batch)
     return LossTerms(hard, in_batch, distillation, hard + in_batch + kd_weight * distillation, left_out)
 
@@ -92,14 +94,19 @@ def _contrastive(
     passages = passages if batch.task == "retrieval" else None
     deepest_passages = None if passages is None else passages[:, -1]
     left_out = leave_out(query[-1], candidates[-1], deepest_passages, batch, margin)
+    nothing = query.new_zeros(())
     hard = sum(
-        hard_loss(query[e], candidates[e], left_out.candidates, batch.sample_weights, spec) for e in range(exits)
+        (hard_loss(query[e], candidates[e], left_out.candidates, batch.sample_weights, spec) for e in range(exits)),
+        start=nothing,
     )
     if passages is None:
-        return hard / exits, query.new_zeros(()), left_out
+        return hard / exits, nothing, left_out
     in_batch = sum(
-        in_batch_loss(query[e], passages[:, e], batch.target, left_out.passages, batch.sample_weights, spec)
-        for e in range(exits)
+        (
+            in_batch_loss(query[e], passages[:, e], batch.target, left_out.passages, batch.sample_weights, spec)
+            for e in range(exits)
+        ),
+        start=nothing,
     )
     return hard / exits, in_batch / exits, left_out
 

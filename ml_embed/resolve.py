@@ -217,6 +217,7 @@ def _memory(config: TrainConfig, backbone: Qwen3Config, held: int, trained: int,
         held: parameters in memory; trained: those among them that have a gradient and moments.
         tokens: of a process and step.
     """
+    assert backbone.num_key_value_heads is not None  # Qwen3Config fills it in
     heads = 4 * backbone.num_attention_heads + 6 * backbone.num_key_value_heads
     per_layer = 8 * backbone.hidden_size + heads * backbone.head_dim + 4 * backbone.intermediate_size
     per_layer += config.lora_r * len(matrix_shapes(backbone))

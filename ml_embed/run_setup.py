@@ -13,6 +13,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, broadcast_object_list, set_seed
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import PreTrainedTokenizerBase, Qwen3Config
 
 from ml_embed import lora, zero2
 from ml_embed.attention import choose_kernel
@@ -135,7 +136,7 @@ def open_inputs(
     return backbone_config, tokenizer, store, teacher_vectors, resolve(config, backbone_config, store, world_size)
 
 
-def _check_tokenizer(config: TrainConfig, tokenizer, store: Store) -> None:
+def _check_tokenizer(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, store: Store) -> None:
     if store.manifest is None:  # the released layout does not say which tokenizer it was made with
         return
     if store.manifest["tokenizer_fingerprint"] != tokenizer_fingerprint(tokenizer):
@@ -145,7 +146,8 @@ def _check_tokenizer(config: TrainConfig, tokenizer, store: Store) -> None:
         )
 
 
-def _check_teacher(config: TrainConfig, student_config, tokenizer) -> None:
+def _check_teacher(config: TrainConfig, student_config: Qwen3Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    assert config.teacher_model_path is not None
     teacher_config = load_config(config.teacher_model_path)
     if config.kd_loss == "vectors" and teacher_config.hidden_size < student_config.hidden_size:
         raise UserError(

@@ -8,9 +8,10 @@ import contextlib
 import itertools
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from types import FrameType
 from typing import Any
 
 import torch
@@ -99,10 +100,12 @@ class Run:
     @torch.no_grad()
     def _taught(self, batch: ContrastiveBatch) -> PartVectors:
         """The live teacher's vectors of a batch."""
+        assert self.teacher is not None
+        teacher = self.teacher
         budget = self.config.max_tokens_per_forward or batch.num_encoded_tokens
         pieces = [slice_texts(batch.texts, *chunk) for chunk in token_chunks(batch.texts.packed, budget)]
         with self.accelerator.autocast():
-            vectors = torch.cat([self.teacher(piece.input_ids, piece.packed).float() for piece in pieces], dim=1)
+            vectors = torch.cat([teacher(piece.input_ids, piece.packed).float() for piece in pieces], dim=1)
         return PartVectors.of_texts(vectors, batch)
 
 
@@ -114,7 +117,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["StopRequest"]:
-        def request(number, frame):
+        def request(number: int, frame: FrameType | None) -> None:
             self.requested = True
 
         previous = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -279,7 +282,7 @@ def _write_checkpoint(run: Run, step: int, epoch_ends: bool, state: dict, moment
             remove_folder(old)
 
 
-def prefetch(build: Callable[[int], ContrastiveBatch], steps: range) -> Iterator[ContrastiveBatch]:
+def prefetch(build: Callable[[int], ContrastiveBatch], steps: range) -> Generator[ContrastiveBatch, None, None]:
     """Batches of `steps` in order, built by a thread a little ahead of their use."""
     with ThreadPoolExecutor(1) as pool:
         remaining = iter(steps)

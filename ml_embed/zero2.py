@@ -8,7 +8,7 @@ import importlib.util
 import math
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +16,9 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from ml_embed.errors import UserError
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of a parameter's shape; beside them it keeps one "step" for all
 
@@ -78,7 +81,7 @@ def prepare(
     return engine, sharded
 
 
-def is_engine(model: nn.Module) -> bool:
+def is_engine(model: nn.Module) -> TypeGuard["DeepSpeedEngine"]:
     """Whether `model` was prepared here; does not import DeepSpeed."""
     deepspeed = sys.modules.get("deepspeed")
     return deepspeed is not None and isinstance(model, deepspeed.DeepSpeedEngine)
@@ -88,7 +91,7 @@ def uses_zero2(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type is DistributedType.DEEPSPEED
 
 
-def backward(engine: nn.Module, loss: Tensor, last: bool) -> None:
+def backward(engine: "DeepSpeedEngine", loss: Tensor, last: bool) -> None:
     """Add the gradients of `loss`, averaged over processes, to each process's part of them; moves no weights.
 
     Args:
@@ -98,13 +101,13 @@ def backward(engine: nn.Module, loss: Tensor, last: bool) -> None:
     engine.backward(loss)
 
 
-def gradient_norm(engine: nn.Module) -> Tensor:
+def gradient_norm(engine: "DeepSpeedEngine") -> Tensor:
     """The total norm over all processes' parts, before clipping, scalar; NaN if it is not finite. A collective."""
     norm = torch.as_tensor(engine.optimizer.scaled_global_norm())
     return torch.where(norm >= 0, norm, math.nan)  # DeepSpeed's word for infinity and NaN is -1
 
 
-def model_state(engine: nn.Module) -> dict[str, Tensor]:
+def model_state(engine: "DeepSpeedEngine") -> dict[str, Tensor]:
     """The whole weights by name, on the CPU of the first process, empty on others."""
     if engine.global_rank != 0:
         return {}
@@ -113,7 +116,7 @@ def model_state(engine: nn.Module) -> dict[str, Tensor]:
     return {name: torch.empty_like(weight, device="cpu").copy_(weight) for name, weight in weights.items()}
 
 
-def optimizer_state(engine: nn.Module) -> dict[str, dict[str, Tensor]]:
+def optimizer_state(engine: "DeepSpeedEngine") -> dict[str, dict[str, Tensor]]:
     """Whole moments as {parameter: {moment: tensor}}, on the CPU of the first process, empty on others.
 
     A collective.
@@ -130,7 +133,9 @@ def optimizer_state(engine: nn.Module) -> dict[str, dict[str, Tensor]]:
     return state
 
 
-def load_state(engine: nn.Module, weights: Mapping[str, Tensor], state: Mapping[str, Mapping[str, Any]]) -> None:
+def load_state(
+    engine: "DeepSpeedEngine", weights: Mapping[str, Tensor], state: Mapping[str, Mapping[str, Any]]
+) -> None:
     """Put whole weights and moments, by parameter name, into the parts that each process keeps."""
     from deepspeed.utils import (
         lazy_init_hp_params_optimizer_state,
@@ -150,7 +155,7 @@ def load_state(engine: nn.Module, weights: Mapping[str, Tensor], state: Mapping[
     sharded.update_lp_params()
 
 
-def _trained_parameters(engine: nn.Module) -> list[tuple[str, nn.Parameter]]:
+def _trained_parameters(engine: "DeepSpeedEngine") -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
 
 
@@ -173,7 +178,7 @@ def _parts(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [part for group in optimizer.param_groups for part in group["params"]]
 
 
-def _step_counter(engine: nn.Module) -> Tensor:
+def _step_counter(engine: "DeepSpeedEngine") -> Tensor:
     optimizer = engine.optimizer.optimizer
     (part,) = _parts(optimizer)
     return optimizer.state[part]["step"]

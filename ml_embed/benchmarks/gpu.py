@@ -80,8 +80,8 @@ def check_naive() -> dict[str, float]:
     """Losses and gradients of a small model in float32 on the GPU: packed against padded."""
     accelerator = _accelerator("no")
     batch = pick_batch(random_dataset(64, SMALL_MODEL["vocab_size"], SMALL.max_length), SMALL, EOS)
-    naive = naive_contender(batch, SMALL, accelerator, **SMALL_MODEL)
-    fast = fast_contender(batch, SMALL, accelerator, **SMALL_MODEL)
+    naive = naive_contender(batch, SMALL, accelerator, SMALL_MODEL)
+    fast = fast_contender(batch, SMALL, accelerator, SMALL_MODEL)
     return check_agreement(fast, naive, NAIVE_TOLERANCE)
 
 
@@ -113,10 +113,10 @@ def check_liger() -> dict[str, float]:
     """Losses and gradients of a small model in float32: with liger's kernels against the naive version without."""
     accelerator = _accelerator("no")
     batch = pick_batch(random_dataset(64, SMALL_MODEL["vocab_size"], SMALL.max_length), SMALL, EOS)
-    naive = naive_contender(batch, SMALL, accelerator, **SMALL_MODEL)
+    naive = naive_contender(batch, SMALL, accelerator, SMALL_MODEL)
     expected = naive.gradients()
     with liger_kernels():
-        liger = fast_contender(batch, SMALL, accelerator, **SMALL_MODEL)
+        liger = fast_contender(batch, SMALL, accelerator, SMALL_MODEL)
         return compare_gradients(liger.gradients(), expected, NAIVE_TOLERANCE)
 
 
@@ -124,7 +124,7 @@ def check_kernels() -> dict[str, float]:
     """Largest 1 - cosine between vectors of each variable-length kernel and of SDPA sequence by sequence, in bf16."""
     accelerator = _accelerator("bf16")
     batch = pick_batch(random_dataset(64, SMALL_MODEL["vocab_size"], SMALL.max_length), SMALL, EOS)
-    model = fast_contender(batch, SMALL, accelerator, **SMALL_MODEL).model
+    model = fast_contender(batch, SMALL, accelerator, SMALL_MODEL).model
     texts = batch.texts.to(accelerator.device)
 
     def vectors(kernel: str) -> torch.Tensor:
@@ -133,7 +133,7 @@ def check_kernels() -> dict[str, float]:
             return model(texts.input_ids, texts.packed)
 
     reference = vectors("sdpa")
-    differences = {}
+    differences: dict[str, float] = {}
     for kernel in available_kernels(accelerator.device, torch.bfloat16):
         if kernel != "sdpa":
             cosines = torch.nn.functional.cosine_similarity(vectors(kernel), reference, dim=-1)
@@ -148,11 +148,11 @@ def measure_training(shape: TrainingShape, repeats: int, compiled: bool, liger: 
     batch = pick_batch(random_dataset(256, 151_936, shape.max_length), shape, EOS)
     peak = matrix_peak(8192, 10, accelerator.device, torch.bfloat16)
     versions = {
-        "naive": lambda: naive_contender(batch, shape, accelerator, **model),
-        "fast": lambda: fast_contender(batch, shape, accelerator, **model),
+        "naive": lambda: naive_contender(batch, shape, accelerator, model),
+        "fast": lambda: fast_contender(batch, shape, accelerator, model),
     }
     if compiled:
-        versions["compiled"] = lambda: fast_contender(batch, shape, accelerator, compiled=True, **model)
+        versions["compiled"] = lambda: fast_contender(batch, shape, accelerator, model, compiled=True)
     if liger:
         versions["liger"] = versions["fast"]
     measured: dict[str, Measured | None] = {}

@@ -44,7 +44,7 @@ def child(tokenized: str, cache: str, eos_id: str, batch_size: str, *budgets: st
     batch = pick_batch(open_sample(Path(tokenized), Path(cache)), shape, int(eos_id))
     results = []
     for budget in budgets:
-        contender = fast_contender(batch, shape, accelerator, int(budget), **MODEL)
+        contender = fast_contender(batch, shape, accelerator, MODEL, int(budget))
         contender.step()  # allocates gradients, the optimizer's moments and the libraries' buffers
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         start = time.perf_counter()

@@ -36,8 +36,8 @@ class NaiveEncoder(nn.Module):
         super().__init__()
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
         self.norm = backbone.norm
-        backbone.norm = nn.Identity()
-        backbone.embed_tokens = None
+        backbone.register_module("norm", nn.Identity())
+        backbone.register_module("embed_tokens", None)
         self.backbone = backbone
         self.exits = tuple(exits)
 

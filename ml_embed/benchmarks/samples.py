@@ -5,9 +5,10 @@ The tokenizer is trained on the same text; the token table has Qwen3's 151,936 r
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
+from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3Model
 
 from ml_embed.backbone import train_tokenizer
 from ml_embed.sample_data import build_datasets, training_texts
@@ -24,7 +25,7 @@ class Sample:
     raw: Path
     tokenized: Path
     tokenizer_folder: Path
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: PreTrainedTokenizerBase
 
 
 def make_sample(
@@ -50,9 +51,9 @@ def make_sample(
     return Sample(folder / "raw", folder / "tokenized", tokenizer_folder, load_tokenizer(tokenizer_folder))
 
 
-def make_backbone(tokenizer: PreTrainedTokenizerFast | None, **shape: int) -> Qwen3Model:
+def make_backbone(tokenizer: PreTrainedTokenizerBase | None, **shape: int) -> Qwen3Model:
     """A Qwen3 model with random weights (seed 0) in float32; `shape` overrides the benchmark's usual one."""
-    usual = {
+    settings: dict[str, Any] = {
         "vocab_size": QWEN3_VOCABULARY,
         "hidden_size": 256,
         "intermediate_size": 768,
@@ -62,8 +63,7 @@ def make_backbone(tokenizer: PreTrainedTokenizerFast | None, **shape: int) -> Qw
         "head_dim": 64,
         "max_position_embeddings": 4096,
     }
-    special = (
-        {} if tokenizer is None else {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    )
+    if tokenizer is not None:
+        settings |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     torch.manual_seed(0)
-    return Qwen3Model(Qwen3Config(**(usual | shape), **special)).float()
+    return Qwen3Model(Qwen3Config(**(settings | shape))).float()

@@ -45,8 +45,8 @@ def compare_training(
     sample = make_sample(folder / "sample", rows=500, tokenizer_folder=tokenizer)
     batch = pick_batch(open_sample(sample.tokenized, folder / "cache"), shape, sample.tokenizer.eos_token_id)
     accelerator = Accelerator(cpu=True, mixed_precision="no")
-    naive = naive_contender(batch, shape, accelerator, **model)
-    fast = fast_contender(batch, shape, accelerator, compiled=compiled, **model)
+    naive = naive_contender(batch, shape, accelerator, model)
+    fast = fast_contender(batch, shape, accelerator, model, compiled=compiled)
     agreement = check_agreement(fast, naive)
     cpu: dict[str, list[float]] = {"naive": [], "fast": []}
     peaks: list[float] = []

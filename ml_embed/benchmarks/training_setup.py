@@ -1,6 +1,6 @@
 """Both versions of the training step on one batch of real text: same weights, same rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,11 +96,11 @@ def fast_contender(
     batch: ContrastiveBatch,
     shape: TrainingShape,
     accelerator: Accelerator,
+    model_shape: Mapping[str, int],
     max_tokens: int = 0,
     compiled: bool = False,
-    **model_shape: int,
 ) -> Contender:
-    """This project's step."""
+    """This project's step; `model_shape` is what `make_backbone` takes."""
     device = accelerator.device
     backbone = make_backbone(None, num_hidden_layers=shape.layers, hidden_size=shape.hidden, **model_shape)
     factors = factorize_table(backbone.embed_tokens.weight.detach(), shape.rank)
@@ -121,7 +121,7 @@ def fast_contender(
 
 
 def naive_contender(
-    batch: ContrastiveBatch, shape: TrainingShape, accelerator: Accelerator, **model_shape: int
+    batch: ContrastiveBatch, shape: TrainingShape, accelerator: Accelerator, model_shape: Mapping[str, int]
 ) -> Contender:
     """The straightforward step; parameters have the names of the fast one's."""
     backbone = make_backbone(None, num_hidden_layers=shape.layers, hidden_size=shape.hidden, **model_shape)

@@ -6,6 +6,7 @@ N distinct texts of this process, T tokens, E exits, H vector length.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,7 +88,7 @@ class ContrastiveBatch:
     """a teacher's vectors that were computed beforehand; None without them"""
 
     def to(self, device: torch.device) -> "ContrastiveBatch":
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         teacher = None if self.teacher is None else self.teacher.to(device)
