@@ -7,4 +7,5 @@ prepare_environment plot,sentence-transformers,lora,ann,dev
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
+"$PYTHON" -m mypy
 exec "$PYTHON" -m pytest -q "$@"
