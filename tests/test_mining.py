@@ -222,6 +222,16 @@ def test_the_recall_told_is_that_of_the_neighbours_found(letters, tmp_path, monk
     assert 0.1 < share < 0.95, "or the number would show nothing"
 
 
+@pytest.mark.usefixtures("sixty_are_many")
+def test_the_script_hands_the_search_on(letters, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("ml_embed.text_models.load_text_model", lambda name, device: WordModel())
+    flags = ["--model", "letters", "--input", str(letters), "--output", str(tmp_path / "mined")]
+    assert main([*flags, "--search", "ann", "--nprobe", "7", "--code-bits", "8"]) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary["settings"].items() >= {"search": "ann", "nprobe": 7, "code_bits": 8}.items()
+    assert 0 < summary["datasets"]["letters"]["recall"] <= 1
+
+
 def interrupt(*args):
     raise KeyboardInterrupt
 
