@@ -36,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     from ml_embed.allocator import keep_freed_memory
     from ml_embed.heartbeat import heartbeat
     from ml_embed.run_setup import make_accelerator, open_inputs, set_up
+    from ml_embed.sole_launch import sole_launch
     from ml_embed.training import train
 
     with failures_from_outside(), heartbeat():
@@ -46,7 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.dry_run:
             accelerator.print(json.dumps(inputs[-1].to_json(), indent=2))
             return 0
-        code = train(set_up(config, given, accelerator, inputs, options.resume, options.allow_changes))
+        with sole_launch(config.run_dir):
+            code = train(set_up(config, given, accelerator, inputs, options.resume, options.allow_changes))
         accelerator.end_training()
     if code == 0:
         accelerator.print(f"done: {config.run_dir}")

@@ -5,12 +5,17 @@ Letters: W processes, R rows of each process.
 
 import os
 import socket
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from ml_embed.errors import UserError
+
+Answer = TypeVar("Answer")
 
 
 def world_size() -> int:
@@ -101,3 +106,18 @@ def gather_uneven(rows: Tensor) -> Tensor:
     gathered = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(gathered, padded)
     return torch.cat([block[: int(count)] for block, count in zip(gathered, counts, strict=True)])
+
+
+def asked_of_first(ask: Callable[[], Answer]) -> Answer:
+    """`ask()` on the first process; its answer, or its UserError, on all of them."""
+    answer: list[Any] = [None, None]
+    if process_index() == 0:
+        try:
+            answer[0] = ask()
+        except UserError as error:
+            answer[1] = str(error)
+    if world_size() > 1:
+        dist.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise UserError(answer[1])
+    return answer[0]

@@ -2,15 +2,14 @@
 
 import os
 import warnings
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, broadcast_object_list, set_seed
+from accelerate.utils import DistributedType, set_seed
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedTokenizerBase, Qwen3Config
@@ -22,7 +21,7 @@ from ml_embed.checkpoint import drop_newer, load_state, read_progress
 from ml_embed.config import TrainConfig
 from ml_embed.data.batch import BatchBuilder
 from ml_embed.data.store import Store, open_store
-from ml_embed.distributed import choose_gloo_interface
+from ml_embed.distributed import asked_of_first, choose_gloo_interface
 from ml_embed.distributed import world_size as processes_of_group
 from ml_embed.errors import UserError
 from ml_embed.files import remove_leftovers, write_json
@@ -40,7 +39,6 @@ from ml_embed.training import Run
 # connections, and over several machines by `ml_embed.heartbeat`.
 _COLLECTIVE_TIMEOUT = timedelta(hours=2)
 _ENGINES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-_Answer = TypeVar("_Answer")
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -178,8 +176,8 @@ def set_up(
     former = ModelRecord.load(Path(config.model_path))
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     choose_kernel(config.attention, accelerator.device, dtype)  # refuses an impossible one before anything is written
-    fingerprint = _asked_of_first(
-        accelerator, lambda: run_fingerprint(config, resolved, store, teacher_vectors, accelerator.mixed_precision)
+    fingerprint = asked_of_first(
+        lambda: run_fingerprint(config, resolved, store, teacher_vectors, accelerator.mixed_precision)
     )
 
     def prepare() -> tuple[Path | None, dict | None]:
@@ -192,7 +190,7 @@ def set_up(
         _prepare_run_dir(config, given, resolved, None if progress is None else progress["step"])
         return state_path, progress
 
-    state_path, progress = _asked_of_first(accelerator, prepare)
+    state_path, progress = asked_of_first(prepare)
     set_seed(config.seed % 2**32)  # NumPy takes no larger one; nothing here draws from it, but libraries may
     encoder = build_encoder(config, resolved, backbone_config, store, accelerator.device, dtype)
     teacher = build_teacher(config, accelerator.device, dtype)
@@ -237,20 +235,6 @@ def set_up(
         start_step=progress["step"] if progress else 0,
         fingerprint=fingerprint,
     )
-
-
-def _asked_of_first(accelerator: Accelerator, ask: Callable[[], _Answer]) -> _Answer:
-    """`ask()` on the first process; its answer, or its UserError, on all of them."""
-    answer: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            answer[0] = ask()
-        except UserError as error:
-            answer[1] = str(error)
-    broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise UserError(answer[1])
-    return answer[0]
 
 
 def _prepare(

@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import threading
+import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 import run as run_script
+from ml_embed import sole_launch
 
 
 def train(world, tmp_path, experiment_id="run", arguments=(), **changes) -> tuple[int, list[dict]]:
@@ -193,6 +196,30 @@ def test_a_second_run_does_not_overwrite_the_first(world, tmp_path, capsys):
     assert code == 2
     assert "already holds a run" in capsys.readouterr().err
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_two_launches_never_train_into_one_folder(world, tmp_path, capsys, monkeypatch):
+    """Another one that ends in time is waited for; one that does not is named, and nothing is written."""
+    monkeypatch.setattr(sole_launch, "ENDS_WITHIN_SECONDS", 1)
+    with sole_launch.sole_launch(tmp_path / "run"):
+        code, _ = train(world, tmp_path)
+        assert code == 2
+        assert "another launch is training into" in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(sole_launch, "ENDS_WITHIN_SECONDS", 60)
+    holds = threading.Event()
+
+    def hold_for_a_while():
+        with sole_launch.sole_launch(tmp_path / "run"):
+            holds.set()
+            time.sleep(4)  # longer than the other takes to come to the folder
+
+    threading.Thread(target=hold_for_a_while).start()
+    holds.wait()
+    code, lines = train(world, tmp_path)
+    assert code == 0
+    assert lines
+    assert "waiting for another launch" in capsys.readouterr().out
 
 
 def test_the_released_layout_trains_the_same(world, tmp_path, one_dataset):
