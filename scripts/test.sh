@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
-prepare_environment plot,sentence-transformers,lora,ann,dev
+prepare_environment plot,sentence-transformers,lora,ann,mteb,dev
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
