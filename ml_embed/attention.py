@@ -8,7 +8,7 @@ Letters: T tokens, N sequences, A query heads, G key/value heads, D head size.
 
 import importlib.util
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -39,11 +39,17 @@ class PackedSequences:
     """(N + 1,) int32, cumulative lengths from 0, on the compute device."""
 
     @classmethod
-    def from_lengths(cls, lengths: Iterable[int], device: torch.device | str = "cpu") -> "PackedSequences":
-        lengths = tuple(lengths)
+    def from_lengths(
+        cls, lengths: Sequence[int] | np.ndarray, device: torch.device | str | None = None
+    ) -> "PackedSequences":
+        """On the CPU, or copied to `device` without waiting."""
+        lengths = np.asarray(lengths, np.int64)
         cumulative = np.zeros(len(lengths) + 1, np.int32)
         np.cumsum(lengths, out=cumulative[1:])
-        return cls(lengths, torch.from_numpy(cumulative).to(device, non_blocking=True))
+        cu_seqlens = torch.from_numpy(cumulative)
+        if device is not None:
+            cu_seqlens = cu_seqlens.to(device, non_blocking=True)
+        return cls(tuple(lengths.tolist()), cu_seqlens)
 
     @property
     def max_length(self) -> int:

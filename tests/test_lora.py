@@ -66,7 +66,7 @@ def texts(count: int = 5) -> list[torch.Tensor]:
 
 
 def encode(encoder, ids: list[torch.Tensor]) -> torch.Tensor:
-    return encoder(torch.cat(ids), PackedSequences.from_lengths(map(len, ids)))
+    return encoder(torch.cat(ids), PackedSequences.from_lengths([len(text) for text in ids]))
 
 
 def adapted_matrices(state) -> list[str]:

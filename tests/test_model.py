@@ -27,7 +27,7 @@ def sequences():
 
 
 def encode(encoder, sequences, rank=None):
-    return encoder(torch.cat(sequences), PackedSequences.from_lengths(map(len, sequences)), rank)
+    return encoder(torch.cat(sequences), PackedSequences.from_lengths([len(ids) for ids in sequences]), rank)
 
 
 def naive_vectors(model, sequences):

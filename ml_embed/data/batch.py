@@ -126,7 +126,7 @@ class TextPool:
         place[order] = np.arange(len(order))
         joined = b"".join([texts[i] for i in order.tolist()])
         input_ids = torch.from_numpy(np.frombuffer(joined, np.int32).astype(np.int64))
-        return PackedBatch(input_ids, PackedSequences.from_lengths(lengths[order].tolist())), place, lengths
+        return PackedBatch(input_ids, PackedSequences.from_lengths(lengths[order])), place, lengths
 
 
 def cut_to_length(ids: bytes, max_bytes: int, eos: bytes) -> bytes:
@@ -156,9 +156,8 @@ class BatchBuilder:
         n, processes = len(rows), self.processes
         share = share_of_process(n, self.process, processes)
         real = share.stop - share.start
-        per_process = -(-n // processes)
-        # A share that is short is filled up with weightless copies: every process must take part in the collectives.
-        own = np.concatenate([rows[share], np.repeat(rows[:1], per_process - real)])
+        own = self.own_rows(rows)
+        per_process = len(own)
 
         negative_documents, negatives_in_all = self._draw(dataset, plan, rows, own, epoch)  # (R, K), -1 for none
         present = negative_documents >= 0
@@ -176,11 +175,12 @@ class BatchBuilder:
         numbers = np.array(query + [number_of[document] for document in documents])  # of all that the rows use
         texts, place, lengths = pool.pack()
         places = place[numbers]
-        negatives = np.full_like(negative_documents, place[0])  # any text will do where there is none
+        negatives = np.zeros_like(negative_documents)  # any text will do where there is none
         negatives[present] = places[2 * per_process :]
 
         is_real = np.arange(per_process) < real
-        counted = np.concatenate([is_real, is_real, np.repeat(is_real, present.sum(axis=1))])
+        if real < per_process:
+            numbers = numbers[np.concatenate([is_real, is_real, np.repeat(is_real, present.sum(axis=1))])]
         negative_weight = processes / max(1, negatives_in_all)
         return ContrastiveBatch(
             dataset=plan.name,
@@ -197,15 +197,16 @@ class BatchBuilder:
             excluded_passages=self._excluded_passages(dataset, rows, share, per_process),
             passage_documents=torch.from_numpy(own_documents),
             negative_documents=torch.from_numpy(negative_documents),
-            num_tokens=int(lengths[numbers[counted]].sum()),
+            num_tokens=int(lengths[numbers].sum()),
             num_encoded_tokens=len(texts.input_ids),
         )
 
     def own_rows(self, rows: np.ndarray) -> np.ndarray:
         """(R,) this process's rows of the global batch `rows` (n,), in the order of `build`, fillers included."""
-        share = share_of_process(len(rows), self.process, self.processes)
-        fillers = -(-len(rows) // self.processes) - (share.stop - share.start)
-        return np.concatenate([rows[share], np.repeat(rows[:1], fillers)])
+        own = rows[share_of_process(len(rows), self.process, self.processes)]
+        # A share that is short is filled up with weightless copies: every process must take part in the collectives.
+        fillers = -(-len(rows) // self.processes) - len(own)
+        return np.concatenate([own, np.repeat(rows[:1], fillers)]) if fillers else own
 
     def _draw(
         self, dataset: TokenizedDataset, plan: DatasetPlan, rows: np.ndarray, own: np.ndarray, epoch: int
@@ -213,15 +214,18 @@ class BatchBuilder:
         """(R, K) documents of each own row's negatives, -1 for none; how many the whole global batch uses."""
         offsets = dataset.negative_offsets
         starts = offsets[own]
+        counts = offsets[own + 1] - starts
         key = key_hash(self.seed, "negatives", plan.name, epoch)
-        places = draw_negatives(offsets[own + 1] - starts, own, plan.num_negatives, key)
+        places = draw_negatives(counts, own, plan.num_negatives, key)
         drawn = places >= 0
-        documents = np.full_like(places, -1)
+        documents = np.full(places.shape, -1)
         documents[drawn] = dataset.negative_documents[(starts[:, None] + places)[drawn]]
-        counts = offsets[rows + 1] - offsets[rows]
-        return documents, int(np.minimum(counts, plan.num_negatives).sum())
+        counts_in_all = counts if self.processes == 1 else offsets[rows + 1] - offsets[rows]
+        return documents, int(np.minimum(counts_in_all, plan.num_negatives).sum())
 
     def _gathered_rows(self, n: int, per_process: int) -> Tensor:
+        if n == per_process * self.processes:  # no fillers
+            return torch.arange(n)
         shares = [share_of_process(n, process, self.processes) for process in range(self.processes)]
         blocks = [p * per_process + np.arange(share.stop - share.start) for p, share in enumerate(shares)]
         return torch.from_numpy(np.concatenate(blocks))

@@ -5,6 +5,7 @@ long the permutation, so a resumed run can stand at any step at once.
 """
 
 import hashlib
+from functools import lru_cache
 
 import numpy as np
 
@@ -13,6 +14,7 @@ _SHIFT_1, _SHIFT_2, _SHIFT_3 = np.uint64(30), np.uint64(27), np.uint64(31)
 _FACTOR_1, _FACTOR_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
+@lru_cache(maxsize=1024, typed=True)  # an epoch's keys are asked for at every step
 def key_hash(*key: int | str) -> int:
     """A 64-bit integer that depends on every part of the key."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in key)
@@ -20,8 +22,12 @@ def key_hash(*key: int | str) -> int:
 
 
 def mix(values: np.ndarray, key: int) -> np.ndarray:
-    """A 64-bit hash of each integer of an array under `key` (the SplitMix64 finaliser, Steele et al. 2014)."""
-    x = values.astype(np.uint64) + np.uint64(key & _MASK)  # arrays of integers wrap without a warning
+    """A 64-bit hash of each integer of an array under `key`."""
+    return scramble(values.astype(np.uint64) + np.uint64(key & _MASK))  # arrays of integers wrap without a warning
+
+
+def scramble(x: np.ndarray) -> np.ndarray:
+    """The SplitMix64 finaliser (Steele et al. 2014) of an array of uint64, in place."""
     x ^= x >> _SHIFT_1
     x *= _FACTOR_1
     x ^= x >> _SHIFT_2

@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 
 from ml_embed.config import DatasetConfig, Task, TrainConfig
-from ml_embed.data.random import Permutation, mix, uniform
+from ml_embed.data.random import Permutation, mix, scramble, uniform
 from ml_embed.errors import UserError
 from ml_embed.tasks import task_of
 
@@ -161,7 +161,7 @@ def draw_negatives(counts: np.ndarray, rows: np.ndarray, asked: int, key: int) -
     places = np.arange(most)
     if most > asked:
         # One random key a place: the `asked` smallest of a row win. Places that a row lacks have the largest key.
-        keys = mix(places.astype(np.uint64) + mix(rows, key)[:, None], 0)  # = mix(places, the row's key)
+        keys = scramble(places.astype(np.uint64) + mix(rows, key)[:, None])  # = mix(places, the row's key)
         keys[places >= counts[:, None]] = _LARGEST_KEY
         winners = keys.argsort(axis=1, kind="stable")[:, :width]
     else:

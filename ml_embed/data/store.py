@@ -91,11 +91,13 @@ class TokenizedDataset:
         return _reopen_dataset, (self._store_folder, self.name)
 
 
+_BOTH_ENDS = np.arange(2)  # a text lies between its offset and the next one's
+
+
 def _byte_slices(tokens: np.ndarray, offsets: np.ndarray, numbers: np.ndarray) -> list[bytes]:
     view = tokens.data.cast("B") if len(tokens) else memoryview(b"")  # half the price of slices of an array
-    starts = (offsets[numbers] * tokens.itemsize).tolist()
-    stops = (offsets[numbers + 1] * tokens.itemsize).tolist()
-    return [bytes(view[start:stop]) for start, stop in zip(starts, stops, strict=True)]
+    bounds = offsets[numbers[:, None] + _BOTH_ENDS] * tokens.itemsize
+    return [bytes(view[start:stop]) for start, stop in bounds.tolist()]
 
 
 class Store:
