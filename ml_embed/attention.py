@@ -127,9 +127,11 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, sc
     """
     runs = [(length, len(list(group))) for length, group in itertools.groupby(packed.lengths)]
     sections = [length * count for length, count in runs]
+    # squeeze and not [0], for the same reason
+    queries, keys, values = (x.squeeze(0).split(sections, dim=1) for x in (query, key, value))
     outputs = []
-    for (length, count), *qkv in zip(runs, *(x.split(sections, dim=2) for x in (query, key, value)), strict=True):
-        q, k, v = (x[0].unflatten(1, (count, length)).transpose(0, 1) for x in qkv)  # (count, heads, length, D)
+    for (length, count), *qkv in zip(runs, queries, keys, values, strict=True):
+        q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in qkv)  # (count, heads, length, D)
         # On CUDA without a half-precision kernel, grouped heads would fall back to the slow math path: still exact.
         out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
         outputs.append(out.transpose(1, 2).flatten(0, 1))  # (count * length, A, D)

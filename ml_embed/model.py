@@ -177,7 +177,7 @@ class MatryoshkaEncoder(nn.Module):
         layers = output.hidden_states if len(self.exits) > 1 else {self.exits[0]: output.last_hidden_state}
         last_tokens = packed.last_tokens
         # Pool first, normalise after: the norm sees N rows, not T, at each exit.
-        pooled = [layers[exit_layer][0].index_select(0, last_tokens).float() for exit_layer in self.exits]
+        pooled = [layers[exit_layer].squeeze(0).index_select(0, last_tokens).float() for exit_layer in self.exits]
         if self.norm_sharing == "shared":
             return self.norms[0](torch.stack(pooled))
         return torch.stack([norm(rows) for norm, rows in zip(self.norms, pooled, strict=True)])

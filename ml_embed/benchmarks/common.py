@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import math
 import os
 import platform
 import statistics
@@ -88,6 +89,28 @@ def matrix_peak(size: int, repeats: int, device: Any = "cpu", dtype: Any = None)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     timing = measure({"product": lambda: torch.mm(left, right, out=out)}, repeats, synchronize=wait)["product"]
     return 2 * size**3 / min(timing.seconds)
+
+
+class SquareProducts:
+    """Large square matrix products on the CPU, at least as many FLOPs of them as some other work has.
+
+    They take turns with that work, for about as long: on a shared machine a short burst can be twice as fast as what
+    lasts for seconds, and would not be a peak that anything long could reach.
+    """
+
+    def __init__(self, size: int, flops: float):
+        import torch
+
+        self._left, self._right = torch.randn(2, size, size)
+        self._out = torch.empty_like(self._left)
+        self._count = math.ceil(flops / (2 * size**3))
+        self.flops = self._count * 2 * size**3
+
+    def run(self) -> None:
+        import torch
+
+        for _ in range(self._count):
+            torch.mm(self._left, self._right, out=self._out)
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
