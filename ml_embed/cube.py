@@ -18,7 +18,7 @@ from transformers import Qwen3Config
 
 from ml_embed.attention import choose_kernel
 from ml_embed.cut import choose_cut, read_record
-from ml_embed.embedder import choose_device, default_dtype, longest_first, pooled_vectors
+from ml_embed.encoding import choose_device, default_dtype, longest_first, pooled_vectors
 from ml_embed.errors import UserError
 from ml_embed.evaluation import chance_metrics, metrics_of_ranks
 from ml_embed.evaluation_data import TestSet, read_test_sets

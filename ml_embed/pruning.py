@@ -20,7 +20,7 @@ from transformers import Qwen3Config, Qwen3Model
 
 from ml_embed.attention import choose_kernel
 from ml_embed.backbone import check_output, read_texts, text_files
-from ml_embed.embedder import choose_device, default_dtype, longest_first, pooled_vectors
+from ml_embed.encoding import choose_device, default_dtype, longest_first, pooled_vectors
 from ml_embed.errors import UserError
 from ml_embed.export import stored_dtype
 from ml_embed.files import atomic_folder, give_usual_permissions

@@ -9,7 +9,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from ml_embed.embedder import Embedder, choose_device
+from ml_embed.embedder import Embedder
+from ml_embed.encoding import choose_device
 from ml_embed.errors import UserError
 from ml_embed.model_folder import RECORD_FILE
 
