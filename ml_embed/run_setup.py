@@ -45,7 +45,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     """The accelerator as `accelerate launch` set it up; under plain python, bf16 where the device has it.
 
     Raises:
-        UserError: fp16, or a tracker that is not installed.
+        UserError: fp16, an attention kernel that cannot run here, or a tracker that is not installed.
     """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
     has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -76,7 +76,12 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise UserError(f"mixed_precision: {accelerator.mixed_precision!r} is not supported; use 'bf16' or 'no'")
+    choose_kernel(config.attention, accelerator.device, _compute_dtype(accelerator))  # refuses an impossible one
     return accelerator
+
+
+def _compute_dtype(accelerator: Accelerator) -> torch.dtype:
+    return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
 
 
 def _check_engine(accelerator: Accelerator) -> None:
@@ -174,8 +179,7 @@ def set_up(
     """
     backbone_config, tokenizer, store, teacher_vectors, resolved = inputs
     former = ModelRecord.load(Path(config.model_path))
-    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    choose_kernel(config.attention, accelerator.device, dtype)  # refuses an impossible one before anything is written
+    dtype = _compute_dtype(accelerator)
     fingerprint = asked_of_first(
         lambda: run_fingerprint(config, resolved, store, teacher_vectors, accelerator.mixed_precision)
     )
