@@ -151,9 +151,15 @@ def damage(folder: Path) -> str | None:
     return None
 
 
+def umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
 def give_usual_permissions(folder: Path) -> None:
     """safetensors makes files that only their owner can read; colleagues and servers must read them too."""
-    umask = os.umask(0)
-    os.umask(umask)
+    mode = 0o666 & ~umask()
     for path in folder.rglob("*.safetensors"):
-        path.chmod(0o666 & ~umask)
+        path.chmod(mode)

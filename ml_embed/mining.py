@@ -12,7 +12,6 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
 from ml_embed import ann
-from ml_embed.data.files import commit, disk_errors_are_user_errors, partial_path
+from ml_embed.data.files import commit, disk_errors_are_user_errors, lock_folder, partial_path
 from ml_embed.errors import UserError
 from ml_embed.files import write_json
 from ml_embed.raw import (
@@ -177,7 +175,7 @@ def mine_folder(
     settings |= {"search": "exact"} if approximation is None else {"search": "ann", **asdict(approximation)}
     with disk_errors_are_user_errors(output, "Then run the same command again: it continues."):
         output.mkdir(parents=True, exist_ok=True)
-        with _exclusive(output):
+        with lock_folder(output / LOCK, "mining into"):
             summary = _read_summary(output, settings, overwrite)
             for dataset in tqdm(datasets, unit=" file", desc="files", disable=not progress):
                 target, digest = output / f"{dataset.name}.parquet", describe_source(dataset.path)
@@ -195,13 +193,6 @@ def mine_folder(
                 summary["datasets"][dataset.name] = entry | {"source": digest}
                 write_json(output / SUMMARY, summary)
     return summary
-
-
-def _exclusive(folder: Path) -> AbstractContextManager[object]:
-    try:
-        return FileLock(folder / LOCK).acquire(timeout=0)
-    except Timeout as error:
-        raise UserError(f"another process is mining into {folder}. Wait for it, or stop it first") from error
 
 
 def _read_summary(output: Path, settings: dict[str, Any], overwrite: bool) -> dict[str, Any]:

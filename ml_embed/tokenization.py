@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from filelock import AcquireReturnProxy, FileLock, Timeout
+from filelock import AcquireReturnProxy
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ml_embed.config import DatasetConfig
-from ml_embed.data.files import disk_errors_are_user_errors
+from ml_embed.data.files import disk_errors_are_user_errors, lock_folder
 from ml_embed.data.ledger import Ledger
 from ml_embed.data.numbering import TextNumbers, text_digest
 from ml_embed.data.schedule import check_dataset_names, match_settings
@@ -281,7 +281,4 @@ def _exclusive(folder: Path) -> AcquireReturnProxy:
     """Make the folder and hold its lock, so that two runs never write the same files."""
     with disk_errors_are_user_errors(folder, "Choose another --output."):
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            return FileLock(folder / LOCK).acquire(timeout=0)
-        except Timeout as error:
-            raise UserError(f"another process is tokenizing into {folder}. Wait for it, or stop it first.") from error
+        return lock_folder(folder / LOCK, "tokenizing into")

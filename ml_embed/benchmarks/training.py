@@ -84,7 +84,7 @@ def compare_training(
         "peak_gflops": products.flops / timing["products"].median / 1e9,
         "share_of_peak": work / products.flops * ratio(timing["products"], timing["fast"]),
         "share_of_peak_range": [work / products.flops * r for r in ratio_range(timing["products"], timing["fast"])],
-        "burst_gflops": products.flops / min(timing["products"].seconds) / 1e9,
+        "peak_gflops_best": products.flops / min(timing["products"].seconds) / 1e9,
         "sizes": vars(shape)
         | {
             "layer_parameters": layer_parameters(fast.model),

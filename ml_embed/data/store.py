@@ -5,7 +5,6 @@ store reads no data; a text is a slice of a memory map, with no Python object pe
 """
 
 import json
-import os
 import shutil
 import tempfile
 from functools import cached_property, lru_cache
@@ -21,6 +20,7 @@ from ml_embed.data.convert import ARRAYS, FORMAT_VERSION, INDEX, convert
 from ml_embed.data.files import disk_errors_are_user_errors
 from ml_embed.data.sources import Sources, find_sources
 from ml_embed.errors import UserError
+from ml_embed.files import umask
 
 
 class TokenizedDataset:
@@ -173,19 +173,12 @@ def _convert_once(sources: Sources, target: Path, progress: bool) -> None:
 
 
 def _rename_unless_there(partial: Path, target: Path) -> None:
-    partial.chmod(0o755 & ~_umask())  # mkdtemp makes it private; other users of a shared cache must read it
+    partial.chmod(0o755 & ~umask())  # mkdtemp makes it private; other users of a shared cache must read it
     try:
         partial.rename(target)
     except OSError:
         if not (target / INDEX).is_file():  # file systems without locks: the other process's store is as good
             raise
-
-
-def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 def _exclusive(path: Path, progress: bool) -> AcquireReturnProxy:
