@@ -19,7 +19,8 @@ from ml_embed.attention import choose_kernel
 from ml_embed.build import build_encoder, build_optimizer, build_teacher
 from ml_embed.checkpoint import drop_newer, load_state, read_progress
 from ml_embed.config import TrainConfig
-from ml_embed.data.batch import BatchBuilder
+from ml_embed.data.batch_builder import BatchBuilder
+from ml_embed.data.loader import Loader
 from ml_embed.data.store import Store, open_store
 from ml_embed.distributed import asked_of_first, choose_gloo_interface
 from ml_embed.distributed import world_size as processes_of_group
@@ -209,16 +210,18 @@ def set_up(
         model=model,
         optimizer=optimizer,
         teacher=teacher,
-        teacher_vectors=teacher_vectors,
-        store=store,
-        schedule=make_schedule(resolved.datasets, store, resolved.global_batch_size, config.seed),
-        builder=BatchBuilder(
-            seed=config.seed,
-            max_length=config.max_seq_length,
-            eos_id=tokenizer.eos_token_id,
-            mask_false_negatives=config.mask_false_negatives,
-            process=accelerator.process_index,
-            processes=accelerator.num_processes,
+        loader=Loader(
+            schedule=make_schedule(resolved.datasets, store, resolved.global_batch_size, config.seed),
+            store=store,
+            builder=BatchBuilder(
+                seed=config.seed,
+                max_length=config.max_seq_length,
+                eos_id=tokenizer.eos_token_id,
+                mask_false_negatives=config.mask_false_negatives,
+                process=accelerator.process_index,
+                processes=accelerator.num_processes,
+            ),
+            teacher_vectors=teacher_vectors,
         ),
         spec=loss_spec(resolved, config.temperature),
         tokenizer=tokenizer,

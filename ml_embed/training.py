@@ -3,14 +3,11 @@
 Letters: E exits, N texts of a batch, H hidden size, W processes.
 """
 
-import collections
 import contextlib
-import itertools
 import math
 import signal
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -22,9 +19,9 @@ from tqdm import tqdm
 from ml_embed import lora, zero2
 from ml_embed.checkpoint import model_state, numbered_folders, optimizer_state, save_state
 from ml_embed.config import TrainConfig
-from ml_embed.data.batch import BatchBuilder, ContrastiveBatch, PartVectors, slice_texts, token_chunks
-from ml_embed.data.schedule import Schedule, draw_rank
-from ml_embed.data.store import Store
+from ml_embed.data.batch import ContrastiveBatch, PartVectors, slice_texts, token_chunks
+from ml_embed.data.loader import Loader
+from ml_embed.data.schedule import draw_rank
 from ml_embed.distributed import all_reduce_max, all_reduce_sum
 from ml_embed.errors import UserError
 from ml_embed.files import atomic_folder, remove_folder
@@ -34,10 +31,8 @@ from ml_embed.metrics import MetricsLog, StepValues, Window
 from ml_embed.model_folder import ModelRecord, save_model_folder
 from ml_embed.objective import LossTerms, batch_objective
 from ml_embed.resolve import Resolved, learning_rate
-from ml_embed.teacher_vectors import TeacherVectors
 from ml_embed.validation import validate
 
-PREFETCHED_BATCHES = 2
 PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
 
 
@@ -53,11 +48,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     teacher: nn.Module | None
     """a teacher that runs beside the student"""
-    teacher_vectors: TeacherVectors | None
-    """or what one said beforehand"""
-    store: Store
-    schedule: Schedule
-    builder: BatchBuilder
+    loader: Loader
     spec: MatryoshkaSpec
     tokenizer: Any
     backbone_config: Any
@@ -72,15 +63,6 @@ class Run:
     def epoch_of(self, step: int) -> float:
         """Passes over the data after `step` steps."""
         return step / self.resolved.steps_per_epoch
-
-    def batch_of_step(self, step: int) -> ContrastiveBatch:
-        """This process's share of what the step with this number (from 0) trains on."""
-        chosen = self.schedule.batch(step)
-        plan = self.schedule.plans[chosen.dataset]
-        batch = self.builder.build(self.store.datasets[chosen.dataset], plan, chosen.rows, chosen.epoch)
-        if self.teacher_vectors is None:
-            return batch
-        return replace(batch, teacher=self.teacher_vectors.of_batch(batch, self.builder.own_rows(chosen.rows)))
 
     def encode(self, batch: ContrastiveBatch, rank: int) -> Tensor:
         """(E, N, H) vectors of a batch's texts at a rank; 0 is a whole token table."""
@@ -141,7 +123,7 @@ def train(run: Run) -> int:
     run.model.train()
     steps = range(run.start_step, last)
     bar = tqdm(total=last, initial=run.start_step, desc="training", disable=not run.accelerator.is_main_process)
-    with StopRequest().listening() as stop, bar, contextlib.closing(prefetch(run.batch_of_step, steps)) as batches:
+    with StopRequest().listening() as stop, bar, contextlib.closing(run.loader.training_batches(steps)) as batches:
         for done, batch in enumerate(batches, start=run.start_step + 1):
             lr = learning_rate(done, config, last)
             values = training_step(run, batch, done, lr, stop.requested)
@@ -149,7 +131,7 @@ def train(run: Run) -> int:
             bar.update()
             if done % config.log_interval == 0 or done == last:
                 optional = {
-                    "distilled": run.teacher is not None or run.teacher_vectors is not None,
+                    "distilled": run.teacher is not None or run.loader.teacher_vectors is not None,
                     "margin_used": config.false_negative_margin is not None,
                 }
                 line = run.log.train(done, run.epoch_of(done), lr, run.window, **optional)
@@ -235,7 +217,7 @@ def validate_and_log(run: Run, step: int) -> None:
         UserError: a loss is not finite.
     """
     run.model.eval()
-    values = validate(run.encode, run.schedule, run.store, run.builder, run.spec, run.resolved, run.accelerator.device)
+    values = validate(run.encode, run.loader, run.spec, run.resolved, run.accelerator.device)
     run.model.train()
     if not all(map(math.isfinite, values.values())):  # alike on all processes
         raise UserError(f"validation after step {step}: a loss is not finite; {_last_good(run)}. Lower learning_rate")
@@ -280,24 +262,6 @@ def _write_checkpoint(run: Run, step: int, epoch_ends: bool, state: dict, moment
         done = [path for number, path in numbered_folders(run_dir) if number <= step]
         for old in done[: -run.config.save_total_limit]:
             remove_folder(old)
-
-
-def prefetch(build: Callable[[int], ContrastiveBatch], steps: range) -> Generator[ContrastiveBatch, None, None]:
-    """Batches of `steps` in order, built by a thread a little ahead of their use."""
-    with ThreadPoolExecutor(1) as pool:
-        remaining = iter(steps)
-        pending = collections.deque(
-            pool.submit(build, step) for step in itertools.islice(remaining, PREFETCHED_BATCHES)
-        )
-        try:
-            while pending:
-                batch = pending.popleft().result()
-                if (step := next(remaining, None)) is not None:
-                    pending.append(pool.submit(build, step))
-                yield batch
-        finally:
-            for future in pending:
-                future.cancel()
 
 
 def _is_due(step: int, interval: int) -> bool:

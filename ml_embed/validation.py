@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ml_embed.data.batch import BatchBuilder, ContrastiveBatch
-from ml_embed.data.schedule import Schedule
-from ml_embed.data.store import Store
+from ml_embed.data.batch import ContrastiveBatch
+from ml_embed.data.loader import Loader
 from ml_embed.distributed import all_reduce_sum, gather_uneven, world_size
 from ml_embed.evaluation import metrics_of_ranks, ranks_of_positives, ranks_of_scores
 from ml_embed.losses import MatryoshkaSpec
@@ -23,7 +22,6 @@ from ml_embed.objective import batch_objective
 from ml_embed.resolve import Resolved
 from ml_embed.tasks import Task
 
-VALIDATION_EPOCH = -1  # negatives are drawn as in an epoch that training never has: always the same ones
 Encode = Callable[[ContrastiveBatch, int], Tensor]
 """batch, rank (0 is a whole token table) -> (E, N, H) vectors, in evaluation mode"""
 Batches = Callable[[], Iterator[tuple[int, ContrastiveBatch]]]
@@ -35,9 +33,7 @@ Vectors = Mapping[int, Tensor]
 @torch.no_grad()
 def validate(
     encode: Encode,
-    schedule: Schedule,
-    store: Store,
-    builder: BatchBuilder,
+    loader: Loader,
     spec: MatryoshkaSpec,
     resolved: Resolved,
     device: torch.device,
@@ -50,7 +46,7 @@ def validate(
 
     Args:
         encode: the model.
-        schedule, store, builder: as in training; no training randomness is advanced, for there is none to advance.
+        loader: as in training; no training randomness is advanced, for there is none to advance.
         spec: the losses' dims, weights and temperature.
         resolved: sizes of the model, and the grid of cells to measure beside the whole of it.
     Returns:
@@ -61,12 +57,12 @@ def validate(
     values: dict[str, float] = {}
     by_task: dict[str, list[float]] = defaultdict(list)
     totals = []
-    for name, plan in schedule.plans.items():
+    for name, plan in loader.schedule.plans.items():
         if plan.valid_rows == 0:
             continue
 
         def batches(name: str = name) -> Iterator[tuple[int, ContrastiveBatch]]:
-            return valid_batches(schedule, store, builder, name)
+            return loader.held_out_batches(name)
 
         own = _validate_dataset(encode, batches, plan.task, spec, resolved, device)
         totals.append(own["valid_loss_hard"] + own.get("valid_loss_in_batch", 0.0))
@@ -77,14 +73,6 @@ def validate(
     if totals:
         values["loss"] = sum(totals) / len(totals)
     return values
-
-
-def valid_batches(
-    schedule: Schedule, store: Store, builder: BatchBuilder, dataset: str
-) -> Iterator[tuple[int, ContrastiveBatch]]:
-    """(rows of the global batch, this process's share of it) over a dataset's held-out rows."""
-    for rows in schedule.valid_batches(dataset):
-        yield len(rows), builder.build(store.datasets[dataset], schedule.plans[dataset], rows, VALIDATION_EPOCH)
 
 
 def _validate_dataset(

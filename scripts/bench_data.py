@@ -16,7 +16,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--documents", type=int, default=100_000, help="documents of the corpus opened (default 100000)"
     )
-    parser.add_argument("--repeats", type=int, default=20, help="turns of each version, 32 batches each (default 20)")
+    parser.add_argument(
+        "--repeats", type=int, default=20, help="turns of each version, a block of batches each (default 20)"
+    )
     parser.add_argument("--skip-naive-opening", action="store_true", help="it takes about 1 kB of memory a document")
     args = parser.parse_args(arguments)
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from ml_embed.config import parse_config
-from ml_embed.data.batch import ID_BYTES, BatchBuilder, cut_to_length, slice_texts, token_chunks
+from ml_embed.data.batch import slice_texts, token_chunks
+from ml_embed.data.batch_builder import ID_BYTES, BatchBuilder, cut_to_length
 from ml_embed.data.schedule import plan_dataset
 from ml_embed.data.store import open_store
 

@@ -16,7 +16,8 @@ from transformers import AutoModel, AutoTokenizer, Qwen3Config, Qwen3Model
 from ml_embed.backbone import train_tokenizer
 from ml_embed.build import build_teacher
 from ml_embed.config import parse_config
-from ml_embed.data.batch import BatchBuilder, ContrastiveBatch, PartVectors
+from ml_embed.data.batch import ContrastiveBatch, PartVectors
+from ml_embed.data.batch_builder import BatchBuilder
 from ml_embed.data.schedule import plan_dataset
 from ml_embed.data.store import open_store
 from ml_embed.losses import MatryoshkaSpec

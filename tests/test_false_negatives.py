@@ -9,7 +9,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from ml_embed import false_negatives, losses
 from ml_embed.config import parse_config
-from ml_embed.data.batch import BatchBuilder
+from ml_embed.data.batch_builder import BatchBuilder
 from ml_embed.data.schedule import plan_dataset
 from ml_embed.data.store import open_store
 from ml_embed.metrics import Window

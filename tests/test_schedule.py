@@ -33,7 +33,7 @@ def make_schedule(seed=0, global_batch=8, weights=None, max_samples=None) -> Sch
 
 def epoch_batches(schedule: Schedule, epoch: int):
     steps = range(epoch * schedule.steps_per_epoch, (epoch + 1) * schedule.steps_per_epoch)
-    return [schedule.batch(step) for step in steps]
+    return schedule.batches(steps)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 17, 64, 1000])

@@ -16,7 +16,7 @@ from tiny_models import make_tokenizer
 from transformers import AutoTokenizer
 
 from ml_embed.config import parse_config
-from ml_embed.data.batch import BatchBuilder
+from ml_embed.data.batch_builder import BatchBuilder
 from ml_embed.data.schedule import plan_dataset
 from ml_embed.data.store import open_store
 from ml_embed.errors import UserError

@@ -14,15 +14,16 @@ import pyarrow.parquet as pq
 
 from ml_embed.benchmarks.common import Timing, measure
 from ml_embed.benchmarks.naive_data import NaiveDataset
-from ml_embed.data.batch import BatchBuilder, ContrastiveBatch
-from ml_embed.data.schedule import DatasetPlan
+from ml_embed.data.batch import ContrastiveBatch
+from ml_embed.data.batch_builder import BatchBuilder
+from ml_embed.data.loader import ROWS_OF_A_BLOCK, Loader
+from ml_embed.data.schedule import DatasetPlan, Schedule
 from ml_embed.data.store import TokenizedDataset, open_store
 
 SYNTHETIC = "synthetic"
 SYNTHETIC_TOKENS = 16  # of a document: opening and looking up do not depend on it, the disk space does
 NEGATIVES_STORED = 24
 GROUP_ROWS = 250_000
-BATCHES_A_TURN = 32
 
 
 @dataclass(frozen=True)
@@ -35,28 +36,33 @@ class BatchShape:
 def measure_batches(
     tokenized: Path, cache: Path, name: str, eos_id: int, shape: BatchShape, repeats: int
 ) -> dict[str, Timing]:
-    """Seconds to build a batch of random rows, by both versions, after checking that they give the same texts."""
-    dataset = open_store(tokenized, cache, progress=False).datasets[name]
-    naive = NaiveDataset(tokenized, name)
+    """Seconds to build a batch, by both versions, after checking that they give the same texts.
+
+    Ours begins at the number of a step, as training does; the naive one is given its random rows.
+    """
+    store = open_store(tokenized, cache, progress=False)
+    dataset, naive = store.datasets[name], NaiveDataset(tokenized, name)
     plan = DatasetPlan(name, "retrieval", shape.negatives, dataset.num_rows, 0, dataset.num_rows)
-    builder = BatchBuilder(0, shape.max_length, eos_id, True, 0, 1)
+    schedule = Schedule([plan], {name: dataset.num_rows}, shape.batch_size, seed=0)
+    loader = Loader(schedule, store, BatchBuilder(0, shape.max_length, eos_id, True, 0, 1), None)
+    block = ROWS_OF_A_BLOCK // shape.batch_size
+    first_steps = range(schedule.steps_per_epoch)[:8]
+    for batch, rows in zip(loader.build(first_steps), schedule.batches(first_steps), strict=True):
+        _check_same(batch, naive, dataset, rows.rows, shape.max_length, eos_id)
     rng = np.random.default_rng(0)
-    batches = [rng.permutation(dataset.num_rows)[: shape.batch_size] for _ in range(64)]
-    for rows in batches[:8]:
-        _check_same(builder.build(dataset, plan, rows, 0), naive, dataset, rows, shape.max_length, eos_id)
-    fast_rows, naive_rows = itertools.cycle(batches), itertools.cycle([rows.tolist() for rows in batches])
-    # Several at a time, as a loader builds them: in strict turns each would find the caches filled by the other.
+    naive_rows = itertools.cycle(rng.permutation(dataset.num_rows)[: shape.batch_size].tolist() for _ in range(64))
+    steps = itertools.count(step=block)
+    # A block at a time, as training builds them: in strict turns each would find the caches filled by the other.
     timing = measure(
         {
             "naive": lambda: [
-                naive.collate(next(naive_rows), None, shape.negatives, shape.max_length, eos_id)
-                for _ in range(BATCHES_A_TURN)
+                naive.collate(next(naive_rows), None, shape.negatives, shape.max_length, eos_id) for _ in range(block)
             ],
-            "fast": lambda: [builder.build(dataset, plan, next(fast_rows), 0) for _ in range(BATCHES_A_TURN)],
+            "fast": lambda: loader.build(range(start := next(steps), start + block)),
         },
         repeats,
     )
-    return {name: Timing(tuple(s / BATCHES_A_TURN for s in t.seconds)) for name, t in timing.items()}
+    return {name: Timing(tuple(s / block for s in t.seconds)) for name, t in timing.items()}
 
 
 def _check_same(

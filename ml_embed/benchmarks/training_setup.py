@@ -13,7 +13,8 @@ from ml_embed.attention import choose_kernel
 from ml_embed.benchmarks.naive_training import NaiveBatch, NaiveEncoder, naive_loss
 from ml_embed.benchmarks.samples import make_backbone
 from ml_embed.build import ADAM_BETAS, ADAM_EPSILON
-from ml_embed.data.batch import BatchBuilder, ContrastiveBatch
+from ml_embed.data.batch import ContrastiveBatch
+from ml_embed.data.batch_builder import BatchBuilder
 from ml_embed.data.schedule import DatasetPlan
 from ml_embed.data.store import TokenizedDataset, open_store
 from ml_embed.gradcache import forward_backward

@@ -7,7 +7,7 @@ Letters: W processes, B samples a process, G = B W rows of a full global batch.
 """
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -109,15 +109,22 @@ class Schedule:
     def steps_per_epoch(self) -> int:
         return int(self._first_batch[-1])
 
-    def batch(self, step: int) -> GlobalBatch:
-        """The rows of step `step`, counted from 0 over all epochs."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        batch = int(self._epoch_order(epoch)(np.array([position]))[0])
-        dataset = int(np.searchsorted(self._first_batch, batch, side="right")) - 1
-        plan = self.plans[self._names[dataset]]
-        first = (batch - int(self._first_batch[dataset])) * self.global_batch
-        draws = np.arange(first, min(first + self.global_batch, plan.draws))
-        return GlobalBatch(plan.name, self._rows(plan, draws, epoch), epoch)
+    def batches(self, steps: Iterable[int]) -> list[GlobalBatch]:
+        """The rows of each step, counted from 0 over all epochs. Many at once cost hardly more than one."""
+        epochs, positions = np.divmod(np.fromiter(steps, np.int64), self.steps_per_epoch)
+        found: dict[int, GlobalBatch] = {}
+        for epoch in np.unique(epochs).tolist():
+            places = np.flatnonzero(epochs == epoch)
+            batches = self._epoch_order(epoch)(positions[places])
+            datasets = np.searchsorted(self._first_batch, batches, side="right") - 1
+            for dataset in np.unique(datasets).tolist():
+                plan = self.plans[self._names[dataset]]
+                chosen = datasets == dataset
+                first = (batches[chosen] - self._first_batch[dataset]) * self.global_batch
+                draws = [np.arange(i, min(i + self.global_batch, plan.draws)) for i in first.tolist()]
+                rows = np.split(self._rows(plan, np.concatenate(draws), epoch), np.cumsum([len(d) for d in draws])[:-1])
+                found |= zip(places[chosen].tolist(), (GlobalBatch(plan.name, r, epoch) for r in rows), strict=True)
+        return [found[place] for place in range(len(epochs))]
 
     @lru_cache(maxsize=2)  # noqa: B019 - one Schedule lives as long as the run
     def _epoch_order(self, epoch: int) -> Permutation:
