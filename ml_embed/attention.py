@@ -7,6 +7,7 @@ Letters: T tokens, N sequences, Q queries (T or N), A query heads, G key/value h
 """
 
 import importlib.util
+import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -81,12 +82,9 @@ def _torch_varlen() -> Callable[..., Any] | None:
 
 
 @cache
-def _varlen_causal_kwargs(attend: Callable[..., Any]) -> tuple[tuple[str, object], ...]:
-    """How this torch spells "causal": `window_size=(-1, 0)` since 2.11, `is_causal=True` before."""
-    import inspect
-
-    parameters = inspect.signature(attend).parameters
-    return (("window_size", (-1, 0)),) if "window_size" in parameters else (("is_causal", True),)
+def _takes_grouped_heads(attend: Callable[..., Any]) -> bool:
+    """Whether this torch's `varlen_attn` shares key/value heads among query heads by itself, without copies."""
+    return "enable_gqa" in inspect.signature(attend).parameters
 
 
 def available_kernels(device: torch.device, dtype: torch.dtype) -> tuple[Kernel, ...]:
@@ -162,13 +160,15 @@ def _variable_length(
 
         out = flash_attn_varlen_func(q, k, v, *lengths, softmax_scale=scale, causal=not last_only)
     else:
-        groups = q.shape[1] // k.shape[1]
-        if groups > 1:  # grouped heads came to varlen_attn later than the function itself
-            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        # The scale is 1 / sqrt(D) for Qwen3, which is the kernel's default (older versions have no argument for it).
         attend = _torch_varlen()
         assert attend is not None, "choose_kernel takes it only where torch has it"
-        out = attend(q, k, v, *lengths, **({} if last_only else dict(_varlen_causal_kwargs(attend))))
+        grouped = q.shape[1] != k.shape[1]
+        if grouped and not _takes_grouped_heads(attend):
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+            grouped = False
+        window = (-1, -1 if last_only else 0)  # of tokens before and after that are seen; -1 is all
+        # The scale is 1 / sqrt(D) for Qwen3, which is the kernel's default (older versions have no argument for it).
+        out = attend(q, k, v, *lengths, window_size=window, **({"enable_gqa": True} if grouped else {}))
     return out.unsqueeze(0)
 
 
