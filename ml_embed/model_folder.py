@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3
 
 from ml_embed.attention import Kernel
 from ml_embed.errors import UserError
-from ml_embed.files import checksum, give_usual_permissions
+from ml_embed.files import checksum, give_usual_permissions, write_json
 from ml_embed.model import MatryoshkaEncoder, NormSharing, check_supported
 from ml_embed.tokenizer import append_eos_template
 
@@ -81,7 +80,7 @@ class ModelRecord:
         return record
 
     def save(self, folder: Path) -> None:
-        _write_json(folder / RECORD_FILE, dataclasses.asdict(self))
+        write_json(folder / RECORD_FILE, dataclasses.asdict(self))
 
 
 def save_model_folder(
@@ -103,14 +102,15 @@ def save_model_folder(
         dim: cut the vectors that sentence-transformers gives to this length; None is all of H.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    save_torch_state_dict(backbone_state(state, record), folder, max_shard_size=MAX_SHARD_SIZE)
+    plain = backbone_state(state, record)
+    save_torch_state_dict(plain, folder, max_shard_size=MAX_SHARD_SIZE)
     if record.ranks:
         factors = {name: state[f"embedding.{name}"].contiguous() for name in ("A", "B")}
         save_file(factors, folder / FACTORS_FILE)
     if record.norm_sharing == "per_layer":
         norms = {str(layer): state[f"norms.{i}.weight"].contiguous() for i, layer in enumerate(record.exits)}
         save_file(norms, folder / EXIT_NORMS_FILE)
-    _save_config(folder, config, tokenizer, record, dim)
+    _save_config(folder, config, plain["norm.weight"].dtype, tokenizer, record, dim)
     _save_tokenizer(folder, tokenizer, record)
     _save_sentence_transformers_files(folder, config.hidden_size, record, dim)
     record.save(folder)
@@ -135,9 +135,15 @@ def backbone_state(state: Mapping[str, Tensor], record: ModelRecord) -> dict[str
 
 
 def _save_config(
-    folder: Path, config: Qwen3Config, tokenizer: PreTrainedTokenizerBase, record: ModelRecord, dim: int | None
+    folder: Path,
+    config: Qwen3Config,
+    dtype: torch.dtype,
+    tokenizer: PreTrainedTokenizerBase,
+    record: ModelRecord,
+    dim: int | None,
 ) -> None:
     config = copy.deepcopy(config)
+    config.dtype = dtype  # of the weights beside it, which readers load them in; the backbone's may have been another
     config.architectures = ["Qwen3ForCausalLM"]  # the name that embedding servers know this layout of files by
     config.tie_word_embeddings = True
     config.eos_token_id = tokenizer.eos_token_id
@@ -158,28 +164,25 @@ def _save_sentence_transformers_files(folder: Path, hidden_size: int, record: Mo
     """Last-token pooling, an optional cut to `dim`, normalisation, in the files that all its versions read."""
     module = "sentence_transformers.models."
     modules = [("", f"{module}Transformer"), ("1_Pooling", f"{module}Pooling")]
-    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": record.max_seq_length, "do_lower_case": False})
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": record.max_seq_length, "do_lower_case": False})
     pooling = {"word_embedding_dimension": hidden_size, "include_prompt": True}
     pooling |= {f"pooling_mode_{mode}": False for mode in ("cls_token", "mean_tokens", "max_tokens")}
-    _write_json(folder / "1_Pooling" / "config.json", pooling | {"pooling_mode_lasttoken": True})
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    write_json(folder / "1_Pooling" / "config.json", pooling | {"pooling_mode_lasttoken": True})
     if dim is not None and dim < hidden_size:
         # A projection onto the leading components: unlike `truncate_dim` it stands before the normalisation.
         cut: dict[str, Any] = {"in_features": hidden_size, "out_features": dim, "bias": False}
         cut["activation_function"] = "torch.nn.modules.linear.Identity"
-        _write_json(folder / "2_Dense" / "config.json", cut)
+        (folder / "2_Dense").mkdir(exist_ok=True)
+        write_json(folder / "2_Dense" / "config.json", cut)
         save_file({"linear.weight": torch.eye(dim, hidden_size)}, folder / "2_Dense" / "model.safetensors")
         modules.append(("2_Dense", f"{module}Dense"))
     modules.append((f"{len(modules)}_Normalize", f"{module}Normalize"))
     (folder / modules[-1][0]).mkdir(exist_ok=True)
     listing = [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(modules)]
-    _write_json(folder / "modules.json", listing)
+    write_json(folder / "modules.json", listing)
     settings = {"prompts": record.prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"}
-    _write_json(folder / "config_sentence_transformers.json", settings)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / "config_sentence_transformers.json", settings)
 
 
 def load_config(folder: str | Path) -> Qwen3Config:
@@ -301,6 +304,7 @@ def load_encoder(
     encoder = MatryoshkaEncoder(backbone, exits, factors, "per_layer" if per_layer else "shared", kernel)
     if per_layer:
         norms = read_exit_norms(folder, dtype)
+        encoder.norms.to(dtype)
         for layer, norm in zip(exits, encoder.norms, strict=True):
             # An exit that was not trained borrows the norm of the nearest deeper one that was.
             nearest = min(trained for trained in norms if trained >= layer)
@@ -323,9 +327,3 @@ def read_exit_norms(folder: Path, dtype: torch.dtype = torch.float32) -> dict[in
         return {int(layer): weight.to(dtype) for layer, weight in load_file(folder / EXIT_NORMS_FILE).items()}
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{folder / EXIT_NORMS_FILE} cannot be read ({error}); copy the model folder again") from None
-
-
-def layer_of(parameter: str) -> int | None:
-    """The decoder layer (from 0) that an encoder parameter belongs to, or None."""
-    match = re.match(r"backbone\.layers\.(\d+)\.", parameter)
-    return int(match.group(1)) if match else None

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from test_training import train
 from tiny_models import HIDDEN, LAYERS, PROMPTS, SPOKEN, TEXTS, assert_equal_vectors, make_tokenizer, naive, write_model
+from transformers import AutoModel, AutoTokenizer
 
 from ml_embed import Embedder
 from ml_embed.errors import UserError
@@ -95,6 +97,34 @@ def test_bfloat16_halves_the_folder(checkpoint, tmp_path):
     assert sizes[1] < 0.55 * sizes[0]
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
     assert (embed(tmp_path / "half") * embed(checkpoint)).sum(1).min() > 0.99
+
+
+def stored(folder: Path) -> tuple[str, torch.dtype, torch.dtype]:
+    """What a folder's config says, what its weights are, and what transformers makes of them."""
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        weights = file.get_tensor("norm.weight").dtype
+    return json.loads((folder / "config.json").read_text())["dtype"], weights, AutoModel.from_pretrained(folder).dtype
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_folders_trained_from_a_bfloat16_backbone_say_what_they_hold(world, tmp_path, key):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    backbone = tmp_path / "backbone"
+    AutoModel.from_pretrained(world.backbone, dtype=torch.bfloat16).save_pretrained(backbone)
+    AutoTokenizer.from_pretrained(world.backbone).save_pretrained(backbone)
+    config = (backbone / "config.json").read_text()
+    assert '"dtype": "bfloat16"' in config
+    (backbone / "config.json").write_text(config.replace('"dtype"', f'"{key}"'))
+    assert train(world, tmp_path, model_path=str(backbone), train_steps=1)[0] == 0
+    trained, whole, half = tmp_path / "run" / "step_1", tmp_path / "whole", tmp_path / "half"
+    export_model(trained, whole)
+    export_model(trained, half, dtype=torch.bfloat16)
+    assert stored(trained) == stored(whole) == ("float32", torch.float32, torch.float32)
+    assert stored(half) == ("bfloat16", torch.bfloat16, torch.bfloat16)
+    other = sentence_transformers.SentenceTransformer(str(trained), device="cpu")
+    np.testing.assert_allclose(
+        other.encode(SPOKEN), Embedder.from_pretrained(trained, device="cpu").encode(SPOKEN), atol=1e-5
+    )
 
 
 def test_what_stands_there_is_not_lost(checkpoint, tmp_path):
