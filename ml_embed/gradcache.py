@@ -29,7 +29,7 @@ def forward_backward(
     objective: Callable[[Tensor], LossTerms],
     max_tokens: int,
 ) -> LossTerms:
-    """Add the objective's gradients to the model's parameters.
+    """Add the objective's gradients to the model's parameters. A collective.
 
     Args:
         model: prepared encoder.
@@ -40,32 +40,44 @@ def forward_backward(
     Returns:
         the loss terms of this process.
     """
-    chunks = token_chunks(texts.packed, max_tokens) if max_tokens else [(0, len(texts.packed.lengths))]
-    rounds = len(chunks)
-    if max_tokens and accelerator.distributed_type in SHARDED:
-        rounds = all_reduce_max(rounds, accelerator.device)  # each forward gathers weights: all must make as many
+    own = split_texts(texts, max_tokens)
+    # All processes go one way, whole or in chunks: DDP's second synchronising forward communicates, and must stand on
+    # the same side of the objective's own communication everywhere.
+    rounds = all_reduce_max(len(own), accelerator.device) if max_tokens else 1
     if rounds == 1:
         vectors = model(texts.input_ids, texts.packed, rank)
         terms = objective(vectors)
         _backward(model, accelerator, _reaching(terms.total, vectors), last=True)
         return terms
 
-    pieces = [slice_texts(texts, *chunk) for chunk in chunks]
-    pieces += [slice_texts(texts, 0, 1)] * (rounds - len(chunks))
+    pieces = own + _fillers(texts, rounds - len(own), accelerator)
     with torch.no_grad():
         encoded = [model(piece.input_ids, piece.packed, rank) for piece in pieces]
-    vectors = torch.cat(encoded[: len(chunks)], dim=1).requires_grad_()  # (E, N, H)
+    vectors = torch.cat(encoded[: len(own)], dim=1).requires_grad_()  # (E, N, H)
     terms = objective(vectors)
     _reaching(terms.total, vectors).backward()  # up to the vectors only: a plain backward, no engine is involved
     assert vectors.grad is not None
-    gradients = list(vectors.grad.split([last - first for first, last in chunks], dim=1))
-    gradients += [torch.zeros_like(extra) for extra in encoded[len(chunks) :]]
+    gradients = list(vectors.grad.split([len(piece.packed.lengths) for piece in own], dim=1))
+    gradients += [torch.zeros_like(extra) for extra in encoded[len(own) :]]
     for number, (piece, gradient) in enumerate(zip(pieces, gradients, strict=True), start=1):
-        last = number == rounds
+        last = number == len(pieces)
         with contextlib.nullcontext() if last or zero2.is_engine(model) else accelerator.no_sync(model):
             again = model(piece.input_ids, piece.packed, rank)
             _backward(model, accelerator, (again * gradient).sum(), last)  # its gradient at `again` is `gradient`
     return terms
+
+
+def split_texts(texts: PackedBatch, max_tokens: int) -> list[PackedBatch]:
+    """The texts in order, in chunks of at most `max_tokens` tokens (or one text that has more); 0 = all in one."""
+    if not max_tokens:
+        return [texts]
+    return [slice_texts(texts, *chunk) for chunk in token_chunks(texts.packed, max_tokens)]
+
+
+def _fillers(texts: PackedBatch, count: int, accelerator: Accelerator) -> list[PackedBatch]:
+    """What to encode beside the own chunks, for nothing: sharded engines communicate in each forward or backward, so
+    that all processes must make as many as the one with most chunks."""
+    return [slice_texts(texts, 0, 1)] * count if accelerator.distributed_type in SHARDED else []
 
 
 def _backward(model: nn.Module, accelerator: Accelerator, loss: Tensor, last: bool) -> None:
