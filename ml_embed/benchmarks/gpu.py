@@ -171,7 +171,7 @@ def _measure(contender: Contender, batch: ContrastiveBatch, repeats: int, peak: 
     contender.step()  # gradients and moments exist from here on
     torch.cuda.reset_peak_memory_stats()
     timing = measure({"step": contender.step}, repeats, warm_up=2, synchronize=torch.cuda.synchronize)["step"]
-    flops = 6 * layer_parameters(contender.model) * batch.num_encoded_tokens
+    flops = 6 * layer_parameters(contender.model) * batch.num_tokens
     peak_mib = torch.cuda.max_memory_allocated() / MIB
     return Measured(timing, batch.num_tokens / timing.median, flops / timing.median / peak, peak_mib)
 

@@ -55,7 +55,7 @@ def compare_training(
     fast = fast_contender(batch, shape, accelerator, model, compiled=compiled)
     agreement = check_agreement(fast, naive)
     cpu: dict[str, list[float]] = {"naive": [], "fast": []}
-    work = 6 * layer_parameters(fast.model) * batch.num_encoded_tokens
+    work = 6 * layer_parameters(fast.model) * batch.num_tokens
     products = SquareProducts(PEAK_SIZE, work)
 
     def turn(name: str, contender: Contender, keep_memory: bool) -> float:
