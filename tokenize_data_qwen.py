@@ -43,7 +43,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-workers", type=int, default=None, help="tokenizing threads (default: all cores)")
     parser.add_argument("--seed", type=int, default=42, help="of all random choices (default: 42)")
     parser.add_argument(
-        "--overwrite", action="store_true", help="make all datasets anew; without it, other data there is an error"
+        "--overwrite",
+        action="store_true",
+        help="make all datasets anew, or continue doing so after an interruption; without it, other data there is an "
+        "error",
     )
     return parser.parse_args(arguments)
 

@@ -57,7 +57,7 @@ class TokenizeOptions:
     """threads that tokenize; None = all cores this process may use"""
     seed: int = 42
     overwrite: bool = False
-    """make everything anew, instead of continuing or refusing"""
+    """make everything anew, or go on with doing so after an interruption, instead of refusing"""
     datasets: Mapping[str, DatasetConfig] = field(default_factory=dict)
     """task and prompts by dataset name or shell-style pattern; the first match in the order given counts"""
 
@@ -135,7 +135,7 @@ def tokenize_folder(options: TokenizeOptions, progress: bool = True) -> dict[str
         ledger = Ledger(options.output, _settings(tokenizer, options), options.overwrite)
         known = {dataset.name: describe_source(dataset.path) for dataset in datasets if dataset.name in ledger.datasets}
         recorded = {name: used.to_json().get("prompts", {}) for name, used in prompts.items()}
-        ledger.check(names, known, recorded, options.overwrite)
+        ledger.check(names, known, recorded)
         todo = [dataset for dataset in datasets if not ledger.is_complete(dataset.name)]
         if progress and len(todo) < len(datasets):
             tqdm.write(f"{len(datasets) - len(todo)} of {len(datasets)} datasets are complete already")

@@ -7,6 +7,7 @@ import os
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -320,6 +321,68 @@ def test_other_settings_or_sources_are_refused_unless_overwritten(tokenizer_fold
     after = contents(tmp_path / "tokens")
     assert after.keys() == {"a_query.parquet", "a_corpus.parquet", "manifest.json", "notes.txt"}
     assert foreign.read_text() == "mine"
+
+
+def interrupt_overwriting(tokenizer_folder, tmp_path, monkeypatch):
+    """Datasets a, b, c and gone in tmp_path/tokens; then gone leaves the input, and a run with other settings and
+    `overwrite` stops at b. Returns the changed options and the list to which datasets are added as they are made."""
+    for name in ("a", "b", "c", "gone"):
+        write_raw(tmp_path / "raw", name, [(f"{name} {query}", p, n) for query, p, n in ROWS])
+    tokenize_folder(options(tokenizer_folder, tmp_path), progress=False)
+    (tmp_path / "raw/gone.parquet").unlink()
+    original, made, stop_at = tokenization._tokenize_dataset, [], ["b"]
+
+    def interrupted(name, *arguments):
+        made.append(name)
+        if name in stop_at:
+            stop_at.clear()
+            raise KeyboardInterrupt
+        return original(name, *arguments)
+
+    monkeypatch.setattr(tokenization, "_tokenize_dataset", interrupted)
+    changed = options(tokenizer_folder, tmp_path, max_seq_length=10, overwrite=True)
+    with pytest.raises(KeyboardInterrupt):
+        tokenize_folder(changed, progress=False)
+    return changed, made
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_interrupted_overwrite_is_continued(tokenizer_folder, tmp_path, monkeypatch, overwrite):
+    changed, made = interrupt_overwriting(tokenizer_folder, tmp_path, monkeypatch)
+    with pytest.raises(UserError, match="max_seq_length is 10 there, now 32"):
+        tokenize_folder(options(tokenizer_folder, tmp_path), progress=False)
+    tokenize_folder(replace(changed, overwrite=overwrite), progress=False)
+    assert made == ["a", "b", "b", "c"]
+    tokenize_folder(replace(changed, output=tmp_path / "whole"), progress=False)
+    assert contents(tmp_path / "tokens") == contents(tmp_path / "whole"), "nothing of the replaced data is left"
+    made.clear()
+    tokenize_folder(changed, progress=False)
+    assert made == ["a", "b", "c"], "a finished one begins anew"
+
+
+def test_an_interrupted_overwrite_with_other_data_makes_that_anew(tokenizer_folder, tmp_path, monkeypatch):
+    changed, made = interrupt_overwriting(tokenizer_folder, tmp_path, monkeypatch)
+    write_raw(tmp_path / "raw", "a", ROWS[:2])
+    with pytest.raises(UserError, match="'a' made from another file"):
+        tokenize_folder(replace(changed, overwrite=False), progress=False)
+    tokenize_folder(changed, progress=False)
+    assert made == ["a", "b", "a", "b", "c"]
+    tokenize_folder(replace(changed, output=tmp_path / "whole"), progress=False)
+    assert contents(tmp_path / "tokens") == contents(tmp_path / "whole")
+
+
+def test_an_interrupted_overwrite_of_unrecorded_files_is_continued(tokenizer_folder, tmp_path):
+    write_raw(tmp_path / "raw", "a")
+    write_raw(tmp_path / "raw", "b", [*ROWS, ("query", "", [])])
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens/b_query.parquet").write_text("of somebody")
+    with pytest.raises(UserError, match="'passage' is empty"):
+        tokenize_folder(options(tokenizer_folder, tmp_path, overwrite=True), progress=False)
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "tokens").glob("a_*")}
+    write_raw(tmp_path / "raw", "b")
+    tokenize_folder(options(tokenizer_folder, tmp_path), progress=False)
+    assert made == {path: path.stat().st_mtime_ns for path in made}
+    assert len(pq.read_table(tmp_path / "tokens/b_query.parquet")) == len(ROWS)
 
 
 def test_unrecorded_files_are_not_replaced(tokenizer_folder, tmp_path):
