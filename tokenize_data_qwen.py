@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     config = options.pop("config")
     datasets = load_config(config)[0].datasets if config else {}
     origin = {key: options.pop(key) for key in ("input", "columns", "split", "subset")}
-    folder = raw_folder(**origin, output=options["output"], seed=options["seed"])
+    folder = raw_folder(**origin, **{key: options[key] for key in ("output", "seed", "overwrite")})
     manifest = tokenize_folder(TokenizeOptions(input=folder, datasets=datasets, **options))
     entries = manifest["datasets"].values()
     rows, documents, tokens = (sum(entry[key] for entry in entries) for key in ("rows", "documents", "tokens"))

@@ -5,6 +5,7 @@ labels classification (a text, its label, the other label), with more clustering
 of other labels). What comes out is one raw .parquet file a dataset, which everything else reads.
 """
 
+import filecmp
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from ml_embed.config import Task
-from ml_embed.data.files import commit, disk_errors_are_user_errors, partial_path
+from ml_embed.data.files import commit, disk_errors_are_user_errors, partial_path, write_text_atomically
 from ml_embed.errors import UserError
 from ml_embed.raw import NEGATIVE_COLUMN, TASK_METADATA
 
@@ -27,6 +28,8 @@ SCHEMA = pa.schema([("query", pa.string()), ("passage", pa.string()), ("negative
 ROLES = ("query", "passage", "negatives", "text", "label")
 MOST_NEGATIVES = 24  # as in the published data
 BLOCK_ROWS = 4096
+ORIGIN_SUFFIX = ".origin"
+"""Of the hidden file beside a collected raw file that says where its data came from."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +45,26 @@ class Source:
     @property
     def name(self) -> str:
         """What the dataset is called."""
+        stem, suffix = _stem_and_suffix(Path(self.path))
+        return stem if suffix in BUILDERS else "_".join(filter(None, [*self.path.split("/"), self.subset]))
+
+    @property
+    def origin(self) -> str:
+        """What tells it from other sources of the same name."""
         if _builder(Path(self.path)) is not None:
-            return Path(self.path).name.split(".")[0]
-        return "_".join(filter(None, [*self.path.split("/"), self.subset]))
+            return str(Path(self.path).resolve())
+        return f"{self.path} on the hub, split {self.split}"
+
+
+def _stem_and_suffix(path: Path) -> tuple[str, str]:
+    """ "a.en.CSV.gz" -> ("a.en", ".csv"): what is before and after, without a packed file's last suffix."""
+    inner = Path(path.stem) if path.suffix.lower() in PACKED else path
+    return inner.stem, inner.suffix.lower()
 
 
 def _builder(path: Path) -> str | None:
     """The loader of `datasets` that reads such a file, or None."""
-    suffixes = [suffix for suffix in path.suffixes if suffix not in PACKED]
-    return BUILDERS.get(suffixes[-1]) if suffixes else None
+    return BUILDERS.get(_stem_and_suffix(path)[1])
 
 
 def parse_columns(text: str) -> dict[str, str]:
@@ -106,11 +120,19 @@ def list_sources(given: str, split: str, subset: str | None) -> list[Source]:
 
 
 def raw_folder(
-    input: str, columns: str | None, split: str, subset: str | None, output: Path, seed: int, progress: bool = True
+    input: str,
+    columns: str | None,
+    split: str,
+    subset: str | None,
+    output: Path,
+    seed: int,
+    overwrite: bool = False,
+    progress: bool = True,
 ) -> Path:
     """The folder of raw data that `--input` means, made in `output/raw` if it is anything else than that.
 
-    Several calls with the same `output` collect their datasets there.
+    Several calls with the same `output` collect their datasets there. One never takes the place of another source's,
+    unless `overwrite` says so.
 
     Raises:
         UserError: as `list_sources` and `import_source`.
@@ -123,7 +145,7 @@ def raw_folder(
         raise UserError(f"--output {output} is a file: give a folder.")
     with disk_errors_are_user_errors(output, "Then run the same command again."):
         for source in sources:
-            import_source(source, chosen, output / "raw", seed, progress)
+            import_source(source, chosen, output / "raw", seed, overwrite, progress)
     return output / "raw"
 
 
@@ -135,7 +157,12 @@ def _is_missing_path(given: str) -> bool:
 
 
 def import_source(
-    source: Source, columns: Mapping[str, str] | None, folder: Path, seed: int, progress: bool = True
+    source: Source,
+    columns: Mapping[str, str] | None,
+    folder: Path,
+    seed: int,
+    overwrite: bool = False,
+    progress: bool = True,
 ) -> Path:
     """Write `folder/<name>.parquet` in the raw layout; the same source and seed give the same bytes.
 
@@ -146,11 +173,13 @@ def import_source(
         columns: role -> column (`parse_columns`); None takes columns that have the roles' names.
         folder: where raw files are collected.
         seed: of the choice of positives and negatives of labelled text.
+        overwrite: also where the file there came from another source.
         progress: a bar on stderr.
     Returns:
         the file.
     Raises:
-        UserError: the source cannot be read, a column is missing, or a text is empty or no text.
+        UserError: the source cannot be read, a column is missing, a text is empty or no text, or the file there came
+            from another source.
     """
     target = folder / f"{source.name}.parquet"
     if columns is None:
@@ -169,10 +198,24 @@ def import_source(
     try:
         if not _write(target, triples, task):
             raise UserError(f"{source.path} gives no rows: it is empty, or no label has two texts")
+        _note_origin(target, source, overwrite)
         commit(target)
     finally:
         partial_path(target).unlink(missing_ok=True)
     return target
+
+
+def _note_origin(target: Path, source: Source, overwrite: bool) -> None:
+    """Record where the finished partial file of `target` comes from; refuse to replace other data from elsewhere."""
+    record = target.with_name(f".{source.name}{ORIGIN_SUFFIX}")
+    former = record.read_text(encoding="utf-8") if record.exists() else source.origin
+    differs = target.exists() and not filecmp.cmp(target, partial_path(target), shallow=False)
+    if differs and former != source.origin and not overwrite:
+        raise UserError(
+            f"{target} came from {former}, and {source.origin} gives a dataset of the same name, {source.name!r}. "
+            "Rename the file, take another --output, or --overwrite to make that folder anew"
+        )
+    write_text_atomically(record, source.origin)
 
 
 def _columns_by_name(source: Source) -> dict[str, str]:
@@ -203,7 +246,7 @@ def _read(source: Source, columns: Mapping[str, str]) -> Iterator[dict[str, Any]
             options: dict[str, Any] = {"data_files": [source.path], "split": "train", "streaming": True}
             if builder == "csv":  # a text may look like a number, or read "NA"
                 options |= {"converters": dict.fromkeys(columns.values(), str), "keep_default_na": False}
-                options |= {"sep": "\t"} if ".tsv" in Path(source.path).suffixes else {}
+                options |= {"sep": "\t"} if _stem_and_suffix(Path(source.path))[1] == ".tsv" else {}
             stream = datasets.load_dataset(builder, **options)
         features = stream.features or {}
         names = getattr(features.get(columns.get("label", "")), "names", None)

@@ -190,6 +190,48 @@ def test_sources(tmp_path):
         list_sources(str(tmp_path), "train", None)
 
 
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("my.data.jsonl", "my.data"),
+        ("data.en.csv", "data.en"),
+        ("data.en.csv.gz", "data.en"),
+        ("FAQ.CSV", "FAQ"),
+        ("v1.2.parquet", "v1.2"),
+    ],
+)
+def test_a_dataset_is_called_by_its_files_stem(tmp_path, file, name):
+    (tmp_path / file).touch()
+    assert [source.name for source in list_sources(str(tmp_path), "train", None)] == [name]
+
+
+def test_suffixes_in_capitals_are_read_alike(tmp_path):
+    write_csv(tmp_path / "FAQ.TSV", PAIRS, "\t")
+    rows, file = imported(tmp_path / "FAQ.TSV", COLUMNS, tmp_path / "raw")
+    assert file.name == "FAQ.parquet"
+    assert [row["query"] for row in rows] == [row["question"] for row in PAIRS]
+
+
+def test_a_second_file_of_the_same_name_is_refused_before_it_replaces_the_first(world, tmp_path, capsys):
+    for folder, rows in (("a", PAIRS), ("b", PAIRS[:3])):
+        (tmp_path / folder).mkdir()
+        write_csv(tmp_path / folder / "train.csv", rows)
+    flags = ["--tokenizer", str(world.backbone), "--output", str(tmp_path / "tokens"), "--columns", COLUMNS, "--input"]
+    assert tokenize_data_qwen.main([*flags, str(tmp_path / "a/train.csv")]) == 0
+    before = (tmp_path / "tokens/raw/train.parquet").read_bytes()
+    assert tokenize_data_qwen.main([*flags, str(tmp_path / "b/train.csv")]) == 2
+    message = capsys.readouterr().err
+    assert f"came from {tmp_path / 'a/train.csv'}, and {tmp_path / 'b/train.csv'} gives" in message
+    assert "Rename the file" in message
+    assert (tmp_path / "tokens/raw/train.parquet").read_bytes() == before
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "a/train.csv").rename(tmp_path / "moved/train.csv")
+    assert tokenize_data_qwen.main([*flags, str(tmp_path / "moved/train.csv")]) == 0, "the same rows from elsewhere"
+    capsys.readouterr()
+    assert tokenize_data_qwen.main([*flags, str(tmp_path / "b/train.csv"), "--overwrite"]) == 0
+    assert "1 datasets, 3 rows" in capsys.readouterr().out
+
+
 def test_a_broken_file_is_named(tmp_path):
     path = tmp_path / "broken.parquet"
     path.write_bytes(b"PAR1 nothing")
