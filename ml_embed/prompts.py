@@ -76,10 +76,13 @@ def check_prompts(config: TrainConfig, store: Store) -> None:
     problems = []
     for name, entry in store.manifest["datasets"].items():
         settings, used = match_settings(name, config.datasets), Prompts.of_manifest(entry)
-        for key, wanted, given in (
+        compared: list[tuple[str, str | float | None, str | float]] = [
             ("prompt", settings.prompt, used.query),
             ("passage_prompt", settings.passage_prompt, used.passage),
-        ):
+        ]
+        if settings.passage_prompt:
+            compared.append(("passage_prompt_share", settings.passage_prompt_share, used.passage_share))
+        for key, wanted, given in compared:
             if wanted is not None and wanted != given:
                 problems.append(f"datasets.{name}.{key}: the config says {wanted!r}, the data was made with {given!r}")
     if problems:

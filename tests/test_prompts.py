@@ -111,6 +111,16 @@ def test_a_config_with_other_prompts_than_the_data_is_refused(world, prompted, t
     assert not (tmp_path / "run").exists()
 
 
+def test_a_config_with_another_share_than_the_data_is_refused(world, prompted, tmp_path, capsys):
+    settings, folder = prompted
+    changed = {"s*": settings["s*"] | {"passage_prompt_share": 0.9}, "facts": {"passage_prompt_share": 0.2}}
+    code, _ = train(world, tmp_path, train_data_path=str(folder), datasets=changed)
+    assert code == 2
+    message = capsys.readouterr().err
+    assert "sentiment.passage_prompt_share: the config says 0.9, the data was made with 0.5" in message
+    assert "facts" not in message, "no passage prompt, so its share says nothing"
+
+
 def test_tokenizing_again_with_other_prompts_is_refused(world, prompted, tmp_path, capsys):
     _, folder = prompted
     before = (folder / "manifest.json").read_bytes()
