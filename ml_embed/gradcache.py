@@ -51,20 +51,28 @@ def forward_backward(
         return terms
 
     pieces = own + _fillers(texts, rounds - len(own), accelerator)
-    with torch.no_grad():
-        encoded = [model(piece.input_ids, piece.packed, rank) for piece in pieces]
-    vectors = torch.cat(encoded[: len(own)], dim=1).requires_grad_()  # (E, N, H)
+    vectors = _encode(model, pieces, rank)[:, : len(texts.packed.lengths)].requires_grad_()  # (E, N, H)
     terms = objective(vectors)
     _reaching(terms.total, vectors).backward()  # up to the vectors only: a plain backward, no engine is involved
     assert vectors.grad is not None
     gradients = list(vectors.grad.split([len(piece.packed.lengths) for piece in own], dim=1))
-    gradients += [torch.zeros_like(extra) for extra in encoded[len(own) :]]
+    gradients += [torch.zeros_like(gradients[0][:, :1])] * (len(pieces) - len(own))
     for number, (piece, gradient) in enumerate(zip(pieces, gradients, strict=True), start=1):
         last = number == len(pieces)
         with contextlib.nullcontext() if last or zero2.is_engine(model) else accelerator.no_sync(model):
             again = model(piece.input_ids, piece.packed, rank)
             _backward(model, accelerator, (again * gradient).sum(), last)  # its gradient at `again` is `gradient`
     return terms
+
+
+def encode_in_chunks(
+    model: nn.Module, accelerator: Accelerator, texts: PackedBatch, rank: int | None, max_tokens: int
+) -> Tensor:
+    """(E, N, H) vectors without gradients, with `forward_backward`'s arguments. A collective."""
+    own = split_texts(texts, max_tokens)
+    rounds = all_reduce_max(len(own), accelerator.device) if max_tokens else 1
+    pieces = own + _fillers(texts, rounds - len(own), accelerator)
+    return _encode(model, pieces, rank)[:, : len(texts.packed.lengths)]
 
 
 def split_texts(texts: PackedBatch, max_tokens: int) -> list[PackedBatch]:
@@ -78,6 +86,12 @@ def _fillers(texts: PackedBatch, count: int, accelerator: Accelerator) -> list[P
     """What to encode beside the own chunks, for nothing: sharded engines communicate in each forward or backward, so
     that all processes must make as many as the one with most chunks."""
     return [slice_texts(texts, 0, 1)] * count if accelerator.distributed_type in SHARDED else []
+
+
+@torch.no_grad()
+def _encode(model: nn.Module, pieces: list[PackedBatch], rank: int | None) -> Tensor:
+    """(E, n, H) vectors of the texts of all pieces."""
+    return torch.cat([model(piece.input_ids, piece.packed, rank) for piece in pieces], dim=1)
 
 
 def _backward(model: nn.Module, accelerator: Accelerator, loss: Tensor, last: bool) -> None:

@@ -19,13 +19,13 @@ from tqdm import tqdm
 from ml_embed import lora, zero2
 from ml_embed.checkpoint import model_state, numbered_folders, optimizer_state, save_state
 from ml_embed.config import TrainConfig
-from ml_embed.data.batch import ContrastiveBatch, PartVectors, slice_texts, token_chunks
+from ml_embed.data.batch import ContrastiveBatch, PartVectors
 from ml_embed.data.loader import Loader
 from ml_embed.data.schedule import draw_rank
 from ml_embed.distributed import all_reduce_max, all_reduce_sum
 from ml_embed.errors import UserError
 from ml_embed.files import atomic_folder, remove_folder
-from ml_embed.gradcache import forward_backward
+from ml_embed.gradcache import encode_in_chunks, forward_backward, split_texts
 from ml_embed.losses import MatryoshkaSpec
 from ml_embed.metrics import MetricsLog, StepValues, Window
 from ml_embed.model_folder import ModelRecord, save_model_folder
@@ -65,8 +65,9 @@ class Run:
         return step / self.resolved.steps_per_epoch
 
     def encode(self, batch: ContrastiveBatch, rank: int) -> Tensor:
-        """(E, N, H) vectors of a batch's texts at a rank; 0 is a whole token table."""
-        return self.model(batch.texts.input_ids, batch.texts.packed, rank or None)
+        """(E, N, H) vectors of a batch's texts at a rank, without gradients; 0 is a whole token table."""
+        budget = self.config.max_tokens_per_forward
+        return encode_in_chunks(self.model, self.accelerator, batch.texts, rank or None, budget)
 
     def objective_of(self, batch: ContrastiveBatch) -> Callable[[Tensor], LossTerms]:
         """The loss terms of a batch as a function of its texts' vectors."""
@@ -84,8 +85,7 @@ class Run:
         """The live teacher's vectors of a batch."""
         assert self.teacher is not None
         teacher = self.teacher
-        budget = self.config.max_tokens_per_forward or batch.num_encoded_tokens
-        pieces = [slice_texts(batch.texts, *chunk) for chunk in token_chunks(batch.texts.packed, budget)]
+        pieces = split_texts(batch.texts, self.config.max_tokens_per_forward)
         with self.accelerator.autocast():
             vectors = torch.cat([teacher(piece.input_ids, piece.packed).float() for piece in pieces], dim=1)
         return PartVectors.of_texts(vectors, batch)

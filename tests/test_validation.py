@@ -2,17 +2,21 @@
 
 import itertools
 import json
+import re
 
 import pyarrow.parquet as pq
 import pytest
 from conftest import TASKS
 from test_evaluation import naive_metrics
 from test_training import train
+from tiny_runs import Inputs, metrics, run
 from transformers import AutoConfig
 
+import run as run_script
 from ml_embed import Embedder
 from ml_embed.config import parse_config
 from ml_embed.data.store import open_store
+from ml_embed.model import MatryoshkaEncoder
 from ml_embed.nesting import Cube, cell_name, cell_of_name
 from ml_embed.resolve import make_schedule, resolve
 
@@ -124,6 +128,34 @@ def test_cells_that_are_not_trained_are_refused(world, tmp_path, capsys, changes
     assert (code, lines) == (2, [])
     assert all(message in printed for message in messages), printed
     assert not (tmp_path / "run").exists()
+
+
+def main_that_counts_tokens(arguments: list[str]) -> int:
+    """run.py's main; prints the tokens of each forward of more than one text in validation."""
+    forward = MatryoshkaEncoder.forward
+
+    def counted(self, input_ids, packed, rank=None):
+        if not self.training and len(packed.lengths) > 1:
+            print("tokens encoded:", len(input_ids))
+        return forward(self, input_ids, packed, rank)
+
+    MatryoshkaEncoder.forward = counted
+    return run_script.main(arguments)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_validation_keeps_the_token_budget_and_its_numbers(tmp_path_factory, processes):
+    inputs = Inputs.write(tmp_path_factory.mktemp("budget") / "inputs")
+    settings = {"valid_fraction": 0.5, "train_batch_size": 8 // processes, "train_steps": 1, "learning_rate": 1e-12}
+    largest, valid = {}, {}
+    for name, budget in (("whole", 0), ("chunks", 40)):
+        config = inputs.config(name, min_lr=0, max_tokens_per_forward=budget, **settings)
+        printed = run(inputs, config, processes=processes, main=main_that_counts_tokens)
+        largest[name] = max(map(int, re.findall(r"tokens encoded: (\d+)", printed)))
+        valid[name] = metrics(inputs.run_dir(name))[-1]
+    assert 20 < largest["chunks"] <= 40 < largest["whole"]
+    assert valid["whole"].pop("split") == valid["chunks"].pop("split") == "valid"
+    assert valid["chunks"] == pytest.approx(valid["whole"], rel=1e-6, abs=1e-6)
 
 
 def test_cells_have_names():
