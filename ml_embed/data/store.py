@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import AcquireReturnProxy, FileLock, Timeout
-from tqdm import tqdm
 
 from ml_embed.data.arrays import map_array
 from ml_embed.data.convert import ARRAYS, FORMAT_VERSION, INDEX, convert
-from ml_embed.data.files import disk_errors_are_user_errors
+from ml_embed.data.files import disk_errors_are_user_errors, take_lock
 from ml_embed.data.sources import Sources, find_sources
 from ml_embed.errors import UserError
 from ml_embed.files import umask
@@ -159,11 +157,14 @@ def _convert_once(sources: Sources, target: Path, progress: bool) -> None:
     remedy = "It takes about 4 bytes a token. Free space there or set cache_dir to another disk."
     with disk_errors_are_user_errors(target.parent, remedy):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _exclusive(target.with_name(target.name + ".lock"), progress):
+        path = target.with_name(f"{target.name}.lock")
+        waiting = f"waiting for another process that converts the data ({path})" if progress else None
+        with take_lock(path, seconds=-1, waiting=waiting) as lock:
             if (target / INDEX).is_file():  # another process was faster
                 return
-            for leftover in target.parent.glob(f"{target.name}.partial-*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+            if lock.is_locked:  # or they may be those of another process that is at work
+                for leftover in target.parent.glob(f"{target.name}.partial-*"):
+                    shutil.rmtree(leftover, ignore_errors=True)
             partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.partial-", dir=target.parent))
             try:
                 convert(sources, partial, progress)
@@ -179,17 +180,6 @@ def _rename_unless_there(partial: Path, target: Path) -> None:
     except OSError:
         if not (target / INDEX).is_file():  # file systems without locks: the other process's store is as good
             raise
-
-
-def _exclusive(path: Path, progress: bool) -> AcquireReturnProxy:
-    """Hold the lock file `path` until the returned context ends."""
-    lock = FileLock(path)
-    try:
-        return lock.acquire(timeout=0)
-    except Timeout:
-        if progress:
-            tqdm.write(f"waiting for another process that converts the data ({path})")
-        return lock.acquire()
 
 
 def _reopen_dataset(folder: Path, name: str) -> TokenizedDataset:
