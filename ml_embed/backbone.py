@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ml_embed.errors import UserError
-from ml_embed.files import atomic_folder, give_usual_permissions
+from ml_embed.files import MAX_SHARD_SIZE, atomic_folder, give_usual_permissions
+from ml_embed.paths import check_model_output
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen3Config
@@ -101,7 +102,7 @@ def init_backbone(
     from transformers import Qwen3Model
 
     output = Path(output)
-    check_output(output, overwrite)
+    check_model_output(output, overwrite)
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not known; take one of {', '.join(DTYPES)}")
     if tokenizer.eos_token_id is None:
@@ -117,7 +118,7 @@ def init_backbone(
         model = Qwen3Model._from_config(config, dtype=getattr(torch, dtype))
 
     with atomic_folder(output) as partial:
-        model.save_pretrained(partial, max_shard_size="2GB")  # files that any file system and mirror takes
+        model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
         tokenizer.save_pretrained(partial)
         give_usual_permissions(partial)
     return output
@@ -264,15 +265,3 @@ def _read_parquet(file: Path) -> Iterator[str]:
                     yield from pc.unique(column).drop_null().to_pylist()
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{file} cannot be read as parquet: {error}") from error
-
-
-def check_output(output: Path, overwrite: bool) -> None:
-    """Raise UserError if a model folder must not be written to `output`. Look before the long work, too."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if not overwrite:
-        raise UserError(f"{output} exists already; give another --output, or --overwrite to replace it")
-    if not (output / "config.json").is_file():
-        raise UserError(
-            f"{output} is not a model folder (no config.json), so it is not replaced; give another --output"
-        )

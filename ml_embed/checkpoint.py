@@ -6,7 +6,6 @@ Frozen weights (LoRA's) are not in it: they come from model_path again, which th
 """
 
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -26,12 +25,12 @@ from torch.distributed.checkpoint.state_dict import (
 from ml_embed import zero2
 from ml_embed.errors import UserError
 from ml_embed.files import atomic_folder, damage, remove_folder, write_checksums
+from ml_embed.paths import numbered_folders
 
 FORMAT_VERSION = 1
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
 KEPT_STATES = 2  # the newest, and the one before it in case the newest is found damaged
 _PROGRESS_KEYS = {"step", "window", "metrics_bytes", "fingerprint", "processes"}
-_STEP_FOLDER = re.compile(r"step_(\d+)")
 
 # The same calls serve one process, DDP and FSDP2: tensors come whole, on the CPU, on the first process.
 _GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -93,12 +92,6 @@ def save_state(
     for _, old in numbered_folders(folder)[:-KEPT_STATES]:
         remove_folder(old)
     return target
-
-
-def numbered_folders(folder: Path) -> list[tuple[int, Path]]:
-    """(N, path) of the `step_N` folders in `folder`, ascending."""
-    found = ((_STEP_FOLDER.fullmatch(path.name), path) for path in folder.glob("step_*") if path.is_dir())
-    return sorted((int(match.group(1)), path) for match, path in found if match)
 
 
 def find_state(folder: Path, say: Callable[[str], None] = print) -> Path | None:

@@ -25,6 +25,7 @@ from ml_embed.evaluation_data import TestSet, read_test_sets
 from ml_embed.model import MatryoshkaEncoder
 from ml_embed.model_folder import ModelRecord, load_config, load_encoder
 from ml_embed.nesting import Cube
+from ml_embed.paths import home_path
 from ml_embed.resolve import layer_parameters
 from ml_embed.tokenizer import TextEncoder, load_tokenizer
 
@@ -59,8 +60,10 @@ class CubeModel:
             UserError: the model cannot be read, or a size is not one that it has.
         """
         chosen = choose_device(device)
-        config, tokenizer = load_config(folder), load_tokenizer(folder)
-        record = read_record(Path(folder), config, tokenizer)
+        config = load_config(folder)
+        folder = home_path(folder)
+        tokenizer = load_tokenizer(folder)
+        record = read_record(folder, config, tokenizer)
         cube = choose_cube(record, config, ranks, depths, dims)
         texts = TextEncoder(tokenizer, record.max_seq_length)
         return cls(folder, config, record, texts, cube, chosen, default_dtype(chosen))
@@ -156,14 +159,13 @@ def choose_cube(
     Raises:
         UserError: a size that the model does not have.
     """
-    for axis, values in {"rank": ranks, "depth": depths, "dim": dims}.items():
-        for value in values or ():
-            choose_cut(record, config, **{axis: value}, allow_untrained=True)
-    return Cube(
-        tuple(sorted(set(ranks or record.ranks or (0,)))),
-        tuple(sorted(set(depths or record.exits))),
-        tuple(sorted(set(dims or record.dims))),
-    )
+    trained = {"rank": record.ranks or (0,), "depth": record.exits, "dim": record.dims}
+    chosen = {
+        axis: {getattr(choose_cut(record, config, **{axis: value}, allow_untrained=True), axis) for value in values}
+        for axis, values in {"rank": ranks, "depth": depths, "dim": dims}.items()
+        if values
+    }
+    return Cube(*(tuple(sorted(chosen.get(axis) or sizes)) for axis, sizes in trained.items()))
 
 
 def evaluate_baseline(folder: str | Path, data: str | Path, result: dict[str, Any], **options: Any) -> dict[str, Any]:
@@ -175,7 +177,7 @@ def evaluate_baseline(folder: str | Path, data: str | Path, result: dict[str, An
         UserError: it cannot be read, or has none of the depths or dims.
     """
     config = load_config(folder)
-    record = read_record(Path(folder), config, load_tokenizer(folder))
+    record = read_record(home_path(folder), config, load_tokenizer(folder))
     wanted = {name: sorted({row[name] for row in result["rows"]}) for name in ("depth", "dim")}
     depths = [depth for depth in wanted["depth"] if depth <= config.num_hidden_layers]
     dims = [dim for dim in wanted["dim"] if dim <= config.hidden_size]

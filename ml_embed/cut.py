@@ -1,9 +1,11 @@
 """Which part of a nested model is wanted: the checks shared by inference, export and evaluation."""
 
 import json
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase, Qwen3Config
 
@@ -66,6 +68,7 @@ def choose_cut(
         UserError: values that the model does not have or, without `allow_untrained`, was not trained at; all
             problems at once, with the trained values.
     """
+    depth, dim, rank = (_whole_number(name, value) for name, value in (("depth", depth), ("dim", dim), ("rank", rank)))
     if rank is not None and not record.ranks:
         raise UserError(f"rank {rank}: this model has a whole token table, which has no rank to cut; leave rank out")
     whole = Cut(config.num_hidden_layers, record.dims[0], record.ranks[-1] if record.ranks else 0)
@@ -84,11 +87,19 @@ def choose_cut(
     )
 
 
+def _whole_number(name: str, value: Any) -> int | None:
+    """An int of whatever counts as one: a NumPy integer too, but no 2.0. Raises UserError."""
+    try:
+        return None if value is None else operator.index(value)
+    except TypeError:
+        raise UserError(f"{name} {value!r} must be a whole number, not of type {type(value).__name__}") from None
+
+
 def _problem(name: str, value: int | None, trained: Sequence[int], largest: int, allow_untrained: bool) -> str | None:
     if value is None or value in trained:
         return None
     listed = ", ".join(map(str, sorted(set(trained))))
-    if not isinstance(value, int) or not 1 <= value <= largest:
+    if not 1 <= value <= largest:
         return f"{name} {value!r} is not possible: it must be from 1 to {largest} (trained: {listed})"
     if allow_untrained:
         return None

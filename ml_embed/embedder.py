@@ -30,6 +30,7 @@ from ml_embed.encoding import choose_device, default_dtype, longest_first, poole
 from ml_embed.errors import UserError
 from ml_embed.model import MatryoshkaEncoder
 from ml_embed.model_folder import ModelRecord, load_config, load_encoder
+from ml_embed.paths import home_path
 from ml_embed.tokenizer import TextEncoder, load_tokenizer
 
 WINDOW = 8192
@@ -78,8 +79,9 @@ class Embedder:
         device = choose_device(device)
         dtype = default_dtype(device) if dtype is None else dtype
         config = load_config(folder)
+        folder = home_path(folder)
         tokenizer = load_tokenizer(folder)
-        record = read_record(Path(folder), config, tokenizer)
+        record = read_record(folder, config, tokenizer)
         cut = choose_cut(record, config, depth, dim, rank, allow_untrained)
         kernel = choose_kernel("auto", device, dtype)
         encoder = load_encoder(folder, depth=cut.depth, rank=cut.rank or None, kernel=kernel, dtype=dtype).to(device)

@@ -15,6 +15,13 @@ class UserError(ValueError):
     """
 
 
+def one_line(error: BaseException) -> str:
+    """The reason that another library gives, as one line: its first, and those after it that this one announces."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    end = next((number for number, line in enumerate(lines) if not line.endswith(":")), len(lines) - 1)
+    return " ".join(lines[: end + 1])
+
+
 def exit_on_user_error(main: Callable[..., int | None]) -> Callable[..., int]:
     """Wrap an entry point: a UserError becomes a message on stderr and exit code 2."""
 

@@ -10,6 +10,7 @@ from ml_embed.cut import Cut, choose_cut
 from ml_embed.errors import UserError
 from ml_embed.files import atomic_folder
 from ml_embed.model_folder import RECORD_FILE, ModelRecord, load_config, load_encoder, save_model_folder
+from ml_embed.paths import check_model_output
 from ml_embed.tokenizer import load_tokenizer
 
 
@@ -41,9 +42,10 @@ def export_model(
         what was written.
 
     Raises:
-        UserError: `checkpoint` is not a trained model folder, a value was not trained, or `output` exists.
+        UserError: `checkpoint` is not a trained model folder, a value was not trained, or `output` must not or cannot
+            be written.
     """
-    check_export_paths(checkpoint, output, overwrite)
+    check_model_output(output, overwrite, checkpoint)
     config = load_config(checkpoint)
     record = ModelRecord.load(checkpoint)
     if record is None:
@@ -56,22 +58,6 @@ def export_model(
         tokenizer = load_tokenizer(checkpoint)
         save_model_folder(folder, encoder.state_dict(), encoder.config, tokenizer, left, cut.dim)
     return cut
-
-
-def check_export_paths(checkpoint: Path, output: Path, overwrite: bool) -> None:
-    """Refuse to write over anything that is not meant to be replaced.
-
-    Raises:
-        UserError: `output` is the checkpoint itself, exists, or is not a model folder.
-    """
-    if output.resolve() == checkpoint.resolve():
-        raise UserError(f"{output} is the checkpoint itself; give another output")
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if not overwrite:
-        raise UserError(f"{output} exists already; give another output, or allow overwriting to replace it")
-    if not (output / RECORD_FILE).is_file():
-        raise UserError(f"{output} is not a model folder (no {RECORD_FILE}), so it is not replaced; give another one")
 
 
 def cut_record(record: ModelRecord, cut: Cut) -> ModelRecord:

@@ -16,6 +16,8 @@ from typing import Any
 from ml_embed.errors import UserError
 
 CHECKSUMS_FILE = "checksums.json"
+MAX_SHARD_SIZE = "5GB"
+"""Of a file of weights; larger models are split. The hub's own tools split there, too."""
 _PARTIAL = ".partial"
 
 
@@ -45,10 +47,10 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     Raises:
         UserError: the disk is full or fails. Nothing of the new folder is left, and an old `target` is as it was.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}{_PARTIAL}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
         yield partial
         _sync_files(partial)

@@ -24,16 +24,18 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3Model
 
 from ml_embed.attention import Kernel
-from ml_embed.errors import UserError
-from ml_embed.files import checksum, give_usual_permissions, write_json
+from ml_embed.errors import UserError, one_line
+from ml_embed.files import MAX_SHARD_SIZE, checksum, give_usual_permissions, write_json
 from ml_embed.model import MatryoshkaEncoder, NormSharing, check_supported
+from ml_embed.paths import home_path, is_hub_name, model_type, numbered_folders
 from ml_embed.tokenizer import append_eos_template
 
 FORMAT_VERSION = 1
 RECORD_FILE = "ml_embed.json"
 FACTORS_FILE = "embedding_factors.safetensors"
 EXIT_NORMS_FILE = "exit_norms.safetensors"
-MAX_SHARD_SIZE = "5GB"
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SIZES += ("num_key_value_heads", "head_dim", "max_position_embeddings")
 
 
 @dataclass(frozen=True)
@@ -191,13 +193,20 @@ def load_config(folder: str | Path) -> Qwen3Config:
     Raises:
         UserError: missing, damaged, or not a Qwen3 that this encoder computes rightly.
     """
-    if not Path(folder).is_dir() and Path(folder).is_absolute():
-        raise UserError(f"model folder {folder} does not exist")
+    path = home_path(folder)
+    if not path.is_dir() and not is_hub_name(folder):
+        what = "is a file, not a model folder" if path.exists() else "does not exist"
+        raise UserError(f"model folder {folder} {what}")
+    if model_type(path) is None and (steps := numbered_folders(path)):  # config.json there is the training's
+        raise UserError(f"{folder} is a run folder; give a model folder in it, the newest is {steps[-1][1]}")
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is not a model folder: {str(error).splitlines()[0]}") from None
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # one that was edited by hand fails in a dozen ways, and the hub's client in others
+        raise UserError(f"{folder} is not a model folder with a valid config.json: {one_line(error)}") from None
     check_supported(config)
+    impossible = [f"{name} is {value}" for name in SIZES if (value := getattr(config, name)) is not None and value < 1]
+    if impossible:
+        raise UserError(f"config.json of {folder}: {', '.join(impossible)}; must be at least 1")
     return config
 
 
@@ -211,9 +220,11 @@ def load_backbone(folder: str | Path, config: Qwen3Config, dtype: torch.dtype = 
         loaded: Any = Qwen3Model.from_pretrained(  # a pair, because of output_loading_info
             folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"the weights in {folder} cannot be loaded: {reason}; safetensors files are needed") from None
+    except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"the weights in {folder} cannot be loaded: {one_line(error)}; safetensors files that fit config.json are "
+            "needed"
+        ) from None
     model, report = loaded
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
@@ -241,18 +252,18 @@ def _load_layers(folder: Path, config: Qwen3Config, dtype: torch.dtype) -> Qwen3
     The multiplied-out token table is not read: it may be larger than all the rest.
     """
     config.dtype = dtype
-    with torch.device("meta"):
-        backbone = Qwen3Model(config)
-    backbone.register_module("embed_tokens", None)
-    backbone.rotary_emb = type(backbone.rotary_emb)(config)  # its buffers are computed, not stored
     state: dict[str, Tensor] = {}
     try:
+        with torch.device("meta"):
+            backbone = Qwen3Model(config)
+        backbone.register_module("embed_tokens", None)
+        backbone.rotary_emb = type(backbone.rotary_emb)(config)  # its buffers are computed, not stored
         for path, names in _files_of(folder, backbone.state_dict().keys()).items():
             with safe_open(path, "pt") as file:
                 state |= {name: file.get_tensor(name).to(dtype) for name in names}
         backbone.load_state_dict(state, assign=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
+        reason = one_line(error)
         raise UserError(f"the weights in {folder} cannot be loaded: {reason}; copy the model folder again") from None
     return backbone
 

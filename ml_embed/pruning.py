@@ -19,18 +19,18 @@ from tqdm import tqdm
 from transformers import Qwen3Config, Qwen3Model
 
 from ml_embed.attention import choose_kernel
-from ml_embed.backbone import check_output, read_texts, text_files
+from ml_embed.backbone import read_texts, text_files
 from ml_embed.encoding import choose_device, default_dtype, longest_first, pooled_vectors
 from ml_embed.errors import UserError
 from ml_embed.export import stored_dtype
-from ml_embed.files import atomic_folder, give_usual_permissions
+from ml_embed.files import MAX_SHARD_SIZE, atomic_folder, give_usual_permissions
 from ml_embed.model import MatryoshkaEncoder
 from ml_embed.model_folder import load_backbone, load_config
+from ml_embed.paths import check_model_output, home_path
 from ml_embed.tokenizer import TextEncoder, load_tokenizer
 
 WINDOW = 256
 """Texts tokenized and sorted by length at a time."""
-MAX_SHARD_SIZE = "2GB"
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,8 @@ def prune_backbone(
     Raises:
         UserError: a size is not possible, there is no calibration text, or `output` must not be written.
     """
-    folder, output = Path(folder), Path(output)
-    check_output(output, overwrite)
-    if output.resolve() == folder.resolve():
-        raise UserError(f"{output} is the backbone itself; give another output")
+    folder, output = home_path(folder), home_path(output)
+    check_model_output(output, overwrite, folder)
     config, tokenizer = load_config(folder), load_tokenizer(folder)
     sizes = choose_sizes(config, layers, hidden, intermediate)
     whole = Sizes(config.num_hidden_layers, config.hidden_size, config.intermediate_size)

@@ -1,7 +1,6 @@
 """Any model that gives texts vectors: a folder of ours, a plain Qwen3 backbone, or what sentence-transformers reads."""
 
 import importlib.util
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -11,8 +10,9 @@ import torch
 
 from ml_embed.embedder import Embedder
 from ml_embed.encoding import choose_device
-from ml_embed.errors import UserError
+from ml_embed.errors import UserError, one_line
 from ml_embed.model_folder import RECORD_FILE
+from ml_embed.paths import home_path, is_hub_name, model_type
 
 
 class TextModel(Protocol):
@@ -52,8 +52,8 @@ class SentenceTransformersModel:
         self.name, self.device = name, choose_device(device)
         try:
             self._model = SentenceTransformer(name, device=str(self.device), trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{name} cannot be read as a model: {str(error).splitlines()[0]}") from None
+        except Exception as error:  # it reads many kinds of models, whose mistakes fail in as many ways
+            raise UserError(f"{name} cannot be read as a model: {one_line(error)}") from None
         if type(self._model[-1]).__name__ == "Normalize":
             del self._model[-1]  # `encode` does it, where it is wanted
         self._batch_size = batch_size
@@ -82,21 +82,15 @@ def load_text_model(name: str | Path, device: str | None = None, batch_size: int
     """
     if batch_size < 1:
         raise UserError(f"--batch-size is {batch_size}; it must be at least 1")
-    folder = Path(name)
+    folder = home_path(name)
     if (folder / RECORD_FILE).is_file() or _is_backbone(folder):
         return OwnModel(folder, device)
-    if not folder.exists() and (folder.is_absolute() or str(name).startswith(".")):
-        raise UserError(f"model folder {folder} does not exist")
-    return SentenceTransformersModel(str(name), device, batch_size)
+    if not folder.exists() and not is_hub_name(name):
+        raise UserError(f"model folder {name} does not exist")
+    return SentenceTransformersModel(str(folder), device, batch_size)
 
 
 def _is_backbone(folder: Path) -> bool:
     """Whether it is a Qwen3 folder that does not say how to pool: sentence-transformers would take the mean of all
     tokens, where training and a live teacher take the last."""
-    path = folder / "config.json"
-    if not path.is_file() or (folder / "modules.json").is_file():
-        return False
-    try:
-        return json.loads(path.read_text(encoding="utf-8")).get("model_type") == "qwen3"
-    except (ValueError, AttributeError):
-        return False
+    return model_type(folder) == "qwen3" and not (folder / "modules.json").is_file()

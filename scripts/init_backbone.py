@@ -10,12 +10,12 @@ from ml_embed.backbone import (
     DEFAULT_VOCAB_SIZE,
     DTYPES,
     PRESETS,
-    check_output,
     init_backbone,
     read_texts,
     train_tokenizer,
 )
 from ml_embed.errors import exit_on_user_error
+from ml_embed.paths import check_model_output
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -53,9 +53,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 @exit_on_user_error
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    check_output(args.output, args.overwrite)
+    check_model_output(args.output, args.overwrite)
     if args.train_tokenizer:
-        tokenizer = train_tokenizer(read_texts(args.train_tokenizer), args.vocab_size or DEFAULT_VOCAB_SIZE)
+        size = DEFAULT_VOCAB_SIZE if args.vocab_size is None else args.vocab_size
+        tokenizer = train_tokenizer(read_texts(args.train_tokenizer), size)
         rows = None
     else:
         from ml_embed.tokenizer import load_tokenizer  # seconds of imports that a mistake or --help need not wait for

@@ -134,6 +134,17 @@ def test_untrained_cuts_are_refused_with_the_trained_ones(shared):
         Embedder.from_pretrained(shared, depth=4, allow_untrained=True)
 
 
+def test_cuts_may_be_numbers_of_numpy_but_must_be_whole(shared):
+    model = Embedder.from_pretrained(shared, depth=np.int64(1), dim=np.int32(16), rank=np.uint8(16), device="cpu")
+    cut = (model.depth, model.dim, model.rank)
+    assert cut == (1, 16, 16)
+    assert json.loads(json.dumps(cut)) == [1, 16, 16], "plain ints"
+    assert_equal_vectors(model.encode(TEXTS), naive(shared, TEXTS, 1, 16, 16))
+    for axis, value in (("depth", 1.0), ("dim", np.float32(16)), ("rank", "16")):
+        with pytest.raises(UserError, match=f"{axis} .*must be a whole number"):
+            Embedder.from_pretrained(shared, **{axis: value})
+
+
 @pytest.mark.parametrize("sharing", ["shared", "per_layer"])
 def test_untrained_cuts_can_be_allowed(sharing, request):
     folder = request.getfixturevalue(sharing)
@@ -221,6 +232,42 @@ def test_no_folder_and_no_device(shared, tmp_path):
         Embedder.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(UserError, match="device 'toaster'"):
         Embedder.from_pretrained(shared, device="toaster")
+
+
+def test_the_home_folder_and_a_run_in_place_of_a_model(shared, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    for step in (9, 10):
+        shutil.copytree(shared, run / f"step_{step}")
+    (run / "config.json").write_text(json.dumps({"model_path": "models/x"}))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert_equal_vectors(Embedder.from_pretrained("~/run/step_9").encode(TEXTS), naive(shared, TEXTS))
+    with pytest.raises(UserError, match=r"~/run is a run folder.* the newest is .*/run/step_10$"):
+        Embedder.from_pretrained("~/run")
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        Embedder.from_pretrained("~/nowhere")
+    with pytest.raises(UserError, match=r"config\.json is a file"):
+        Embedder.from_pretrained(run / "config.json")
+
+
+@pytest.mark.parametrize("factorized", [True, False])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 4}, r"`num_hidden_layers` \(4\) must be equal to the number of `layer_types` \(3\)"),
+        ({"hidden_size": "64"}, "'hidden_size' expected int, got str"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; must be at least 1"),
+        ({"intermediate_size": 95}, r"weights in .* cannot be loaded"),
+        ({"hidden_act": "tanhh"}, "cannot be loaded: 'tanhh'"),
+        ({"dtype": "float31"}, "float31"),
+        (None, "not a model folder with a valid config.json"),
+    ],
+)
+def test_configs_edited_by_hand(tokenizer, tmp_path, factorized, changes, message):
+    folder = write_model(tmp_path / "model", tokenizer, factorized=factorized)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes if changes else changes))
+    with pytest.raises(UserError, match=message):
+        Embedder.from_pretrained(folder, device="cpu")
 
 
 def test_encode_to_file(shared, tmp_path, monkeypatch):

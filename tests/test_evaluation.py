@@ -206,8 +206,11 @@ def _columns(result, baseline):
 def test_sizes_the_model_does_not_have(folders):
     with pytest.raises(UserError, match="depth 4 is not possible"):
         evaluate_cube(folders / "shared", folders / "candidates", depths=[1, 4])
+    sizes = [[np.int64(value)] for value in (8, 2, 24)]
+    numpy = evaluate_cube(folders / "shared", folders / "candidates", *sizes, device="cpu", progress=False)
     result = evaluate_cube(folders / "shared", folders / "candidates", [8], [2], [24], device="cpu", progress=False)
     assert [row["trained"] for row in result["rows"]] == [False, False]
+    assert json.loads(json.dumps(numpy)) == result
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def test_what_stands_there_is_not_lost(checkpoint, tmp_path):
     documents = tmp_path / "documents"
     documents.mkdir()
     (documents / "thesis.txt").write_text("precious")
-    for place, message in ((documents, "not a model folder"), (checkpoint, "checkpoint itself")):
+    for place, message in ((documents, "not a model folder"), (checkpoint, "the model that is read")):
         with pytest.raises(UserError, match=message):
             export_model(checkpoint, place, overwrite=True)
     assert (documents / "thesis.txt").exists()

@@ -114,7 +114,7 @@ def test_mistakes(backbone, tmp_path, capsys):
     with pytest.raises(UserError, match="no calibration text"):
         prune_backbone(backbone, tmp_path / "x", hidden=8, progress=False)
     assert not (tmp_path / "x").exists()
-    with pytest.raises(UserError, match="exists already"):
-        prune_backbone(backbone, backbone)
+    with pytest.raises(UserError, match="the model that is read"):
+        prune_backbone(backbone, backbone, overwrite=True)
     assert main(["--model", str(backbone), "--output", str(tmp_path / "x"), "--preset", "80M", "--layers", "2"]) == 2
     assert "gives all three sizes" in capsys.readouterr().err

@@ -1,0 +1,86 @@
+"""What users give as paths: the home folder, names on the hub, and places that are to be written."""
+
+import json
+import os
+import re
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from ml_embed.errors import UserError
+
+_STEP_FOLDER = re.compile(r"step_(\d+)")
+
+
+def expand_home(path: str) -> str:
+    """`~` or `~name` at the start as the home folder; all else as it is written."""
+    return os.path.expanduser(path)  # noqa: PTH111 - pathlib's drops a "./", which tells a path from a hub name
+
+
+def home_path(path: str | Path) -> Path:
+    """A path whose `~` is the home folder; as argparse's `type`, too: a shell leaves `--flag=~/x` alone."""
+    return Path(expand_home(str(path)))
+
+
+def is_hub_name(given: str | Path) -> bool:
+    """Whether it can only be meant as a name on the hub: nothing is there, and it is written "name" or "owner/name"."""
+    written = str(given)
+    as_path = written.startswith(("/", ".", "~")) or written.endswith("/") or written.count("/") > 1
+    return not as_path and not os.path.lexists(written)
+
+
+def model_type(folder: Path) -> str | None:
+    """What the config.json of a model folder names; None for any other folder."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def numbered_folders(folder: Path) -> list[tuple[int, Path]]:
+    """(N, path) of the `step_N` folders in `folder`, ascending."""
+    found = ((_STEP_FOLDER.fullmatch(path.name), path) for path in folder.glob("step_*") if path.is_dir())
+    return sorted((int(match.group(1)), path) for match, path in found if match)
+
+
+def check_writable(path: Path, flag: str = "--output") -> None:
+    """Look, before long work, whether a folder can be made or filled; nothing stays behind.
+
+    Args:
+        path: a folder, which may exist, and so may none of those above it.
+        flag: what gave it, for the message.
+    Raises:
+        UserError: it is a file, or lies in one, or nothing can be written there.
+    """
+    try:
+        place = path.absolute()
+        while not place.exists():
+            place = place.parent
+        if not place.is_dir():
+            raise UserError(f"{flag} {path}: {place} is a file; give a folder")
+        with TemporaryDirectory(dir=place, prefix=".writable-"):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be written ({error.strerror}); give another place") from None
+
+
+def check_model_output(output: Path, overwrite: bool, source: Path | None = None) -> None:
+    """Look, before long work, whether a model folder may and can be written; an empty folder counts as none.
+
+    Args:
+        output: the new folder.
+        overwrite: replace a model folder that is there, and nothing else.
+        source: the model that it is made of, which is not replaced.
+    Raises:
+        UserError: it must not or cannot be written.
+    """
+    if source is not None and source.resolve().is_relative_to(output.resolve()):
+        raise UserError(f"{output} is, or holds, the model that is read; give another --output")
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        if not overwrite:
+            raise UserError(f"{output} exists already; give another --output, or --overwrite to replace it")
+        if model_type(output) is None:
+            raise UserError(
+                f"{output} is not a model folder (no config.json that names a model_type), so it is not replaced; "
+                "give another --output"
+            )
+    check_writable(output.absolute().parent)

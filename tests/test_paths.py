@@ -1,0 +1,70 @@
+"""What users give as paths: home folders, hub names, runs in place of models, places that cannot be written."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ml_embed.errors import UserError, one_line
+from ml_embed.paths import check_model_output, check_writable, expand_home, home_path, is_hub_name
+
+
+def test_home_is_expanded_and_nothing_else_is_changed(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    written = ["~/models/x", "~", "./models/x", "models/~x", "~nobody-of-that-name/x", "x/"]
+    expected = ["/home/ada/models/x", "/home/ada", *written[2:]]
+    assert [expand_home(path) for path in written] == expected
+    assert home_path("~/x") == home_path(Path("~/x")) == Path("/home/ada/x")
+
+
+def test_hub_names_are_told_from_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "here").mkdir(parents=True)
+    assert all(map(is_hub_name, ["Qwen/Qwen3-0.6B", "gpt2", "models/elsewhere"]))
+    paths = ["/nowhere/x", "./x", "../x", ".x", "~/x", "a/b/c", "name/", "models/here", "models", tmp_path]
+    assert not any(map(is_hub_name, paths))
+
+
+def test_places_are_tried_without_leaving_anything(tmp_path):
+    check_writable(tmp_path / "a" / "b")
+    check_writable(tmp_path)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("precious")
+    for place in (tmp_path / "file", tmp_path / "file" / "inside"):
+        with pytest.raises(UserError, match=f"--output {place}.* is a file"):
+            check_writable(place)
+    with pytest.raises(UserError, match="--work /proc/x/y cannot be written"):
+        check_writable(Path("/proc/x/y"), "--work")
+
+
+def test_only_model_folders_are_replaced(tmp_path):
+    model, run = tmp_path / "model", tmp_path / "run"
+    for folder, config in ((model, {"model_type": "qwen3"}), (run, {"model_path": "models/x"})):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+    (tmp_path / "empty").mkdir()
+    for free in (tmp_path / "empty", tmp_path / "new"):
+        check_model_output(free, overwrite=False)
+    check_model_output(model, overwrite=True)
+    for output, overwrite, source, message in (
+        (model, False, None, "exists already"),
+        (run, True, None, "not a model folder"),
+        (model, True, model, "is, or holds, the model that is read"),
+        (model, True, model / "step_1", "is, or holds, the model that is read"),
+        (Path("/proc/x/y"), True, None, "cannot be written"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_model_output(output, overwrite, source)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("a reason\nand more", "a reason"),
+        ("\nErrors:\n\t in x:\n\t  size\nmore", "Errors: in x: size"),
+        ("", "ValueError"),
+        ("end:", "end:"),
+    ],
+)
+def test_the_reason_is_one_line(text, line):
+    assert one_line(ValueError(text)) == line
