@@ -28,6 +28,7 @@ from ml_embed.data.files import commit, disk_errors_are_user_errors, lock_folder
 from ml_embed.errors import UserError
 from ml_embed.files import write_json
 from ml_embed.raw import (
+    SCHEMA,
     TASK_METADATA,
     RawDataset,
     check_and_count_rows,
@@ -44,7 +45,6 @@ from ml_embed.tokenization import describe_source
 SUMMARY = "mining.json"
 LOCK = ".mining.lock"
 WORK_SUFFIX = ".mining"
-SCHEMA = pa.schema([("query", pa.string()), ("passage", pa.string()), ("negatives", pa.list_(pa.string()))])
 ENCODED_BLOCK = 8192  # texts between two writes to disk; what an interruption costs at most
 QUERY_BLOCK = 1024
 VECTOR_SETTINGS = ("model", "query_prompt", "passage_prompt", "source")

@@ -20,11 +20,10 @@ from tqdm import tqdm
 from ml_embed.config import Task
 from ml_embed.data.files import commit, disk_errors_are_user_errors, partial_path, write_text_atomically
 from ml_embed.errors import UserError
-from ml_embed.raw import NEGATIVE_COLUMN, TASK_METADATA
+from ml_embed.raw import NEGATIVE_COLUMN, SCHEMA, TASK_METADATA
 
 BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
 PACKED = (".gz", ".bz2", ".xz", ".zst")
-SCHEMA = pa.schema([("query", pa.string()), ("passage", pa.string()), ("negatives", pa.list_(pa.string()))])
 ROLES = ("query", "passage", "negatives", "text", "label")
 MOST_NEGATIVES = 24  # as in the published data
 BLOCK_ROWS = 4096

@@ -3,7 +3,7 @@
 Columns: `query`, `passage`, and negatives as `negative_1 ... negative_K` or as one list `negatives`. A null, absent or
 empty negative means "none in that place"; an empty query or passage is an error, because nothing can be learned from
 it and it is a sign of a column that was filled wrongly. Rows of parquet files are counted from 0; in a .jsonl file
-blank lines are no rows, and errors give the line, counted from 1.
+blank lines are no rows, and errors give the line, counted from 1. Suffixes may be in capitals.
 """
 
 import json
@@ -21,6 +21,8 @@ from ml_embed.errors import UserError
 from ml_embed.tasks import TASKS, Task
 
 SUFFIXES = (".parquet", ".jsonl")
+SCHEMA = pa.schema([("query", pa.string()), ("passage", pa.string()), ("negatives", pa.list_(pa.string()))])
+"""Of the raw files that this project writes."""
 BATCH_ROWS = 256  # texts of 25 documents of 10 kB each: 64 MB
 NEGATIVE_COLUMN = re.compile(r"negative_(\d+)")
 TASK_METADATA = b"ml_embed_task"
@@ -34,6 +36,11 @@ class RawDataset:
 
     name: str
     path: Path
+
+    @property
+    def is_parquet(self) -> bool:
+        """Or .jsonl."""
+        return self.path.suffix.lower() == ".parquet"
 
 
 class RawRow(NamedTuple):
@@ -50,7 +57,7 @@ def list_raw_datasets(folder: Path) -> list[RawDataset]:
         raise UserError(f"raw data folder {folder} does not exist or is no folder.")
     datasets: dict[str, RawDataset] = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix not in SUFFIXES or path.name.startswith(".") or not path.is_file():
+        if path.suffix.lower() not in SUFFIXES or path.name.startswith(".") or not path.is_file():
             continue
         if path.stem in datasets:
             raise UserError(
@@ -58,7 +65,10 @@ def list_raw_datasets(folder: Path) -> list[RawDataset]:
             )
         datasets[path.stem] = RawDataset(path.stem, path)
     if not datasets:
-        raise UserError(f"{folder} holds no .parquet or .jsonl file. Put one file a dataset there.")
+        raise UserError(
+            f"{folder} holds no .parquet or .jsonl file. Put one file a dataset there; of .csv, .tsv, .json or .arrow "
+            "files, tokenize_data_qwen.py --columns query=...,passage=... makes such ones."
+        )
     return sorted(datasets.values(), key=lambda dataset: dataset.name)
 
 
@@ -67,7 +77,7 @@ def check_and_count_rows(dataset: RawDataset) -> int:
 
     Raises UserError for a broken file, a missing column, a column of the wrong type, or no rows.
     """
-    if dataset.path.suffix == ".parquet":
+    if dataset.is_parquet:
         with open_parquet(dataset.path) as file:
             _check_schema(dataset.path, file.schema_arrow)
             rows = file.metadata.num_rows
@@ -80,7 +90,7 @@ def check_and_count_rows(dataset: RawDataset) -> int:
 
 def declared_task(dataset: RawDataset) -> Task | None:
     """The task that a parquet file says it is for; None where it says nothing."""
-    if dataset.path.suffix != ".parquet":
+    if not dataset.is_parquet:
         return None
     with open_parquet(dataset.path) as file:
         said = (file.schema_arrow.metadata or {}).get(TASK_METADATA, b"").decode()
@@ -89,7 +99,7 @@ def declared_task(dataset: RawDataset) -> Task | None:
 
 def read_rows(dataset: RawDataset, selected: np.ndarray | None = None) -> Iterator[RawRow]:
     """The rows whose numbers are in `selected` (sorted; None = all), in file order. Raises UserError on a bad row."""
-    if dataset.path.suffix == ".parquet":
+    if dataset.is_parquet:
         return _read_parquet(dataset.path, selected)
     return _read_jsonl(dataset.path, selected)
 

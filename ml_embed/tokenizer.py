@@ -122,11 +122,6 @@ class TextEncoder:
         return np.fromiter(ids, np.int32, len(ids))  # measured: faster than np.array for lists of ints
 
 
-def encode_batch(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int) -> list[np.ndarray]:
-    """`TextEncoder` for a single call. Keep a `TextEncoder` for many: making one copies the vocabulary."""
-    return TextEncoder(tokenizer, max_length)(texts)
-
-
 def _added_ids(tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
     """The ids that the post-processor puts after a text; None if it puts any before it or changes it."""
     backend = tokenizer.backend_tokenizer

@@ -25,7 +25,7 @@ from ml_embed.teacher import TeacherOptions, TextDecoder, embed_teacher
 from ml_embed.teacher_vectors import TeacherVectors, map_vectors
 from ml_embed.text_models import load_text_model
 from ml_embed.tokenization import TokenizeOptions, tokenize_folder
-from ml_embed.tokenizer import encode_batch
+from ml_embed.tokenizer import TextEncoder
 from scripts.embed_teacher import main
 
 PROMPTS = {"prompt": "Instruct: find it\nQuery: ", "passage_prompt": "Text: ", "passage_prompt_share": 0.5}
@@ -212,7 +212,7 @@ def test_another_tokenizer_is_noticed_even_where_the_data_does_not_say(world, tm
     """By the manifest; without one by ids it does not have, or by texts that it writes otherwise."""
     small = train_tokenizer(["no words of ours"], 270)
     small.save_pretrained(tmp_path / "small")
-    ids = pa.array([encode_batch(small, ["river stone light moon"] * 3, 99)[0]], pa.list_(pa.int64()))
+    ids = pa.array([TextEncoder(small, 99)(["river stone light moon"])[0]], pa.list_(pa.int64()))
     spelled = tmp_path / "spelled"
     spelled.mkdir()
     pq.write_table(pa.table({"doc_id": ["a"], "input_ids": ids}), spelled / "corpus.parquet")

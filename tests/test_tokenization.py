@@ -485,8 +485,19 @@ def test_listing_passes_over_other_files_and_refuses_doubles(tmp_path):
         list_raw_datasets(tmp_path)
     with pytest.raises(UserError, match="does not exist"):
         list_raw_datasets(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="holds no"):
+    (tmp_path / "folder.parquet/faq.csv").write_text("query,passage")
+    with pytest.raises(UserError, match=r"holds no .*tokenize_data_qwen\.py --columns"):
         list_raw_datasets(tmp_path / "folder.parquet")
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_suffixes_in_capitals_are_read_alike(tmp_path, suffix):
+    path = write_raw(tmp_path / "raw", suffix=suffix) / f"toy{suffix}"
+    expected = list(read_rows(RawDataset("toy", path)))
+    path.rename(path.with_suffix(suffix.upper()))
+    [dataset] = list_raw_datasets(tmp_path / "raw")
+    assert check_and_count_rows(dataset) == len(ROWS)
+    assert list(read_rows(dataset)) == expected
 
 
 @pytest.mark.parametrize(

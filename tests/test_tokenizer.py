@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from ml_embed.errors import UserError
-from ml_embed.tokenizer import TextEncoder, append_eos_template, encode_batch, fingerprint, load_tokenizer
+from ml_embed.tokenizer import TextEncoder, append_eos_template, fingerprint, load_tokenizer
 
 TEXTS = [
     "hello world",
@@ -59,27 +59,27 @@ def with_bos(tokenizer):
 
 
 def test_ids_are_those_of_the_text_alone_then_one_eos(tokenizer):
-    for text, ids in zip(TEXTS, encode_batch(tokenizer, TEXTS, 1000), strict=True):
+    for text, ids in zip(TEXTS, TextEncoder(tokenizer, 1000)(TEXTS), strict=True):
         assert ids.dtype == np.int32
         assert ids.tolist() == [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
 
 
 def test_truncation_keeps_one_eos(tokenizer):
-    for text, ids in zip(TEXTS, encode_batch(tokenizer, TEXTS, 8), strict=True):
+    for text, ids in zip(TEXTS, TextEncoder(tokenizer, 8)(TEXTS), strict=True):
         assert ids.tolist() == [*tokenizer(text, add_special_tokens=False).input_ids[:7], tokenizer.eos_token_id]
-    assert len(encode_batch(tokenizer, TEXTS, 8)[3]) == 8
+    assert len(TextEncoder(tokenizer, 8)(TEXTS)[3]) == 8
 
 
 def test_a_text_that_ends_in_the_eos_string_gets_its_own_eos_all_the_same(tokenizer):
-    ids = encode_batch(tokenizer, ["ends in <eos>"], 1000)[0]
+    ids = TextEncoder(tokenizer, 1000)(["ends in <eos>"])[0]
     assert ids[-2:].tolist() == [tokenizer.eos_token_id] * 2
 
 
 @pytest.mark.parametrize("prepare", [lambda t: t, with_bos, lambda t: append_eos_template(t) or t])
 def test_post_processor_changes_nothing(tokenizer, prepare):
-    plain = encode_batch(tokenizer, TEXTS, 12)
+    plain = TextEncoder(tokenizer, 12)(TEXTS)
     prepared = prepare(make_tokenizer())
-    for expected, ids in zip(plain, encode_batch(prepared, TEXTS, 12), strict=True):
+    for expected, ids in zip(plain, TextEncoder(prepared, 12)(TEXTS), strict=True):
         np.testing.assert_array_equal(ids, expected)
 
 
@@ -87,7 +87,7 @@ def test_the_callers_tokenizer_is_not_touched(tokenizer):
     tokenizer.backend_tokenizer.enable_truncation(3)
     tokenizer.backend_tokenizer.enable_padding(length=5)
     before = tokenizer.backend_tokenizer.to_str()
-    ids = encode_batch(tokenizer, [TEXTS[3]], 1000)[0]
+    ids = TextEncoder(tokenizer, 1000)([TEXTS[3]])[0]
     assert tokenizer.backend_tokenizer.to_str() == before
     assert len(ids) > 5
 
@@ -102,7 +102,7 @@ def test_max_length_that_leaves_no_room_is_an_error(tokenizer):
 def test_saved_tokenizer_gives_the_training_ids(tmp_path, kind, prepare):
     tokenizer = prepare(make_tokenizer(kind))
     before = fingerprint(tokenizer)
-    expected = encode_batch(tokenizer, TEXTS, 9)
+    expected = TextEncoder(tokenizer, 9)(TEXTS)
     append_eos_template(tokenizer)
     once = tokenizer.backend_tokenizer.to_str()
     append_eos_template(tokenizer)
@@ -160,7 +160,7 @@ def test_eos_and_pad_are_required(tmp_path, missing):
 def test_with_the_qwen3_tokenizer(tmp_path):
     tokenizer = load_tokenizer(os.environ["ML_EMBED_QWEN3_TOKENIZER"])
     texts = [*TEXTS, "a<|im_end|>", "e\u0301 is normalised", "x" * 300]
-    expected = encode_batch(tokenizer, texts, 16)
+    expected = TextEncoder(tokenizer, 16)(texts)
     for text, ids in zip(texts, expected, strict=True):
         assert ids.tolist() == [*tokenizer(text, add_special_tokens=False).input_ids[:15], tokenizer.eos_token_id]
     before = fingerprint(tokenizer)

@@ -11,6 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ml_embed.raw import SCHEMA
+
 GROUP_ROWS = 1000
 _PEAK = """
 lines = open("/proc/self/status").read().splitlines()  # getrusage's maximum would be the parent's
@@ -76,8 +78,7 @@ def write_raw(texts: list[str], path: Path, rows: int, negatives: int = 7) -> No
     """Rows of articles; a number in front makes each a text of its own, so that none is spared by being known."""
     path.parent.mkdir(parents=True, exist_ok=True)
     numbered = (f"{number} {text}" for number, text in enumerate(itertools.cycle(texts)))
-    schema = pa.schema([("query", pa.string()), ("passage", pa.string()), ("negatives", pa.list_(pa.string()))])
-    with pq.ParquetWriter(path, schema) as writer:
+    with pq.ParquetWriter(path, SCHEMA) as writer:
         for start in range(0, rows, GROUP_ROWS):
             group = [
                 {
@@ -87,7 +88,7 @@ def write_raw(texts: list[str], path: Path, rows: int, negatives: int = 7) -> No
                 }
                 for _ in range(min(GROUP_ROWS, rows - start))
             ]
-            writer.write_table(pa.Table.from_pylist(group, schema=schema))
+            writer.write_table(pa.Table.from_pylist(group, schema=SCHEMA))
 
 
 def compare_tokenizing(tokenizer: Path, raw: Path, output: Path, repeats: int, naive_rows: int) -> dict[str, Any]:
