@@ -20,6 +20,9 @@ class Window:
     """Sums over the optimizer steps since the last log line; saved with a resume state, so that none is lost."""
 
     steps: int = 0
+    seconds: float = 0.0
+    """of fetching batches and of steps, without validation, checkpoints and a pause between two launches; states of
+    earlier versions lack it, so that the first rate after resuming one is too high"""
     loss: float = 0.0
     grad_norm: float = 0.0
     distillation: float = 0.0
@@ -32,8 +35,9 @@ class Window:
     in_batch: dict[str, float] = field(default_factory=dict)
     tasks: dict[str, Task] = field(default_factory=dict)
 
-    def add(self, dataset: str, task: Task, step: "StepValues") -> None:
+    def add(self, dataset: str, task: Task, step: "StepValues", seconds: float) -> None:
         self.steps += 1
+        self.seconds += seconds
         self.loss += step.total
         self.grad_norm += step.grad_norm
         self.distillation += step.distillation
@@ -47,7 +51,7 @@ class Window:
         if task == "retrieval":
             self.in_batch[dataset] = self.in_batch.get(dataset, 0.0) + step.in_batch
 
-    def summary(self, seconds: float, distilled: bool, margin_used: bool) -> dict[str, float]:
+    def summary(self, distilled: bool, margin_used: bool) -> dict[str, float]:
         """Means over the window, sums of what is counted; a dataset that did not appear in it has no entry.
 
         "Avg/<task>/…" are means over the task's datasets, each counting the same.
@@ -55,8 +59,9 @@ class Window:
         values = {
             "loss": self.loss / self.steps,
             "grad_norm": self.grad_norm / self.steps,
-            "tokens_per_second": self.tokens / seconds,
+            "tokens_per_second": self.tokens / max(self.seconds, 1e-9),
             "tokens": self.tokens,
+            "seconds": self.seconds,
             "encoded_tokens": self.encoded_tokens,
             "masked_by_document": self.masked_by_document,
         }
@@ -101,14 +106,13 @@ class StepValues:
 class MetricsLog:
     """Appends lines to metrics.jsonl (first process only) and sends the same numbers to the trackers.
 
-    A line's rate is its tokens over the seconds since the line before it, so that anyone can check it from "time".
+    A train line's rate is its "tokens" over its "seconds" (`Window.seconds`), so that anyone can check it.
     """
 
     def __init__(self, path: Path, accelerator: Accelerator, keep_bytes: int = 0):
         """`keep_bytes`: length of the file when the state that is resumed from was saved; what follows is dropped."""
         self._accelerator = accelerator
         self._path = path
-        self.last_time = time.time()
         if accelerator.is_main_process:
             path.touch()
             os.truncate(path, min(keep_bytes, path.stat().st_size))
@@ -127,20 +131,18 @@ class MetricsLog:
         `distilled`, `margin_used`: whether the run has a teacher and a false_negative_margin, whose numbers are left
         out otherwise.
         """
-        now = time.time()
-        summary = window.summary(max(now - self.last_time, 1e-9), distilled, margin_used)
-        line = {"split": "train", "step": step, "epoch": epoch, "learning_rate": learning_rate, **summary, "time": now}
+        summary = window.summary(distilled, margin_used)
+        line = {"split": "train", "step": step, "epoch": epoch, "learning_rate": learning_rate, **summary}
         self._write(line)
         return line
 
     def valid(self, step: int, epoch: float, values: dict[str, float]) -> None:
-        self._write({"split": "valid", "step": step, "epoch": epoch, **values, "time": time.time()})
+        self._write({"split": "valid", "step": step, "epoch": epoch, **values})
 
     def _write(self, line: dict[str, Any]) -> None:
-        self.last_time = line["time"]
         if self._accelerator.is_main_process:
-            append_whole(self._path, json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+            stamped = line | {"time": time.time()}
+            append_whole(self._path, json.dumps(stamped, ensure_ascii=False, allow_nan=False) + "\n")
         prefix = "valid/" if line["split"] == "valid" else ""
-        plain = ("split", "step", "time")
-        values = {name if "/" in name else prefix + name: value for name, value in line.items() if name not in plain}
+        values = {k if "/" in k else prefix + k: v for k, v in line.items() if k not in ("split", "step")}
         self._accelerator.log(values, step=line["step"])

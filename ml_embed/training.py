@@ -6,6 +6,7 @@ Letters: E exits, N texts of a batch, H hidden size, W processes.
 import contextlib
 import math
 import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
@@ -124,10 +125,11 @@ def train(run: Run) -> int:
     steps = range(run.start_step, last)
     bar = tqdm(total=last, initial=run.start_step, desc="training", disable=not run.accelerator.is_main_process)
     with StopRequest().listening() as stop, bar, contextlib.closing(run.loader.training_batches(steps)) as batches:
+        started = time.perf_counter()
         for done, batch in enumerate(batches, start=run.start_step + 1):
             lr = learning_rate(done, config, last)
             values = training_step(run, batch, done, lr, stop.requested)
-            run.window.add(batch.dataset, batch.task, values)
+            run.window.add(batch.dataset, batch.task, values, time.perf_counter() - started)
             bar.update()
             if done % config.log_interval == 0 or done == last:
                 optional = {
@@ -145,6 +147,7 @@ def train(run: Run) -> int:
             if values.stop_requested and done < last:
                 run.accelerator.print(f"stopped by a signal after step {done}; continue with --resume auto")
                 return PREEMPTED_EXIT_CODE
+            started = time.perf_counter()  # what was done since the step is not training
     return 0
 
 

@@ -1,10 +1,12 @@
 """The training objective and the loop, against plain transformers and the formulas."""
 
-import itertools
+import functools
 import json
 import math
+import shutil
 import threading
 import time
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,10 +14,11 @@ import pytest
 import torch
 from oracles import objective
 from safetensors.torch import load_file
+from tiny_runs import rewrite_state
 from transformers import AutoModel, AutoTokenizer
 
 import run as run_script
-from ml_embed import sole_launch
+from ml_embed import sole_launch, training
 
 
 def train(world, tmp_path, experiment_id="run", arguments=(), **changes) -> tuple[int, list[dict]]:
@@ -134,13 +137,43 @@ def test_a_run_writes_what_the_design_promises(world, tmp_path):
     assert valid["facts/valid_loss_in_batch"] > 0
 
 
-def test_the_rate_can_be_checked_from_the_lines(world, tmp_path):
-    _, lines = train(world, tmp_path, train_steps=6, log_interval=2)
-    for before, line in itertools.pairwise(lines):
-        if line["split"] == "train":
-            assert line["tokens_per_second"] == pytest.approx(
-                line["tokens"] / (line["time"] - before["time"]), rel=1e-6
-            )
+@pytest.fixture
+def simulated_clock(monkeypatch):
+    """The loop's clock: a step takes a second, a validation 100 and a checkpoint 1000."""
+    now = [0.0]
+    for name, seconds in (("training_step", 1), ("validate", 100), ("save_checkpoint", 1000)):
+
+        def takes(real, seconds, *given):
+            now[0] += seconds
+            return real(*given)
+
+        monkeypatch.setattr(training, name, functools.partial(takes, getattr(training, name), seconds))
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+
+def test_the_rate_is_that_of_training_alone(world, tmp_path, simulated_clock):
+    """Whatever lies between two lines, and when the tokens of a line are of two launches."""
+    intervals = {"log_interval": 3, "validation_steps": 2, "checkpointing_steps": 4, "train_steps": 8}
+    _, lines = train(world, tmp_path, **intervals)
+    rates = {line["step"]: (line["seconds"], line["tokens_per_second"]) for line in lines if line["split"] == "train"}
+    tokens = {line["step"]: line["tokens"] for line in lines if line["split"] == "train"}
+    assert rates == {step: (n, pytest.approx(tokens[step] / n)) for step, n in ((3, 3), (6, 3), (8, 2))}
+    for folder in (tmp_path / "run", tmp_path / "run" / "resume"):
+        shutil.rmtree(folder / "step_8")
+    _, continued = train(world, tmp_path, arguments=["--resume", "auto"], **intervals)
+    again = {line["step"]: (line["seconds"], line["tokens_per_second"]) for line in continued if "seconds" in line}
+    assert again == rates
+
+
+def test_states_of_versions_that_did_not_save_seconds_are_continued(world, tmp_path):
+    settings = {"train_steps": 4, "log_interval": 3, "checkpointing_steps": 2}
+    _, lines = train(world, tmp_path, **settings)
+    shutil.rmtree(tmp_path / "run" / "resume" / "step_4")
+    rewrite_state(tmp_path / "run" / "resume" / "step_2", lambda progress: progress["window"].pop("seconds"))
+    code, continued = train(world, tmp_path, arguments=["--resume", "auto"], **settings)
+    assert code == 0
+    assert [line["loss"] for line in continued] == [line["loss"] for line in lines]
+    assert continued[0]["tokens_per_second"] > 0
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(world, tmp_path):

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from tiny_models import make_tokenizer, random_backbone
 
 from ml_embed.data.token_files import CORPUS_SCHEMA, QUERY_SCHEMA, TokenFile, list_array, text_array
-from ml_embed.files import write_json
+from ml_embed.files import write_checksums, write_json
 from ml_embed.tokenizer import fingerprint
 
 ROOT = Path(__file__).parents[1]
@@ -236,10 +236,20 @@ def run(inputs: Inputs, config: Path, *arguments: Any, processes: int = 1, expec
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("time", "tokens_per_second")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("time", "seconds", "tokens_per_second")} for line in lines]
 
 
 def final_state(run_dir: Path, file: str = "model.safetensors") -> dict[str, torch.Tensor]:
     """The tensors of the newest resume state."""
     newest = max((run_dir / "resume").glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
     return load_file(newest / file)
+
+
+def rewrite_state(state: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Let `change` alter the content of a resume state's state.json, as if it had been saved so."""
+    path = state / "state.json"
+    progress = json.loads(path.read_text())
+    change(progress)
+    write_json(path, progress)
+    (state / "checksums.json").unlink()
+    write_checksums(state)
