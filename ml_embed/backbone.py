@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ml_embed.errors import UserError
 from ml_embed.files import MAX_SHARD_SIZE, atomic_folder, give_usual_permissions
-from ml_embed.paths import check_model_output
+from ml_embed.paths import check_model_output, home_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen3Config
@@ -101,7 +101,7 @@ def init_backbone(
     import torch
     from transformers import Qwen3Model
 
-    output = Path(output)
+    output = home_path(output)
     check_model_output(output, overwrite)
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not known; take one of {', '.join(DTYPES)}")

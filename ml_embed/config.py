@@ -1,6 +1,7 @@
 """Every key of the training config: its meaning, unit, range and default; loading, overriding, checking.
 
-The config the user gave is never changed: it is saved as given, and derived numbers live in `ml_embed.resolve`.
+The config the user gave is never changed: it is saved as given, with the overrides of the command line in it, and
+derived numbers live in `ml_embed.resolve`.
 """
 
 import ast
@@ -19,9 +20,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ml_embed.errors import UserError
+from ml_embed.paths import expand_home, file_in_the_way, home_path
+from ml_embed.tasks import Task
 
-Task = Literal["retrieval", "clustering", "classification"]
 DistillationLoss = Literal["vectors", "similarity"]
+PATH_SUFFIXES = ("_path", "_dir")
+"""Keys that end so are paths, whose `~` is the home folder."""
+WRITTEN_FOLDERS = ("output_dir", "tb_dir", "cache_dir")
+HIGHEST_WEIGHT = 1000
+"""Of a dataset: an epoch holds its rows that many times, and must stay countable."""
 
 
 def _key(
@@ -39,7 +46,7 @@ class DatasetConfig:
     """which losses apply and how many negatives; null = the default for the name (`ml_embed/dataset_tasks.json`)"""
     num_hard_neg: int | None = _key(None, low=0)
     """negatives drawn for each sample; null = the task's default"""
-    weight: float = _key(1.0, above=0)
+    weight: float = _key(1.0, above=0, high=HIGHEST_WEIGHT)
     """how often the dataset's rows are drawn in an epoch; 1 = once each"""
     max_samples: int | None = _key(None, low=1)
     """training rows used, a fixed random choice; null = all"""
@@ -179,11 +186,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[TrainC
         path: a JSON file holding one object.
         overrides: `key=value` strings; the value is JSON, or else a plain string.
     Returns:
-        the checked config, and the user's own object (with the overrides applied) as given.
+        the checked config, and the user's own object as given, with the overrides applied: what a run saves.
     Raises:
         UserError: names every problem at once.
     """
-    path = Path(path)
+    path = home_path(path)
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -216,7 +223,9 @@ def parse_config(given: Mapping[str, Any], source: str = "config") -> TrainConfi
     if problems:
         listing = "\n".join(f"  - {problem}" for problem in problems)
         raise UserError(f"{source} has {len(problems)} problem{'s' * (len(problems) > 1)}:\n{listing}")
-    return config
+    assert config is not None  # there were no problems
+    paths = {key: path for key, path in vars(config).items() if key.endswith(PATH_SUFFIXES) and path is not None}
+    return dataclasses.replace(config, **{key: expand_home(path) for key, path in paths.items()})
 
 
 def _check_together(config: TrainConfig) -> list[str]:
@@ -243,6 +252,9 @@ def _check_together(config: TrainConfig) -> list[str]:
         problems.append("train_steps: 0 trains nothing; give a number of steps, or -1 for train_epochs")
     if Path(config.experiment_id).name != config.experiment_id or config.experiment_id in ("", ".", ".."):
         problems.append(f"experiment_id: {config.experiment_id!r} must be a plain folder name")
+    for key in WRITTEN_FOLDERS:
+        if (file := file_in_the_way(home_path(getattr(config, key)))) is not None:
+            problems.append(f"{key}: {file} is a file; name a folder")
     return problems
 
 
@@ -277,9 +289,11 @@ def _parse_value(value: Any, hint: Any, field: dataclasses.Field, key: str, prob
         problems.append(f"{key}: {value!r} is not one of {', '.join(map(repr, choices))}")
     elif origin is tuple:
         (item, _) = typing.get_args(hint)
-        if isinstance(value, list | tuple) and (value or item is str):
+        if isinstance(value, list | tuple):
+            if not value and item is not str:
+                problems.append(f"{key}: the list is empty; name at least one {_TYPE_NAMES[item]}, or give null")
             items = [_parse_scalar(v, item, field, f"{key}[{i}]", problems) for i, v in enumerate(value)]
-            if len(set(items)) != len(items):
+            if None not in items and len(set(items)) != len(items):
                 problems.append(f"{key}: {list(value)} holds a value twice")
             return tuple(items)
         problems.append(f"{key}: {value!r} must be a list of {_TYPE_NAMES[item]}s")

@@ -10,7 +10,7 @@ from ml_embed.cut import Cut, choose_cut
 from ml_embed.errors import UserError
 from ml_embed.files import atomic_folder
 from ml_embed.model_folder import RECORD_FILE, ModelRecord, load_config, load_encoder, save_model_folder
-from ml_embed.paths import check_model_output
+from ml_embed.paths import check_model_output, home_path
 from ml_embed.tokenizer import load_tokenizer
 
 
@@ -45,6 +45,7 @@ def export_model(
         UserError: `checkpoint` is not a trained model folder, a value was not trained, or `output` must not or cannot
             be written.
     """
+    checkpoint, output = home_path(checkpoint), home_path(output)
     check_model_output(output, overwrite, checkpoint)
     config = load_config(checkpoint)
     record = ModelRecord.load(checkpoint)

@@ -34,8 +34,17 @@ FORMAT_VERSION = 1
 RECORD_FILE = "ml_embed.json"
 FACTORS_FILE = "embedding_factors.safetensors"
 EXIT_NORMS_FILE = "exit_norms.safetensors"
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-SIZES += ("num_key_value_heads", "head_dim", "max_position_embeddings")
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+"""Keys of config.json that say how much there is of something."""
 
 
 @dataclass(frozen=True)

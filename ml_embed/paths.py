@@ -42,6 +42,14 @@ def numbered_folders(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match.group(1)), path) for match, path in found if match)
 
 
+def file_in_the_way(path: Path) -> Path | None:
+    """The file that stands where a folder or one above it is or has to be made; None if there is none."""
+    try:
+        return next((place for place in (path, *path.parents) if place.is_file()), None)
+    except OSError:  # one may not look there
+        return None
+
+
 def check_writable(path: Path, flag: str = "--output") -> None:
     """Look, before long work, whether a folder can be made or filled; nothing stays behind.
 
@@ -51,12 +59,12 @@ def check_writable(path: Path, flag: str = "--output") -> None:
     Raises:
         UserError: it is a file, or lies in one, or nothing can be written there.
     """
+    if (file := file_in_the_way(path)) is not None:
+        raise UserError(f"{flag} {path}: {file} is a file; give a folder")
     try:
         place = path.absolute()
         while not place.exists():
             place = place.parent
-        if not place.is_dir():
-            raise UserError(f"{flag} {path}: {place} is a file; give a folder")
         with TemporaryDirectory(dir=place, prefix=".writable-"):
             pass
     except OSError as error:

@@ -55,9 +55,11 @@ def test_every_key_is_accepted_and_documented():
         ({"scheduler_type": "linear"}, "scheduler_type: 'linear' is not one of 'cosine', 'constant_with_warmup'"),
         ({"use_mel": True}, "use_mel: true needs factors"),
         ({"mrl_dims": [8]}, "mrl_dims is given but use_mrl is false"),
-        ({"mrl_dims": [], "use_mrl": True}, "mrl_dims: [] must be a list"),
+        ({"mrl_dims": [], "use_mrl": True}, "mrl_dims: the list is empty; name at least one whole number"),
+        ({"mrl_dims": 8, "use_mrl": True}, "mrl_dims: 8 must be a list of whole numbers"),
         ({"use_mrl": True, "mrl_dims": [8, 8]}, "holds a value twice"),
         ({"datasets": {"a": {"task": "ranking"}}}, "datasets.a.task: 'ranking' is not one of"),
+        ({"datasets": {"a": {"weight": 1e300}}}, "datasets.a.weight: 1e+300 must be at most 1000"),
         ({"datasets": {"a": 1}}, "datasets.a: must be an object"),
         ({"datasets": {"a": {"wight": 1}}}, "datasets.a.wight: unknown key; did you mean 'weight'"),
         ({"experiment_id": "../x"}, "experiment_id"),
@@ -70,6 +72,36 @@ def test_every_key_is_accepted_and_documented():
 def test_mistakes_are_named(changes, message):
     with pytest.raises(UserError, match=re.escape(message)):
         parse_config(REQUIRED | changes)
+
+
+def test_a_list_of_other_things_is_one_problem_an_item():
+    with pytest.raises(UserError) as caught:
+        parse_config(REQUIRED | {"use_mrl": True, "mrl_dims": ["a", "b"]})
+    first, *rest = str(caught.value).splitlines()
+    assert first == "config has 2 problems:"
+    assert [line.split(": ")[0] for line in rest] == ["  - mrl_dims[0]", "  - mrl_dims[1]"]
+
+
+def test_home_is_expanded_in_every_path_and_the_users_own_words_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    keys = [key for key in vars(parse_config(REQUIRED)) if key.endswith(("_path", "_dir"))]
+    assert len(keys) == 7
+    for given in (dict.fromkeys(keys, "~/x"), dict.fromkeys(keys, "./x")):
+        (tmp_path / "config.json").write_text(json.dumps(REQUIRED | given | {"teacher_vectors_path": None}))
+        config, saved = load_config("~/config.json")
+        expected = {given["model_path"].replace("~", str(tmp_path))}
+        assert {getattr(config, key) for key in keys if key != "teacher_vectors_path"} == expected
+        assert saved["output_dir"] == given["output_dir"]
+    vectors = parse_config(REQUIRED | {"teacher_vectors_path": "~/x"}).teacher_vectors_path
+    assert vectors == str(tmp_path / "x")
+
+
+@pytest.mark.parametrize("key", ["output_dir", "tb_dir", "cache_dir"])
+def test_a_file_where_a_folder_is_to_be_written(tmp_path, key):
+    (tmp_path / "file").write_text("precious")
+    for place in (tmp_path / "file", tmp_path / "file" / "inside"):
+        with pytest.raises(UserError, match=re.escape(f"{key}: {tmp_path / 'file'} is a file; name a folder")):
+            parse_config(REQUIRED | {key: str(place)})
 
 
 def test_all_problems_are_reported_at_once():
