@@ -24,6 +24,14 @@ _FREE_KEYS = frozenset(
     | {"attention", "gradient_checkpointing", "max_tokens_per_forward", "compile_layers"}
 )
 
+# What says better than a key whether anything has changed. States of earlier versions have only the key.
+_INSTEAD = {"teacher_model_path": "teacher_weights", "datasets": "dataset_plans"}
+_MEANINGS = {
+    "global_batch_size": "train_batch_size times the number of processes",
+    "teacher_weights": "a digest of what teacher_model_path holds",
+    "dataset_plans": "what `datasets`, its order included, makes of each dataset",
+}
+
 # What a state of an earlier version did, without knowing the key.
 _DEFAULTS = {
     field.name: field.default
@@ -42,6 +50,8 @@ def run_fingerprint(
     """Everything that decides the weights, under the name of the key the user would change it by."""
     kept = {key: value for key, value in vars(config).items() if key not in _FREE_KEYS}
     kept["datasets"] = {name: vars(settings) for name, settings in config.datasets.items()}
+    kept["dataset_plans"] = {plan.name: vars(plan) for plan in resolved.datasets}
+    kept["teacher_weights"] = weights_digest(config.teacher_model_path) if config.teacher_model_path else None
     kept |= {"train_data_path": _data_digest(store), "global_batch_size": resolved.global_batch_size}
     if teacher_vectors is not None:
         kept["teacher_vectors_path"] = teacher_vectors.fingerprint(list(store.datasets))
@@ -63,10 +73,10 @@ def _data_digest(store: Store) -> str:
 def check_unchanged(before: dict, now: dict, allow_changes: bool) -> list[str]:
     """A line for each key that has changed; refuses them unless `allow_changes`."""
     before = _DEFAULTS | before
+    passed_over = {key if better in before else better for key, better in _INSTEAD.items()}
     changes = [
-        f"  - {key}: {before.get(key)!r} -> {now.get(key)!r}"
-        + " (train_batch_size times the number of processes)" * (key == "global_batch_size")
-        for key in sorted(before.keys() | now.keys())
+        _change(key, before.get(key), now.get(key))
+        for key in sorted((before.keys() | now.keys()) - passed_over)
         if before.get(key) != now.get(key)
     ]
     if changes and not allow_changes:
@@ -76,6 +86,13 @@ def check_unchanged(before: dict, now: dict, allow_changes: bool) -> list[str]:
             + "\nrestore them, or give --allow-changes to continue all the same"
         )
     return changes
+
+
+def _change(key: str, before: Any, now: Any) -> str:
+    if isinstance(before, dict) and isinstance(now, dict):  # there may be hundreds of datasets
+        changed = [name for name in before | now if before.get(name) != now.get(name)]
+        before, now = ({name: side[name] for name in changed if name in side} for side in (before, now))
+    return f"  - {key}: {before!r} -> {now!r}" + (f" ({_MEANINGS[key]})" if key in _MEANINGS else "")
 
 
 def continuation_notice(state_path: Path, progress: dict, resolved: Resolved, changes: list[str]) -> str:

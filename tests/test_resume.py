@@ -12,7 +12,7 @@ import pytest
 import torch
 from faults.storm import Storm
 from test_distributed import assert_same_metrics, assert_same_tensors
-from tiny_runs import Inputs, Launch, final_state, metrics, run
+from tiny_runs import Inputs, Launch, final_state, metrics, rewrite_state, run
 
 import run as run_script
 from ml_embed.checkpoint import numbered_folders
@@ -92,6 +92,60 @@ def test_other_data_is_refused_but_a_copy_of_it_is_not(inputs, broken, tmp_path)
     (copy / "manifest.json").write_text(json.dumps(manifest | {"max_seq_length": 7}))
     printed = run(inputs, config_of(inputs, "broken", train_data_path=str(copy)), "--resume", "auto", expected=2)
     assert "train_data_path" in printed
+
+
+@pytest.fixture
+def taught(inputs, tmp_path):
+    """A config's keys for a run with a teacher of its own that ends at step 3, and the run's state."""
+    teacher = shutil.copytree(inputs.folder / "teacher", tmp_path / "teacher")
+    changes = {"teacher_model_path": str(teacher), "train_steps": 3}
+    run(inputs, config_of(inputs, "taught", **changes))
+    yield changes, inputs.run_dir("taught") / "resume" / "step_3"
+    shutil.rmtree(inputs.run_dir("taught"))
+
+
+def test_the_same_teacher_elsewhere_is_accepted_and_another_at_its_path_is_not(inputs, taught, tmp_path):
+    changes, _ = taught
+    moved = Path(changes["teacher_model_path"]).rename(tmp_path / "moved")
+    run(inputs, config_of(inputs, "taught", **changes | {"teacher_model_path": str(moved)}), "--resume", "auto")
+    shutil.copytree(inputs.folder / "backbone", changes["teacher_model_path"])
+    printed = run(inputs, config_of(inputs, "taught", **changes), "--resume", "auto", expected=2)
+    assert re.search(r"teacher_weights: '\w+' -> '\w+' \(a digest of what teacher_model_path holds\)", printed)
+    assert printed.count("  - ") == 1
+
+
+def test_a_teacher_in_a_state_of_an_earlier_version_is_compared_by_its_path(inputs, taught, tmp_path):
+    changes, state = taught
+    rewrite_state(state, lambda progress: progress["fingerprint"].pop("teacher_weights"))
+    run(inputs, config_of(inputs, "taught", **changes), "--resume", "auto")
+    moved = Path(changes["teacher_model_path"]).rename(tmp_path / "moved")
+    changes["teacher_model_path"] = str(moved)
+    printed = run(inputs, config_of(inputs, "taught", **changes), "--resume", "auto", expected=2)
+    assert re.search(r"teacher_model_path: '.*/teacher' -> '.*/moved'", printed)
+
+
+def test_the_order_of_patterns_counts_where_it_changes_a_dataset(inputs, tmp_path):
+    """The first pattern that matches a name decides: "p*" and "*s" meet in "pairs"."""
+    named = {name: {"task": "retrieval"} for name in ("answers", "lonely", "topics", "polarity", "no_negatives")}
+    patterns = {"p*": {"task": "clustering"}, "*s": {"task": "retrieval"}}
+    settings = {"train_steps": 3, "datasets": named | patterns}
+    run(inputs, config_of(inputs, "ordered", **settings))
+
+    def resumed(datasets: dict, expected: int = 0) -> str:
+        config = config_of(inputs, "ordered", **settings | {"datasets": datasets})
+        return run(inputs, config, "--resume", "auto", expected=expected)
+
+    resumed(dict(reversed(named.items())) | patterns)
+    swapped = named | {"*s": patterns["*s"], "p*": patterns["p*"]}
+    printed = resumed(swapped, expected=2)
+    assert "dataset_plans: {'pairs': {'name': 'pairs', 'task': 'clustering'" in printed
+    assert printed.count("  - ") == 1
+    assert "answers" not in printed
+    rewrite_state(
+        inputs.run_dir("ordered") / "resume" / "step_3", lambda progress: progress["fingerprint"].pop("dataset_plans")
+    )
+    resumed(named | patterns)
+    assert "  - datasets: " in resumed(named | patterns | {"p*": {"task": "retrieval"}}, expected=2)
 
 
 def test_a_damaged_state_is_passed_over_with_a_message(inputs, unbroken, broken):
