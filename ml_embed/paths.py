@@ -91,4 +91,4 @@ def check_model_output(output: Path, overwrite: bool, source: Path | None = None
                 f"{output} is not a model folder (no config.json that names a model_type), so it is not replaced; "
                 "give another --output"
             )
-    check_writable(output.absolute().parent)
+    check_writable(output.absolute().parent if output.exists() else output)

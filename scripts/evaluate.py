@@ -8,14 +8,16 @@ passage, negatives) is searched whole: all passages and negatives of the file ar
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed, too
 
 from ml_embed.errors import UserError, exit_on_user_error
+from ml_embed.paths import check_writable, home_path
+from ml_embed.report import MEANING
 
-METRICS = ("recall@1", "mrr@10", "ndcg@10")
 JSON_FILE, PICTURE_FILE = "evaluation.json", "evaluation.png"
 
 
@@ -23,13 +25,15 @@ JSON_FILE, PICTURE_FILE = "evaluation.json", "evaluation.png"
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, metavar="DIR", help="a trained model folder, or any Qwen3 backbone")
-    parser.add_argument("--data", type=Path, required=True, metavar="PATH", help="a file or a folder of files")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument("--data", type=home_path, required=True, metavar="PATH", help="a file or a folder of files")
+    parser.add_argument("--output", type=home_path, required=True, metavar="DIR", help="folder for the results")
     parser.add_argument("--baseline", metavar="DIR", help="a model to compare with, e.g. the backbone before training")
     parser.add_argument("--ranks", type=int, nargs="+", help="ranks of the token factors (default all trained)")
     parser.add_argument("--depths", type=int, nargs="+", help="decoder layers (default all trained)")
     parser.add_argument("--dims", type=int, nargs="+", help="vector lengths (default all trained)")
-    parser.add_argument("--metric", choices=METRICS, default="recall@1", help="for tables and picture (%(default)s)")
+    parser.add_argument(
+        "--metric", choices=list(MEANING), default="recall@1", help="for tables and picture (%(default)s)"
+    )
     parser.add_argument(
         "--max-queries", type=int, default=1000, help="rows taken of a raw dataset, evenly spaced (default %(default)s)"
     )
@@ -40,8 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
-    if args.output.exists() and not args.output.is_dir():
-        raise UserError(f"--output {args.output} is a file; give a folder")
+    check_writable(args.output)
     evaluate(args)
 
 
@@ -55,13 +58,19 @@ def evaluate(args: argparse.Namespace) -> None:
     result = evaluate_cube(args.model, args.data, args.ranks, args.depths, args.dims, **options)
     baseline = evaluate_baseline(args.baseline, args.data, result, **options) if args.baseline else None
     print(test_set_table(result, baseline, args.metric), cube_tables(result, args.metric), sep="\n\n")
-    args.output.mkdir(parents=True, exist_ok=True)
-    write_json(args.output / JSON_FILE, {"model": result, "baseline": baseline})
+    numbers = {"model": result, "baseline": baseline}
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+        write_json(args.output / JSON_FILE, numbers)
+    except OSError as error:  # a disk that became full meanwhile
+        print(f"\n{json.dumps(numbers)}")
+        reason = f"{args.output / JSON_FILE} cannot be written ({error.strerror})"
+        raise UserError(f"{reason}; all its numbers are printed above, as one line of JSON") from None
     print(f"\nall numbers: {args.output / JSON_FILE}")
     try:
         plot_cube(result, args.output / PICTURE_FILE, args.metric, baseline)
         print(f"picture:     {args.output / PICTURE_FILE}")
-    except UserError as error:
+    except (OSError, UserError) as error:
         print(f"no picture:  {error}")
 
 

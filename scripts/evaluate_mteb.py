@@ -11,6 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed, too
 
 from ml_embed.errors import UserError, exit_on_user_error
+from ml_embed.paths import check_writable, home_path
 
 
 @exit_on_user_error
@@ -19,7 +20,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="a trained model folder, or any Qwen3 backbone")
     parser.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help="mteb tasks, e.g. SciFact STS22.v2")
     parser.add_argument("--benchmark", metavar="NAME", help="all tasks of a benchmark, e.g. 'MTEB(Multilingual, v2)'")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument("--output", type=home_path, required=True, metavar="DIR", help="folder for the results")
     parser.add_argument("--rank", type=int, nargs="+", help="ranks of the token factors (default the whole)")
     parser.add_argument("--depth", type=int, nargs="+", help="decoder layers (default all)")
     parser.add_argument("--dim", type=int, nargs="+", help="vector lengths (default the longest trained)")
@@ -36,27 +37,29 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError("give --tasks or --benchmark")
     if args.batch_tokens is not None and args.batch_tokens < 1:
         raise UserError(f"--batch-tokens is {args.batch_tokens}; it must be at least 1")
-    if args.output.exists() and not args.output.is_dir():
-        raise UserError(f"--output {args.output} is a file; give a folder")
+    check_writable(args.output)
     evaluate(args)
 
 
 def evaluate(args: argparse.Namespace) -> None:
+    from ml_embed.data.files import disk_errors_are_user_errors
     from ml_embed.mteb_evaluation import SUMMARY_FILE, evaluate_mteb, find_tasks, summary_table
 
-    summary = evaluate_mteb(
-        args.model,
-        find_tasks(args.tasks, args.benchmark, args.languages),
-        args.output,
-        args.rank,
-        args.depth,
-        args.dim,
-        query_prompt=args.query_prompt,
-        passage_prompt=args.passage_prompt,
-        batch_tokens=args.batch_tokens,
-        device=args.device,
-        overwrite=args.overwrite,
-    )
+    tasks = find_tasks(args.tasks, args.benchmark, args.languages)
+    with disk_errors_are_user_errors(args.output, "Then run the same command again: it continues."):
+        summary = evaluate_mteb(
+            args.model,
+            tasks,
+            args.output,
+            args.rank,
+            args.depth,
+            args.dim,
+            query_prompt=args.query_prompt,
+            passage_prompt=args.passage_prompt,
+            batch_tokens=args.batch_tokens,
+            device=args.device,
+            overwrite=args.overwrite,
+        )
     print(summary_table(summary))
     print(f"\nall numbers: {args.output / SUMMARY_FILE}")
 

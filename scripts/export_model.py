@@ -11,6 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed, too
 
 from ml_embed.errors import exit_on_user_error
+from ml_embed.paths import home_path
 
 DTYPES = ("float32", "bfloat16")
 
@@ -18,8 +19,8 @@ DTYPES = ("float32", "bfloat16")
 @exit_on_user_error
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a trained model folder")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the new model folder")
+    parser.add_argument("--checkpoint", type=home_path, required=True, metavar="DIR", help="a trained model folder")
+    parser.add_argument("--output", type=home_path, required=True, metavar="DIR", help="the new model folder")
     parser.add_argument("--depth", type=int, metavar="LAYERS", help="decoder layers to keep (default all)")
     parser.add_argument("--rank", type=int, help="rank of the token factors to keep (default all)")
     parser.add_argument("--dim", type=int, metavar="LENGTH", help="length of the vectors (default the longest)")

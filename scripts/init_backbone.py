@@ -15,7 +15,7 @@ from ml_embed.backbone import (
     train_tokenizer,
 )
 from ml_embed.errors import exit_on_user_error
-from ml_embed.paths import check_model_output
+from ml_embed.paths import check_model_output, home_path
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -25,7 +25,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     source.add_argument("--tokenizer", metavar="FOLDER", help="copy the tokenizer of this folder (or hub name)")
     source.add_argument(
         "--train-tokenizer",
-        type=Path,
+        type=home_path,
         nargs="+",
         metavar="TEXTS",
         help="train a tokenizer on these files, or folders of files: .txt (a text a line), .parquet or .jsonl (all "
@@ -38,7 +38,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help=f"tokens of a trained tokenizer (default {DEFAULT_VOCAB_SIZE}); with --tokenizer, rows of the embedding "
         "table if more than the tokenizer needs. The table is rounded up to a multiple of 64 rows",
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="model folder to write")
+    parser.add_argument("--output", type=home_path, required=True, metavar="DIR", help="model folder to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random weights (default %(default)s)")
     parser.add_argument(
         "--dtype",

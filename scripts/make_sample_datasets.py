@@ -11,6 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed, too
 
 from ml_embed.errors import exit_on_user_error
+from ml_embed.paths import check_writable, home_path
 from ml_embed.sample_data import TASKS, Plan, build_datasets, cue_accuracy
 
 
@@ -21,8 +22,12 @@ def language_count(value: str) -> int | None:
 @exit_on_user_error
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the raw training data")
-    parser.add_argument("--eval-output", type=Path, required=True, metavar="DIR", help="folder for the evaluation sets")
+    parser.add_argument(
+        "--output", type=home_path, required=True, metavar="DIR", help="folder for the raw training data"
+    )
+    parser.add_argument(
+        "--eval-output", type=home_path, required=True, metavar="DIR", help="folder for the evaluation sets"
+    )
     parser.add_argument(
         "--languages", type=language_count, default=50, metavar="N|all", help="training languages (default %(default)s)"
     )
@@ -36,6 +41,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of hold-outs and rows (default %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace the files of an earlier run")
     args = parser.parse_args(arguments)
+    check_writable(args.output)
+    check_writable(args.eval_output, "--eval-output")
     plan = build_datasets(
         args.output, args.eval_output, args.languages, args.seed, args.rows, args.eval_rows, args.overwrite
     )

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed, too
 
 from ml_embed.errors import UserError, exit_on_user_error
+from ml_embed.paths import check_writable, home_path
 
 if TYPE_CHECKING:
     from ml_embed.ann import Approximation
@@ -30,8 +31,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--model", required=True, metavar="DIR_OR_NAME", help="a model of this project, or any that "
         "sentence-transformers reads"
     )  # fmt: skip
-    parser.add_argument("--input", type=Path, required=True, metavar="DIR", help="folder of raw data")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the data with negatives")
+    parser.add_argument("--input", type=home_path, required=True, metavar="DIR", help="folder of raw data")
+    parser.add_argument(
+        "--output", type=home_path, required=True, metavar="DIR", help="folder for the data with negatives"
+    )
     parser.add_argument("--top", type=int, default=100, help="nearest documents looked at (default 100)")
     parser.add_argument("--skip", type=int, default=5, help="of those, the nearest that are dropped (default 5)")
     parser.add_argument("--max-score", type=float, default=0.8, help="cosine a negative stays below (default 0.8)")
@@ -82,7 +85,8 @@ def main(arguments: list[str] | None = None) -> None:
     rule = Filter(args.top, args.skip, args.max_score, args.max_ratio, args.count)
     rule.check()
     approximation = _approximation(args)
-    list_raw_datasets(args.input)  # mistakes show before a model is loaded
+    check_writable(args.output)  # mistakes show before a model is loaded
+    list_raw_datasets(args.input)
     model = load_text_model(args.model, args.device)
     prompts = {"query_prompt": args.query_prompt, "passage_prompt": args.passage_prompt}
     summary = mine_folder(

@@ -12,20 +12,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clo
 
 from ml_embed.backbone import PRESETS
 from ml_embed.errors import UserError, exit_on_user_error
+from ml_embed.paths import home_path
 
 
 @exit_on_user_error
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="the backbone to prune")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the new backbone folder")
+    parser.add_argument("--model", type=home_path, required=True, metavar="DIR", help="the backbone to prune")
+    parser.add_argument("--output", type=home_path, required=True, metavar="DIR", help="the new backbone folder")
     parser.add_argument("--preset", choices=list(PRESETS), help="take the three sizes from a published shape")
     parser.add_argument("--layers", type=int, help="first decoder layers to keep (default all)")
     parser.add_argument("--hidden-size", type=int, metavar="N", help="hidden dimensions to keep (default all)")
     parser.add_argument("--intermediate-size", type=int, metavar="N", help="MLP dimensions to keep (default all)")
     parser.add_argument(
         "--texts",
-        type=Path,
+        type=home_path,
         nargs="+",
         default=[],
         metavar="PATH",

@@ -7,22 +7,24 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed, too
 
 from ml_embed.errors import exit_on_user_error
-
-METRICS = ("ndcg@10", "recall@1", "mrr@10")
+from ml_embed.paths import home_path
+from ml_embed.report import MEANING
 
 
 @exit_on_user_error
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder, output_dir/experiment_id; may be running")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default RUN/report.html")
+    parser.add_argument(
+        "run", type=home_path, metavar="RUN", help="run folder, output_dir/experiment_id; may be running"
+    )
+    parser.add_argument("--output", type=home_path, metavar="FILE", help="default RUN/report.html")
     parser.add_argument(
         "--evaluation",
-        type=Path,
+        type=home_path,
         metavar="PATH",
         help="evaluation.json of scripts/evaluate.py, or its folder (default RUN or RUN/evaluation, if it is there)",
     )
-    parser.add_argument("--metric", choices=METRICS, default=METRICS[0], help="of the cube (default %(default)s)")
+    parser.add_argument("--metric", choices=list(MEANING), default="ndcg@10", help="of the cube (default %(default)s)")
     args = parser.parse_args(arguments)
 
     from ml_embed.run_report import write_report

@@ -266,6 +266,9 @@ def test_script_trains_the_same_tokenizer_in_another_process(tokenizer, tmp_path
     assert json.loads((tmp_path / "out" / "tokenizer.json").read_text(encoding="utf-8")) == json.loads(expected)
     again = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert again.returncode == 2
+    command[command.index("300")], command[command.index(tmp_path / "out")] = "0", tmp_path / "other"
+    none = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert "vocab size 0 is too small" in none.stderr
     assert again.stderr.startswith("error: ")
 
 

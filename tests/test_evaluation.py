@@ -1,8 +1,10 @@
 """Ranks and metrics against plain Python; the cube of a small model against one cell at a time."""
 
+import errno
 import importlib.util
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from ml_embed import Embedder
 from ml_embed.cube import evaluate_baseline, evaluate_cube
 from ml_embed.errors import UserError
 from ml_embed.evaluation import (
+    METRICS,
     chance_metrics,
     metrics_of_ranks,
     ranks_of_positives,
@@ -26,7 +29,7 @@ from ml_embed.evaluation import (
 )
 from ml_embed.evaluation_data import read_test_sets
 from ml_embed.plots import plot_cube
-from ml_embed.report import cube_tables
+from ml_embed.report import MEANING, cube_tables
 from ml_embed.report import test_set_table as table_of_test_sets
 
 
@@ -258,6 +261,22 @@ def test_without_matplotlib_the_numbers_are_still_written(folders, tmp_path, cap
         plot_cube(written["model"], tmp_path / "evaluation.png")
 
 
+def test_no_number_is_lost_to_a_disk_that_fills_up(folders, tmp_path, capsys, monkeypatch):
+    flags = ["--model", folders / "shared", "--data", folders / "candidates", "--output", tmp_path, "--dims", 8]
+    assert load_script().main([*map(str, flags), "--device", "cpu"]) == 0
+    written = json.loads((tmp_path / "evaluation.json").read_text())
+
+    def full(path, value):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("ml_embed.files.write_json", full)
+    capsys.readouterr()
+    assert load_script().main([*map(str, flags), "--device", "cpu"]) == 2
+    printed = capsys.readouterr()
+    assert json.loads(printed.out.splitlines()[-1]) == written
+    assert "No space left on device" in printed.err
+
+
 def test_mistakes_at_the_command_line(folders, tmp_path, capsys):
     script = load_script()
     flags = ["--model", str(folders / "shared"), "--output", str(tmp_path / "out")]
@@ -265,3 +284,7 @@ def test_mistakes_at_the_command_line(folders, tmp_path, capsys):
     assert "nowhere does not exist" in capsys.readouterr().err
     assert script.main([*flags, "--data", str(folders / "candidates"), "--batch-tokens", "0"]) == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_the_metrics_that_can_be_asked_for_are_those_computed():
+    assert tuple(MEANING) == METRICS

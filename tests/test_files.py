@@ -124,6 +124,12 @@ def test_a_failing_disk_is_a_message(tmp_path):
     assert names(tmp_path) == []
 
 
+def test_a_folder_that_cannot_be_made_is_a_message(tmp_path):
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(UserError, match="cannot be written"), atomic_folder(tmp_path / "file" / "target"):
+        raise AssertionError("there is no folder to fill")
+
+
 def test_a_file_size_limit_cuts_no_line(tmp_path):
     append_whole(tmp_path / "log", "first\n")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

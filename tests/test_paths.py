@@ -1,6 +1,8 @@
 """What users give as paths: home folders, hub names, runs in place of models, places that cannot be written."""
 
+import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,34 @@ def test_only_model_folders_are_replaced(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             check_model_output(output, overwrite, source)
+
+
+# Nothing else that the commands name exists: a place that cannot be written is noticed first.
+COMMANDS = (
+    "evaluate.py --model /nowhere --data /nowhere --output",
+    "evaluate_mteb.py --model /nowhere --tasks SciFact --output",
+    "export_model.py --checkpoint /nowhere --output",
+    "init_backbone.py --preset tiny --tokenizer /nowhere --output",
+    "prune_backbone.py --model /nowhere --output",
+    "embed_teacher.py --model /nowhere --data /nowhere --tokenizer /nowhere --output",
+    "mine_hard_negatives.py --model /nowhere --input /nowhere --output",
+    "make_sample_datasets.py --output . --eval-output",
+    "make_sample_datasets.py --eval-output . --output",
+    "build_sample_data.py --package /nowhere --output",
+    "compare_mel_init.py --model /nowhere --train-steps 1 --work",
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_scripts_look_at_their_output_before_they_work(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    name, *flags = command.split()
+    path = Path(__file__).parents[1] / "scripts" / name
+    spec = importlib.util.spec_from_file_location(f"{path.stem}_script", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.main([*flags, "/proc/x/y"]) == 2
+    assert re.match(rf"error: {flags[-1]} /proc/x(/y)? cannot be written", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
