@@ -46,7 +46,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     """The accelerator as `accelerate launch` set it up; under plain python, bf16 where the device has it.
 
     Raises:
-        UserError: fp16, an attention kernel that cannot run here, or a tracker that is not installed.
+        UserError: fp16, gradient accumulation, an attention kernel that cannot run here, or a tracker that is not
+            installed.
     """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
     has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -87,6 +88,12 @@ def _compute_dtype(accelerator: Accelerator) -> torch.dtype:
 
 def _check_engine(accelerator: Accelerator) -> None:
     """Refuse what accelerate would do otherwise than asked, or this project's steps cannot work with."""
+    if accelerator.gradient_accumulation_steps != 1:  # accelerate would divide the gradients of every step by it
+        raise UserError(
+            f"accelerate's gradient_accumulation_steps is {accelerator.gradient_accumulation_steps}; it must be 1, "
+            "also in the environment variable ACCELERATE_GRADIENT_ACCUMULATION_STEPS. For larger batches in the same "
+            "memory set max_tokens_per_forward in the training config"
+        )
     if accelerator.distributed_type is DistributedType.FSDP:
         if not accelerator.is_fsdp2:
             raise UserError("FSDP version 1 is not supported; set fsdp_version: 2, as in configs/accelerate_fsdp2.yaml")

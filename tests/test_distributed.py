@@ -211,12 +211,17 @@ def test_accelerate_reads_every_config(path):
 
 
 @pytest.mark.parametrize(
-    ("engine", "message"),
-    [("ACCELERATE_USE_FSDP", "only on GPUs and would silently"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")],
+    ("environment", "message"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, "only on GPUs and would silently"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2"}, "gradient_accumulation_steps is 2; it must be 1"),
+    ],
+    ids=["fsdp", "deepspeed", "accumulation"],
 )
-def test_engines_that_cannot_run_here_are_refused(inputs, engine, message):
-    config = inputs.config(engine, train_batch_size=2)
-    printed = run(inputs, config, processes=2, expected=2, environment={engine: "true"})
+def test_launcher_settings_that_cannot_work_here_are_refused(inputs, environment, message):
+    config = inputs.config("refused", train_batch_size=2)
+    printed = run(inputs, config, processes=2, expected=2, environment=environment)
     assert printed.count("error: ") == 2, "one for each process"
     assert printed.count(message) == 2
     assert "Traceback" not in printed
