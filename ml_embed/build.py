@@ -14,7 +14,6 @@ from ml_embed import lora
 from ml_embed.attention import choose_kernel
 from ml_embed.config import TrainConfig
 from ml_embed.data.store import Store
-from ml_embed.errors import UserError
 from ml_embed.model import MatryoshkaEncoder, factorize_table
 from ml_embed.model_folder import (
     ModelRecord,
@@ -57,20 +56,10 @@ def build_encoder(
 
 
 def initial_factors(config: TrainConfig, backbone: Qwen3Model, store: Store) -> tuple[Tensor, Tensor]:
-    """A (V, r), B (r, H): a model folder's own factors where it has them at this rank, else factors of its table.
-
-    Raises:
-        UserError: r is larger than the rank that the model folder was trained with.
-    """
+    """A (V, r), B (r, H): a model folder's own factors where it has them at this rank, else factors of its table."""
     record = ModelRecord.load(Path(config.model_path))
-    if record is not None and record.ranks:
-        trained = record.ranks[-1]
-        if config.r > trained:
-            raise UserError(
-                f"r: {config.r} is more than the {trained} that {config.model_path} has; set r <= {trained}"
-            )
-        if config.r == trained:
-            return read_factors(Path(config.model_path))
+    if record is not None and record.ranks and config.r == record.ranks[-1]:
+        return read_factors(Path(config.model_path))
     table = backbone.embed_tokens.weight.detach()
     share = token_share(store, len(table)) if config.mel_init == "frequency" else None
     return factorize_table(table, config.r, share)

@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from transformers import Qwen3Config
@@ -17,6 +18,7 @@ from ml_embed.data.store import Store, TokenizedDataset
 from ml_embed.errors import UserError
 from ml_embed.lora import adapter_parameters, matrix_shapes
 from ml_embed.losses import MatryoshkaSpec
+from ml_embed.model_folder import ModelRecord
 from ml_embed.nesting import Cube, default_dims, default_exits, default_ranks, dim_weights
 from ml_embed.tasks import TASKS, Task
 
@@ -141,6 +143,9 @@ def _nested_sizes(config: TrainConfig, backbone: Qwen3Config) -> tuple[tuple, tu
     largest_rank = min(backbone.vocab_size, hidden)
     if config.r > largest_rank:
         problems.append(f"r: {config.r} is more than the token table's {largest_rank} (of {hidden} hidden dimensions)")
+    former = ModelRecord.load(Path(config.model_path))
+    if former is not None and former.ranks and config.r > former.ranks[-1]:
+        problems.append(f"r: {config.r} is more than the {former.ranks[-1]} that {config.model_path} was trained with")
     if config.mll_layers and max(config.mll_layers) > layers:
         problems.append(f"mll_layers: {max(config.mll_layers)} is deeper than the backbone's {layers} layers")
     if config.mrl_dims and max(config.mrl_dims) > hidden:

@@ -84,11 +84,12 @@ def test_norms_of_exits_are_taken_over(world, first_stage):
     assert torch.equal(shared.norms[0].weight, norms["2"]), "one norm for all exits starts from the deepest one's"
 
 
-def test_more_rank_than_the_first_stage_had_is_refused(world, first_stage, tmp_path, capsys):
-    code, _ = train(world, tmp_path, model_path=str(first_stage), r=48)
+@pytest.mark.parametrize("arguments", [[], ["--dry-run"]])
+def test_more_rank_than_the_first_stage_had_is_refused(world, first_stage, tmp_path, capsys, arguments):
+    code, _ = train(world, tmp_path, model_path=str(first_stage), r=48, arguments=arguments)
     assert code == 2
     assert "r: 48 is more than the 32" in capsys.readouterr().err
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_stages_end_to_end(world, first_stage, tmp_path):
