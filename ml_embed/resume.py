@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ml_embed.checkpoint import find_state
+from ml_embed.checkpoint import STATE_FILE, find_state
 from ml_embed.config import TrainConfig
 from ml_embed.data.store import Store
 from ml_embed.errors import UserError
@@ -122,7 +122,7 @@ def state_to_resume(run_dir: Path, resume: str) -> Path | None:
         run_dir: the run's folder.
         resume: "no", "auto" or a path.
     Raises:
-        UserError: the folder already holds a run, no state of it is whole, or the path is another run's.
+        UserError: the folder already holds a run, no state of it is whole, or the path is no state or another run's.
     """
     if resume == "no":
         if (run_dir / "metrics.jsonl").exists() or (run_dir / "resume").exists():
@@ -132,6 +132,16 @@ def state_to_resume(run_dir: Path, resume: str) -> Path | None:
         return None
     if resume == "auto":
         return find_state(run_dir / "resume", lambda text: print(text, file=sys.stderr, flush=True))
+    if not (Path(resume) / STATE_FILE).is_file():
+        raise UserError(f"--resume: {_not_a_state(Path(resume))}")
     if (run_dir / "resume").exists() and Path(resume).resolve().parent != (run_dir / "resume").resolve():
         raise UserError(f"--resume: {resume} is not of this run, {run_dir}; choose another experiment_id to branch off")
     return Path(resume)
+
+
+def _not_a_state(path: Path) -> str:
+    state = path.parent / "resume" / path.name
+    if (state / STATE_FILE).is_file():
+        return f"{path} is a model folder; the state of its step is {state}"
+    what = f"{path} is not a resume state" if path.exists() else f"there is no {path}"
+    return f"{what}; give auto (the newest state of this run), a state (a folder like RUN/resume/step_100) or no"

@@ -16,6 +16,8 @@ from tiny_runs import Inputs, Launch, final_state, metrics, rewrite_state, run
 
 import run as run_script
 from ml_embed.checkpoint import numbered_folders
+from ml_embed.errors import UserError
+from ml_embed.resume import state_to_resume
 
 STEPS = 9
 
@@ -180,11 +182,24 @@ def test_a_given_state_goes_back_to_it(inputs, unbroken, broken):
 def test_states_of_other_runs_and_no_states_are_refused(inputs, unbroken, broken, tmp_path):
     config = config_of(inputs, "broken")
     assert "is not of this run" in run(inputs, config, "--resume", unbroken / "resume" / "step_9", expected=2)
-    assert "is not of this run" in run(inputs, config, "--resume", tmp_path, expected=2)
     assert "already holds a run" in run(inputs, config, expected=2)
     elsewhere = config_of(inputs, "elsewhere")
     assert "is not a resume state" in run(inputs, elsewhere, "--resume", tmp_path, expected=2)
     run(inputs, elsewhere, "--resume", unbroken / "resume" / "step_9")  # a branch, here with nothing left to do
+
+
+def test_what_is_no_state_is_told_from_one(inputs, broken):
+    """The model folder of a step, the run's own folder, a step that is not there, and a word that means nothing."""
+    state = broken / "resume" / "step_6"
+    for given, message in (
+        (broken / "step_6", f"step_6 is a model folder; the state of its step is {state}"),
+        (broken, f"{broken} is not a resume state; give auto"),
+        (broken / "resume" / "step_5", f"there is no {broken / 'resume' / 'step_5'}; give auto"),
+        ("yes", "there is no yes; give auto (the newest state of this run), a state (a folder like RUN/resume/"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            state_to_resume(broken, str(given))
+    assert state_to_resume(broken, str(state)) == state
 
 
 def final_bytes(run_dir, steps: int = STEPS) -> dict[str, bytes]:
