@@ -104,8 +104,10 @@ def heartbeat() -> Iterator[None]:
             print(f"error: {problem}; this one stops too: {advice}", file=sys.stderr, flush=True)
         os._exit(LOST_EXIT_CODE)  # the main thread may never return from its collective
 
+    # torchrun, which accelerate launches with, counts the machines; without it they are taken to be alike
     machine = int(os.environ.get("GROUP_RANK", int(os.environ["RANK"]) // on_this_machine))
-    beating = Heartbeat(machine, processes // on_this_machine, leads, connect, lost)
+    machines = int(os.environ.get("GROUP_WORLD_SIZE", processes // on_this_machine))
+    beating = Heartbeat(machine, machines, leads, connect, lost)
     try:
         yield
     finally:

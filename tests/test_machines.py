@@ -99,6 +99,29 @@ def test_two_launches_are_one_run_and_neither_outlives_the_other(inputs, machine
     assert final_bytes(inputs.run_dir("two_machines"), 40) == final_bytes(inputs.run_dir("unbroken"), 40)
 
 
+@pytest.mark.parametrize(("machine", "on_it"), [(0, 8), (1, 4)])
+@pytest.mark.parametrize("unequal", [True, False])
+def test_machines_are_counted(monkeypatch, machine, on_it, unequal):
+    """With 8 and 4 processes as torchrun tells of them; and with 4 each where the launcher says no more."""
+    counted = []
+
+    class Recorder:
+        def __init__(self, machine, machines, *rest):
+            counted.append((machine, machines))
+
+        def stop(self):
+            pass
+
+    told = {"WORLD_SIZE": 12, "LOCAL_WORLD_SIZE": on_it, "GROUP_RANK": machine, "GROUP_WORLD_SIZE": 2}
+    if not unequal:
+        told = {"WORLD_SIZE": 8, "LOCAL_WORLD_SIZE": 4}
+    for name, value in (told | {"RANK": 8 if unequal and machine else 4 * machine, "LOCAL_RANK": 0}).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(heartbeat, "Heartbeat", Recorder)
+    with heartbeat.heartbeat():
+        assert counted == [(machine, 2)]
+
+
 def main_with_quick_heartbeat(arguments: list[str]) -> int:
     heartbeat.BEAT_SECONDS, heartbeat.LOST_AFTER_SECONDS = 0.2, 2.0
     return run_script.main(arguments)
