@@ -52,7 +52,8 @@ def validate(
     Returns:
         "<dataset>/valid_loss_hard", "<dataset>/ndcg@10" and so on; with a grid also "<dataset>/ndcg@10/<cell_name>"
         and so on; the means of all these over the datasets of a task as "Avg/<task>/…"; and "loss", the mean over
-        datasets. The same on every process; empty if nothing is held out.
+        datasets. The same on every process; empty if nothing is held out. A dataset of clustering or classification
+        of which no held-out row has a negative has losses only.
     """
     values: dict[str, float] = {}
     by_task: dict[str, list[float]] = defaultdict(list)
@@ -92,7 +93,7 @@ def _validate_dataset(
             if rank == whole[0]:
                 losses.add(vectors, batch, rows)
             search.add(dict(zip(resolved.exits, vectors, strict=True)), batch)
-        found |= {cell: metrics_of_ranks(ranks.cpu()) for cell, ranks in search.ranks()}
+        found |= {cell: metrics_of_ranks(ranks.cpu()) if len(ranks) else {} for cell, ranks in search.ranks()}
     values = losses.means(with_in_batch=task == "retrieval") | found[whole]
     for cell in grid:
         values |= {f"{metric}/{cell_name(*cell)}": value for metric, value in found[cell].items()}
@@ -154,16 +155,18 @@ class _PoolSearch:
 
 
 class _CandidateSearch:
-    """Clustering and classification: each query chooses among its passage and its own negatives."""
+    """Clustering and classification: each query chooses among its passage and its own negatives. Rows that have none
+    are left out: they have nothing to be told apart from, and would always be right."""
 
     def __init__(self, cells: Collection[Cell]):
         self._ranks: dict[Cell, list[Tensor]] = {cell: [] for cell in sorted(cells)}
 
     def add(self, vectors: Vectors, batch: ContrastiveBatch) -> None:
+        chooses = ~batch.excluded_candidates[:, 1:].all(1) & (batch.sample_weights > 0)  # (R,)
         for cell, ranks in self._ranks.items():
             _, depth, dim = cell
             unit = normalize(vectors[depth][:, :dim], dim=-1)
-            ranks.append(_ranks_among_own(unit, batch)[batch.sample_weights > 0])
+            ranks.append(_ranks_among_own(unit, batch)[chooses])
 
     def ranks(self) -> Iterator[tuple[Cell, Tensor]]:
         """Each cell with the (Q,) ranks of the positives."""

@@ -3,7 +3,9 @@
 import itertools
 import json
 import re
+from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import TASKS
@@ -19,6 +21,7 @@ from ml_embed.data.store import open_store
 from ml_embed.model import MatryoshkaEncoder
 from ml_embed.nesting import Cube, cell_name, cell_of_name
 from ml_embed.resolve import make_schedule, resolve
+from ml_embed.tokenization import TokenizeOptions, tokenize_folder
 
 GRID = {"valid_ranks": [32, 16], "valid_layers": [1, 2], "valid_dims": [64, 8]}
 SETTINGS = {"valid_fraction": 0.5, "num_hard_neg": 9, "num_hard_neg_clustering": 9}  # all negatives that there are
@@ -38,12 +41,16 @@ def runs(world, tmp_path_factory):
 @pytest.fixture(scope="module")
 def held_out(world, tmp_path_factory):
     """Dataset -> its raw held-out rows."""
-    config = parse_config(world.config(**SETTINGS))
-    store = open_store(world.tokenized, tmp_path_factory.mktemp("cache"), progress=False)
-    resolved = resolve(config, AutoConfig.from_pretrained(world.backbone), store, 1)
+    return held_out_rows(world.config(**SETTINGS, cache_dir=str(tmp_path_factory.mktemp("cache"))), world.raw)
+
+
+def held_out_rows(given: dict, raw: Path) -> dict[str, list[dict]]:
+    config = parse_config(given)
+    store = open_store(config.train_data_path, config.cache_dir, progress=False)
+    resolved = resolve(config, AutoConfig.from_pretrained(config.model_path), store, 1)
     schedule = make_schedule(resolved.datasets, store, resolved.global_batch_size, config.seed)
-    rows = {name: pq.read_table(world.raw / f"{name}.parquet").to_pylist() for name in TASKS}
-    return {name: [rows[name][i] for batch in schedule.valid_batches(name) for i in batch] for name in TASKS}
+    rows = {name: pq.read_table(raw / f"{name}.parquet").to_pylist() for name in store.datasets}
+    return {name: [rows[name][i] for batch in schedule.valid_batches(name) for i in batch] for name in rows}
 
 
 def searched(rows: list[dict], task: str) -> list[list[str]]:
@@ -54,18 +61,22 @@ def searched(rows: list[dict], task: str) -> list[list[str]]:
     return [[row["passage"], *(text for text in row["negatives"] if text != row["passage"])] for row in rows]
 
 
+def measured(model: Embedder, rows: list[dict], task: str) -> dict[str, float]:
+    """The naive metrics of a model on rows."""
+    scores, positive = [], []
+    for row, texts in zip(rows, searched(rows, task), strict=True):
+        scores.append((model.encode(texts) @ model.encode(row["query"])[0]).tolist())
+        positive.append(texts.index(row["passage"]))
+    return naive_metrics(scores, positive)
+
+
 @pytest.mark.parametrize(("rank", "depth", "dim"), CELLS)
 def test_each_cell_is_what_the_saved_model_cut_there_gives(runs, held_out, rank, depth, dim):
     folder, lines, _ = runs
     valid = [line for line in lines if line["split"] == "valid"][-1]
     model = Embedder.from_pretrained(folder / "step_4", rank=rank, depth=depth, dim=dim, device="cpu")
     for name, task in TASKS.items():
-        rows = held_out[name]
-        scores, positive = [], []
-        for row, texts in zip(rows, searched(rows, task), strict=True):
-            scores.append((model.encode(texts) @ model.encode(row["query"])[0]).tolist())
-            positive.append(texts.index(row["passage"]))
-        for metric, value in naive_metrics(scores, positive).items():
+        for metric, value in measured(model, held_out[name], task).items():
             key = f"{metric}/rank_{rank}_depth_{depth}_dim_{dim}"
             assert valid[f"{name}/{key}"] == valid[f"Avg/{task}/{key}"] == pytest.approx(value), (name, key)
             if (rank, depth, dim) == (32, 2, 64):
@@ -88,6 +99,30 @@ def test_the_grid_adds_its_numbers_and_changes_no_other(runs):
         assert {key: value for key, value in line.items() if key not in added | clock} == {
             key: value for key, value in plain.items() if key not in clock
         }
+
+
+def test_rows_with_nothing_to_be_told_apart_from_are_left_out(world, tmp_path):
+    """They would always be right. A dataset of nothing else has no such metric."""
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    rows = pq.read_table(world.raw / "topics.parquet").to_pylist()
+    for name, every in (("some", 2), ("none", 1)):
+        kept = [row | {"negatives": row["negatives"] if i % every else []} for i, row in enumerate(rows)]
+        pq.write_table(pa.Table.from_pylist(kept), raw / f"{name}.parquet")
+    tokenized = tmp_path / "tokenized"
+    tokenize_folder(TokenizeOptions(tokenizer=str(world.backbone), input=raw, output=tokenized), progress=False)
+    settings = SETTINGS | {"train_data_path": str(tokenized), "cache_dir": str(tmp_path / "cache")}
+    settings |= {"datasets": {name: {"task": "clustering"} for name in ("some", "none")}, "train_steps": 1}
+    code, lines = train(world, tmp_path, valid_dims=[8], **settings)
+    assert code == 0
+    held_out = held_out_rows(world.config(**settings), raw)["some"]
+    choosing = [row for row in held_out if set(row["negatives"]) - {row["passage"]}]
+    assert 0 < len(choosing) < len(held_out)
+    expected = measured(Embedder.from_pretrained(tmp_path / "run" / "step_1", device="cpu"), choosing, "clustering")
+    assert expected["recall@1"] < 1
+    for metric, value in expected.items():
+        assert lines[-1][f"some/{metric}"] == lines[-1][f"Avg/clustering/{metric}"] == pytest.approx(value)
+    assert {key for key in lines[-1] if key.startswith("none/")} == {"none/valid_loss_hard"}
 
 
 def test_axes_left_out_are_whole(world, tmp_path):
