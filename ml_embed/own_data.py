@@ -17,10 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from ml_embed.config import Task
 from ml_embed.data.files import commit, disk_errors_are_user_errors, partial_path, write_text_atomically
 from ml_embed.errors import UserError
+from ml_embed.paths import expand_home, is_hub_name
 from ml_embed.raw import NEGATIVE_COLUMN, SCHEMA, TASK_METADATA
+from ml_embed.tasks import Task
 
 BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
 PACKED = (".gz", ".bz2", ".xz", ".zst")
@@ -136,6 +137,7 @@ def raw_folder(
     Raises:
         UserError: as `list_sources` and `import_source`.
     """
+    input = expand_home(input)
     if columns is None and (Path(input).is_dir() or _is_missing_path(input)):
         return Path(input)  # one that does not exist is refused where raw folders are read
     chosen = None if columns is None else parse_columns(columns)
@@ -149,10 +151,7 @@ def raw_folder(
 
 
 def _is_missing_path(given: str) -> bool:
-    """Hub names are "name" or "owner/name": anything else can only be meant as a path."""
-    path = Path(given)
-    looks = path.is_absolute() or given.startswith(".") or given.count("/") > 1 or given.endswith("/")
-    return looks and not path.exists()
+    return not Path(given).exists() and not is_hub_name(given)
 
 
 def import_source(

@@ -141,6 +141,16 @@ def test_every_shipped_config_loads(path):
     assert config.mel_init == "frequency"
 
 
+def test_what_the_configs_and_the_readmes_commands_make_is_ignored_by_git():
+    ignored = (REPOSITORY / ".gitignore").read_text().splitlines()
+    made = re.findall(r"--output (\S+)", (REPOSITORY / "README.md").read_text(encoding="utf-8"))
+    for path in (REPOSITORY / "configs").glob("*.json"):
+        config, _ = load_config(path)
+        made += [getattr(config, key) for key in ("model_path", "train_data_path", "output_dir", "tb_dir", "cache_dir")]
+    assert len(made) > 20
+    assert {f"/{Path(place).parts[0]}/" for place in made} <= set(ignored)
+
+
 def test_importing_does_nothing_and_every_module_imports():
     for module in pkgutil.walk_packages(ml_embed.__path__, "ml_embed."):
         importlib.import_module(module.name)

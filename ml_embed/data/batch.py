@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ml_embed.attention import PackedSequences
-from ml_embed.config import Task
 from ml_embed.model import PackedBatch
+from ml_embed.tasks import Task
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from functools import lru_cache
 
 import numpy as np
 
-from ml_embed.config import DatasetConfig, Task, TrainConfig
+from ml_embed.config import DatasetConfig, TrainConfig
 from ml_embed.data.random import Permutation, mix, scramble, uniform
 from ml_embed.errors import UserError
-from ml_embed.tasks import task_of
+from ml_embed.tasks import Task, task_of
 
 _LARGEST_KEY = np.iinfo(np.uint64).max
 
