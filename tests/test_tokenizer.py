@@ -1,12 +1,14 @@
 """One EOS, the right ids, and a fingerprint that survives saving."""
 
 import os
+import random
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
+from ml_embed.backbone import train_tokenizer
 from ml_embed.errors import UserError
 from ml_embed.tokenizer import TextEncoder, append_eos_template, fingerprint, load_tokenizer
 
@@ -154,11 +156,89 @@ def test_eos_and_pad_are_required(tmp_path, missing):
         assert load_tokenizer(tmp_path, needs_padding=False).pad_token is None
 
 
+# --- long texts, of which only a beginning is tokenized
+
+PIECES = [
+    "a", "Wort", "1", "23", "٣", "½", "字", "か\u3099", "한", "\u1112\u1161\u11ab", "ſ", "\ufb1d", "𝒳", "🙂",
+    "👩‍👩‍👧", "e\u0301", "\u0301", "\u0338", "\u0344", "<", "=", "。", "，", "'s", "'LL", "'", "...", " .",
+    "-----", "\ufeff", "\0", " ", "  ", "\n", "\n\n", "\r\n", "\t", "\u0085", "\u00a0", "\u2000", "\u2028",
+    "\u3000", "\x1c", "\u180e", "\u200b", "<|im_end|>", "<|im_", "end|>", "<think>", "<|endoftext|>",
+]  # fmt: skip
+
+
+def assert_ids_are_those_of_the_whole_text(tokenizer):
+    """Random texts of few and of many kinds of pieces, cut at many places."""
+    generator = random.Random(0)
+    encoders = [TextEncoder(tokenizer, length) for length in (2, 3, 6)]
+    shortened = 0
+    for _ in range(1500):
+        kinds = generator.sample(PIECES, generator.choice([2, 3, 6, 40]))
+        text = "".join(generator.choices(kinds, k=generator.randrange(1, 60)))
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        for encoder in encoders:
+            [encoding] = encoder.tokenize([text])
+            shortened += len(encoding) < len(ids)
+            [got] = encoder.token_ids([encoding])
+            assert got.tolist() == [*ids[: encoder.max_length - 1], encoder.eos_id], (text, encoder.max_length)
+    assert shortened > 500
+
+
+@pytest.fixture(scope="module")
+def like_qwen():
+    return train_tokenizer(["".join(PIECES), "Wort für Wort, <think> ...", "123 a\n\n\n  b"] * 3, vocab_size=400)
+
+
+def test_the_beginning_of_a_long_text_gives_the_ids_of_the_whole(like_qwen, monkeypatch):
+    monkeypatch.setattr("ml_embed.tokenizer.BEGINNING_CHARACTERS", 1)
+    assert_ids_are_those_of_the_whole_text(like_qwen)
+
+
+@pytest.mark.parametrize("text", ["word " * 100_000, "7" * 500_000, ("字" * 30 + "\n") * 10_000])
+def test_a_long_text_costs_what_is_kept_of_it(like_qwen, text):
+    [encoding] = TextEncoder(like_qwen, 100).tokenize([text])
+    assert 99 <= len(encoding) < 5000
+
+
+def test_a_beginning_with_too_few_ids_is_made_longer():
+    like_qwen = train_tokenizer(["x" * 64] * 3, vocab_size=400)
+    text = ("x" * 64 + " ") * 100
+    [encoding] = TextEncoder(like_qwen, 10).tokenize([text])
+    ids = like_qwen(text, add_special_tokens=False).input_ids
+    assert encoding.ids == ids[: len(encoding)]
+    assert 9 <= len(encoding) < len(ids)
+    blank = " " * 50_000 + "end"
+    expected = like_qwen(blank, add_special_tokens=False).input_ids[:9]
+    assert TextEncoder(like_qwen, 10)([blank])[0].tolist() == [*expected, like_qwen.eos_token_id]
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        AddedToken("two words"),
+        AddedToken("box1end"),
+        AddedToken("<left>", lstrip=True),
+        AddedToken("<alone>", single_word=True),
+        None,
+    ],
+)
+def test_a_tokenizer_that_may_look_beyond_a_cut_is_given_whole_texts(token):
+    """Added tokens of such kinds, and other pre-tokenizations than Qwen's."""
+    tokenizer = make_tokenizer() if token is None else train_tokenizer(["some words"], vocab_size=300)
+    if token is not None:
+        tokenizer.add_tokens([token])
+    text = "some words 123\n" * 100
+    [encoding] = TextEncoder(tokenizer, 3).tokenize([text])
+    assert encoding.ids == tokenizer(text, add_special_tokens=False).input_ids
+
+
 @pytest.mark.skipif(
     "ML_EMBED_QWEN3_TOKENIZER" not in os.environ, reason="ML_EMBED_QWEN3_TOKENIZER names no folder with tokenizer.json"
 )
-def test_with_the_qwen3_tokenizer(tmp_path):
+def test_with_the_qwen3_tokenizer(tmp_path, monkeypatch):
     tokenizer = load_tokenizer(os.environ["ML_EMBED_QWEN3_TOKENIZER"])
+    with monkeypatch.context() as changed:
+        changed.setattr("ml_embed.tokenizer.BEGINNING_CHARACTERS", 1)
+        assert_ids_are_those_of_the_whole_text(tokenizer)
     texts = [*TEXTS, "a<|im_end|>", "e\u0301 is normalised", "x" * 300]
     expected = TextEncoder(tokenizer, 16)(texts)
     for text, ids in zip(texts, expected, strict=True):
