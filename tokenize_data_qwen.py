@@ -2,9 +2,9 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from ml_embed.errors import exit_on_user_error
+from ml_embed.paths import home_path
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -19,7 +19,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="folder of raw data; or a .csv, .tsv, .json, .jsonl, .parquet or .arrow file, or the name of a dataset "
         "on the Hugging Face hub, which is written to OUTPUT/raw first",
     )
-    parser.add_argument("--output", required=True, type=Path, help="folder for token ids; made if it does not exist")
+    parser.add_argument(
+        "--output", required=True, type=home_path, help="folder for token ids; made if it does not exist"
+    )
     parser.add_argument(
         "--columns",
         metavar="ROLE=COLUMN,...",
@@ -29,7 +31,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--split", default="train", help="split of a hub dataset (default: train)")
     parser.add_argument("--subset", help="configuration of a hub dataset, where it has several")
     parser.add_argument(
-        "--config", type=Path, help="training config whose `datasets` give task, prompt, passage_prompt and its share"
+        "--config",
+        type=home_path,
+        help="training config whose `datasets` give task, prompt, passage_prompt and its share",
     )
     parser.add_argument(
         "--max-seq-length", type=int, default=2048, help="tokens of a text at most, EOS included (default: 2048)"

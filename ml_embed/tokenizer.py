@@ -19,7 +19,8 @@ from tokenizers import Encoding, Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ml_embed.backbone import QWEN_SPLIT_PATTERN
-from ml_embed.errors import UserError
+from ml_embed.errors import UserError, one_line
+from ml_embed.paths import home_path, is_hub_name
 
 # A folder with none of these has no vocabulary; transformers would make an empty tokenizer from config.json alone.
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -33,7 +34,7 @@ def load_tokenizer(path: str | Path, needs_padding: bool = True) -> PreTrainedTo
     Code that comes with a tokenizer is never run. Raises UserError if there is none, if it has no fast
     (`tokenizers`) version, or if its EOS token, or with `needs_padding` its padding token, is not set.
     """
-    folder = Path(path).expanduser()
+    folder = home_path(path)
     if folder.is_dir():
         if not any((folder / name).is_file() for name in VOCABULARY_FILES):
             raise UserError(
@@ -43,7 +44,7 @@ def load_tokenizer(path: str | Path, needs_padding: bool = True) -> PreTrainedTo
         source = str(folder)
     elif folder.exists():
         raise UserError(f"{folder} is a file; give the folder that holds the tokenizer, or a name on the hub.")
-    elif _is_written_as_path(str(path)):
+    elif not is_hub_name(path):
         raise UserError(f"tokenizer folder {folder} does not exist. Give a folder that holds tokenizer.json.")
     else:
         source = str(path)
@@ -55,7 +56,7 @@ def load_tokenizer(path: str | Path, needs_padding: bool = True) -> PreTrainedTo
             if folder.is_dir()
             else "It is not a folder here either: without network access, download the model and give its folder."
         )
-        raise UserError(f"cannot load a tokenizer from {source!r}: {_first_line(error)}. {remedy}") from error
+        raise UserError(f"cannot load a tokenizer from {source!r}: {one_line(error).rstrip('.')}. {remedy}") from error
     _check_usable(tokenizer, source, ("eos_token", "pad_token") if needs_padding else ("eos_token",))
     return tokenizer
 
@@ -196,12 +197,3 @@ def _check_usable(tokenizer: Any, source: str, needed: tuple[str, ...]) -> None:
                 f"the tokenizer of {source!r} has no {name}. Set {name!r} in its tokenizer_config.json "
                 "to a token of its vocabulary."
             )
-
-
-def _is_written_as_path(path: str) -> bool:
-    """Hub names are "name" or "owner/name": anything else can only be meant as a path."""
-    return path.startswith(("/", "./", "../", "~")) or path.count("/") > 1 or path.endswith("/")
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -12,7 +12,7 @@ from test_training import train
 
 import tokenize_data_qwen
 from ml_embed.errors import UserError
-from ml_embed.own_data import Source, import_source, list_sources, parse_columns
+from ml_embed.own_data import Source, import_source, list_sources, parse_columns, raw_folder
 from ml_embed.raw import RawDataset, declared_task
 
 PAIRS = [{"question": f"what is {i}?", "answer": f"it is {i}, NA", "wrong": f"it is {i + 1}"} for i in range(6)]
@@ -175,7 +175,7 @@ def test_rows_that_cannot_be_learned_from(tmp_path, row, message):
         imported(path, COLUMNS, tmp_path / "raw")
 
 
-def test_sources(tmp_path):
+def test_sources(tmp_path, monkeypatch):
     assert [source.name for source in list_sources("owner/data", "train", "en")] == ["owner_data_en"]
     for name in ("a.csv", "b.jsonl.gz", "notes.md", ".hidden.csv"):
         (tmp_path / name).touch()
@@ -185,6 +185,8 @@ def test_sources(tmp_path):
     for missing in ("/nowhere/data", "nowhere.csv", "./here"):
         with pytest.raises(UserError, match="does not exist"):
             list_sources(missing, "train", None)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert raw_folder("~/data", None, "train", None, tmp_path / "out", 0) == tmp_path / "data"
     (tmp_path / "a.tsv").touch()
     with pytest.raises(UserError, match="several files of dataset 'a'"):
         list_sources(str(tmp_path), "train", None)

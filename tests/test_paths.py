@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import tokenize_data_qwen
 from ml_embed.errors import UserError, one_line
 from ml_embed.paths import check_model_output, check_writable, expand_home, home_path, is_hub_name
 
@@ -17,6 +18,14 @@ def test_home_is_expanded_and_nothing_else_is_changed(monkeypatch):
     expected = ["/home/ada/models/x", "/home/ada", *written[2:]]
     assert [expand_home(path) for path in written] == expected
     assert home_path("~/x") == home_path(Path("~/x")) == Path("/home/ada/x")
+
+
+def test_home_in_flags_that_a_shell_does_not_expand(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    options = tokenize_data_qwen.parse_arguments(["--tokenizer=x", "--input=x", "--output=~/out", "--config=~/c.json"])
+    assert (options.output, options.config) == (Path("/home/ada/out"), Path("/home/ada/c.json"))
+    for script in (Path(__file__).parents[1] / "scripts").glob("[!b]*.py"):
+        assert "type=Path" not in script.read_text(encoding="utf-8"), script
 
 
 def test_hub_names_are_told_from_paths(tmp_path, monkeypatch):
