@@ -27,7 +27,7 @@ from ml_embed.attention import Kernel
 from ml_embed.errors import UserError, one_line
 from ml_embed.files import MAX_SHARD_SIZE, checksum, give_usual_permissions, write_json
 from ml_embed.model import MatryoshkaEncoder, NormSharing, check_supported
-from ml_embed.paths import home_path, is_hub_name, model_type, numbered_folders
+from ml_embed.paths import model_place
 from ml_embed.tokenizer import append_eos_template
 
 FORMAT_VERSION = 1
@@ -202,12 +202,7 @@ def load_config(folder: str | Path) -> Qwen3Config:
     Raises:
         UserError: missing, damaged, or not a Qwen3 that this encoder computes rightly.
     """
-    path = home_path(folder)
-    if not path.is_dir() and not is_hub_name(folder):
-        what = "is a file, not a model folder" if path.exists() else "does not exist"
-        raise UserError(f"model folder {folder} {what}")
-    if model_type(path) is None and (steps := numbered_folders(path)):  # config.json there is the training's
-        raise UserError(f"{folder} is a run folder; give a model folder in it, the newest is {steps[-1][1]}")
+    path = model_place(folder)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # one that was edited by hand fails in a dozen ways, and the hub's client in others

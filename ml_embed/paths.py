@@ -42,6 +42,20 @@ def numbered_folders(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match.group(1)), path) for match, path in found if match)
 
 
+def model_place(given: str | Path) -> Path:
+    """Where a model is read from: a folder, its `~` expanded, or a name on the hub as it is.
+
+    Raises:
+        UserError: nothing is there, or a file, or a run, whose model folders are one level below.
+    """
+    path = home_path(given)
+    if not path.is_dir() and not is_hub_name(given):
+        raise UserError(f"model folder {given} {'is a file; give a folder' if path.exists() else 'does not exist'}")
+    if model_type(path) is None and (steps := numbered_folders(path)):  # its config.json is the training's
+        raise UserError(f"{given} is a run folder; give a model folder in it, the newest is {steps[-1][1]}")
+    return path
+
+
 def file_in_the_way(path: Path) -> Path | None:
     """The file that stands where a folder or one above it is or has to be made; None if there is none."""
     try:

@@ -12,7 +12,7 @@ from ml_embed.embedder import Embedder
 from ml_embed.encoding import choose_device
 from ml_embed.errors import UserError, one_line
 from ml_embed.model_folder import RECORD_FILE
-from ml_embed.paths import home_path, is_hub_name, model_type
+from ml_embed.paths import model_place, model_type
 
 
 class TextModel(Protocol):
@@ -82,11 +82,9 @@ def load_text_model(name: str | Path, device: str | None = None, batch_size: int
     """
     if batch_size < 1:
         raise UserError(f"--batch-size is {batch_size}; it must be at least 1")
-    folder = home_path(name)
+    folder = model_place(name)
     if (folder / RECORD_FILE).is_file() or _is_backbone(folder):
         return OwnModel(folder, device)
-    if not folder.exists() and not is_hub_name(name):
-        raise UserError(f"model folder {name} does not exist")
     return SentenceTransformersModel(str(folder), device, batch_size)
 
 

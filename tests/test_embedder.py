@@ -27,6 +27,7 @@ from transformers import Qwen3ForCausalLM
 from ml_embed import Embedder, embedder
 from ml_embed.errors import UserError
 from ml_embed.model_folder import load_encoder
+from ml_embed.text_models import load_text_model
 
 
 @pytest.fixture(scope="module")
@@ -241,8 +242,9 @@ def test_the_home_folder_and_a_run_in_place_of_a_model(shared, tmp_path, monkeyp
     (run / "config.json").write_text(json.dumps({"model_path": "models/x"}))
     monkeypatch.setenv("HOME", str(tmp_path))
     assert_equal_vectors(Embedder.from_pretrained("~/run/step_9").encode(TEXTS), naive(shared, TEXTS))
-    with pytest.raises(UserError, match=r"~/run is a run folder.* the newest is .*/run/step_10$"):
-        Embedder.from_pretrained("~/run")
+    for load in (Embedder.from_pretrained, load_text_model):
+        with pytest.raises(UserError, match=r"^~/run is a run folder.* the newest is .*/run/step_10$"):
+            load("~/run")
     with pytest.raises(UserError, match="nowhere does not exist"):
         Embedder.from_pretrained("~/nowhere")
     with pytest.raises(UserError, match=r"config\.json is a file"):
