@@ -12,6 +12,7 @@ from ml_embed.config import TrainConfig
 from ml_embed.data.store import Store
 from ml_embed.errors import UserError
 from ml_embed.model_folder import weights_digest
+from ml_embed.paths import home_path
 from ml_embed.resolve import Resolved
 from ml_embed.teacher_vectors import TeacherVectors
 
@@ -132,11 +133,12 @@ def state_to_resume(run_dir: Path, resume: str) -> Path | None:
         return None
     if resume == "auto":
         return find_state(run_dir / "resume", lambda text: print(text, file=sys.stderr, flush=True))
-    if not (Path(resume) / STATE_FILE).is_file():
-        raise UserError(f"--resume: {_not_a_state(Path(resume))}")
-    if (run_dir / "resume").exists() and Path(resume).resolve().parent != (run_dir / "resume").resolve():
+    path = home_path(resume)
+    if not (path / STATE_FILE).is_file():
+        raise UserError(f"--resume: {_not_a_state(path)}")
+    if (run_dir / "resume").exists() and path.resolve().parent != (run_dir / "resume").resolve():
         raise UserError(f"--resume: {resume} is not of this run, {run_dir}; choose another experiment_id to branch off")
-    return Path(resume)
+    return path
 
 
 def _not_a_state(path: Path) -> str:

@@ -188,7 +188,7 @@ def test_states_of_other_runs_and_no_states_are_refused(inputs, unbroken, broken
     run(inputs, elsewhere, "--resume", unbroken / "resume" / "step_9")  # a branch, here with nothing left to do
 
 
-def test_what_is_no_state_is_told_from_one(inputs, broken):
+def test_what_is_no_state_is_told_from_one(inputs, broken, monkeypatch):
     """The model folder of a step, the run's own folder, a step that is not there, and a word that means nothing."""
     state = broken / "resume" / "step_6"
     for given, message in (
@@ -199,7 +199,8 @@ def test_what_is_no_state_is_told_from_one(inputs, broken):
     ):
         with pytest.raises(UserError, match=re.escape(message)):
             state_to_resume(broken, str(given))
-    assert state_to_resume(broken, str(state)) == state
+    monkeypatch.setenv("HOME", str(broken))
+    assert state_to_resume(broken, str(state)) == state_to_resume(broken, "~/resume/step_6") == state
 
 
 def final_bytes(run_dir, steps: int = STEPS) -> dict[str, bytes]:
