@@ -21,8 +21,8 @@ class Window:
 
     steps: int = 0
     seconds: float = 0.0
-    """of fetching batches and of steps, without validation, checkpoints and a pause between two launches; states of
-    earlier versions lack it, so that the first rate after resuming one is too high"""
+    """of training, checkpoints included, without validation and without a pause between two launches; states of earlier
+    versions lack it, so that the first rate after resuming one is too high"""
     loss: float = 0.0
     grad_norm: float = 0.0
     distillation: float = 0.0
@@ -106,7 +106,9 @@ class StepValues:
 class MetricsLog:
     """Appends lines to metrics.jsonl (first process only) and sends the same numbers to the trackers.
 
-    A train line's rate is its "tokens" over its "seconds" (`Window.seconds`), so that anyone can check it.
+    A train line's rate is its "tokens" over its "seconds" (`Window.seconds`). These have passed since the line before
+    it, so that anyone can check it from "time" (unless a validation came between two train lines: its line does not say
+    when it began).
     """
 
     def __init__(self, path: Path, accelerator: Accelerator, keep_bytes: int = 0):

@@ -125,11 +125,13 @@ def train(run: Run) -> int:
     steps = range(run.start_step, last)
     bar = tqdm(total=last, initial=run.start_step, desc="training", disable=not run.accelerator.is_main_process)
     with StopRequest().listening() as stop, bar, contextlib.closing(run.loader.training_batches(steps)) as batches:
-        started = time.perf_counter()
+        counted = time.perf_counter()
         for done, batch in enumerate(batches, start=run.start_step + 1):
             lr = learning_rate(done, config, last)
             values = training_step(run, batch, done, lr, stop.requested)
-            run.window.add(batch.dataset, batch.task, values, time.perf_counter() - started)
+            now = time.perf_counter()
+            run.window.add(batch.dataset, batch.task, values, now - counted)
+            counted = now
             bar.update()
             if done % config.log_interval == 0 or done == last:
                 optional = {
@@ -141,13 +143,13 @@ def train(run: Run) -> int:
                 bar.set_postfix(loss=f"{line['loss']:.3f}", lr=f"{lr:.1e}", tok_s=f"{line['tokens_per_second']:,.0f}")
             if _is_due(done, config.validation_steps) or done == last:
                 validate_and_log(run, done)
+                counted = time.perf_counter()  # that was not training
             epoch_ends = done % resolved.steps_per_epoch == 0
             if _is_due(done, config.checkpointing_steps) or epoch_ends or done == last or values.stop_requested:
                 save_checkpoint(run, done, epoch_ends)
             if values.stop_requested and done < last:
                 run.accelerator.print(f"stopped by a signal after step {done}; continue with --resume auto")
                 return PREEMPTED_EXIT_CODE
-            started = time.perf_counter()  # what was done since the step is not training
     return 0
 
 
