@@ -61,7 +61,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         zero2.check_installed()
     choose_gloo_interface()
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # said aloud, or accelerate takes launched processes for single ones
+        cpu=not _has_gpu(),  # said aloud, or accelerate takes launched processes for single ones
         mixed_precision=None if launched else ("bf16" if has_bf16 else "no"),
         log_with=list(config.report_to) or None,
         project_dir=config.tb_dir,
@@ -80,6 +80,13 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         raise UserError(f"mixed_precision: {accelerator.mixed_precision!r} is not supported; use 'bf16' or 'no'")
     choose_kernel(config.attention, accelerator.device, _compute_dtype(accelerator))  # refuses an impossible one
     return accelerator
+
+
+def _has_gpu() -> bool:
+    """Whether there is an accelerator to train on. Apple's (mps) is none: it has no float64, which losses are summed
+    in, so that a Mac trains on its CPU."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return found is not None and found.type != "mps"
 
 
 def _compute_dtype(accelerator: Accelerator) -> torch.dtype:

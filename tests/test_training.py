@@ -18,7 +18,7 @@ from tiny_runs import rewrite_state
 from transformers import AutoModel, AutoTokenizer
 
 import run as run_script
-from ml_embed import sole_launch, training
+from ml_embed import run_setup, sole_launch, training
 
 
 def train(world, tmp_path, experiment_id="run", arguments=(), **changes) -> tuple[int, list[dict]]:
@@ -210,6 +210,14 @@ def test_gradient_checkpointing_changes_nothing(world, tmp_path):
         _, lines = train(world, tmp_path, name, gradient_checkpointing=on)
         losses.append([line["loss"] for line in lines if line["split"] == "train"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.parametrize(("device", "is_trained_on"), [(None, False), ("mps", False), ("cuda", True), ("xpu", True)])
+def test_a_mac_trains_on_its_cpu(monkeypatch, device, is_trained_on):
+    """Its GPU has no float64; a simulated one, for there is none here."""
+    found = None if device is None else torch.device(device)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
+    assert run_setup._has_gpu() == is_trained_on
 
 
 def test_dry_run_prints_and_writes_nothing(world, tmp_path, capsys):
