@@ -151,7 +151,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third more time"""
     max_tokens_per_forward: int = _key(0, low=0)
-    """tokens encoded at once, in validation too (GradCache: same gradients, bounded memory); 0 = the whole batch at once"""
+    """tokens encoded at once (GradCache: same gradients, bounded memory, in validation too); 0 = the whole batch"""
     compile_layers: bool = False
     """fuse each layer's elementwise work with torch.compile: faster steps, after a minute or so for the first ones"""
 
