@@ -208,10 +208,23 @@ def load_config(folder: str | Path) -> Qwen3Config:
     except Exception as error:  # one that was edited by hand fails in a dozen ways, and the hub's client in others
         raise UserError(f"{folder} is not a model folder with a valid config.json: {one_line(error)}") from None
     check_supported(config)
-    impossible = [f"{name} is {value}" for name in SIZES if (value := getattr(config, name)) is not None and value < 1]
-    if impossible:
-        raise UserError(f"config.json of {folder}: {', '.join(impossible)}; must be at least 1")
+    problems = _impossible_sizes(config)
+    if problems:
+        raise UserError(f"config.json of {folder}: {'; '.join(problems)}")
     return config
+
+
+def _impossible_sizes(config: Qwen3Config) -> list[str]:
+    """What transformers lets pass: all zeros, and before it checked types also what is no number."""
+    values = {name: getattr(config, name) for name in SIZES}
+    problems = [
+        f"{name} {value!r} must be a whole number of at least 1"
+        for name, value in values.items()
+        if not isinstance(value, int) or value < 1
+    ]
+    if len(config.layer_types or ()) != config.num_hidden_layers:
+        problems.append(f"layer_types must have as many entries as num_hidden_layers, {config.num_hidden_layers}")
+    return problems
 
 
 def load_backbone(folder: str | Path, config: Qwen3Config, dtype: torch.dtype = torch.float32) -> Qwen3Model:
@@ -224,7 +237,7 @@ def load_backbone(folder: str | Path, config: Qwen3Config, dtype: torch.dtype = 
         loaded: Any = Qwen3Model.from_pretrained(  # a pair, because of output_loading_info
             folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
-    except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"the weights in {folder} cannot be loaded: {one_line(error)}; safetensors files that fit config.json are "
             "needed"
@@ -266,7 +279,7 @@ def _load_layers(folder: Path, config: Qwen3Config, dtype: torch.dtype) -> Qwen3
             with safe_open(path, "pt") as file:
                 state |= {name: file.get_tensor(name).to(dtype) for name in names}
         backbone.load_state_dict(state, assign=True)
-    except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError) as error:
         reason = one_line(error)
         raise UserError(f"the weights in {folder} cannot be loaded: {reason}; copy the model folder again") from None
     return backbone

@@ -255,9 +255,9 @@ def test_the_home_folder_and_a_run_in_place_of_a_model(shared, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_hidden_layers": 4}, r"`num_hidden_layers` \(4\) must be equal to the number of `layer_types` \(3\)"),
-        ({"hidden_size": "64"}, "'hidden_size' expected int, got str"),
-        ({"num_attention_heads": 0}, "num_attention_heads is 0; must be at least 1"),
+        ({"num_hidden_layers": 4}, "num_hidden_layers"),
+        ({"hidden_size": "64"}, "hidden_size.*'64'"),
+        ({"num_attention_heads": 0}, "num_attention_heads 0 must be a whole number of at least 1"),
         ({"intermediate_size": 95}, r"weights in .* cannot be loaded"),
         ({"hidden_act": "tanhh"}, "cannot be loaded: 'tanhh'"),
         ({"dtype": "float31"}, "float31"),
