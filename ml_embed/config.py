@@ -47,7 +47,7 @@ class DatasetConfig:
     num_hard_neg: int | None = _key(None, low=0)
     """negatives drawn for each sample; null = the task's default"""
     weight: float = _key(1.0, above=0, high=HIGHEST_WEIGHT)
-    """how often the dataset's rows are drawn in an epoch; 1 = once each"""
+    """how often the dataset's rows are drawn in an epoch; 1 = once each, 1000 at most"""
     max_samples: int | None = _key(None, low=1)
     """training rows used, a fixed random choice; null = all"""
     prompt: str | None = None

@@ -110,11 +110,6 @@ def metrics_of_ranks(ranks: Tensor | ArrayLike) -> dict[str, float]:
     return {name: float(value.mean()) for name, value in zip(METRICS, values, strict=True)}
 
 
-def retrieval_metrics(scores: Tensor | np.ndarray, positive: Tensor | np.ndarray) -> dict[str, float]:
-    """`metrics_of_ranks` of (Q, C) scores in which column positive[q] is the one relevant document of query q."""
-    return metrics_of_ranks(ranks_of_scores(scores, positive))
-
-
 def chance_metrics(candidates: ArrayLike) -> dict[str, float]:
     """What a random order achieves on average.
 
