@@ -4,15 +4,16 @@ A prompt is the exact text in front, e.g. "Instruct: Given a question, find its 
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from ml_embed.config import DatasetConfig, TrainConfig
 from ml_embed.data.schedule import match_settings
 from ml_embed.data.store import Store
 from ml_embed.errors import UserError
-from ml_embed.raw import RawRow
 
 
 @dataclass(frozen=True)
@@ -47,22 +48,15 @@ class Prompts:
         """For the manifest; nothing where there is no prompt."""
         return {"prompts": vars(self)} if self.query or self.passage else {}
 
-    def apply(self, rows: Iterable[RawRow], seed: int) -> Iterator[RawRow]:
-        """Rows with the prompts in front. Whether a document gets one depends on its text and the seed alone, so that
-        a document stays one document wherever it stands."""
+    def choose(self, documents: Sequence[bytes | memoryview], seed: int) -> np.ndarray:
+        """(documents,) bool: which get the passage prompt. It depends on the document's UTF-8 and the seed alone, so
+        that a document stays one document wherever it stands."""
+        if not self.passage or self.passage_share in (0, 1):
+            return np.full(len(documents), bool(self.passage) and self.passage_share == 1)
         key = seed.to_bytes(16, "little", signed=True)
-        for row in rows:
-            passage, *negatives = (self._prompted(text, key) for text in (row.passage, *row.negatives))
-            yield RawRow(self.query + row.query, passage, negatives)
-
-    def _prompted(self, document: str, key: bytes) -> str:
-        if not self.passage or self.passage_share == 0:
-            return document
-        if self.passage_share < 1:
-            digest = hashlib.blake2b(document.encode(), digest_size=8, key=key).digest()
-            if int.from_bytes(digest, "little") >= self.passage_share * 2**64:
-                return document
-        return self.passage + document
+        digests = [hashlib.blake2b(document, digest_size=8, key=key).digest() for document in documents]
+        limit = self.passage_share * 2**64
+        return np.array([int.from_bytes(digest, "little") < limit for digest in digests], bool)
 
 
 def check_prompts(config: TrainConfig, store: Store) -> None:

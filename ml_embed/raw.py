@@ -8,13 +8,15 @@ blank lines are no rows, and errors give the line, counted from 1. Suffixes may 
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ml_embed.data.parquet import open_parquet, read_batches, require_columns
 from ml_embed.errors import UserError
@@ -49,6 +51,26 @@ class RawRow(NamedTuple):
     query: str
     passage: str
     negatives: list[str]
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """Consecutive samples. Documents stay bytes, because most of them are known already."""
+
+    queries: list[str]
+    """(rows,)"""
+    documents: Sequence[bytes | memoryview]
+    """UTF-8 of each row's passage and then its negatives, of all rows joined; checked when it is decoded"""
+    characters: np.ndarray
+    """(documents,) characters of each"""
+    counts: np.ndarray
+    """(rows,) documents of each row, at least 1"""
+    where: str
+    """file and rows, for messages"""
+
+    def decode(self, documents: Iterable[int]) -> list[str]:
+        """The texts of some of the documents. Raises UserError for what is not UTF-8."""
+        return _decoded((self.documents[i] for i in documents), self.where)
 
 
 def list_raw_datasets(folder: Path) -> list[RawDataset]:
@@ -99,45 +121,98 @@ def declared_task(dataset: RawDataset) -> Task | None:
 
 def read_rows(dataset: RawDataset, selected: np.ndarray | None = None) -> Iterator[RawRow]:
     """The rows whose numbers are in `selected` (sorted; None = all), in file order. Raises UserError on a bad row."""
+    if not dataset.is_parquet:
+        yield from _read_jsonl(dataset.path, selected)
+        return
+    for batch in _read_parquet(dataset.path, selected):
+        texts = batch.decode(range(len(batch.documents)))
+        ends = np.cumsum(batch.counts).tolist()
+        for query, (start, end) in zip(batch.queries, pairwise([0, *ends]), strict=True):
+            yield RawRow(query, texts[start], texts[start + 1 : end])
+
+
+def read_row_batches(dataset: RawDataset, selected: np.ndarray | None = None) -> Iterator[RowBatch]:
+    """The same rows, BATCH_ROWS of them at most at a time."""
     if dataset.is_parquet:
-        return _read_parquet(dataset.path, selected)
-    return _read_jsonl(dataset.path, selected)
+        yield from _read_parquet(dataset.path, selected)
+        return
+    rows = _read_jsonl(dataset.path, selected)
+    while chunk := list(islice(rows, BATCH_ROWS)):
+        texts = [text for row in chunk for text in (row.passage, *row.negatives)]
+        yield RowBatch(
+            queries=[row.query for row in chunk],
+            documents=[text.encode() for text in texts],
+            characters=np.array([len(text) for text in texts]),
+            counts=np.array([1 + len(row.negatives) for row in chunk]),
+            where=str(dataset.path),
+        )
 
 
-def _read_parquet(path: Path, selected: np.ndarray | None) -> Iterator[RawRow]:
+def _read_parquet(path: Path, selected: np.ndarray | None) -> Iterator[RowBatch]:
     with open_parquet(path) as file:
         names = file.schema_arrow.names
         group_rows = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
-    negative_columns = ["negatives"] if "negatives" in names else _numbered_negatives(names)
+    columns = ["query", "passage", *(["negatives"] if "negatives" in names else _numbered_negatives(names))]
     start = 0
     for group, rows in enumerate(group_rows):
         if selected is None or _chosen(selected, start, rows).size:
             first = start
-            for batch in read_batches(path, ["query", "passage", *negative_columns], BATCH_ROWS, [group]):
-                yield from _rows_of_batch(path, batch, first, negative_columns, selected)
+            for batch in read_batches(path, columns, BATCH_ROWS, [group]):
+                numbers = np.arange(first, first + batch.num_rows)
+                chosen = numbers if selected is None else _chosen(selected, first, batch.num_rows)
+                if len(chosen):
+                    part = batch if len(chosen) == len(numbers) else batch.take(pa.array(chosen - first))
+                    yield _row_batch(path, part.select(columns), chosen)
                 first += batch.num_rows
         start += rows
 
 
-def _rows_of_batch(
-    path: Path, batch: pa.RecordBatch, first: int, negative_columns: list[str], selected: np.ndarray | None
-) -> Iterator[RawRow]:
-    numbers = np.arange(first, first + batch.num_rows) if selected is None else _chosen(selected, first, batch.num_rows)
-    if not numbers.size:
-        return
-    batch = batch.take(pa.array(numbers - first))
+def _row_batch(path: Path, batch: pa.RecordBatch, numbers: np.ndarray) -> RowBatch:
+    """The columns query, passage and negatives, of the rows with these numbers."""
+    rows = np.arange(len(numbers))
+    columns, owners = [], []  # texts, and the row that each belongs to
+    for column in batch.columns[1:]:
+        owner = rows
+        if _is_list(column.type):
+            owner = np.repeat(rows, pc.fill_null(pc.list_value_length(column), 0))
+            column = column.flatten()
+        columns.append(column.cast(pa.large_string()))
+        owners.append(owner)
+    queries = batch.column(0).cast(pa.large_string())
+    documents, owner = pa.concat_arrays(columns), np.concatenate(owners)
+    empty = (_lengths(queries) == 0) | (_lengths(columns[0]) == 0)
+    if empty.any():
+        row = int(np.argmax(empty))
+        _raise_empty(f"{path}, row {numbers[row]}", queries[row].as_py(), columns[0][row].as_py())
+    there = np.flatnonzero(_lengths(documents))
+    order = there[np.argsort(owner[there], kind="stable")]  # each row's passage, then its negatives as they stand
+    where = f"{path}: text that is not UTF-8 in rows {numbers[0]} to {numbers[-1]}"
+    return RowBatch(
+        queries=_decoded(_views(queries, rows), where),
+        documents=_views(documents, order),
+        characters=pc.utf8_length(documents).to_numpy(zero_copy_only=False)[order],
+        counts=np.bincount(owner[there]),
+        where=where,
+    )
+
+
+def _lengths(texts: pa.LargeStringArray) -> np.ndarray:
+    """(texts,) bytes of each; 0 for null."""
+    return pc.fill_null(pc.binary_length(texts), 0).to_numpy()
+
+
+def _views(texts: pa.LargeStringArray, places: np.ndarray) -> list[memoryview]:
+    """The bytes of some of the texts, without copying."""
+    offsets = np.frombuffer(texts.buffers()[1], np.int64)[texts.offset :]
+    view = memoryview(texts.buffers()[2])
+    return [view[start:end] for start, end in zip(offsets[places].tolist(), offsets[places + 1].tolist(), strict=True)]
+
+
+def _decoded(texts: Iterable[bytes | memoryview], where: str) -> list[str]:
     try:
-        columns = {name: batch.column(name).to_pylist() for name in ("query", "passage", *negative_columns)}
+        return [str(text, "utf-8") for text in texts]
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: text that is not UTF-8 in rows {numbers[0]} to {numbers[-1]}: {error}.") from error
-    if negative_columns == ["negatives"]:
-        lists = columns["negatives"]
-    else:
-        lists = list(zip(*(columns[name] for name in negative_columns), strict=True)) or [()] * len(numbers)
-    for number, query, passage, negatives in zip(numbers, columns["query"], columns["passage"], lists, strict=True):
-        if not query or not passage:
-            _raise_empty(f"{path}, row {number}", query, passage)
-        yield RawRow(query, passage, [text for text in negatives or () if text])
+        raise UserError(f"{where}: {error}.") from error
 
 
 def _read_jsonl(path: Path, selected: np.ndarray | None) -> Iterator[RawRow]:
@@ -221,8 +296,11 @@ def _is_text(kind: pa.DataType, may_be_null: bool) -> bool:
 
 
 def _is_text_list(kind: pa.DataType) -> bool:
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    return pa.types.is_null(kind) or (is_list and _is_text(kind.value_type, may_be_null=True))
+    return pa.types.is_null(kind) or (_is_list(kind) and _is_text(kind.value_type, may_be_null=True))
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
 def _numbered_negatives(names: list[str]) -> list[str]:

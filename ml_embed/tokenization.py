@@ -7,10 +7,12 @@ content alone, so files are byte-identical whatever the number of workers.
 
 import hashlib
 import os
+import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from ml_embed.data.schedule import check_dataset_names, match_settings
 from ml_embed.data.token_files import CORPUS_SCHEMA, QUERY_SCHEMA, TokenFile, list_array, text_array
 from ml_embed.errors import UserError
 from ml_embed.prompts import Prompts
-from ml_embed.raw import RawRow, check_and_count_rows, declared_task, list_raw_datasets, read_rows
+from ml_embed.raw import RowBatch, check_and_count_rows, declared_task, list_raw_datasets, read_row_batches
 from ml_embed.tasks import task_of
 from ml_embed.tokenizer import TextEncoder, fingerprint, load_tokenizer
 
@@ -77,18 +79,27 @@ class TokenizeOptions:
             raise UserError(f"--output {self.output} is a file: give a folder.")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Block:
     """Consecutive rows, their documents numbered."""
 
-    texts: list[str]
-    """the rows' queries, then the documents that occur for the first time"""
-    passages: list[int]
-    """(rows,) document of each row"""
-    negatives: list[int]
-    """documents, of all rows joined"""
-    negative_counts: list[int]
+    queries: list[str] = field(default_factory=list)
     """(rows,)"""
+    documents: list[str] = field(default_factory=list)
+    """those that occur for the first time"""
+    passages: list[int] = field(default_factory=list)
+    """(rows,) document of each row"""
+    negatives: list[int] = field(default_factory=list)
+    """documents, of all rows joined"""
+    negative_counts: list[int] = field(default_factory=list)
+    """(rows,)"""
+    characters: int = 0
+    """of all texts, known documents too"""
+
+    @property
+    def num_texts(self) -> int:
+        """All texts, known documents too."""
+        return 2 * len(self.queries) + len(self.negatives)
 
 
 @dataclass
@@ -103,7 +114,7 @@ class Totals:
     def add(self, block: Block, ids: list[np.ndarray]) -> None:
         """Count a block and its token ids."""
         self.rows += len(block.passages)
-        self.documents += len(block.texts) - len(block.passages)
+        self.documents += len(block.documents)
         self.tokens += sum(map(len, ids))
         low, high, total = self.negative_counts or [block.negative_counts[0], 0, 0]
         counts = block.negative_counts
@@ -142,14 +153,14 @@ def tokenize_folder(options: TokenizeOptions, progress: bool = True) -> dict[str
         with disk_errors_are_user_errors(options.output, "Then run the same command again: it continues."):
             for dataset in tqdm(todo, unit=" file", desc="files", disable=not progress):
                 ledger.begin(dataset.name)
-                source = describe_source(dataset.path)
+                source = _in_background(describe_source, dataset.path)
                 selected = select_rows(dataset.name, rows[dataset.name], options.max_samples, options.seed)
                 used = prompts[dataset.name]
-                texts = used.apply(read_rows(dataset, selected), options.seed)
+                blocks = read_blocks(read_row_batches(dataset, selected), used, options.seed)
                 total = rows[dataset.name] if selected is None else len(selected)
-                entry = _tokenize_dataset(dataset.name, texts, total, encoder, ledger, progress)
+                entry = _tokenize_dataset(dataset.name, blocks, total, encoder, ledger, progress)
                 task = settings[dataset.name].task or declared_task(dataset) or task_of(dataset.name)
-                ledger.record(dataset.name, entry | used.to_json() | {"source": source, "task": task})
+                ledger.record(dataset.name, entry | used.to_json() | {"source": source.result(), "task": task})
             ledger.remove_replaced(names)
             return ledger.finish()
 
@@ -174,39 +185,37 @@ def describe_source(path: Path) -> dict[str, Any]:
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest}
 
 
-def read_blocks(rows: Iterator[RawRow]) -> Iterator[Block]:
-    """Rows as blocks of about BLOCK_CHARACTERS; documents are numbered by first occurrence in all of them."""
+def read_blocks(batches: Iterator[RowBatch], prompts: Prompts, seed: int) -> Iterator[Block]:
+    """Rows, prompts in front, as blocks of about BLOCK_CHARACTERS; documents are numbered by first occurrence."""
     numbers = TextNumbers()
-    chunk: list[RawRow] = []
-    characters = texts = 0
-    for row in rows:
-        chunk.append(row)
-        characters += len(row.query) + len(row.passage) + sum(map(len, row.negatives))
-        texts += 2 + len(row.negatives)
-        if characters >= BLOCK_CHARACTERS or texts >= BLOCK_TEXTS:
-            yield _make_block(chunk, numbers)
-            chunk, characters, texts = [], 0, 0
-    if chunk:
-        yield _make_block(chunk, numbers)
-
-
-def _make_block(rows: list[RawRow], numbers: TextNumbers) -> Block:
-    documents = [text for row in rows for text in (row.passage, *row.negatives)]
-    document_numbers, new = numbers.number([text_digest(text.encode()) for text in documents])
-    passages, negatives, counts = [], [], []
-    start = 0
-    for row in rows:
-        end = start + 1 + len(row.negatives)
-        passages.append(document_numbers[start])
-        negatives += document_numbers[start + 1 : end]
-        counts.append(len(row.negatives))
-        start = end
-    return Block([row.query for row in rows] + [documents[i] for i in new], passages, negatives, counts)
+    front = prompts.passage.encode()
+    block = Block()
+    for batch in batches:
+        prompted = prompts.choose(batch.documents, seed)
+        fronts = [front if yes else b"" for yes in prompted]
+        digests = [text_digest(text, front) for text, front in zip(batch.documents, fronts, strict=True)]
+        documents, new = numbers.number(digests)
+        new_texts = [fronts[i].decode() + text for i, text in zip(new, batch.decode(new), strict=True)]
+        bounds = np.concatenate([[0], np.cumsum(batch.counts)])  # of each row's documents, and of the new ones in them
+        rows = pairwise(zip(bounds.tolist(), np.searchsorted(new, bounds).tolist(), strict=True))
+        characters = np.add.reduceat(batch.characters + prompted * len(prompts.passage), bounds[:-1]).tolist()
+        for query, size, ((start, first_new), (end, end_new)) in zip(batch.queries, characters, rows, strict=True):
+            block.queries.append(prompts.query + query)
+            block.documents += new_texts[first_new:end_new]
+            block.passages.append(documents[start])
+            block.negatives += documents[start + 1 : end]
+            block.negative_counts.append(end - start - 1)
+            block.characters += len(block.queries[-1]) + size
+            if block.characters >= BLOCK_CHARACTERS or block.num_texts >= BLOCK_TEXTS:
+                yield block
+                block = Block()
+    if block.queries:
+        yield block
 
 
 def _tokenize_dataset(
     name: str,
-    rows: Iterator[RawRow],
+    blocks: Iterator[Block],
     total_rows: int,
     encoder: TextEncoder,
     ledger: Ledger,
@@ -218,7 +227,7 @@ def _tokenize_dataset(
     totals = Totals()
     try:
         with tqdm(total=total_rows, unit=" row", desc=name, leave=False, disable=not progress) as bar:
-            for block, ids in _encode_blocks(read_blocks(rows), encoder):
+            for block, ids in _encode_blocks(blocks, encoder):
                 _write_block(block, ids, *files)
                 totals.add(block, ids)
                 bar.set_postfix(texts=totals.rows + totals.documents, tokens=totals.tokens, refresh=False)
@@ -239,7 +248,7 @@ def _encode_blocks(blocks: Iterator[Block], encoder: TextEncoder) -> Iterator[tu
     # more CPU time for the same texts).
     with ThreadPoolExecutor(1) as thread:
         for block in blocks:
-            waiting.append((block, thread.submit(encoder.tokenize, block.texts)))
+            waiting.append((block, thread.submit(encoder.tokenize, block.queries + block.documents)))
             if len(waiting) == BLOCKS_IN_FLIGHT:
                 done, encodings = waiting.popleft()
                 yield done, encoder.token_ids(encodings.result())
@@ -275,6 +284,20 @@ def _use_threads(num_workers: int | None) -> None:
     if num_workers is not None:
         os.environ["RAYON_NUM_THREADS"] = str(num_workers)
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
+
+
+def _in_background(function: Callable[[Path], dict[str, Any]], path: Path) -> Future[dict[str, Any]]:
+    """Call a function in a thread that an interruption does not wait for."""
+    result: Future[dict[str, Any]] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(function(path))
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return result
 
 
 def _exclusive(folder: Path) -> AcquireReturnProxy:

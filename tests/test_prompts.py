@@ -1,7 +1,10 @@
 """Prompts: in the tokenized text, in the manifest, checked in training, and offered by the model folder."""
 
 import json
+import random
+from itertools import islice
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import TASKS
@@ -9,10 +12,11 @@ from test_training import train
 from transformers import AutoTokenizer
 
 import tokenize_data_qwen
-from ml_embed import Embedder
+from ml_embed import Embedder, tokenization
 from ml_embed.errors import UserError
 from ml_embed.prompts import Prompts
-from ml_embed.raw import RawRow
+from ml_embed.raw import RowBatch
+from ml_embed.tokenization import read_blocks
 
 FACTS = "Instruct: Find the fact.\nQuery: "
 OTHER = "Instruct: Say which kind.\nQuery: "
@@ -59,19 +63,53 @@ def test_a_manifest_with_damaged_prompts_is_named(damaged):
 
 
 def test_a_share_of_documents_gets_the_prompt_always_the_same_ones():
-    rows = [RawRow("q", f"p{i}", [f"p{i + 1}", f"n{i}"]) for i in range(2000)]
+    documents = [f"p{i}".encode() for i in range(2000)]
     used = Prompts("", "> ", 0.3)
-    got = list(used.apply(rows, seed=1))
-    assert got == list(used.apply(rows, seed=1))
-    assert got != list(used.apply(rows, seed=2))
-    passages = {row.passage.removeprefix("> "): row.passage for row in got}
-    share = sum(text.startswith("> ") for text in passages.values()) / len(passages)
-    assert share == pytest.approx(0.3, abs=0.04)
-    for before, row in zip(rows, got, strict=True):
-        if before.negatives[0] in passages:
-            assert row.negatives[0] == passages[before.negatives[0]], "one document stays one document"
-    assert all(row.passage.startswith("> ") for row in Prompts("", "> ").apply(rows, 0))
-    assert list(Prompts("", "> ", 0.0).apply(rows, 0)) == rows
+    chosen = used.choose(documents, seed=1)
+    assert chosen.mean() == pytest.approx(0.3, abs=0.04)
+    assert (chosen != used.choose(documents, seed=2)).any()
+    assert (used.choose(documents[::-1], seed=1) == chosen[::-1]).all(), "wherever a document stands"
+    assert Prompts("", "> ").choose(documents, 0).all()
+    assert not Prompts("", "> ", 0.0).choose(documents, 0).any()
+    assert not Prompts("query: ").choose(documents, 0).any()
+
+
+def test_a_prompted_document_that_equals_another_is_that_one(monkeypatch):
+    """Numbers count what is tokenized; blocks are as large as that."""
+    monkeypatch.setattr(tokenization, "BLOCK_CHARACTERS", 30)
+    generator = random.Random(0)
+    texts = [f"{'> ' * (i % 3)}{i // 3}" for i in range(60)]
+    rows = [(f"q{i}", *generator.choices(texts, k=1 + i % 4)) for i in range(300)]
+    documents = [text for _, *texts in rows for text in texts]
+    batches = [
+        RowBatch(
+            queries=[row[0] for row in rows[start : start + 70]],
+            documents=[text.encode() for row in rows[start : start + 70] for text in row[1:]],
+            characters=np.array([len(text) for row in rows[start : start + 70] for text in row[1:]]),
+            counts=np.array([len(row) - 1 for row in rows[start : start + 70]]),
+            where="here",
+        )
+        for start in range(0, 300, 70)
+    ]
+    used = Prompts("Q: ", "> ", 0.5)
+    chosen = used.choose([text.encode() for text in documents], seed=3)
+    prompted = [("> " if yes else "") + text for text, yes in zip(documents, chosen, strict=True)]
+    assert len(set(prompted)) < len(set(documents)), "some are the same with the prompt"
+    number = {text: i for i, text in enumerate(dict.fromkeys(prompted))}
+
+    blocks = list(read_blocks(iter(batches), used, seed=3))
+    assert [text for block in blocks for text in block.documents] == list(number)
+    assert [text for block in blocks for text in block.queries] == [f"Q: {row[0]}" for row in rows]
+    got, sizes = [], []
+    for block in blocks:
+        negatives = iter(block.negatives)
+        before = len(got)
+        for passage, count in zip(block.passages, block.negative_counts, strict=True):
+            got += [passage, *islice(negatives, count)]
+        sizes.append(sum(map(len, prompted[before : len(got)])) + sum(map(len, block.queries)))
+        assert sizes[-1] == block.characters
+    assert got == [number[text] for text in prompted]
+    assert all(30 <= size < 60 for size in sizes[:-1])
 
 
 def test_the_model_folder_offers_the_prompts(world, prompted, tmp_path):

@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -22,7 +23,7 @@ from ml_embed.data.numbering import TextNumbers, text_digest
 from ml_embed.data.store import open_store
 from ml_embed.data.token_files import TokenFile
 from ml_embed.errors import UserError
-from ml_embed.raw import RawDataset, check_and_count_rows, list_raw_datasets, read_rows
+from ml_embed.raw import RawDataset, check_and_count_rows, list_raw_datasets, read_row_batches, read_rows
 from ml_embed.tokenization import TokenizeOptions, select_rows, tokenize_folder
 from ml_embed.tokenizer import append_eos_template, fingerprint, load_tokenizer
 
@@ -473,6 +474,58 @@ def test_rows_without_negative_columns_and_with_null_lists(tmp_path):
     lists = pa.array([None, ["n", None, ""]], pa.list_(pa.string()))
     pq.write_table(pa.table({"query": ["q", "q"], "passage": ["p", "p"], "negatives": lists}), path)
     assert list(read_rows(RawDataset("x", path))) == [("q", "p", []), ("q", "p", ["n"])]
+
+
+@pytest.mark.parametrize("selected", [None, np.array([0, 2, 5, 6])])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.list_(pa.string()),
+        pa.large_list(pa.large_string()),
+        pa.list_(pa.string(), 3),
+        pa.list_(pa.dictionary(pa.int32(), pa.string())),
+    ],
+)
+def test_every_type_of_text_gives_the_same_rows(tmp_path, monkeypatch, kind, selected):
+    monkeypatch.setattr(raw, "BATCH_ROWS", 3)
+    lists = [["n1", "", "ñ2"], None, ["n3", None, "n1"], None, ["", None, ""], ["n4", "n5", "n6"], ["🙂", "b", "c"]]
+    queries, passages = [f"q{i}" for i in range(7)], ["p", "é", "p", "🙂", "p4", "p5", "p"]
+    expected = [
+        (query, passage, [text for text in negatives or () if text])
+        for query, passage, negatives in zip(queries, passages, lists, strict=True)
+    ]
+    expected = expected if selected is None else [expected[i] for i in selected]
+    numbered = {f"negative_{k + 1}": [row[k] if row else None for row in lists] for k in range(3)}
+    text = kind.value_type
+    for negatives in ({"negatives": pa.array(lists, kind)}, {k: pa.array(v, text) for k, v in numbered.items()}):
+        columns = {"query": pa.array(queries, text), "passage": pa.array(passages, text), **negatives}
+        pq.write_table(pa.table(columns), tmp_path / "x.parquet", row_group_size=5)
+        dataset = RawDataset("x", tmp_path / "x.parquet")
+        assert list(read_rows(dataset, selected)) == expected
+        batches = list(read_row_batches(dataset, selected))
+        assert [text for batch in batches for text in batch.decode(range(len(batch.documents)))] == [
+            text for _, passage, negatives in expected for text in (passage, *negatives)
+        ]
+        assert [count for batch in batches for count in batch.characters] == [
+            len(text) for _, passage, negatives in expected for text in (passage, *negatives)
+        ]
+
+
+@pytest.mark.parametrize("column", ["query", "passage", "negatives", "negative_2"])
+def test_text_that_is_not_utf8_is_named(tokenizer_folder, tmp_path, monkeypatch, column):
+    monkeypatch.setattr(raw, "BATCH_ROWS", 2)
+    bad = pa.array([b"a", b"b", b"c", b"d\xff", b"e"], pa.binary()).view(pa.string())
+    good = pa.array(list("vwxyz"))
+    columns = {"query": good, "passage": good, column: bad}
+    if column == "negatives":
+        columns[column] = pa.ListArray.from_arrays(pa.array(range(6), pa.int32()), bad)
+    (tmp_path / "raw").mkdir()
+    pq.write_table(pa.table(columns), tmp_path / "raw/x.parquet")
+    message = r"x\.parquet: text that is not UTF-8 in rows 2 to 3: 'utf-8' codec can't decode byte 0xff in position 1"
+    with pytest.raises(UserError, match=message):
+        list(read_rows(RawDataset("x", tmp_path / "raw/x.parquet")))
+    with pytest.raises(UserError, match=message):
+        tokenize_folder(options(tokenizer_folder, tmp_path), progress=False)
 
 
 def test_listing_passes_over_other_files_and_refuses_doubles(tmp_path):

@@ -11,9 +11,11 @@ import numpy as np
 RECENT_LIMIT = 500_000  # about 100 MB as a dict
 
 
-def text_digest(encoded: bytes) -> bytes:
-    """The 16-byte hash of a text's UTF-8 bytes."""
-    return hashlib.blake2b(encoded, digest_size=16).digest()
+def text_digest(encoded: bytes | memoryview, front: bytes = b"") -> bytes:
+    """The 16-byte hash of a text's UTF-8 bytes, `front` before `encoded`."""
+    digest = hashlib.blake2b(front, digest_size=16)
+    digest.update(encoded)
+    return digest.digest()
 
 
 class TextNumbers:
