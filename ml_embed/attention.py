@@ -3,7 +3,7 @@
 A batch is one row of T real tokens; sequence i owns tokens cu_seqlens[i] .. cu_seqlens[i + 1]. There is no padding
 and no mask: only this file knows where sequences end.
 
-Letters: T tokens, N sequences, Q queries (T or N), A query heads, G key/value heads, D head size.
+Letters: T tokens, N sequences, A query heads, G key/value heads, D head size.
 """
 
 import importlib.util
@@ -116,7 +116,7 @@ def choose_kernel(requested: str, device: torch.device, dtype: torch.dtype) -> K
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float) -> Tensor:
-    """(1, A, Q, D) x (1, G, T, D) -> (1, Q, A, D): one call for each run of sequences of equal length.
+    """(1, A, T, D) x (1, G, T, D) -> (1, T, A, D): one call for each run of sequences of equal length.
 
     The batch builder sorts sequences by length, so runs are long. `split` and not slices: the gradient of a split is
     one concatenation, that of a slice is a zero-filled tensor of T tokens for every sequence. Measured on 2 CPU cores
@@ -124,41 +124,30 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, sc
     key/value heads repeated, 1.2 s in padded buckets of 8 or 16.
     """
     runs = [(length, len(list(group))) for length, group in itertools.groupby(packed.lengths)]
-    last_only = query.shape[2] != key.shape[2]
     sections = [length * count for length, count in runs]
-    query_sections = [count for _, count in runs] if last_only else sections
     # squeeze and not [0], for the same reason
-    queries, *keys_values = (
-        x.squeeze(0).split(s, dim=1) for x, s in ((query, query_sections), (key, sections), (value, sections))
-    )
+    queries, keys, values = (x.squeeze(0).split(sections, dim=1) for x in (query, key, value))
     outputs = []
-    for (_, count), *qkv in zip(runs, queries, *keys_values, strict=True):
-        q, k, v = (x.unflatten(1, (count, -1)).transpose(0, 1) for x in qkv)  # (count, heads, 1 or length, D)
+    for (length, count), *qkv in zip(runs, queries, keys, values, strict=True):
+        q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in qkv)  # (count, heads, length, D)
         # On CUDA without a half-precision kernel, grouped heads would fall back to the slow math path: still exact.
-        out = scaled_dot_product_attention(
-            q, k, v, is_causal=not last_only, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        outputs.append(out.transpose(1, 2).flatten(0, 1))  # (count * (1 or length), A, D)
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        outputs.append(out.transpose(1, 2).flatten(0, 1))  # (count * length, A, D)
     return torch.cat(outputs).unsqueeze(0)
 
 
 def _variable_length(
     query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float, kernel: Kernel
 ) -> Tensor:
-    """(1, A, Q, D) x (1, G, T, D) -> (1, Q, A, D) with one fused kernel on CUDA in half precision."""
+    """(1, A, T, D) x (1, G, T, D) -> (1, T, A, D) with one fused kernel on CUDA in half precision."""
     dtype = value.dtype if value.dtype in HALF_DTYPES else torch.get_autocast_dtype("cuda")
     # Under autocast the query and key norms return float32, the value projection half precision.
     q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # (T, heads, D)
-    last_only = len(q) != len(k)
-    if last_only:
-        cu_seqlens_q, longest_q = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device), 1
-    else:
-        cu_seqlens_q, longest_q = packed.cu_seqlens, packed.max_length
-    lengths = (cu_seqlens_q, packed.cu_seqlens, longest_q, packed.max_length)
+    lengths = (packed.cu_seqlens, packed.cu_seqlens, packed.max_length, packed.max_length)
     if kernel == "flash":
         from flash_attn import flash_attn_varlen_func
 
-        out = flash_attn_varlen_func(q, k, v, *lengths, softmax_scale=scale, causal=not last_only)
+        out = flash_attn_varlen_func(q, k, v, *lengths, softmax_scale=scale, causal=True)
     else:
         attend = _torch_varlen()
         assert attend is not None, "choose_kernel takes it only where torch has it"
@@ -166,25 +155,12 @@ def _variable_length(
         if grouped and not _takes_grouped_heads(attend):
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
             grouped = False
-        window = (-1, -1 if last_only else 0)  # of tokens before and after that are seen; -1 is all
         # The scale is 1 / sqrt(D) for Qwen3, which is the kernel's default (older versions have no argument for it).
-        out = attend(q, k, v, *lengths, window_size=window, **({"enable_gqa": True} if grouped else {}))
+        out = attend(q, k, v, *lengths, window_size=(-1, 0), **({"enable_gqa": True} if grouped else {}))
     return out.unsqueeze(0)
 
 
 @torch.compiler.disable  # the lengths differ in every batch: compiled, it would be compiled anew each time
-def attend_to_own_sequence(
-    query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float, kernel: Kernel
-) -> Tensor:
-    """Causal attention within each sequence: (1, A, Q, D) queries, (1, G, T, D) keys and values -> (1, Q, A, D).
-
-    Queries of all tokens, Q = T, or of each sequence's last one, Q = N.
-    """
-    if kernel == "sdpa":
-        return _sdpa(query, key, value, packed, scale)
-    return _variable_length(query, key, value, packed, scale, kernel)
-
-
 def packed_attention(
     module: "Qwen3Attention",
     query: Tensor,
@@ -205,7 +181,9 @@ def packed_attention(
     assert attention_mask is None
     assert dropout == 0.0, "attention dropout is refused when the model is built"
     scale = module.head_dim**-0.5 if scaling is None else scaling
-    return attend_to_own_sequence(query, key, value, packed, scale, kernel), None
+    if kernel == "sdpa":
+        return _sdpa(query, key, value, packed, scale), None
+    return _variable_length(query, key, value, packed, scale, kernel), None
 
 
 def register_packed_attention() -> None:

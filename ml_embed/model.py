@@ -92,8 +92,8 @@ class PlainEmbedding(nn.Embedding):
 class MatryoshkaEncoder(nn.Module):
     """Packed token ids -> one vector for each text and exit.
 
-    transformers' own Qwen3 runs, its last layer for last tokens only. Two of its parts are held here instead: the
-    token table, which becomes factors, and the final norm, so that it sees N pooled rows and not T tokens at each exit.
+    transformers' own Qwen3 runs unchanged. Two of its parts are held here instead: the token table, which becomes
+    factors, and the final norm, so that it sees N pooled rows and not T tokens at each exit.
     """
 
     _no_split_modules = ("Qwen3DecoderLayer",)  # what sharding engines keep whole
@@ -174,13 +174,10 @@ class MatryoshkaEncoder(nn.Module):
             packed=packed,
             kernel=self.kernel,
         )
-        # Pool first, normalise after: the norm sees N rows, not T, at each exit. The last layer has pooled already.
+        layers = output.hidden_states if len(self.exits) > 1 else {self.exits[0]: output.last_hidden_state}
         last_tokens = packed.last_tokens
-        pooled = [
-            output.hidden_states[exit_layer].squeeze(0).index_select(0, last_tokens).float()
-            for exit_layer in self.exits[:-1]
-        ]
-        pooled.append(output.last_hidden_state.squeeze(0).float())
+        # Pool first, normalise after: the norm sees N rows, not T, at each exit.
+        pooled = [layers[exit_layer].squeeze(0).index_select(0, last_tokens).float() for exit_layer in self.exits]
         if self.norm_sharing == "shared":
             return self.norms[0](torch.stack(pooled))
         return torch.stack([norm(rows) for norm, rows in zip(self.norms, pooled, strict=True)])
