@@ -18,7 +18,9 @@ from ml_embed.data.store import Store
 from ml_embed.teacher_vectors import TeacherVectors
 
 PREFETCHED_BLOCKS = 2
-ROWS_OF_A_BLOCK = 512  # of this process; array operations cost little a row from about here on
+# A block is what one process builds at once. From about so many rows on, array operations cost little a row.
+ROWS_OF_A_BLOCK = 512
+TOKENS_OF_A_BLOCK = 2**21  # at most, if every text were as long as texts may be: 16 MiB of ids
 VALIDATION_EPOCH = -1  # negatives are drawn as in an epoch that training never has: always the same ones
 
 
@@ -34,7 +36,7 @@ class Loader:
 
     def training_batches(self, steps: range) -> Generator[ContrastiveBatch, None, None]:
         """The batches of `steps` (counted from 0), in order, built by a thread ahead of their use."""
-        size = max(1, ROWS_OF_A_BLOCK * self.builder.processes // self.schedule.global_batch)
+        size = self.steps_of_a_block
         blocks = (steps[start : start + size] for start in range(0, len(steps), size))
         with ThreadPoolExecutor(1) as pool:
             pending = collections.deque(pool.submit(self.build, b) for b in itertools.islice(blocks, PREFETCHED_BLOCKS))
@@ -46,6 +48,14 @@ class Loader:
             finally:
                 for future in pending:
                     future.cancel()
+
+    @property
+    def steps_of_a_block(self) -> int:
+        """Steps whose batches are built together. A batch that is kept keeps its block in memory, and three blocks are
+        there at a time: one in use, the others ahead."""
+        rows = -(-self.schedule.global_batch // self.builder.processes)
+        texts = rows * (2 + max(plan.num_negatives for plan in self.schedule.plans.values()))
+        return max(1, min(ROWS_OF_A_BLOCK // rows, TOKENS_OF_A_BLOCK // (texts * self.builder.max_length)))
 
     def build(self, steps: Iterable[int]) -> list[ContrastiveBatch]:
         """The batch of each step; steps of one dataset, epoch and size are built together."""

@@ -20,12 +20,12 @@ from ml_embed.build import build_encoder, build_optimizer, build_teacher
 from ml_embed.checkpoint import drop_newer, load_state, read_progress
 from ml_embed.config import TrainConfig
 from ml_embed.data.batch_builder import BatchBuilder
-from ml_embed.data.loader import Loader
 from ml_embed.data.store import Store, open_store
 from ml_embed.distributed import asked_of_first, choose_gloo_interface
 from ml_embed.distributed import world_size as processes_of_group
 from ml_embed.errors import UserError
 from ml_embed.files import remove_leftovers, write_json
+from ml_embed.loader import Loader
 from ml_embed.metrics import MetricsLog, Window
 from ml_embed.model_folder import ModelRecord, load_config
 from ml_embed.prompts import check_prompts, prompts_to_record

@@ -21,12 +21,12 @@ from ml_embed import lora, zero2
 from ml_embed.checkpoint import model_state, numbered_folders, optimizer_state, save_state
 from ml_embed.config import TrainConfig
 from ml_embed.data.batch import ContrastiveBatch, PartVectors
-from ml_embed.data.loader import Loader
 from ml_embed.data.schedule import draw_rank
 from ml_embed.distributed import all_reduce_max, all_reduce_sum
 from ml_embed.errors import UserError
 from ml_embed.files import atomic_folder, remove_folder
 from ml_embed.gradcache import encode_in_chunks, forward_backward, split_texts
+from ml_embed.loader import Loader
 from ml_embed.losses import MatryoshkaSpec
 from ml_embed.metrics import MetricsLog, StepValues, Window
 from ml_embed.model_folder import ModelRecord, save_model_folder

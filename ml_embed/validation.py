@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ml_embed.data.batch import ContrastiveBatch
-from ml_embed.data.loader import Loader
 from ml_embed.distributed import all_reduce_sum, gather_uneven, world_size
 from ml_embed.evaluation import metrics_of_ranks, ranks_of_positives, ranks_of_scores
+from ml_embed.loader import Loader
 from ml_embed.losses import MatryoshkaSpec
 from ml_embed.nesting import Cell, cell_name
 from ml_embed.objective import batch_objective

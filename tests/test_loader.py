@@ -9,12 +9,12 @@ import torch
 from tiny_models import make_tokenizer
 from tiny_runs import DATASETS, write_tokenized
 
-from ml_embed.data import loader as loader_module
+from ml_embed import loader as loader_module
 from ml_embed.data.batch import ContrastiveBatch
 from ml_embed.data.batch_builder import BatchBuilder
-from ml_embed.data.loader import Loader
 from ml_embed.data.schedule import DatasetPlan, Schedule
 from ml_embed.data.store import open_store
+from ml_embed.loader import Loader
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,14 @@ def test_training_batches_come_in_order_from_any_step(store, monkeypatch, rows_o
     steps = range(2, 25)
     for step, batch in zip(steps, loader.training_batches(steps), strict=True):
         assert_equal(loader.build([step])[0], batch)
+
+
+def test_a_block_is_bounded_by_rows_and_by_tokens(store):
+    """Of four rows of at most five texts."""
+    assert make_loader(store, max_length=12).steps_of_a_block == 512 // 4
+    assert make_loader(store, max_length=4096).steps_of_a_block == 2**21 // (4 * 5 * 4096)
+    assert make_loader(store, processes=2, max_length=4096).steps_of_a_block == 2**21 // (2 * 5 * 4096)
+    assert make_loader(store, max_length=10**6).steps_of_a_block == 1
 
 
 def test_what_goes_wrong_while_building_reaches_the_user_of_the_batches(store):

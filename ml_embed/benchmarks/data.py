@@ -16,9 +16,9 @@ from ml_embed.benchmarks.common import Timing, measure
 from ml_embed.benchmarks.naive_data import NaiveDataset
 from ml_embed.data.batch import ContrastiveBatch
 from ml_embed.data.batch_builder import BatchBuilder
-from ml_embed.data.loader import ROWS_OF_A_BLOCK, Loader
 from ml_embed.data.schedule import DatasetPlan, Schedule
 from ml_embed.data.store import TokenizedDataset, open_store
+from ml_embed.loader import Loader
 
 SYNTHETIC = "synthetic"
 SYNTHETIC_TOKENS = 16  # of a document: opening and looking up do not depend on it, the disk space does
@@ -45,7 +45,7 @@ def measure_batches(
     plan = DatasetPlan(name, "retrieval", shape.negatives, dataset.num_rows, 0, dataset.num_rows)
     schedule = Schedule([plan], {name: dataset.num_rows}, shape.batch_size, seed=0)
     loader = Loader(schedule, store, BatchBuilder(0, shape.max_length, eos_id, True, 0, 1), None)
-    block = ROWS_OF_A_BLOCK // shape.batch_size
+    block = loader.steps_of_a_block
     first_steps = range(schedule.steps_per_epoch)[:8]
     for batch, rows in zip(loader.build(first_steps), schedule.batches(first_steps), strict=True):
         _check_same(batch, naive, dataset, rows.rows, shape.max_length, eos_id)

@@ -188,7 +188,7 @@ class BatchBuilder:
 
     def _cut(self, texts: list[bytes]) -> list[bytes]:
         longest, eos = self.max_length * ID_BYTES, np.int32(self.eos_id).tobytes()
-        return [ids if len(ids) <= longest else cut_to_length(ids, longest, eos) for ids in texts]
+        return [cut_to_length(ids, longest, eos) for ids in texts]
 
     def _gathered_rows(self, n: int, per_process: int) -> Tensor:
         shares = [share_of_process(n, process, self.processes) for process in range(self.processes)]
