@@ -276,6 +276,52 @@ def test_bad_row_leaves_no_half_written_file_and_is_continued(tokenizer_folder, 
     assert contents(tmp_path / "tokens") == contents(tmp_path / "whole")
 
 
+def interrupt_in(tokenizer_folder, tmp_path, monkeypatch, stopping: str, **changes) -> None:
+    """Tokenize, and stop in the dataset `stopping` as a kill does: one file whole, the other half written."""
+
+    def interrupted(name, *arguments):
+        if name == stopping:
+            (tmp_path / f"tokens/{name}_query.parquet").write_bytes(b"PAR1")
+            (tmp_path / f"tokens/{name}_corpus.parquet.partial").write_bytes(b"PAR1")
+            raise KeyboardInterrupt
+        return original(name, *arguments)
+
+    original = tokenization._tokenize_dataset
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tokenization, "_tokenize_dataset", interrupted)
+        tokenize_folder(options(tokenizer_folder, tmp_path, **changes), progress=False)
+
+
+@pytest.mark.parametrize("case", ["plain", "another is added", "overwritten twice"])
+def test_an_unfinished_dataset_that_leaves_the_input_leaves_nothing(tokenizer_folder, tmp_path, monkeypatch, case):
+    overwrite = case == "overwritten twice"
+    for name in ("a", "b"):
+        write_raw(tmp_path / "raw", name)
+    if overwrite:
+        tokenize_folder(options(tokenizer_folder, tmp_path), progress=False)
+    write_raw(tmp_path / "raw", "d")
+    interrupt_in(tokenizer_folder, tmp_path, monkeypatch, "d", overwrite=overwrite)
+    (tmp_path / "raw/d.parquet").unlink()
+    if case == "another is added":
+        write_raw(tmp_path / "raw", "c")
+    tokenize_folder(options(tokenizer_folder, tmp_path, overwrite=overwrite), progress=False)
+    tokenize_folder(options(tokenizer_folder, tmp_path, output=tmp_path / "whole"), progress=False)
+    assert contents(tmp_path / "tokens") == contents(tmp_path / "whole")
+    assert "b" in open_store(tmp_path / "tokens", tmp_path / "cache", progress=False).datasets
+
+
+def test_two_unfinished_datasets_are_both_continued(tokenizer_folder, tmp_path, monkeypatch):
+    for name in ("a", "d"):
+        write_raw(tmp_path / "raw", name)
+    interrupt_in(tokenizer_folder, tmp_path, monkeypatch, "d")
+    for name in ("b", "c"):
+        write_raw(tmp_path / "raw", name)
+    interrupt_in(tokenizer_folder, tmp_path, monkeypatch, "c")  # b is made, and must not make d forgotten
+    tokenize_folder(options(tokenizer_folder, tmp_path), progress=False)
+    tokenize_folder(options(tokenizer_folder, tmp_path, output=tmp_path / "whole"), progress=False)
+    assert contents(tmp_path / "tokens") == contents(tmp_path / "whole")
+
+
 def test_second_run_writes_nothing_and_a_new_dataset_is_added(tokenizer_folder, tmp_path, monkeypatch):
     write_raw(tmp_path / "raw", "a")
     tokenize_folder(options(tokenizer_folder, tmp_path), progress=False)

@@ -30,7 +30,8 @@ class Ledger:
         self.folder = folder
         self._settings = {"format_version": MANIFEST_FORMAT_VERSION} | settings
         self._overwrite = overwrite
-        self._unfinished: str | None = None
+        self._unfinished: set[str] = set()
+        """datasets of which a part may be there; of an input that has changed since, too"""
         self.datasets: dict[str, dict[str, Any]] = {}
         self._replaced: set[str] | None = set() if overwrite else None
         """datasets whose old files are written over or removed; None while nothing is made anew"""
@@ -39,14 +40,13 @@ class Ledger:
             return
         differing = [key for key, value in self._settings.items() if former.get(key) != value]
         if overwrite and (differing or "replaced" not in former):
-            recorded = [*former["datasets"], former.get("unfinished"), *former.get("replaced", ())]
-            self._replaced = set(filter(None, recorded))
+            self._replaced = {*former["datasets"], *former.get("unfinished", ()), *former.get("replaced", ())}
             return
         if differing:
             said = "; ".join(f"{key} is {former.get(key)!r} there, now {self._settings[key]!r}" for key in differing)
             raise UserError(f"{folder} holds data tokenized otherwise: {said}. {REDO}")
         self.datasets = former["datasets"]
-        self._unfinished = former.get("unfinished")
+        self._unfinished = set(former.get("unfinished", ()))
         self._replaced = set(former["replaced"]) if "replaced" in former else None
 
     def files_of(self, name: str) -> dict[str, Path]:
@@ -66,7 +66,7 @@ class Ledger:
                 self._replace(name, f"{self.folder} holds dataset {name!r} made from another file than the input's")
             elif entry.get("prompts", {}) != prompts[name]:
                 self._replace(name, f"{self.folder} holds dataset {name!r} made with other prompts than now")
-        known = {*self.datasets, self._unfinished, *(self._replaced or ())}
+        known = {*self.datasets, *self._unfinished, *(self._replaced or ())}
         for name in names:
             for path in self.files_of(name).values():
                 if path.exists() and name not in known:
@@ -92,23 +92,23 @@ class Ledger:
         if whole.exists():
             whole.replace(self.folder / PARTIAL_MANIFEST)
         self.datasets.pop(name, None)
-        self._unfinished = name
+        self._unfinished.add(name)
         self._write()
 
     def record(self, name: str, entry: dict[str, Any]) -> None:
         """Note that a dataset's files are whole."""
         sizes = {kind: path.stat().st_size for kind, path in self.files_of(name).items()}
         self.datasets[name] = entry | {"bytes": sizes}
-        self._unfinished = None
+        self._unfinished.discard(name)
         self._write()
 
     def remove_replaced(self, names: list[str]) -> None:
-        """Delete the files of replaced datasets that the input no longer has."""
-        for name in (self._replaced or set()) - set(names):
+        """Delete the files of replaced and of unfinished datasets that the input no longer has."""
+        for name in (self._unfinished | (self._replaced or set())) - set(names):
             for path in self.files_of(name).values():
                 path.unlink(missing_ok=True)
                 partial_path(path).unlink(missing_ok=True)
-        self._replaced = None
+        self._unfinished, self._replaced = set(), None
 
     def finish(self) -> dict[str, Any]:
         """The manifest, written as manifest.json unless that exists already."""
@@ -124,7 +124,7 @@ class Ledger:
     def _write(self) -> None:
         content = self._content()
         if self._unfinished:
-            content["unfinished"] = self._unfinished
+            content["unfinished"] = sorted(self._unfinished)
         if self._replaced is not None:
             content["replaced"] = sorted(self._replaced)
         text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
