@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from ml_embed.errors import UserError
 from ml_embed.files import write_json
 from ml_embed.model_folder import weights_digest
 from ml_embed.prompts import Prompts
-from ml_embed.row_files import RowFile
+from ml_embed.row_files import RowFile, blocks
 from ml_embed.teacher_vectors import (
     DTYPES,
     RECORD,
@@ -37,14 +38,16 @@ from ml_embed.teacher_vectors import (
     TeacherVectors,
     VectorFile,
     describe_texts,
+    digest_texts,
 )
-from ml_embed.text_models import TextModel
+from ml_embed.text_models import TextModel, check_finite
 from ml_embed.tokenizer import TextEncoder, fingerprint, load_tokenizer
 
 LOCK = ".teacher.lock"
 OWN_CACHE = "cache"
 UNFINISHED = "teacher.partial.json"
 VECTORS_SUFFIX = ".vectors"
+DIGESTED_TOKENS = 2**20  # between two moves of the progress bar: 4 MB
 BLOCK = 8192  # texts between two writes to disk; what an interruption costs at most
 PROBES = ("a", "A short sentence.", "Two sentences. The second is the longer one.")
 UNIT_TOLERANCE = 1e-3
@@ -165,14 +168,28 @@ def _embed_datasets(
     decoder = TextDecoder(tokenizer)
     if store.manifest is None:
         _check_by_texts(store, tokenizer, decoder, options)
-    described = describe_texts(store)
-    parts = {
-        name: _parts(dataset, described[name], store, decoder, options) for name, dataset in store.datasets.items()
-    }
+    with tqdm(unit="B", unit_scale=True, desc="reading all tokens", leave=False, disable=not progress) as bar:
+        digests = digest_texts(store, partial(digest_of_all, progress=bar.update))
+    parts = {name: _parts(dataset, digests[name], store, decoder, options) for name, dataset in store.datasets.items()}
     by_path = {part.path: part for pair in parts.values() for part in pair}  # a shared corpus is one
     for part in tqdm(by_path.values(), unit=" file", desc="files", disable=not progress):
         _embed(part, model, decoder, options.dtype, width, progress)
-    return {name: _entry(described[name], parts[name], options.dtype, width) for name in parts}
+    described = describe_texts(store)
+    return {name: _entry(described[name], digests[name], parts[name], options.dtype, width) for name in parts}
+
+
+def digest_of_all(lengths: np.ndarray, tokens: np.ndarray, progress: Callable[[int], object]) -> str:
+    """Of texts by their lengths, (n,) int32, and tokens, (T,) int32: equal only for the same texts in the same order.
+
+    Args:
+        progress: is told the bytes of tokens read, one piece after another.
+    """
+    digest = hashlib.blake2b(f"{len(lengths)} texts ".encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(lengths).data)
+    for piece in blocks(len(tokens), DIGESTED_TOKENS):
+        digest.update(np.ascontiguousarray(tokens[piece]).data)
+        progress(tokens[piece].nbytes)
+    return digest.hexdigest()
 
 
 def _claim(options: TeacherOptions, settings: dict[str, Any]) -> dict[str, TaughtDataset]:
@@ -245,28 +262,22 @@ def _common_start(one: np.ndarray, other: np.ndarray) -> int:
 
 
 def _parts(
-    dataset: TokenizedDataset, texts: DatasetTexts, store: Store, decoder: TextDecoder, options: TeacherOptions
+    dataset: TokenizedDataset, digests: tuple[str, str], store: Store, decoder: TextDecoder, options: TeacherOptions
 ) -> tuple[_Part, _Part]:
-    """A dataset's queries and documents."""
+    """A dataset's queries and documents, told apart from others by their digests."""
+    queries, documents = digests
     entry = store.manifest["datasets"][dataset.name] if store.manifest is not None else {}
     former = Prompts.of_manifest(entry) if options.strip_prompts else Prompts()
 
     def part(kind: str, digest: str, total: int, ids: Callable, former_prompt: str, prompt: str) -> _Part:
         former_prompt = decoder.as_decoded(former_prompt)
-        name = hashlib.blake2b(f"{digest} {former_prompt}".encode(), digest_size=8).hexdigest()
+        name = hashlib.blake2b(f"{digest} {former_prompt}".encode(), digest_size=16).hexdigest()
         path = options.output / f"{kind}-{name}{VECTORS_SUFFIX}"
         return _Part(f"{dataset.name}: {kind}", path, total, ids, former_prompt, prompt)
 
     return (
-        part("queries", texts.queries_digest, texts.rows, dataset.query, former.query, options.query_prompt),
-        part(
-            "documents",
-            texts.documents_digest,
-            texts.documents,
-            dataset.document,
-            former.passage,
-            options.passage_prompt,
-        ),
+        part("queries", queries, dataset.num_rows, dataset.query, former.query, options.query_prompt),
+        part("documents", documents, dataset.num_documents, dataset.document, former.passage, options.passage_prompt),
     )
 
 
@@ -277,15 +288,10 @@ def _embed(part: _Part, model: TextModel, decoder: TextDecoder, dtype: str, widt
         texts = decoder([part.ids(number) for number in range(start, stop)])
         texts = [part.prompt + text.removeprefix(part.former_prompt) for text in texts]
         vectors = model.encode(texts, normalize=False)  # sorts a call's texts by length, so that little is padded
+        check_finite(vectors, part.title, start)
         with np.errstate(over="ignore"):
             stored = vectors.astype(DTYPES[dtype])
-        finite = np.isfinite(stored).all(axis=1)
-        if not finite.all():
-            row = int(finite.argmin())
-            remedy = f"a component is too large for {dtype}; use --dtype float32"
-            if not np.isfinite(vectors[row]).all():
-                remedy = "the model gives NaN or infinity there; is it damaged?"
-            raise UserError(f"{part.title}, text {start + row} (from 0): {remedy}")
+        check_finite(stored, part.title, start, f"a component is too large for {dtype}; use --dtype float32")
         return stored
 
     RowFile(part.path, DTYPES[dtype], width).fill(part.total, BLOCK, make, part.title, progress)
@@ -293,9 +299,11 @@ def _embed(part: _Part, model: TextModel, decoder: TextDecoder, dtype: str, widt
         os.fsync(file.fileno())  # before teacher.json says that it is whole
 
 
-def _entry(texts: DatasetTexts, parts: tuple[_Part, _Part], dtype: str, width: int) -> TaughtDataset:
+def _entry(
+    texts: DatasetTexts, digests: tuple[str, str], parts: tuple[_Part, _Part], dtype: str, width: int
+) -> TaughtDataset:
     files = (VectorFile.describe(part.path, dtype, width) for part in parts)
-    return TaughtDataset(texts.rows, texts.documents, texts.digest, *files)
+    return TaughtDataset(texts.rows, texts.documents, "-".join(digests), texts.check, *files)
 
 
 def _remove_leftovers(folder: TeacherVectors) -> None:

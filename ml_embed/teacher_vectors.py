@@ -1,8 +1,12 @@
 """A teacher's vectors of tokenized data, in a folder that `ml_embed.teacher` writes and training maps into memory.
 
 `teacher.json` says what they are. Each dataset has a file of its queries' vectors, row i for query i, and one of its
-documents', row j for document j. Files are named by a digest of the texts that they are of: datasets that share a
-corpus share its file.
+documents', row j for document j. Files are named by a digest of every token of their texts: datasets
+that share a corpus share its file, and no others do.
+
+Training does not read all of its data to start. It compares lengths, token counts and samples, which shows nearly every
+change of the data; the whole digests are computed where the vectors are made, so that making them again after a change
+never keeps a vector of what was there before.
 
 Letters: R rows of a process's share, K negatives, H' the teacher's vector length.
 """
@@ -24,9 +28,10 @@ from ml_embed.data.store import Store
 from ml_embed.errors import UserError
 
 RECORD = "teacher.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DTYPES: dict[str, type[np.floating]] = {"float16": np.float16, "float32": np.float32}
-SAMPLED_TEXTS = 64
+SAMPLED_PLACES = 64
+SAMPLED_TOKENS = 64  # from each of these places on
 SAMPLED_VECTORS = 8
 KD_REMEDY = 'set kd_loss to "similarity", which compares cosines and takes any teacher'
 
@@ -37,31 +42,41 @@ class DatasetTexts:
 
     rows: int
     documents: int
-    digest: str
-    """of all that follows, and of how often each token occurs"""
-    queries_digest: str
-    documents_digest: str
+    check: str
+    """digest of their lengths, of some of their tokens, and of how often each token occurs"""
 
 
 def describe_texts(store: Store) -> dict[str, DatasetTexts]:
-    """Of each dataset. Reads the lengths of all texts, and the tokens of some."""
-    of_corpus: dict[tuple[int, int], str] = {}  # in the released layout many datasets have the same corpus
+    """Of each dataset. Reads the lengths of all texts, and a few of their tokens."""
     described = {}
-    for name, dataset in store.datasets.items():
-        queries = _digest_of_texts(dataset.query_lengths, dataset.query)
-        corpus = dataset.document_lengths.__array_interface__["data"][0], dataset.num_documents
-        if corpus not in of_corpus:
-            of_corpus[corpus] = _digest_of_texts(dataset.document_lengths, dataset.document)
-        documents = of_corpus[corpus]
-        digest = _digest(queries.encode(), documents.encode(), np.ascontiguousarray(dataset.token_counts))
-        described[name] = DatasetTexts(dataset.num_rows, dataset.num_documents, digest, queries, documents)
+    for name, (queries, documents) in digest_texts(store, _digest_of_some).items():
+        dataset = store.datasets[name]
+        check = _digest(queries.encode(), documents.encode(), np.ascontiguousarray(dataset.token_counts))
+        described[name] = DatasetTexts(dataset.num_rows, dataset.num_documents, check)
     return described
 
 
-def _digest_of_texts(lengths: np.ndarray, text: Callable[[int], np.ndarray]) -> str:
-    """Changes with the order of texts, because lengths do, and with most changes of their content."""
-    sampled = np.linspace(0, len(lengths) - 1, min(len(lengths), SAMPLED_TEXTS)).astype(np.int64)
-    return _digest(np.ascontiguousarray(lengths), *(np.ascontiguousarray(text(row)) for row in sampled.tolist()))
+def digest_texts(store: Store, digest: Callable[[np.ndarray, np.ndarray], str]) -> dict[str, tuple[str, str]]:
+    """Of each dataset the digest of its queries and of its documents.
+
+    Args:
+        digest: the lengths of n texts, (n,) int32, and all their tokens, (T,) int32 -> digest. Called once a corpus.
+    """
+    of_corpus: dict[tuple[int, int], str] = {}  # in the released layout many datasets have the same corpus
+    digests = {}
+    for name, dataset in store.datasets.items():
+        corpus = dataset.document_lengths.__array_interface__["data"][0], dataset.num_documents
+        if corpus not in of_corpus:
+            of_corpus[corpus] = digest(dataset.document_lengths, dataset.document_tokens)
+        digests[name] = digest(dataset.query_lengths, dataset.query_tokens), of_corpus[corpus]
+    return digests
+
+
+def _digest_of_some(lengths: np.ndarray, tokens: np.ndarray) -> str:
+    """Changes with the order of texts, because lengths do, and with changes of their content that the samples meet."""
+    places = np.linspace(0, max(0, len(tokens) - SAMPLED_TOKENS), SAMPLED_PLACES).astype(np.int64)
+    samples = (np.ascontiguousarray(tokens[place : place + SAMPLED_TOKENS]) for place in places.tolist())
+    return _digest(np.ascontiguousarray(lengths), *samples)
 
 
 def _digest(*parts: Any) -> str:
@@ -120,7 +135,9 @@ class TaughtDataset:
     rows: int
     documents: int
     digest: str
-    """`DatasetTexts.digest`"""
+    """of every token of its texts"""
+    check: str
+    """`DatasetTexts.check`"""
     query_vectors: VectorFile
     document_vectors: VectorFile
 
@@ -158,6 +175,11 @@ class TeacherVectors:
             )
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
+            if record["format_version"] == 1:
+                raise UserError(
+                    f"{path} was written by an earlier version, which did not compare every token of the texts; run "
+                    "scripts/embed_teacher.py again, with --overwrite"
+                )
             if record["format_version"] != FORMAT_VERSION:
                 raise ValueError(f"format version {record['format_version']!r}, not {FORMAT_VERSION}")
             datasets = {name: TaughtDataset.from_json(entry) for name, entry in record["datasets"].items()}
@@ -225,7 +247,7 @@ def open_teacher_vectors(folder: Path, store: Store, student_width: int, kd_loss
         entry = teacher.datasets.get(name)
         if entry is None:
             problems.append(f"dataset {name!r} is not there; run scripts/embed_teacher.py again with the same flags")
-        elif entry.digest != texts.digest:
+        elif entry.check != texts.check:
             problems.append(
                 f"dataset {name!r} has other texts or another order there ({entry.rows} rows, {entry.documents} "
                 f"documents) than in the data ({texts.rows}, {texts.documents}); run scripts/embed_teacher.py again"

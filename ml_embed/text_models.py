@@ -26,6 +26,20 @@ class TextModel(Protocol):
         """(len(texts), dim) float32: rows of unit length, or what the model gives before it normalises at its end."""
 
 
+def check_finite(
+    vectors: np.ndarray, title: str, start: int, problem: str = "the model gives NaN or infinity there; is it damaged?"
+) -> None:
+    """Raise UserError for the first vector, (n, D), that has NaN or infinity.
+
+    Args:
+        title: what the texts are.
+        start: number of the first text.
+    """
+    finite = np.isfinite(vectors).all(axis=1)
+    if not finite.all():
+        raise UserError(f"{title}, text {start + int(finite.argmin())} (from 0): {problem}")
+
+
 class OwnModel:
     """A model folder of this project, or a backbone."""
 

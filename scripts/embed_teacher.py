@@ -2,7 +2,7 @@
 
 The texts are read back from the data's token ids, so the teacher may have any tokenizer. Its vectors lie in a folder,
 for each dataset those of the queries and of the documents, and training maps them into memory. The same command goes on
-with what was interrupted, and adds datasets that are new in the data.
+with what was interrupted, adds datasets that are new in the data, and makes those anew whose texts have changed.
 """
 
 import argparse

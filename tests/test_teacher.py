@@ -16,13 +16,14 @@ from tiny_models import make_tokenizer, write_model
 from transformers import AutoModel, AutoTokenizer
 
 from ml_embed import teacher as teacher_module
+from ml_embed import teacher_vectors
 from ml_embed.backbone import train_tokenizer
 from ml_embed.config import DatasetConfig
 from ml_embed.data.store import open_store
 from ml_embed.embedder import Embedder
 from ml_embed.errors import UserError
 from ml_embed.teacher import TeacherOptions, TextDecoder, embed_teacher
-from ml_embed.teacher_vectors import TeacherVectors, map_vectors
+from ml_embed.teacher_vectors import TeacherVectors, describe_texts, map_vectors
 from ml_embed.text_models import load_text_model
 from ml_embed.tokenization import TokenizeOptions, tokenize_folder
 from ml_embed.tokenizer import TextEncoder
@@ -174,6 +175,38 @@ def test_other_data_is_added_and_changed_data_replaced(world, tmp_path):
         entry[kind]["file"] for entry in record["datasets"].values() for kind in ("query_vectors", "document_vectors")
     }
     assert {path.name for path in output.glob("*.vectors")} == used
+
+
+def test_texts_that_samples_do_not_tell_apart_have_their_own_vectors(world, tmp_path, monkeypatch):
+    """Two datasets of a folder, and data that changed: rows in the middle are swapped, so that all counts are equal."""
+    monkeypatch.setattr(teacher_vectors, "SAMPLED_PLACES", 2)
+    monkeypatch.setattr(teacher_module, "DIGESTED_TOKENS", 7)
+    order = list(range(100, 140))
+    orders = [order, [*order[:20], order[21], order[20], *order[22:]], [*order[:22], order[23], order[22], *order[24:]]]
+
+    def tokenized(folder, **datasets):
+        (tmp_path / f"raw_{folder}").mkdir()
+        for name, numbers in datasets.items():
+            rows = [{"query": f"query {i}", "passage": f"passage {i}", "negatives": []} for i in numbers]
+            (tmp_path / f"raw_{folder}" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        raw, data = tmp_path / f"raw_{folder}", tmp_path / folder
+        tokenize_folder(TokenizeOptions(str(world.backbone), raw, data), progress=False)
+        return data
+
+    def assert_vectors(name, numbers):
+        for kind, found in zip(("query", "passage"), stored(tmp_path / "out", name), strict=True):
+            texts = [f"{kind} {i}" for i in numbers]
+            np.testing.assert_array_equal(found, LetterModel().encode(texts, normalize=False))
+
+    before = tokenized("before", one=orders[0], two=orders[1])
+    embed_teacher(LetterModel(), options(world, tmp_path / "out", before), progress=False)
+    assert_vectors("one", orders[0])
+    assert_vectors("two", orders[1])
+    after = tokenized("after", one=orders[2])
+    seen = [describe_texts(open_store(data, world.folder / "cache", False))["one"] for data in (before, after)]
+    assert seen[0] == seen[1], "or this would test what the samples see"
+    embed_teacher(LetterModel(), options(world, tmp_path / "out", after), progress=False)
+    assert_vectors("one", orders[2])
 
 
 @pytest.fixture(scope="module")

@@ -40,10 +40,12 @@ class TokenizedDataset:
         """(rows + 1,) int64: row i's negatives are negative_documents[negative_offsets[i]:negative_offsets[i + 1]]."""
         self.negative_documents = arrays["negative_documents"]
         """(total negatives,) int64."""
+        self.query_tokens = arrays["query_tokens"]
+        """(tokens of all queries,) int32: one behind another, in the order of the rows."""
+        self.document_tokens = arrays["document_tokens"]
+        """(tokens of all documents,) int32."""
         self._store_folder = store_folder
-        self._query_tokens = arrays["query_tokens"]
         self._query_offsets = arrays["query_offsets"]
-        self._document_tokens = arrays["document_tokens"]
         self._document_offsets = arrays["document_offsets"]
         self._token_counts = arrays["token_counts"]
         self._max_token_id = max_token_id
@@ -58,20 +60,20 @@ class TokenizedDataset:
 
     def query(self, row: int) -> np.ndarray:
         """(tokens,) int32 view: the query of a row."""
-        return self._query_tokens[self._query_offsets[row] : self._query_offsets[row + 1]]
+        return self.query_tokens[self._query_offsets[row] : self._query_offsets[row + 1]]
 
     def document(self, document: int) -> np.ndarray:
         """(tokens,) int32 view: a document of the dataset's corpus."""
-        return self._document_tokens[self._document_offsets[document] : self._document_offsets[document + 1]]
+        return self.document_tokens[self._document_offsets[document] : self._document_offsets[document + 1]]
 
     def query_bytes(self, rows: np.ndarray) -> list[bytes]:
         """The int32 ids of the queries of several rows, (n,) int64, as bytes: keys to tell texts apart, and quickly
         joined."""
-        return _byte_slices(self._query_tokens, self._query_offsets, rows)
+        return _byte_slices(self.query_tokens, self._query_offsets, rows)
 
     def document_bytes(self, documents: np.ndarray) -> list[bytes]:
         """The same of several documents, (n,) int64."""
-        return _byte_slices(self._document_tokens, self._document_offsets, documents)
+        return _byte_slices(self.document_tokens, self._document_offsets, documents)
 
     def negatives(self, row: int) -> np.ndarray:
         """(negatives of this row,) int64 view: documents; may be empty."""
