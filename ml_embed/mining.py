@@ -39,7 +39,7 @@ from ml_embed.raw import (
 from ml_embed.row_files import RowFile, blocks
 from ml_embed.search import nearest
 from ml_embed.tasks import Task, task_of
-from ml_embed.text_models import TextModel
+from ml_embed.text_models import TextModel, check_finite
 from ml_embed.tokenization import describe_source
 
 SUMMARY = "mining.json"
@@ -155,13 +155,14 @@ def mine_folder(
         query_prompt, passage_prompt: put before the texts for the model; not written.
         approximation: search large datasets approximately; None is exactly. Datasets with fewer than
             `ann.FEWEST_DOCUMENTS` documents are searched exactly all the same.
-        overwrite: make datasets anew that were mined otherwise.
+        overwrite: make datasets anew that were mined otherwise, and remove those that the input no longer has.
         progress: bars on stderr.
     Returns:
         the summary that is also written as mining.json: settings, and for each dataset rows and negatives found; with
         an approximation also how it was searched, and the share of the exact nearest that was found.
     Raises:
-        UserError: data that cannot be read, an output folder that holds something else, or faiss is missing.
+        UserError: data that cannot be read, a vector that is not finite, an output folder that holds something else,
+            or faiss is missing.
     """
     rule.check()
     if approximation is not None:
@@ -176,7 +177,7 @@ def mine_folder(
     with disk_errors_are_user_errors(output, "Then run the same command again: it continues."):
         output.mkdir(parents=True, exist_ok=True)
         with lock_folder(output / LOCK, "mining into"):
-            summary = _read_summary(output, settings, overwrite)
+            summary = _read_summary(output, settings, {dataset.name for dataset in datasets}, overwrite)
             for dataset in tqdm(datasets, unit=" file", desc="files", disable=not progress):
                 target, digest = output / f"{dataset.name}.parquet", describe_source(dataset.path)
                 done = summary["datasets"].get(dataset.name)
@@ -195,8 +196,11 @@ def mine_folder(
     return summary
 
 
-def _read_summary(output: Path, settings: dict[str, Any], overwrite: bool) -> dict[str, Any]:
-    """What a former call left, or an empty summary."""
+def _read_summary(output: Path, settings: dict[str, Any], names: set[str], overwrite: bool) -> dict[str, Any]:
+    """What a former call left, or an empty summary; `names` are the input's datasets.
+
+    With `overwrite`, the files of recorded datasets that are none of them are removed.
+    """
     fresh = {"settings": settings, "datasets": {}}
     path = output / SUMMARY
     if not path.is_file():
@@ -204,15 +208,31 @@ def _read_summary(output: Path, settings: dict[str, Any], overwrite: bool) -> di
     try:
         former = json.loads(path.read_text(encoding="utf-8"))
         differing = [key for key, value in settings.items() if former["settings"].get(key) != value]
-        former["datasets"].items()  # a damaged summary fails here
+        gone = former["datasets"].keys() - names
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}); use another --output, or remove that file") from None
-    if not differing:
-        return former
-    if overwrite:
-        return fresh
-    said = "; ".join(f"{key} was {former['settings'].get(key)!r}, now {settings[key]!r}" for key in differing)
-    raise UserError(f"{output} was mined otherwise: {said}. Use another --output, or --overwrite to make it anew")
+    if differing and not overwrite:
+        said = "; ".join(f"{key} was {former['settings'].get(key)!r}, now {settings[key]!r}" for key in differing)
+        raise UserError(f"{output} was mined otherwise: {said}. Use another --output, or --overwrite to make it anew")
+    if gone:
+        if not overwrite:
+            listing = ", ".join(map(repr, sorted(gone)))
+            raise UserError(
+                f"{output} holds what the input does not have: {listing}. Use another --output, or --overwrite to "
+                "remove it there"
+            )
+        _remove_datasets(output, gone)
+        former["datasets"] = {name: entry for name, entry in former["datasets"].items() if name in names}
+        write_json(path, former)
+    return fresh if differing else former
+
+
+def _remove_datasets(output: Path, names: set[str]) -> None:
+    for path in output.iterdir():
+        if path.suffix == ".parquet" and path.stem in names:
+            path.unlink()
+        elif path.suffix == WORK_SUFFIX and path.stem.removeprefix(".") in names:
+            shutil.rmtree(path)
 
 
 @dataclass(frozen=True)
@@ -272,7 +292,9 @@ class _Mining:
         file = RowFile(self.work / f"{kind}.bin", np.float32, self.model.dim)
 
         def encode(start: int, stop: int) -> np.ndarray:
-            return self.model.encode([prompt + text for text in texts[start:stop]])
+            vectors = self.model.encode([prompt + text for text in texts[start:stop]])
+            check_finite(vectors, f"{name}: distinct {kind}", start)
+            return vectors
 
         file.fill(len(texts), ENCODED_BLOCK, encode, f"{name}: encoding {kind}", self.progress)
         return file.mapped()

@@ -55,7 +55,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--query-prompt", default="", metavar="TEXT", help="put before queries for the model")
     parser.add_argument("--passage-prompt", default="", metavar="TEXT", help="put before documents for the model")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default the first GPU, else the CPU)")
-    parser.add_argument("--overwrite", action="store_true", help="replace datasets that were mined otherwise")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace datasets that were mined otherwise, and remove those that "
+        "--input no longer has"
+    )  # fmt: skip
     return parser.parse_args(arguments)
 
 

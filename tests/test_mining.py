@@ -339,6 +339,41 @@ def test_folders_that_hold_something_else_are_not_mixed_with(raw, tmp_path):
         mine_folder(WordModel(), raw, raw, Filter(), progress=False)
 
 
+@pytest.mark.parametrize("rule", [Filter(), Filter(count=3)])
+def test_datasets_that_the_input_no_longer_has_are_refused_or_removed(raw, tmp_path, rule):
+    """Removed with `overwrite`, whether the others are made anew for it or are kept."""
+    source, output = shutil.copytree(raw, tmp_path / "raw"), tmp_path / "mined"
+    mine_folder(WordModel(), source, output, Filter(), progress=False)
+    (output / ".few.mining").mkdir()
+    (output / "mine.parquet").write_bytes(b"precious")
+    (source / "few.jsonl").unlink()
+    with pytest.raises(UserError, match=r"holds what the input does not have: 'few'.*--overwrite"):
+        mine_folder(WordModel(), source, output, Filter(), progress=False)
+    assert (output / "few.parquet").is_file()
+    summary = mine_folder(WordModel(), source, output, rule, overwrite=True, progress=False)
+    assert list(summary["datasets"]) == ["letters"]
+    assert json.loads((output / "mining.json").read_text()) == summary
+    assert sorted(path.name for path in output.iterdir() if path.suffix in {".parquet", ".mining"}) == [
+        "letters.parquet",
+        "mine.parquet",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["queries", "documents"])
+def test_vectors_that_are_not_finite_are_refused(raw, tmp_path, kind):
+    row = read(raw / "few.jsonl")[0]
+
+    class Damaged(WordModel):
+        def encode(self, texts):
+            rows = super().encode(texts)
+            rows[[text == row[{"queries": "query", "documents": "passage"}[kind]] for text in texts]] = np.nan
+            return rows
+
+    with pytest.raises(UserError, match=rf"few: distinct {kind}, text 0 \(from 0\): the model gives NaN"):
+        mine_folder(Damaged(), raw, tmp_path, Filter(), progress=False)
+    assert not list(tmp_path.glob("*.parquet"))
+
+
 def test_the_script_with_a_model_of_ours(raw, tmp_path, capsys):
     folder = write_model(tmp_path / "model", make_tokenizer())
     flags = ["--input", str(raw), "--output", str(tmp_path / "mined"), "--max-score", "2", "--max-ratio", "2"]
