@@ -56,6 +56,16 @@ def test_without_locks_all_go_on(no_locks, tmp_path):
             pass
 
 
+def test_where_the_system_has_no_such_call_the_run_goes_on(tmp_path, monkeypatch):
+    def refuse(descriptor, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="SoftFileLock"), lock_folder(tmp_path / "lock", "mining into") as lock:
+            assert lock.is_locked
+
+
 def test_other_errors_are_not_taken_for_missing_locks(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError):

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ml_embed.errors import UserError
 
 PARTIAL_SUFFIX = ".partial"
-_NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # some shared file systems
+_NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOTSUP)  # some shared file systems; for ENOSYS filelock has another way
 
 
 def partial_path(path: Path) -> Path:
