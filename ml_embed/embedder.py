@@ -30,7 +30,7 @@ from ml_embed.encoding import choose_device, default_dtype, longest_first, poole
 from ml_embed.errors import UserError
 from ml_embed.model import MatryoshkaEncoder
 from ml_embed.model_folder import ModelRecord, load_config, load_encoder
-from ml_embed.paths import home_path
+from ml_embed.paths import check_writable, home_path
 from ml_embed.tokenizer import TextEncoder, load_tokenizer
 
 WINDOW = 8192
@@ -129,7 +129,7 @@ class Embedder:
         prompt: str | None = None,
         batch_tokens: int | None = None,
         show_progress: bool | None = None,
-        devices: Sequence[str] | None = None,
+        devices: str | Sequence[str] | None = None,
         normalize: bool = True,
     ) -> np.ndarray:
         """Vectors of texts, in the order of the texts.
@@ -142,15 +142,15 @@ class Embedder:
                 and does not change the vectors.
             show_progress: a bar on stderr; None shows it on a terminal once the call has taken two seconds.
             devices: spread the texts over these, with a process and a copy of the model on each, e.g.
-                ["cuda:0", "cuda:1"] or ["cpu", "cpu"]; None computes here. The calling script needs the usual
-                `if __name__ == "__main__":`.
+                ["cuda:0", "cuda:1"] or ["cpu", "cpu"]; one string counts as a list of one; None computes here. The
+                calling script needs the usual `if __name__ == "__main__":`.
             normalize: False leaves vectors as long as the model gives them, which is what distillation learns from.
 
         Returns:
             (len(texts), dim) float32, rows of unit length unless `normalize` is False.
 
         Raises:
-            UserError: a text is not a string, or the prompt is not known.
+            UserError: a text is not a string, or the prompt or a device is not known.
         """
         windows = list(self._stream(texts, prompt, batch_tokens, show_progress, devices, normalize))
         return np.concatenate(windows) if windows else np.empty((0, self.dim), np.float32)
@@ -162,7 +162,7 @@ class Embedder:
         prompt: str | None = None,
         batch_tokens: int | None = None,
         show_progress: bool | None = None,
-        devices: Sequence[str] | None = None,
+        devices: str | Sequence[str] | None = None,
         overwrite: bool = False,
     ) -> int:
         """`encode` into a .npy file, for more vectors than fit in memory: `np.load(path, mmap_mode="r")` reads them.
@@ -173,13 +173,17 @@ class Embedder:
             how many texts there were.
 
         Raises:
-            UserError: as `encode`, and if `path` does not end in .npy, or exists and is not to be overwritten.
+            UserError: as `encode`, and before the work if `path` does not end in .npy, exists and is not to be
+                overwritten, or cannot be written.
         """
-        path = Path(path)
+        path = home_path(path)
         if path.suffix != ".npy":
             raise UserError(f"{path} must end in .npy, the format that is written")
+        if path.is_dir():
+            raise UserError(f"{path} is a folder, which is not replaced by a file; give another path")
         if path.exists() and not overwrite:
             raise UserError(f"{path} exists already; give another path, or overwrite=True to replace it")
+        check_writable(path.parent, "folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{path.name}.partial-{os.getpid()}")
         try:
@@ -195,11 +199,11 @@ class Embedder:
         prompt: str | None,
         batch_tokens: int | None,
         show_progress: bool | None,
-        devices: Sequence[str] | None,
+        devices: str | Sequence[str] | None,
         unit_length: bool = True,
     ) -> Iterator[np.ndarray]:
         """(n, D) vectors of one window of texts after another."""
-        texts = [texts] if isinstance(texts, str) else texts
+        texts = _several(texts, "texts")
         if batch_tokens is not None and batch_tokens < 1:
             raise UserError(f"batch_tokens is {batch_tokens}; it must be at least 1")
         prefix = self._prompt_text(prompt)
@@ -214,7 +218,8 @@ class Embedder:
             run = self._encode_here(_windows(texts, prefix, WINDOW), batch_tokens, unit_length, bar.update)
         else:
             windows = _windows(texts, prefix, WORKER_WINDOW)
-            run = self._encode_elsewhere(windows, batch_tokens, unit_length, bar.update, devices)
+            names = _several(devices, "devices")
+            run = self._encode_elsewhere(windows, batch_tokens, unit_length, bar.update, names)
         with bar, closing(run):
             yield from run
 
@@ -265,7 +270,7 @@ class Embedder:
         batch_tokens: int | None,
         unit_length: bool,
         progress: Callable[[int], object],
-        devices: Sequence[str],
+        devices: Iterable[str],
     ) -> Generator[np.ndarray, None, None]:
         assert self._source is not None, "only a model that was loaded from a folder can be loaded again elsewhere"
         names = [str(choose_device(device)) for device in devices]
@@ -311,6 +316,15 @@ def _start_worker(devices: Any, source: _Source, workers: int) -> None:
 
 def _encode_in_worker(batch_tokens: int | None, unit_length: bool, texts: list[str]) -> np.ndarray:
     return _in_worker["embedder"].encode(texts, None, batch_tokens, False, normalize=unit_length)
+
+
+def _several(given: str | Iterable[str], name: str) -> Iterable[str]:
+    """One string counts as a list of one; bytes, whose items are numbers, and what has no items, as a mistake."""
+    if isinstance(given, str):
+        return [given]
+    if isinstance(given, bytes | bytearray | memoryview) or not isinstance(given, Iterable):
+        raise UserError(f"{name} is of type {type(given).__name__}; give a string, or several in a list")
+    return given
 
 
 def _windows(texts: Iterable[str], prefix: str, size: int) -> Iterator[list[str]]:

@@ -121,6 +121,16 @@ def test_what_is_no_text_is_named_by_its_place(shared, texts, message):
         Embedder.from_pretrained(shared, device="cpu").encode(texts)
 
 
+@pytest.mark.parametrize(("given", "kind"), [(None, "NoneType"), (5, "int"), (b"abc", "bytes"), (bytearray(2), "byte")])
+def test_what_is_neither_a_string_nor_several_is_named_by_its_type(shared, given, kind):
+    model = Embedder.from_pretrained(shared, device="cpu")
+    with pytest.raises(UserError, match=f"texts is of type {kind}"):
+        model.encode(given)
+    if given is not None:  # computes here
+        with pytest.raises(UserError, match=f"devices is of type {kind}"):
+            model.encode(["a"], devices=given)
+
+
 def test_unknown_prompt_lists_the_known(shared):
     with pytest.raises(UserError, match=r"'passage' .*'query'"):
         Embedder.from_pretrained(shared, device="cpu").encode(["a"], prompt="passage")
@@ -289,8 +299,31 @@ def test_encode_to_file(shared, tmp_path, monkeypatch):
     assert np.load(path).shape == (0, 16)
 
 
+def test_encode_to_file_looks_at_its_place_before_the_work(shared, tmp_path, monkeypatch):
+    model = Embedder.from_pretrained(shared, dim=16, device="cpu")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert model.encode_to_file(["a"], "~/vectors.npy") == 1
+    assert np.load(tmp_path / "vectors.npy").shape == (1, 16)
+    (tmp_path / "folder.npy").mkdir()
+
+    def unread():
+        pytest.fail("the texts were read")
+        yield "a"
+
+    for path, message in (
+        (tmp_path / "folder.npy", "folder.npy is a folder"),
+        (tmp_path / "vectors.npy" / "more.npy", r"vectors\.npy is a file; give a folder"),
+        ("~/vectors.npy/in/more.npy", r"vectors\.npy is a file; give a folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            model.encode_to_file(unread(), path, overwrite=True)
+    with pytest.raises(UserError, match="is a folder, which is not replaced"):
+        model.encode_to_file(unread(), tmp_path / "folder.npy")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.npy", "vectors.npy"]
+
+
 def test_another_process_gives_the_same_vectors(shared, monkeypatch):
     monkeypatch.setattr(embedder, "WORKER_WINDOW", 3)
     model = Embedder.from_pretrained(shared, depth=1, dim=16, rank=16, device="cpu")
     expected = model.encode(TEXTS, prompt="query")
-    assert_equal_vectors(model.encode(iter(TEXTS), prompt="query", devices=["cpu"]), expected)
+    assert_equal_vectors(model.encode(iter(TEXTS), prompt="query", devices="cpu"), expected)
