@@ -19,6 +19,7 @@ CHECKSUMS_FILE = "checksums.json"
 MAX_SHARD_SIZE = "5GB"
 """Of a file of weights; larger models are split. The hub's own tools split there, too."""
 _PARTIAL = ".partial"
+_REPLACED = ".replaced"
 
 
 def sync_folder(folder: Path) -> None:
@@ -44,26 +45,29 @@ def _sync_files(folder: Path) -> None:
 def atomic_folder(target: Path) -> Iterator[Path]:
     """A folder to fill; when the block ends well it becomes `target`, replacing one that stands there.
 
+    Where `target` is a link, what it points to is made or replaced. After a kill between the two renames the old
+    folder is put back by the next write, or by `settle_replacing`.
+
     Raises:
         UserError: the disk is full or fails. Nothing of the new folder is left, and an old `target` is as it was.
     """
+    target = target.resolve()
     partial = target.with_name(f".{target.name}{_PARTIAL}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        settle_replacing(target)
         partial.mkdir()
         yield partial
         _sync_files(partial)
         if target.exists():
-            replaced = target.with_name(f".{target.name}.replaced")
-            shutil.rmtree(replaced, ignore_errors=True)
-            target.rename(replaced)
-            partial.rename(target)
-            shutil.rmtree(replaced)
-        else:
-            partial.rename(target)
+            target.rename(_aside(target))
+        partial.rename(target)
         sync_folder(target.parent)
+        settle_replacing(target)
     except BaseException as error:
+        with contextlib.suppress(OSError):  # of a disk that fails; the next write tries again
+            settle_replacing(target)
         shutil.rmtree(partial, ignore_errors=True)
         if is_disk_full(error):
             raise UserError(
@@ -72,6 +76,24 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise UserError(f"{target} cannot be written ({error}); see to that, then continue the run") from error
         raise
+
+
+def _aside(target: Path) -> Path:
+    """Where a folder waits while another takes its place."""
+    return target.with_name(f".{target.name}{_REPLACED}")
+
+
+def settle_replacing(target: Path) -> None:
+    """Put back a folder that an interrupted `atomic_folder` was replacing; if the new one is in place, remove it.
+
+    Args:
+        target: not a link.
+    """
+    old = _aside(target)
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    elif old.exists():
+        old.rename(target)
 
 
 def remove_folder(folder: Path) -> None:
@@ -119,12 +141,8 @@ def append_whole(path: Path, text: str) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what an interrupted `atomic_folder` left in `folder`, and put back a folder it was replacing."""
-    for path in folder.glob(".*.replaced"):
-        original = folder / path.name.removeprefix(".").removesuffix(".replaced")
-        if original.exists():
-            shutil.rmtree(path)
-        else:
-            path.rename(original)
+    for path in folder.glob(f".*{_REPLACED}"):
+        settle_replacing(folder / path.name.removeprefix(".").removesuffix(_REPLACED))
     for path in folder.glob(f".*{_PARTIAL}"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 

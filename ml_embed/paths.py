@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ml_embed.errors import UserError
+from ml_embed.files import settle_replacing
 
 _STEP_FOLDER = re.compile(r"step_(\d+)")
 
@@ -89,14 +90,17 @@ def check_model_output(output: Path, overwrite: bool, source: Path | None = None
     """Look, before long work, whether a model folder may and can be written; an empty folder counts as none.
 
     Args:
-        output: the new folder.
+        output: the new folder, or a link to it. An old one that a killed run was replacing is put back.
         overwrite: replace a model folder that is there, and nothing else.
         source: the model that it is made of, which is not replaced.
     Raises:
         UserError: it must not or cannot be written.
     """
-    if source is not None and source.resolve().is_relative_to(output.resolve()):
+    place = output.resolve()
+    if source is not None and source.resolve().is_relative_to(place):
         raise UserError(f"{output} is, or holds, the model that is read; give another --output")
+    check_writable(place.parent if place.exists() else place)
+    settle_replacing(place)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         if not overwrite:
             raise UserError(f"{output} exists already; give another --output, or --overwrite to replace it")
@@ -105,4 +109,3 @@ def check_model_output(output: Path, overwrite: bool, source: Path | None = None
                 f"{output} is not a model folder (no config.json that names a model_type), so it is not replaced; "
                 "give another --output"
             )
-    check_writable(output.absolute().parent if output.exists() else output)

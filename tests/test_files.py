@@ -4,6 +4,8 @@ import errno
 import os
 import resource
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +20,7 @@ from ml_embed.files import (
     write_checksums,
     write_json,
 )
+from ml_embed.paths import check_model_output
 
 
 @pytest.fixture
@@ -58,28 +61,73 @@ def test_a_folder_is_replaced_whole(tmp_path):
     assert names(tmp_path) == ["target"]
 
 
-def test_what_a_kill_leaves_is_removed_and_a_replaced_folder_put_back(tmp_path, monkeypatch):
+def test_what_a_link_points_to_is_replaced(tmp_path):
+    (tmp_path / "disk" / "inner").mkdir(parents=True)
+    for place in ("inner", "missing"):
+        (tmp_path / "link").symlink_to(tmp_path / "disk" / place)
+        for text in ("old", "new"):
+            with atomic_folder(tmp_path / "link") as folder:
+                (folder / text).write_text(text)
+        assert (tmp_path / "link").is_symlink()
+        assert names(tmp_path / "disk" / place) == ["new"]
+        assert names(tmp_path) == ["disk", "link"]
+        (tmp_path / "link").unlink()
+    assert names(tmp_path / "disk") == ["inner", "missing"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, os.strerror(errno.EIO)), KeyboardInterrupt()])
+def test_the_old_folder_is_put_back_where_the_new_one_cannot_take_its_place(tmp_path, monkeypatch, error):
     with atomic_folder(tmp_path / "target") as folder:
         (folder / "file").write_text("old")
-    rename, renames = os.rename, iter(range(3))
+    rename = os.rename
 
-    class Killed(BaseException):
-        """SIGKILL between the two renames: nothing of ours runs any more."""
-
-    def kill_at_second(self, target):
-        if next(renames) == 1:
-            raise Killed
+    def fail(self, target):
+        if self.name.endswith(".partial"):
+            raise error
         rename(self, target)
 
-    monkeypatch.setattr("pathlib.Path.rename", kill_at_second)
-    monkeypatch.setattr("shutil.rmtree", lambda *args, **kwargs: None)
-    with pytest.raises(Killed), atomic_folder(tmp_path / "target") as folder:
+    monkeypatch.setattr("pathlib.Path.rename", fail)
+    expected = UserError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(expected), atomic_folder(tmp_path / "target") as folder:
         (folder / "file").write_text("new")
-    monkeypatch.undo()
-    assert names(tmp_path) == [".target.partial", ".target.replaced"]
-    remove_leftovers(tmp_path)
     assert names(tmp_path) == ["target"]
     assert (tmp_path / "target" / "file").read_text() == "old"
+
+
+def kill_between_the_renames(tmp_path) -> None:
+    """What SIGKILL leaves where `target`, which holds "old", was to be replaced."""
+    program = (
+        "import os, pathlib, sys\nfrom ml_embed.files import atomic_folder\nrename = pathlib.Path.rename\n"
+        "def rename_or_die(self, target):\n"
+        "    os._exit(9) if self.name.endswith('.partial') and pathlib.Path('.target.replaced').exists() else 0\n"
+        "    return rename(self, target)\n"
+        "pathlib.Path.rename = rename_or_die\n"
+        "for text in ('old', 'new'):\n"
+        "    with atomic_folder(pathlib.Path('target')) as folder:\n"
+        "        (folder / 'file').write_text(text)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    assert subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment).returncode == 9
+    assert names(tmp_path) == [".target.partial", ".target.replaced"]
+
+
+@pytest.mark.parametrize("settled_by", ["training", "a look", "a write that fails", "a write"])
+def test_what_a_kill_leaves_is_removed_and_a_replaced_folder_put_back(tmp_path, settled_by):
+    kill_between_the_renames(tmp_path)
+    target = tmp_path / "target"
+    if settled_by == "training":
+        remove_leftovers(tmp_path)
+    elif settled_by == "a look":
+        with pytest.raises(UserError, match="exists already"):
+            check_model_output(target, overwrite=False)
+    elif settled_by == "a write that fails":
+        with pytest.raises(UserError, match="cannot be written"), atomic_folder(target):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+    else:
+        with atomic_folder(target) as folder:
+            (folder / "file").write_text("newest")
+    assert names(tmp_path) == ([".target.partial"] if settled_by == "a look" else []) + ["target"]
+    assert (target / "file").read_text() == ("newest" if settled_by == "a write" else "old")
 
 
 def test_a_removed_folder_is_never_half_there(tmp_path, monkeypatch):

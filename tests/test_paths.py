@@ -54,15 +54,21 @@ def test_only_model_folders_are_replaced(tmp_path):
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(config))
     (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(model)
+    (tmp_path / "link_to_proc").symlink_to("/proc/x/y")
     for free in (tmp_path / "empty", tmp_path / "new"):
         check_model_output(free, overwrite=False)
-    check_model_output(model, overwrite=True)
+    for replaced in (model, tmp_path / "link"):
+        check_model_output(replaced, overwrite=True)
     for output, overwrite, source, message in (
         (model, False, None, "exists already"),
         (run, True, None, "not a model folder"),
         (model, True, model, "is, or holds, the model that is read"),
         (model, True, model / "step_1", "is, or holds, the model that is read"),
+        (tmp_path / "link", False, None, "exists already"),
+        (tmp_path / "link", True, model, "is, or holds, the model that is read"),
         (Path("/proc/x/y"), True, None, "cannot be written"),
+        (tmp_path / "link_to_proc", False, None, "cannot be written"),
     ):
         with pytest.raises(UserError, match=message):
             check_model_output(output, overwrite, source)
