@@ -10,13 +10,13 @@ from ml_embed.cut import Cut, choose_cut
 from ml_embed.errors import UserError
 from ml_embed.files import atomic_folder
 from ml_embed.model_folder import RECORD_FILE, ModelRecord, load_config, load_encoder, save_model_folder
-from ml_embed.paths import check_model_output, home_path
+from ml_embed.paths import check_model_output, home_path, model_place
 from ml_embed.tokenizer import load_tokenizer
 
 
 def export_model(
-    checkpoint: Path,
-    output: Path,
+    checkpoint: str | Path,
+    output: str | Path,
     depth: int | None = None,
     dim: int | None = None,
     rank: int | None = None,
@@ -45,19 +45,20 @@ def export_model(
         UserError: `checkpoint` is not a trained model folder, a value was not trained, or `output` must not or cannot
             be written.
     """
-    checkpoint, output = home_path(checkpoint), home_path(output)
-    check_model_output(output, overwrite, checkpoint)
-    config = load_config(checkpoint)
-    record = ModelRecord.load(checkpoint)
-    if record is None:
+    output = home_path(output)
+    check_model_output(output, overwrite, home_path(checkpoint))
+    folder = model_place(checkpoint)
+    record = ModelRecord.load(folder)
+    if record is None:  # nor is a name on the hub, which need not be asked
         raise UserError(f"{checkpoint} is not a trained model folder: it has no {RECORD_FILE}; give one from training")
+    config = load_config(folder)
     cut = choose_cut(record, config, depth, dim, rank, allow_untrained)
     left = cut_record(record, cut)
     dtype = dtype or stored_dtype(config)
-    encoder = load_encoder(checkpoint, depth=cut.depth, rank=cut.rank or None, exits=left.exits, dtype=dtype)
-    with atomic_folder(output.absolute()) as folder:
-        tokenizer = load_tokenizer(checkpoint)
-        save_model_folder(folder, encoder.state_dict(), encoder.config, tokenizer, left, cut.dim)
+    encoder = load_encoder(folder, depth=cut.depth, rank=cut.rank or None, exits=left.exits, dtype=dtype)
+    with atomic_folder(output) as new:
+        tokenizer = load_tokenizer(folder)
+        save_model_folder(new, encoder.state_dict(), encoder.config, tokenizer, left, cut.dim)
     return cut
 
 

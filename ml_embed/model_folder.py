@@ -197,7 +197,7 @@ def _save_sentence_transformers_files(folder: Path, hidden_size: int, record: Mo
 
 
 def load_config(folder: str | Path) -> Qwen3Config:
-    """The backbone's config; a folder, or else a hub name.
+    """The backbone's config; a folder, or else, as a str, a hub name.
 
     Raises:
         UserError: missing, damaged, or not a Qwen3 that this encoder computes rightly.
@@ -315,8 +315,8 @@ def load_encoder(
         exits: layers to read vectors at; None is the last one kept.
         kernel, dtype: as in MatryoshkaEncoder; weights are held in `dtype`.
     """
+    config = load_config(str(folder))  # a caller may have made a Path of a hub name, after its own load_config
     folder = Path(folder)
-    config = load_config(folder)
     record = ModelRecord.load(folder)
     depth = config.num_hidden_layers if depth is None else depth
     assert 1 <= depth <= config.num_hidden_layers, depth

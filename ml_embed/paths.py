@@ -18,7 +18,10 @@ def expand_home(path: str) -> str:
 
 
 def home_path(path: str | Path) -> Path:
-    """A path whose `~` is the home folder; as argparse's `type`, too: a shell leaves `--flag=~/x` alone."""
+    """A path whose `~` is the home folder; as argparse's `type`, too: a shell leaves `--flag=~/x` alone.
+
+    Not for what may be a name on the hub (`model_place`): "./x" becomes "x", which may be one.
+    """
     return Path(expand_home(str(path)))
 
 
@@ -46,11 +49,13 @@ def numbered_folders(folder: Path) -> list[tuple[int, Path]]:
 def model_place(given: str | Path) -> Path:
     """Where a model is read from: a folder, its `~` expanded, or a name on the hub as it is.
 
+    Args:
+        given: as the user wrote it; a Path is a folder and never a name on the hub.
     Raises:
         UserError: nothing is there, or a file, or a run, whose model folders are one level below.
     """
     path = home_path(given)
-    if not path.is_dir() and not is_hub_name(given):
+    if not path.is_dir() and (isinstance(given, Path) or not is_hub_name(given)):
         raise UserError(f"model folder {given} {'is a file; give a folder' if path.exists() else 'does not exist'}")
     if model_type(path) is None and (steps := numbered_folders(path)):  # its config.json is the training's
         raise UserError(f"{given} is a run folder; give a model folder in it, the newest is {steps[-1][1]}")

@@ -110,9 +110,10 @@ def prune_backbone(
     Raises:
         UserError: a size is not possible, there is no calibration text, or `output` must not be written.
     """
-    folder, output = home_path(folder), home_path(output)
-    check_model_output(output, overwrite, folder)
+    output = home_path(output)
+    check_model_output(output, overwrite, home_path(folder))
     config, tokenizer = load_config(folder), load_tokenizer(folder)
+    folder = home_path(folder)
     sizes = choose_sizes(config, layers, hidden, intermediate)
     whole = Sizes(config.num_hidden_layers, config.hidden_size, config.intermediate_size)
     backbone = load_backbone(folder, config)
@@ -126,7 +127,7 @@ def prune_backbone(
     with torch.device("meta"):
         pruned = Qwen3Model(config)
     pruned.load_state_dict({name: tensor.to(stored_dtype(config)) for name, tensor in state.items()}, assign=True)
-    with atomic_folder(output.absolute()) as new:
+    with atomic_folder(output) as new:
         pruned.save_pretrained(new, max_shard_size=MAX_SHARD_SIZE)
         tokenizer.save_pretrained(new)
         give_usual_permissions(new)

@@ -19,7 +19,7 @@ DTYPES = ("float32", "bfloat16")
 @exit_on_user_error
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=home_path, required=True, metavar="DIR", help="a trained model folder")
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a trained model folder")
     parser.add_argument("--output", type=home_path, required=True, metavar="DIR", help="the new model folder")
     parser.add_argument("--depth", type=int, metavar="LAYERS", help="decoder layers to keep (default all)")
     parser.add_argument("--rank", type=int, help="rank of the token factors to keep (default all)")

@@ -18,7 +18,7 @@ from ml_embed.paths import home_path
 @exit_on_user_error
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=home_path, required=True, metavar="DIR", help="the backbone to prune")
+    parser.add_argument("--model", required=True, metavar="DIR", help="the backbone to prune")
     parser.add_argument("--output", type=home_path, required=True, metavar="DIR", help="the new backbone folder")
     parser.add_argument("--preset", choices=list(PRESETS), help="take the three sizes from a published shape")
     parser.add_argument("--layers", type=int, help="first decoder layers to keep (default all)")

@@ -4,12 +4,17 @@ import importlib.util
 import json
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import tokenize_data_qwen
+from ml_embed import Embedder
 from ml_embed.errors import UserError, one_line
+from ml_embed.export import export_model
+from ml_embed.model_folder import load_config, load_encoder
 from ml_embed.paths import check_model_output, check_writable, expand_home, home_path, is_hub_name
+from ml_embed.text_models import load_text_model
 
 
 def test_home_is_expanded_and_nothing_else_is_changed(monkeypatch):
@@ -34,6 +39,44 @@ def test_hub_names_are_told_from_paths(tmp_path, monkeypatch):
     assert all(map(is_hub_name, ["Qwen/Qwen3-0.6B", "gpt2", "models/elsewhere"]))
     paths = ["/nowhere/x", "./x", "../x", ".x", "~/x", "a/b/c", "name/", "models/here", "models", tmp_path]
     assert not any(map(is_hub_name, paths))
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """Where the hub is asked all the same, that fails at once and with another message."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.parametrize("read", [load_config, load_encoder, load_text_model, Embedder.from_pretrained])
+def test_a_path_that_is_missing_is_not_looked_for_on_the_hub(read, tmp_path, monkeypatch, offline):
+    monkeypatch.chdir(tmp_path)
+    missing = ["./missing", "models/"] if read is load_encoder else ["./missing", Path("./missing"), Path("a/b")]
+    for given in missing:
+        with pytest.raises(UserError, match=f"model folder {given} does not exist"):
+            read(given)
+
+
+@pytest.mark.parametrize(
+    "command", ["export_model.py --output new --checkpoint", "prune_backbone.py --output new --model"]
+)
+def test_scripts_do_not_take_a_missing_path_for_a_hub_name(command, tmp_path, monkeypatch, capsys, offline):
+    monkeypatch.chdir(tmp_path)
+    name, *flags = command.split()
+    assert load_script(name).main([*flags, "./missing"]) == 2
+    assert "model folder ./missing does not exist" in capsys.readouterr().err
+
+
+def test_only_trained_folders_are_exported_so_the_hub_is_not_asked(tmp_path, offline):
+    with pytest.raises(UserError, match=r"Qwen/Qwen3-0\.6B is not a trained model folder"):
+        export_model("Qwen/Qwen3-0.6B", tmp_path / "new")
+
+
+def load_script(name: str) -> ModuleType:
+    path = Path(__file__).parents[1] / "scripts" / name
+    spec = importlib.util.spec_from_file_location(f"{path.stem}_script", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
 
 
 def test_places_are_tried_without_leaving_anything(tmp_path):
@@ -94,11 +137,7 @@ COMMANDS = (
 def test_scripts_look_at_their_output_before_they_work(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     name, *flags = command.split()
-    path = Path(__file__).parents[1] / "scripts" / name
-    spec = importlib.util.spec_from_file_location(f"{path.stem}_script", path)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    assert script.main([*flags, "/proc/x/y"]) == 2
+    assert load_script(name).main([*flags, "/proc/x/y"]) == 2
     assert re.match(rf"error: {flags[-1]} /proc/x(/y)? cannot be written", capsys.readouterr().err)
 
 
