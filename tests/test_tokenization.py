@@ -546,7 +546,12 @@ def test_every_type_of_text_gives_the_same_rows(tmp_path, monkeypatch, kind, sel
     text = kind.value_type
     for negatives in ({"negatives": pa.array(lists, kind)}, {k: pa.array(v, text) for k, v in numbered.items()}):
         columns = {"query": pa.array(queries, text), "passage": pa.array(passages, text), **negatives}
-        pq.write_table(pa.table(columns), tmp_path / "x.parquet", row_group_size=5)
+        try:
+            pq.write_table(pa.table(columns), tmp_path / "x.parquet", row_group_size=5)
+        except pa.ArrowNotImplementedError:  # pyarrow 21 writes no null in place of a list of fixed size
+            assert pa.types.is_fixed_size_list(kind)
+            columns["negatives"] = pa.array([row or [None] * 3 for row in lists], kind)
+            pq.write_table(pa.table(columns), tmp_path / "x.parquet", row_group_size=5)
         dataset = RawDataset("x", tmp_path / "x.parquet")
         assert list(read_rows(dataset, selected)) == expected
         batches = list(read_row_batches(dataset, selected))
