@@ -311,6 +311,21 @@ def test_an_unfinished_dataset_that_leaves_the_input_leaves_nothing(tokenizer_fo
     assert "b" in open_store(tmp_path / "tokens", tmp_path / "cache", progress=False).datasets
 
 
+def test_the_record_of_an_earlier_version_is_continued(tokenizer_folder, tmp_path, monkeypatch):
+    """It named the unfinished dataset as a string, of which no letter is a dataset."""
+    write_raw(tmp_path / "raw", "ab")
+    interrupt_in(tokenizer_folder, tmp_path, monkeypatch, "ab")
+    partial = tmp_path / "tokens/manifest.partial.json"
+    partial.write_text(json.dumps(json.loads(partial.read_text()) | {"unfinished": "ab"}))
+    other = tmp_path / "tokens/b_query.parquet"
+    other.write_bytes(b"of somebody else")
+    tokenize_folder(options(tokenizer_folder, tmp_path), progress=False)
+    assert other.read_bytes() == b"of somebody else"
+    other.unlink()
+    tokenize_folder(options(tokenizer_folder, tmp_path, output=tmp_path / "whole"), progress=False)
+    assert contents(tmp_path / "tokens") == contents(tmp_path / "whole")
+
+
 def test_two_unfinished_datasets_are_both_continued(tokenizer_folder, tmp_path, monkeypatch):
     for name in ("a", "d"):
         write_raw(tmp_path / "raw", name)

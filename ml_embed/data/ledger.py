@@ -134,8 +134,12 @@ class Ledger:
         for path in (self.folder / MANIFEST, self.folder / PARTIAL_MANIFEST):
             if path.exists():
                 try:
-                    return read_manifest(path)
+                    former = read_manifest(path)
                 except UserError:
                     if not self._overwrite:
                         raise
+                    continue
+                if isinstance(former.get("unfinished"), str):  # earlier versions knew of one at a time
+                    former["unfinished"] = [former["unfinished"]]
+                return former
         return None
