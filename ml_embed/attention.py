@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from ml_embed.bucketed_attention import LONGEST, bucketed_attention
 from ml_embed.errors import UserError
 
 if TYPE_CHECKING:
@@ -115,7 +116,29 @@ def choose_kernel(requested: str, device: torch.device, dtype: torch.dtype) -> K
     return requested
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float) -> Tensor:
+def _takes_buckets(query: Tensor) -> bool:
+    """Whether `bucketed_attention` is faster here: on CPUs in full precision, for what a backward pass follows."""
+    return (
+        query.device.type == "cpu"
+        and query.dtype in (torch.float32, torch.float64)
+        and torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _by_length(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
+    """(1, A, T, D) x (1, G, T, D) -> (1, T, A, D): short sequences in buckets, long ones by `_sdpa`."""
+    parts = [(short, tuple(run)) for short, run in itertools.groupby(lengths, key=lambda length: length <= LONGEST)]
+    sections = [sum(run) for _, run in parts]
+    outputs = []
+    queries, keys, values = (x.split(sections, dim=2) for x in (query, key, value))
+    for (short, run), q, k, v in zip(parts, queries, keys, values, strict=True):
+        attend = bucketed_attention if short else _sdpa
+        outputs.append(attend(q, k, v, run, scale))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
     """(1, A, T, D) x (1, G, T, D) -> (1, T, A, D): one call for each run of sequences of equal length.
 
     The batch builder sorts sequences by length, so runs are long. `split` and not slices: the gradient of a split is
@@ -123,7 +146,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, sc
     (72 sequences of 20 to 200 tokens, 16 heads of 128, forward and backward): 0.58 s this way, 0.77 s with the
     key/value heads repeated, 1.2 s in padded buckets of 8 or 16.
     """
-    runs = [(length, len(list(group))) for length, group in itertools.groupby(packed.lengths)]
+    runs = _runs(lengths)
     sections = [length * count for length, count in runs]
     # squeeze and not [0], for the same reason
     queries, keys, values = (x.squeeze(0).split(sections, dim=1) for x in (query, key, value))
@@ -134,6 +157,28 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, sc
         out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
         outputs.append(out.transpose(1, 2).flatten(0, 1))  # (count * length, A, D)
     return torch.cat(outputs).unsqueeze(0)
+
+
+def _runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Length and count of each run of equal lengths."""
+    return [(length, len(list(group))) for length, group in itertools.groupby(lengths)]
+
+
+def _sdpa_of_last_queries(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float) -> Tensor:
+    """As `_sdpa`, for each sequence's last token alone, which sees all of its sequence; 0 for the other tokens."""
+    runs = _runs(packed.lengths)
+    last_tokens = packed.last_tokens
+    queries = query.squeeze(0).index_select(1, last_tokens).split([count for _, count in runs], dim=1)
+    keys, values = (x.squeeze(0).split([length * count for length, count in runs], dim=1) for x in (key, value))
+    outputs = []
+    for (length, count), q, k, v in zip(runs, queries, keys, values, strict=True):
+        q = q.transpose(0, 1).unsqueeze(2)  # (count, A, 1, D)
+        k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in (k, v))  # (count, G, length, D)
+        out = scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        outputs.append(out.squeeze(2))  # (count, A, D)
+    rows = torch.cat(outputs)  # (N, A, D)
+    whole = rows.new_zeros((query.shape[2], *rows.shape[1:]))
+    return whole.index_copy(0, last_tokens, rows).unsqueeze(0)
 
 
 def _variable_length(
@@ -172,6 +217,7 @@ def packed_attention(
     *,
     packed: PackedSequences,
     kernel: Kernel,
+    last_queries_only: bool = False,
     **_: object,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature: (1, A, T, D) queries, (1, G, T, D) keys and values -> (1, T, A, D).
@@ -182,7 +228,10 @@ def packed_attention(
     assert dropout == 0.0, "attention dropout is refused when the model is built"
     scale = module.head_dim**-0.5 if scaling is None else scaling
     if kernel == "sdpa":
-        return _sdpa(query, key, value, packed, scale), None
+        if last_queries_only:
+            return _sdpa_of_last_queries(query, key, value, packed, scale), None
+        attend = _by_length if _takes_buckets(query) else _sdpa
+        return attend(query, key, value, packed.lengths, scale), None
     return _variable_length(query, key, value, packed, scale, kernel), None
 
 

@@ -1,4 +1,4 @@
-"""The last layer's MLP works on the rows that are read, and nobody can tell from vectors and gradients."""
+"""The last layer works on the rows that are read, and nobody can tell from vectors and gradients."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -33,14 +33,25 @@ def gradients(encoder) -> dict[str, torch.Tensor]:
     return found
 
 
-def test_only_the_last_layers_mlp_is_narrowed(world, packed_batches):
-    encoder, seen = load(world), []
-    for layer in encoder.backbone.layers:
-        layer.mlp.gate_proj.register_forward_hook(lambda module, arguments, out: seen.append(out.shape[1]))
+def test_the_last_layer_is_narrowed_and_no_other(world, packed_batches):
+    encoder, seen = load(world), {}
     ids, packed = packed_batches[1]
+
+    def note(name: str):
+        return lambda module, arguments, out: seen.setdefault(name, []).append(arguments[0].shape[1])
+
+    for layer in encoder.backbone.layers:
+        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj"):
+            layer.get_submodule(name).register_forward_hook(note(name))
     encoder(ids, packed)
-    assert seen == [len(ids)] * (len(seen) - 1) + [len(packed.lengths)]
-    assert len(seen) == 2
+    tokens, texts = len(ids), len(packed.lengths)
+    assert seen == {
+        "self_attn.q_proj": [tokens, texts],
+        "self_attn.k_proj": [tokens, tokens],
+        "self_attn.v_proj": [tokens, tokens],
+        "self_attn.o_proj": [tokens, texts],
+        "mlp.gate_proj": [tokens, texts],
+    }
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
