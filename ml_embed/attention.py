@@ -178,7 +178,7 @@ def _sdpa_of_last_queries(query: Tensor, key: Tensor, value: Tensor, packed: Pac
         outputs.append(out.squeeze(2))  # (count, A, D)
     rows = torch.cat(outputs)  # (N, A, D)
     whole = rows.new_zeros((query.shape[2], *rows.shape[1:]))
-    return whole.index_copy(0, last_tokens, rows).unsqueeze(0)
+    return whole.index_copy_(0, last_tokens, rows).unsqueeze(0)
 
 
 def _variable_length(

@@ -42,7 +42,7 @@ def read_last_tokens_only(layer: nn.Module) -> None:
     def put_back(_: nn.Module, arguments: tuple[Tensor], output: Tensor) -> Tensor:
         """(1, N, width) -> (1, T, width), 0 for the other tokens"""
         whole = output.new_zeros((1, call.tokens, output.shape[2]))
-        return whole.index_copy(1, call.rows, output)
+        return whole.index_copy_(1, call.rows, output)
 
     layer.get_submodule("self_attn").register_forward_pre_hook(remember, with_kwargs=True)
     for first, last in NARROWED:
