@@ -1,7 +1,7 @@
 """Causal attention over packed sequences, registered with transformers under one name.
 
 A batch is one row of T real tokens; sequence i owns tokens cu_seqlens[i] .. cu_seqlens[i + 1]. There is no padding
-and no mask: only this file knows where sequences end.
+and no mask: only this file knows where sequences end, and `bucketed_attention`, which it calls for training on CPUs.
 
 Letters: T tokens, N sequences, A query heads, G key/value heads, D head size.
 """
