@@ -12,6 +12,7 @@ from transformers import Qwen3Config, Qwen3Model
 
 from ml_embed import lora
 from ml_embed.attention import choose_kernel
+from ml_embed.compilation import check_compiler
 from ml_embed.config import TrainConfig
 from ml_embed.data.store import Store
 from ml_embed.model import MatryoshkaEncoder, factorize_table
@@ -38,7 +39,13 @@ def build_encoder(
     device: torch.device,
     compute_dtype: torch.dtype,
 ) -> MatryoshkaEncoder:
-    """The encoder at the start of training, with float32 master weights, on `device`."""
+    """The encoder at the start of training, with float32 master weights, on `device`.
+
+    Raises:
+        UserError: `compile_layers` does not work here.
+    """
+    if config.compile_layers:
+        check_compiler(device)
     backbone = load_backbone(config.model_path, backbone_config)
     encoder = MatryoshkaEncoder(
         backbone,

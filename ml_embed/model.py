@@ -10,17 +10,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import transformers
-from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Qwen3Config, Qwen3Model
 
 from ml_embed.attention import ATTENTION_NAME, Kernel, PackedSequences, register_packed_attention
+from ml_embed.compilation import compile_in_place
 from ml_embed.errors import UserError
 from ml_embed.last_layer import read_last_tokens_only
 
-COMPILES_SINCE = "5.23.0"
 NormSharing = Literal["shared", "per_layer"]
 
 
@@ -130,10 +128,8 @@ class MatryoshkaEncoder(nn.Module):
             enable = getattr(backbone, "activation_checkpointing_enable", backbone.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
         if compile_layers:
-            check_compilable()
             # Not the last one: cut up by the hooks that narrow it, it is slower compiled (by 5 to 10 % of a step).
-            for layer in backbone.layers[:-1]:
-                layer.compile(dynamic=True)  # in place: parameters keep their names
+            compile_in_place(backbone.layers[:-1])
         self.config: Qwen3Config = backbone.config
         self.exits = tuple(exits)
         self.norm_sharing = norm_sharing
@@ -188,19 +184,6 @@ def _copy_norm(norm: nn.Module, config: Qwen3Config) -> nn.Module:
     copy = type(norm)(config.hidden_size, eps=config.rms_norm_eps)
     copy.load_state_dict(norm.state_dict())
     return copy
-
-
-def check_compilable() -> None:
-    """
-    Raises:
-        UserError: this transformers loses sight of the hidden states of compiled layers (5.3 does, 5.23 does not;
-            those between were not tried).
-    """
-    if Version(transformers.__version__) < Version(COMPILES_SINCE):
-        raise UserError(
-            f"compile_layers: needs transformers {COMPILES_SINCE} or newer (here: {transformers.__version__}); "
-            "update it, or set compile_layers to false"
-        )
 
 
 def check_supported(config: Any) -> None:

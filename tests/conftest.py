@@ -9,9 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch._dynamo
+import transformers
+from packaging.version import Version
 from transformers import Qwen3Config, Qwen3Model
 
 from ml_embed.backbone import train_tokenizer
+from ml_embed.compilation import COMPILES_SINCE
 from ml_embed.tokenization import TokenizeOptions, tokenize_folder
 
 HIDDEN, LAYERS, VOCABULARY = 64, 2, 384
@@ -23,6 +27,23 @@ WORDS = ("river", "stone", "light", "moon", "forest", "bread", "music", "winter"
 def one_thread():
     """Tiny tensors gain nothing from threads, and two cores are shared by child processes."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def compiled_graphs(monkeypatch) -> list[torch.fx.GraphModule]:
+    """What compile_layers traces and differentiates, without the half minute of inductor's C++ (test_benchmarks.py)."""
+    if Version(transformers.__version__) < Version(COMPILES_SINCE):
+        pytest.skip("this transformers cannot compile layers")
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    in_place = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda m, **options: in_place(m, backend=backend, **options))
+    torch._dynamo.reset()
+    return graphs
 
 
 @dataclass(frozen=True)

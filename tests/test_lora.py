@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from oracles import exit_vectors
-from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from test_distributed import assert_same_metrics, assert_same_tensors, run_each_sharded
 from tiny_models import SPOKEN, assert_equal_vectors, naive
@@ -25,7 +23,7 @@ from ml_embed.attention import PackedSequences
 from ml_embed.build import build_encoder
 from ml_embed.checkpoint import numbered_folders
 from ml_embed.config import load_config
-from ml_embed.model import COMPILES_SINCE, MatryoshkaEncoder
+from ml_embed.model import MatryoshkaEncoder
 from ml_embed.model_folder import load_encoder
 from ml_embed.run_setup import open_inputs
 
@@ -251,21 +249,16 @@ def test_less_memory_means_the_same_run(inputs, trained, changes):
     assert_same_tensors(final_state(trained), final_state(other))
 
 
-@pytest.mark.skipif(
-    Version(transformers.__version__) < Version(COMPILES_SINCE), reason="this transformers cannot compile layers"
-)
-def test_compiled_layers_give_the_same(inputs, monkeypatch):
-    in_place = nn.Module.compile  # what is traced matters here, not the code made of it (test_model.py)
-    monkeypatch.setattr(nn.Module, "compile", lambda m, **options: in_place(m, backend="eager", **options))
-    torch._dynamo.reset()
+def test_compiled_layers_give_the_same(inputs, compiled_graphs):
     config, _ = load_config(inputs.config("compiled", **SETTINGS))
     encoders = []
     for compiled in (False, True):
-        backbone = AutoModel.from_pretrained(inputs.folder / "backbone", num_hidden_layers=1)
-        encoders.append(MatryoshkaEncoder(backbone, (1,), compile_layers=compiled))
+        backbone = AutoModel.from_pretrained(inputs.folder / "backbone", num_hidden_layers=2)
+        encoders.append(MatryoshkaEncoder(backbone, (2,), compile_layers=compiled))
         lora.add_adapters(encoders[-1], config)
     plain, compiled = encoders
     left, right = encode(plain, texts()), encode(compiled, texts())
+    assert compiled_graphs
     torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
     for vectors in (left, right):
         vectors.square().sum().backward()

@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-import transformers
 from oracles import exit_vectors
-from packaging.version import Version
 from transformers import AutoModel, Qwen3Config
 
 from ml_embed.attention import PackedSequences, available_kernels, choose_kernel
 from ml_embed.errors import UserError
-from ml_embed.model import COMPILES_SINCE, MatryoshkaEncoder, check_supported, factorize_table
+from ml_embed.model import MatryoshkaEncoder, check_supported, factorize_table
 
 EXITS = (1, 2)
 LENGTHS = (1, 3, 3, 3, 7, 12)
@@ -40,29 +38,6 @@ def random_loss(vectors):
     """A scalar that depends on every component in its own way."""
     generator = torch.Generator().manual_seed(2)
     return (vectors * torch.randn(vectors.shape, generator=generator)).sum()
-
-
-@pytest.mark.skipif(
-    Version(transformers.__version__) < Version(COMPILES_SINCE), reason="this transformers cannot compile layers"
-)
-def test_compiled_layers_give_the_same_and_are_compiled_once(world, backbone, sequences, monkeypatch):
-    """Without inductor's C++ (half a minute); scripts/bench_training.py --compile checks the gradients with it."""
-    in_place = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda m, **options: in_place(m, backend="aot_eager", **options))
-    plain = MatryoshkaEncoder(AutoModel.from_pretrained(world.backbone), EXITS)
-    compiled = MatryoshkaEncoder(backbone, EXITS, compile_layers=True)
-    assert plain.state_dict().keys() == compiled.state_dict().keys()
-    torch._dynamo.reset()
-    for batch in (sequences, sequences[1:], sequences[::-1]):  # other lengths must not mean another compilation
-        with torch._dynamo.config.patch(error_on_recompile=batch is not sequences):
-            left, right = encode(plain, batch), encode(compiled, batch)
-            torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
-            for encoder, vectors in ((plain, left), (compiled, right)):
-                encoder.zero_grad()
-                random_loss(vectors).backward()
-    for (name, a), b in zip(plain.named_parameters(), compiled.parameters(), strict=True):
-        assert a.grad.abs().max() > 0, name
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=2e-5)
 
 
 def test_packed_vectors_and_all_gradients_equal_transformers(world, backbone, sequences):

@@ -2,9 +2,12 @@
 
 import resource
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from ml_embed.allocator import keep_freed_memory
@@ -29,8 +32,10 @@ from ml_embed.benchmarks.training_setup import (
     open_sample,
     pick_batch,
 )
+from ml_embed.compilation import check_compiler, check_transformers
+from ml_embed.errors import UserError
 
-TOLERANCE = 1e-4  # of a gradient's largest entry, float32; measured 2e-6, and 7e-6 compiled
+TOLERANCE = 1e-4  # of a gradient's largest entry, float32; measured 3e-6, and 5e-6 compiled
 PEAK_SIZE = 1536
 STEPS_A_TURN = 2
 
@@ -43,65 +48,57 @@ def compare_training(
     tokenizer: Path | None = None,
     **model: int,
 ) -> dict[str, Any]:
-    """Steps of both versions in turn on one batch. Raises SystemExit if losses or gradients differ.
+    """Steps of the naive and the fast version, and of the fast one compiled if asked for, in turn on one batch.
 
     Each version makes several steps in a turn, as training does, and the first is not timed: it would pay for memory
-    that the other version gave back.
+    that another version gave back.
+
+    Returns:
+        What `_judge` says of the fast version, the same of the compiled one as "compiled", and what they share.
+    Raises:
+        SystemExit: losses or gradients differ.
     """
     sample = make_sample(folder / "sample", rows=500, tokenizer_folder=tokenizer)
     batch = pick_batch(open_sample(sample.tokenized, folder / "cache"), shape, sample.tokenizer.eos_token_id)
     accelerator = Accelerator(cpu=True, mixed_precision="no")
-    naive = naive_contender(batch, shape, accelerator, model)
-    fast = fast_contender(batch, shape, accelerator, model, compiled=compiled)
-    agreement = check_agreement(fast, naive)
-    cpu: dict[str, list[float]] = {"naive": [], "fast": []}
-    work = 6 * layer_parameters(fast.model) * batch.num_tokens
-    products = SquareProducts(PEAK_SIZE, work)
-
-    def turn(name: str, contender: Contender, keep_memory: bool) -> float:
-        """Seconds of a step; run.py keeps freed memory, the naive step runs with the C library's defaults."""
-        keep_freed_memory(keep_memory)
-        contender.step()
-        before = _cpu_seconds()
-        start = time.perf_counter()
-        for _ in range(STEPS_A_TURN):
-            contender.step()
-        cpu[name].append(_cpu_seconds() - before)
-        return (time.perf_counter() - start) / STEPS_A_TURN
-
-    seconds: dict[str, list[float]] = {"naive": [], "fast": [], "products": []}
-    for _ in range(repeats):
-        seconds["naive"].append(turn("naive", naive, keep_memory=False))
-        seconds["fast"].append(turn("fast", fast, keep_memory=True))
-        seconds["products"].append(products.seconds())
-    timing = {name: Timing(tuple(values)) for name, values in seconds.items()}
-    return agreement | {
-        "ratio": ratio(timing["naive"], timing["fast"]),
-        "ratio_range": ratio_range(timing["naive"], timing["fast"]),
-        "cpu_seconds_ratio": sum(cpu["naive"]) / sum(cpu["fast"]),
-        "seconds": {name: timing[name] for name in ("naive", "fast")},
-        "real_tokens_per_second": {name: batch.num_tokens / timing[name].median for name in ("naive", "fast")},
-        "peak_gflops": products.flops / timing["products"].median / 1e9,
-        "share_of_peak": work / products.flops * ratio(timing["products"], timing["fast"]),
-        "share_of_peak_range": [work / products.flops * r for r in ratio_range(timing["products"], timing["fast"])],
-        "peak_gflops_best": products.flops / min(timing["products"].seconds) / 1e9,
+    contenders = {
+        "naive": naive_contender(batch, shape, accelerator, model),
+        "fast": fast_contender(batch, shape, accelerator, model),
+    }
+    if compiled:
+        contenders["compiled"] = fast_contender(batch, shape, accelerator, model, compiled=True)
+    parameters = layer_parameters(contenders["fast"].model)
+    agreement = check_agreement(contenders)
+    turns = take_turns(contenders, SquareProducts(PEAK_SIZE, 6 * parameters * batch.num_tokens), repeats)
+    judged = {name: _judge(name, turns, 6 * parameters * batch.num_tokens) | agreement[name] for name in agreement}
+    return judged.pop("fast") | {
+        **judged,
+        "seconds": turns.seconds,
+        "real_tokens_per_second": {name: batch.num_tokens / timing.median for name, timing in turns.seconds.items()},
+        "peak_gflops": turns.flops / turns.products.median / 1e9,
+        "peak_gflops_best": turns.flops / min(turns.products.seconds) / 1e9,
         "sizes": vars(shape)
         | {
-            "layer_parameters": layer_parameters(fast.model),
+            "layer_parameters": parameters,
             "real_tokens": batch.num_tokens,
             "encoded_tokens": batch.num_encoded_tokens,
-            "compiled": compiled,
         },
     }
 
 
-def check_agreement(fast: Contender, naive: Contender, tolerance: float = TOLERANCE) -> dict[str, float]:
-    """Both losses, and the largest difference of any gradient. Raises SystemExit beyond the tolerance."""
-    return compare_gradients(fast.gradients(), naive.gradients(), tolerance)
+def check_agreement(contenders: Mapping[str, Contender]) -> dict[str, dict[str, float]]:
+    """Each version against "naive", as `compare_gradients` tells it."""
+    naive = contenders["naive"].gradients()
+    others = (name for name in contenders if name != "naive")
+    return {name: compare_gradients(contenders[name].gradients(), naive, TOLERANCE) for name in others}
 
 
 def compare_gradients(fast: Gradients, naive: Gradients, tolerance: float) -> dict[str, float]:
-    """The same of what two contenders' `gradients` gave."""
+    """Both losses, and the largest difference of any gradient in units of that gradient's largest entry.
+
+    Raises:
+        SystemExit: beyond the tolerance.
+    """
     (fast_loss, fast_gradients), (naive_loss, naive_gradients) = fast, naive
     require_agreement("losses", abs(fast_loss - naive_loss) / abs(naive_loss), tolerance)
     difference = largest_difference(fast_gradients, naive_gradients)
@@ -109,21 +106,83 @@ def compare_gradients(fast: Gradients, naive: Gradients, tolerance: float) -> di
     return {"loss": fast_loss, "naive_loss": naive_loss, "gradient_difference": difference}
 
 
+@dataclass(frozen=True)
+class Turns:
+    """What versions that took turns needed, and square products between them."""
+
+    seconds: dict[str, Timing]
+    """Of a step of each version, a turn each."""
+    cpu_seconds: dict[str, float]
+    """Of all steps of each version."""
+    products: Timing
+    """Of square products with `flops` FLOPs, a turn each."""
+    flops: float
+
+
+def take_turns(contenders: Mapping[str, Contender], products: SquareProducts, repeats: int) -> Turns:
+    """All versions one behind another, `repeats` times: whatever else the machine does slows all of them alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    cpu_seconds = dict.fromkeys(contenders, 0.0)
+    of_products = []
+    for _ in range(repeats):
+        for name, contender in contenders.items():
+            keep_freed_memory(name != "naive")  # as run.py does; the naive step runs with the C library's defaults
+            contender.step()
+            cpu_before, start = _cpu_seconds(), time.perf_counter()
+            for _ in range(STEPS_A_TURN):
+                contender.step()
+            seconds[name].append((time.perf_counter() - start) / STEPS_A_TURN)
+            cpu_seconds[name] += _cpu_seconds() - cpu_before
+            if name == "fast":  # in the middle, beside both versions whose share they judge
+                of_products.append(products.seconds())
+    timing = {name: Timing(tuple(values)) for name, values in seconds.items()}
+    return Turns(timing, cpu_seconds, Timing(tuple(of_products)), products.flops)
+
+
+def _judge(name: str, turns: Turns, work: float) -> dict[str, Any]:
+    """A version against the naive one, and its `work` (FLOPs of a step) against the square products'."""
+    naive, own = turns.seconds["naive"], turns.seconds[name]
+    share = work / turns.flops
+    return {
+        "ratio": ratio(naive, own),
+        "ratio_range": ratio_range(naive, own),
+        "cpu_seconds_ratio": turns.cpu_seconds["naive"] / turns.cpu_seconds[name],
+        "share_of_peak": share * ratio(turns.products, own),
+        "share_of_peak_range": [share * r for r in ratio_range(turns.products, own)],
+    }
+
+
 def report_training(folder: Path, repeats: int, compiled: bool, tokenizer: Path | None) -> None:
     """Measure, and print the table and the JSON line."""
+    if compiled:
+        try:
+            check_transformers()
+            check_compiler(torch.device("cpu"))
+        except UserError as error:
+            print(f"left out: {error}")
+            compiled = False
     result = compare_training(folder, TrainingShape(), repeats, compiled, tokenizer)
-    rows = [
-        [name, t.in_unit(1, "s"), f"{result['real_tokens_per_second'][name]:,.0f}"]
-        for name, t in result["seconds"].items()
-    ]
-    print_table(["version", "one step", "real tokens/s"], rows)
+    rows = []
+    for name, timing in result["seconds"].items():
+        row = [name, timing.in_unit(1, "s"), f"{result['real_tokens_per_second'][name]:,.0f}"]
+        rows.append(row + (["", "", ""] if name == "naive" else _verdict(result if name == "fast" else result[name])))
+    print_table(["version", "one step", "real tokens/s", "ratio", "share of the peak", "gradients differ"], rows)
     print(
-        f"ratio {result['ratio']:.2f} ({result['cpu_seconds_ratio']:.2f} in CPU seconds); "
-        f"{result['share_of_peak']:.0%} ({' to '.join(f'{s:.0%}' for s in result['share_of_peak_range'])}) of the "
-        f"{result['peak_gflops']:.0f} GFLOP/s that square products of the same FLOPs reach in turn; "
-        f"gradients agree within {result['gradient_difference']:.1e} of their largest entries"
+        f"peak: {result['peak_gflops']:.0f} GFLOP/s, of square products of a step's FLOPs in turn with the steps; "
+        "gradients: of their largest entries"
     )
     print_result("training", result)
+
+
+def _verdict(judged: Mapping[str, Any]) -> list[str]:
+    """For a table."""
+    low, high = judged["ratio_range"]
+    least, most = judged["share_of_peak_range"]
+    return [
+        f"{judged['ratio']:.2f} ({low:.2f} .. {high:.2f}; {judged['cpu_seconds_ratio']:.2f} in CPU seconds)",
+        f"{judged['share_of_peak']:.0%} ({least:.0%} .. {most:.0%})",
+        f"{judged['gradient_difference']:.1e}",
+    ]
 
 
 def _cpu_seconds() -> float:
