@@ -22,6 +22,7 @@ from transformers import AttentionInterface
 
 from ml_embed.bucketed_attention import LONGEST, bucketed_attention
 from ml_embed.errors import UserError
+from ml_embed.precision import in_full_precision_on_cpu
 
 if TYPE_CHECKING:
     from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
@@ -117,13 +118,8 @@ def choose_kernel(requested: str, device: torch.device, dtype: torch.dtype) -> K
 
 
 def _takes_buckets(query: Tensor) -> bool:
-    """Whether `bucketed_attention` is faster here: on CPUs in full precision, for what a backward pass follows."""
-    return (
-        query.device.type == "cpu"
-        and query.dtype in (torch.float32, torch.float64)
-        and torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-    )
+    """Whether `bucketed_attention` is faster here: where it runs at all, for what a backward pass follows."""
+    return in_full_precision_on_cpu(query) and torch.is_grad_enabled()
 
 
 def _by_length(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:

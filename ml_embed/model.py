@@ -18,6 +18,7 @@ from ml_embed.attention import ATTENTION_NAME, Kernel, PackedSequences, register
 from ml_embed.compilation import compile_in_place
 from ml_embed.errors import UserError
 from ml_embed.last_layer import read_last_tokens_only
+from ml_embed.rms_norm import fuse_norms
 
 NormSharing = Literal["shared", "per_layer"]
 
@@ -90,8 +91,9 @@ class PlainEmbedding(nn.Embedding):
 class MatryoshkaEncoder(nn.Module):
     """Packed token ids -> one vector for each text and exit.
 
-    transformers' own Qwen3 runs unchanged. Two of its parts are held here instead: the token table, which becomes
-    factors, and the final norm, so that it sees N pooled rows and not T tokens at each exit.
+    transformers' own Qwen3 runs, with our attention, on CPUs with our norms, and without the last layer's unread rows
+    (`ml_embed.attention`, `rms_norm`, `last_layer`). Two of its parts are held here instead: the token table, which
+    becomes factors, and the final norm, so that it sees N pooled rows and not T tokens at each exit.
     """
 
     _no_split_modules = ("Qwen3DecoderLayer",)  # what sharding engines keep whole
@@ -127,9 +129,12 @@ class MatryoshkaEncoder(nn.Module):
             # transformers renamed the method after 5.3 and warns of the old name
             enable = getattr(backbone, "activation_checkpointing_enable", backbone.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
+        not_compiled = backbone.layers
         if compile_layers:
             # Not the last one: cut up by the hooks that narrow it, it is slower compiled (by 5 to 10 % of a step).
             compile_in_place(backbone.layers[:-1])
+            not_compiled = backbone.layers[-1:]
+        fuse_norms(not_compiled, type(backbone.norm))
         self.config: Qwen3Config = backbone.config
         self.exits = tuple(exits)
         self.norm_sharing = norm_sharing
