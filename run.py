@@ -33,11 +33,12 @@ def main(arguments: list[str] | None = None) -> int:
 
     config, given = load_config(options.config, options.set)  # before the slow imports: mistakes show at once
 
-    from ml_embed.allocator import keep_freed_memory
-    from ml_embed.heartbeat import heartbeat
-    from ml_embed.run_setup import make_accelerator, open_inputs, set_up
-    from ml_embed.sole_launch import sole_launch
-    from ml_embed.training import train
+    from ml_embed.distributed.heartbeat import heartbeat
+    from ml_embed.distributed.sole_launch import sole_launch
+    from ml_embed.kernels.allocator import keep_freed_memory
+    from ml_embed.training.accelerator import make_accelerator
+    from ml_embed.training.loop import train
+    from ml_embed.training.setup import open_inputs, set_up
 
     with failures_from_outside(), heartbeat():
         accelerator = make_accelerator(config)
@@ -58,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
 @contextlib.contextmanager
 def failures_from_outside() -> Iterator[None]:
     """A disk that is full or fails, and a process that is gone, are the machine's failures and not this program's."""
-    from ml_embed.distributed import is_lost_peer
+    from ml_embed.distributed.collectives import is_lost_peer
 
     try:
         yield

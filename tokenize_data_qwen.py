@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from ml_embed.errors import exit_on_user_error
-from ml_embed.paths import home_path
+from ml_embed.files.paths import home_path
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -59,8 +59,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = vars(parse_arguments(arguments))
     from ml_embed.config import load_config  # after parsing: --help answers at once
-    from ml_embed.own_data import raw_folder
-    from ml_embed.tokenization import TokenizeOptions, tokenize_folder
+    from ml_embed.prepare.own_data import raw_folder
+    from ml_embed.prepare.tokenization import TokenizeOptions, tokenize_folder
 
     config = options.pop("config")
     datasets = load_config(config)[0].datasets if config else {}

@@ -11,7 +11,7 @@ __all__ = ["Embedder"]
 
 def __getattr__(name: str) -> Any:
     if name == "Embedder":
-        from ml_embed.embedder import Embedder
+        from ml_embed.inference.embedder import Embedder
 
         return Embedder
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,12 +1,13 @@
 """Every key of the training config: its meaning, unit, range and default; loading, overriding, checking.
 
 The config the user gave is never changed: it is saved as given, with the overrides of the command line in it, and
-derived numbers live in `ml_embed.resolve`.
+derived numbers live in `ml_embed.training.resolve`.
 """
 
 import ast
 import dataclasses
 import difflib
+import fnmatch
 import inspect
 import itertools
 import json
@@ -17,11 +18,13 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ml_embed.errors import UserError
-from ml_embed.paths import expand_home, file_in_the_way, home_path
-from ml_embed.tasks import Task
+from ml_embed.files.paths import expand_home, file_in_the_way, home_path
+
+Task = Literal["retrieval", "clustering", "classification"]
+TASKS: tuple[Task, ...] = get_args(Task)
 
 DistillationLoss = Literal["vectors", "similarity"]
 PATH_SUFFIXES = ("_path", "_dir")
@@ -43,7 +46,8 @@ class DatasetConfig:
     """Settings of one dataset (or of all whose name matches a shell-style pattern)."""
 
     task: Task | None = None
-    """which losses apply and how many negatives; null = the default for the name (`ml_embed/dataset_tasks.json`)"""
+    """which losses apply and how many negatives; null = the default for the name
+    (`ml_embed/data/dataset_tasks.json`)"""
     num_hard_neg: int | None = _key(None, low=0)
     """negatives drawn for each sample; null = the task's default"""
     weight: float = _key(1.0, above=0, high=HIGHEST_WEIGHT)
@@ -351,12 +355,29 @@ def _kind(value: Any) -> str:
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """Field name -> the docstring line under it, read from the source (also the README's table)."""
+    """Field name -> the docstring under it as one line (also the table of keys)."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(definition, ast.ClassDef)
     docs = {}
     for pair in itertools.pairwise(definition.body):
         match pair:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                docs[name] = text
+                docs[name] = " ".join(text.split())
     return docs
+
+
+def match_settings(name: str, datasets: Mapping[str, DatasetConfig]) -> DatasetConfig:
+    """Settings under the dataset's own name, or else the first pattern that matches it."""
+    if name in datasets:
+        return datasets[name]
+    return next((s for pattern, s in datasets.items() if fnmatch.fnmatchcase(name, pattern)), DatasetConfig())
+
+
+def check_dataset_names(names: Sequence[str], datasets: Mapping[str, DatasetConfig]) -> None:
+    """Refuse settings that match no dataset: a typing mistake would otherwise train with defaults."""
+    unused = [p for p in datasets if p not in names and not fnmatch.filter(names, p)]
+    if unused:
+        raise UserError(
+            f"datasets: {', '.join(map(repr, unused))} matches none of the datasets there are "
+            f"({', '.join(names)}); correct or remove it"
+        )

@@ -5,8 +5,8 @@ The nested dims (MRL) are a property of the loss, not of the model: every vector
 Letters: V vocabulary, H hidden size, r rank, L layers, T tokens of a packed batch, N sequences, E exits.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -14,28 +14,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Qwen3Config, Qwen3Model
 
-from ml_embed.attention import ATTENTION_NAME, Kernel, PackedSequences, register_packed_attention
-from ml_embed.compilation import compile_in_place
+from ml_embed.data.packing import PackedSequences
 from ml_embed.errors import UserError
-from ml_embed.last_layer import read_last_tokens_only
-from ml_embed.rms_norm import fuse_norms
+from ml_embed.kernels.attention import ATTENTION_NAME, Kernel, register_packed_attention
+from ml_embed.kernels.compilation import compile_in_place
+from ml_embed.kernels.last_layer import read_last_tokens_only
+from ml_embed.kernels.rms_norm import fuse_norms
+
+EXIT_LAYERS = (1, 2, 4, 8, 16, 24, 32, 40, 48)
+SMALLEST_DIM = 8
+SMALLEST_RANK = 64
 
 NormSharing = Literal["shared", "per_layer"]
-
-
-@dataclass(frozen=True)
-class PackedBatch:
-    """N texts as one row of T real tokens."""
-
-    input_ids: Tensor
-    """(T,) int64."""
-    packed: PackedSequences
-    """Where each text begins and ends."""
-
-    def to(self, device: torch.device) -> "PackedBatch":
-        """A copy on `device`; from pinned memory it does not wait."""
-        packed = PackedSequences(self.packed.lengths, self.packed.cu_seqlens.to(device, non_blocking=True))
-        return PackedBatch(self.input_ids.to(device, non_blocking=True), packed)
 
 
 def factorize_table(table: Tensor, rank: int, token_share: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -92,7 +82,7 @@ class MatryoshkaEncoder(nn.Module):
     """Packed token ids -> one vector for each text and exit.
 
     transformers' own Qwen3 runs, with our attention, on CPUs with our norms, and without the last layer's unread rows
-    (`ml_embed.attention`, `rms_norm`, `last_layer`). Two of its parts are held here instead: the token table, which
+    (`ml_embed.kernels`, `rms_norm`, `last_layer`). Two of its parts are held here instead: the token table, which
     becomes factors, and the final norm, so that it sees N pooled rows and not T tokens at each exit.
     """
 
@@ -114,7 +104,7 @@ class MatryoshkaEncoder(nn.Module):
             exits: layers after which a vector is read, ascending, the last one included.
             factors: A (V, r), B (r, H) in place of the backbone's token table; None keeps the table.
             norm_sharing: one final norm for all exits, or a copy trained apart for each.
-            kernel: which attention kernel runs (`ml_embed.attention`).
+            kernel: which attention kernel runs (`ml_embed.kernels`).
             gradient_checkpointing: recompute each layer in the backward pass; one (T, H) tensor a layer is kept.
             compile_layers: fuse what stands around attention in all layers but the last, by torch.compile.
         """
@@ -203,3 +193,37 @@ def check_supported(config: Any) -> None:
         raise UserError("the backbone has sliding-window attention; set use_sliding_window to false in its config.json")
     if config.attention_dropout:
         raise UserError("the backbone's attention_dropout is not 0; set it to 0.0 in its config.json")
+
+
+def default_exits(num_layers: int) -> tuple[int, ...]:
+    """Layers after which a vector is read, ascending; always ends with the last one."""
+    return tuple(sorted({layer for layer in EXIT_LAYERS if layer <= num_layers} | {num_layers}))
+
+
+def _doublings(smallest: int, largest: int) -> set[int]:
+    """{smallest, 2 smallest, 4 smallest, ... < largest} and largest."""
+    sizes = {largest}
+    size = smallest
+    while size < largest:
+        sizes.add(size)
+        size *= 2
+    return sizes
+
+
+def default_dims(hidden_size: int) -> tuple[int, ...]:
+    """Nested vector lengths, largest first: H, ..., 32, 16, 8."""
+    return tuple(sorted(_doublings(SMALLEST_DIM, hidden_size), reverse=True))
+
+
+def default_ranks(rank: int) -> tuple[int, ...]:
+    """Nested ranks of the token table, ascending: 64, 128, 256, ..., r."""
+    return tuple(sorted(_doublings(SMALLEST_RANK, rank)))
+
+
+def dim_weights(dims: Sequence[int]) -> tuple[float, ...]:
+    """Loss weight c_n = 1 / (n sqrt(d_1 / d_n)) of the n-th largest dim, n from 1 (arXiv 2605.15081).
+
+    `dims` are given largest first; d_1 is the whole vector.
+    """
+    largest = dims[0]
+    return tuple(1.0 / (n * math.sqrt(largest / dim)) for n, dim in enumerate(dims, start=1))

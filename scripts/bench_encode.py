@@ -17,10 +17,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3, help="calls of each (default 3)")
     args = parser.parse_args(arguments)
 
-    from ml_embed.backbone import train_tokenizer
     from ml_embed.benchmarks.common import MIB, print_result, print_table
     from ml_embed.benchmarks.encoding import compare_encoding, measure_depths, mixed_texts, rank_memory, write_model
     from ml_embed.benchmarks.samples import QWEN3_VOCABULARY
+    from ml_embed.prepare.tokenizer_training import train_tokenizer
 
     texts, articles = mixed_texts(args.texts)
     with tempfile.TemporaryDirectory() as name:

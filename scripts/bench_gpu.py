@@ -35,14 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     import dataclasses
 
     from ml_embed.benchmarks.common import print_result, print_table
-    from ml_embed.benchmarks.gpu import (
-        MODEL_06B,
-        SHAPE_06B,
-        check_kernels,
-        check_liger,
-        check_naive,
-        measure_training,
-    )
+    from ml_embed.benchmarks.gpu import MODEL_06B, SHAPE_06B, check_kernels, check_liger, check_naive, measure_training
 
     agreement = {"naive": check_naive(), "kernels": check_kernels()}
     if args.liger:

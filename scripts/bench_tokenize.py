@@ -20,10 +20,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3, help="runs of each (default 3)")
     args = parser.parse_args(arguments)
 
-    from ml_embed.backbone import train_tokenizer
     from ml_embed.benchmarks.common import print_result, print_table
     from ml_embed.benchmarks.tokenizing import compare_tokenizing, peak_memory, write_raw
-    from ml_embed.sample_data import plan_datasets, training_texts
+    from ml_embed.prepare.tokenizer_training import train_tokenizer
+    from ml_embed.sample_data.plan import plan_datasets, training_texts
 
     articles = training_texts(plan_datasets(50, 0))
     with tempfile.TemporaryDirectory() as name:

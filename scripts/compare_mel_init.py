@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed, too
 
 from ml_embed.errors import UserError, exit_on_user_error
-from ml_embed.paths import check_writable, home_path
+from ml_embed.files.paths import check_writable, home_path
 
 
 @exit_on_user_error
@@ -37,14 +37,14 @@ def main(arguments: list[str] | None = None) -> None:
     if args.work is not None:
         check_writable(args.work, "--work")
 
-    from ml_embed.mel_comparison import compare_starts, markdown_table, packaged_model, to_json
+    from ml_embed.benchmarks.mel_comparison import compare_starts, markdown_table, packaged_model, to_json
 
     folder = args.model or packaged_model()
     rows = compare_starts(folder, args.ranks)
     print(f"without training, {folder}:\n\n{markdown_table(rows)}\n")
     result = {"model": str(folder), "untrained": to_json(rows)}
     if args.train_steps:
-        from ml_embed.mel_training import compare_trained, trained_table
+        from ml_embed.benchmarks.mel_training import compare_trained, trained_table
 
         trained = compare_trained(folder, args.work, args.ranks, args.train_steps, args.seeds)
         print(f"after {args.train_steps} steps, {len(args.seeds)} seeds:\n\n{trained_table(trained)}\n")

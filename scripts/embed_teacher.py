@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed, too
 
 from ml_embed.errors import exit_on_user_error
-from ml_embed.paths import check_writable, home_path
+from ml_embed.files.paths import check_writable, home_path
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -54,8 +54,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 @exit_on_user_error
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    from ml_embed.teacher import TeacherOptions, embed_teacher, tokenizer_of_data
-    from ml_embed.text_models import load_text_model
+    from ml_embed.inference.text_models import load_text_model
+    from ml_embed.recipe.teacher import TeacherOptions, embed_teacher, tokenizer_of_data
 
     options = TeacherOptions(
         data=args.data,

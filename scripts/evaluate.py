@@ -15,8 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed, too
 
 from ml_embed.errors import UserError, exit_on_user_error
-from ml_embed.paths import check_writable, home_path
-from ml_embed.report import MEANING
+from ml_embed.files.paths import check_writable, home_path
+from ml_embed.reports.tables import MEANING
 
 JSON_FILE, PICTURE_FILE = "evaluation.json", "evaluation.png"
 
@@ -49,10 +49,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    from ml_embed.cube import evaluate_baseline, evaluate_cube
-    from ml_embed.files import write_json
-    from ml_embed.plots import plot_cube
-    from ml_embed.report import cube_tables, test_set_table
+    from ml_embed.evaluation.cube import evaluate_baseline, evaluate_cube
+    from ml_embed.files.atomic import write_json
+    from ml_embed.reports.plots import plot_cube
+    from ml_embed.reports.tables import cube_tables, test_set_table
 
     options = {"batch_tokens": args.batch_tokens, "max_queries": args.max_queries, "device": args.device}
     result = evaluate_cube(args.model, args.data, args.ranks, args.depths, args.dims, **options)

@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed, too
 
 from ml_embed.errors import UserError, exit_on_user_error
-from ml_embed.paths import check_writable, home_path
+from ml_embed.files.paths import check_writable, home_path
 
 
 @exit_on_user_error
@@ -42,8 +42,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    from ml_embed.data.files import disk_errors_are_user_errors
-    from ml_embed.mteb_evaluation import SUMMARY_FILE, evaluate_mteb, find_tasks, summary_table
+    from ml_embed.evaluation.mteb import SUMMARY_FILE, evaluate_mteb, find_tasks
+    from ml_embed.files.atomic import disk_errors_are_user_errors
+    from ml_embed.reports.tables import summary_table
 
     tasks = find_tasks(args.tasks, args.benchmark, args.languages)
     with disk_errors_are_user_errors(args.output, "Then run the same command again: it continues."):

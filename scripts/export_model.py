@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed, too
 
 from ml_embed.errors import exit_on_user_error
-from ml_embed.paths import home_path
+from ml_embed.files.paths import home_path
 
 DTYPES = ("float32", "bfloat16")
 
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     import torch
 
-    from ml_embed.export import export_model
+    from ml_embed.model_folders.export import export_model
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
     cut = export_model(

@@ -6,16 +6,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed, too
 
-from ml_embed.backbone import (
-    DEFAULT_VOCAB_SIZE,
-    DTYPES,
-    PRESETS,
-    init_backbone,
-    read_texts,
-    train_tokenizer,
-)
 from ml_embed.errors import exit_on_user_error
-from ml_embed.paths import check_model_output, home_path
+from ml_embed.files.paths import check_model_output, home_path
+from ml_embed.model_folders.backbone import DTYPES, PRESETS, init_backbone
+from ml_embed.prepare.tokenizer_training import DEFAULT_VOCAB_SIZE, read_texts, train_tokenizer
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -59,7 +53,9 @@ def main(arguments: list[str] | None = None) -> None:
         tokenizer = train_tokenizer(read_texts(args.train_tokenizer), size)
         rows = None
     else:
-        from ml_embed.tokenizer import load_tokenizer  # seconds of imports that a mistake or --help need not wait for
+        from ml_embed.prepare.tokenizer import (
+            load_tokenizer,  # seconds of imports that a mistake or --help need not wait for
+        )
 
         tokenizer = load_tokenizer(args.tokenizer, needs_padding=False)
         rows = args.vocab_size

@@ -11,8 +11,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed, too
 
 from ml_embed.errors import exit_on_user_error
-from ml_embed.paths import check_writable, home_path
-from ml_embed.sample_data import TASKS, Plan, build_datasets, cue_accuracy
+from ml_embed.files.paths import check_writable, home_path
+from ml_embed.sample_data.cues import cue_accuracy
+from ml_embed.sample_data.datasets import TASKS, build_datasets
+from ml_embed.sample_data.plan import Plan
 
 
 def language_count(value: str) -> int | None:

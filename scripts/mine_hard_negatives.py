@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed, too
 
 from ml_embed.errors import UserError, exit_on_user_error
-from ml_embed.paths import check_writable, home_path
+from ml_embed.files.paths import check_writable, home_path
 
 if TYPE_CHECKING:
-    from ml_embed.ann import Approximation
+    from ml_embed.recipe.ann import Approximation
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -64,7 +64,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def _approximation(args: argparse.Namespace) -> "Approximation | None":
     """The settings of the approximate search, checked; None for the exact one."""
-    from ml_embed.ann import Approximation
+    from ml_embed.recipe.ann import Approximation
 
     given = {name: value for name in ("nprobe", "code_bits") if (value := getattr(args, name)) is not None}
     if args.search == "ann":
@@ -81,9 +81,9 @@ def _approximation(args: argparse.Namespace) -> "Approximation | None":
 @exit_on_user_error
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    from ml_embed.mining import Filter, mine_folder
-    from ml_embed.raw import list_raw_datasets
-    from ml_embed.text_models import load_text_model
+    from ml_embed.inference.text_models import load_text_model
+    from ml_embed.prepare.raw import list_raw_datasets
+    from ml_embed.recipe.mining import Filter, mine_folder
 
     rule = Filter(args.top, args.skip, args.max_score, args.max_ratio, args.count)
     rule.check()

@@ -10,9 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed, too
 
-from ml_embed.backbone import PRESETS
 from ml_embed.errors import UserError, exit_on_user_error
-from ml_embed.paths import home_path
+from ml_embed.files.paths import home_path
+from ml_embed.model_folders.backbone import PRESETS
 
 
 @exit_on_user_error
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.max_texts < 1:
         raise UserError(f"--max-texts is {args.max_texts}; it must be at least 1")
 
-    from ml_embed.pruning import calibration_texts, prune_backbone
+    from ml_embed.recipe.pruning import calibration_texts, prune_backbone
 
     texts = calibration_texts(args.texts, args.max_texts)
     options = {"max_seq_length": args.max_seq_length, "device": args.device, "overwrite": args.overwrite}

@@ -7,8 +7,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed, too
 
 from ml_embed.errors import exit_on_user_error
-from ml_embed.paths import home_path
-from ml_embed.report import MEANING
+from ml_embed.files.paths import home_path
+from ml_embed.reports.tables import MEANING
 
 
 @exit_on_user_error
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--metric", choices=list(MEANING), default="ndcg@10", help="of the cube (default %(default)s)")
     args = parser.parse_args(arguments)
 
-    from ml_embed.run_report import write_report
+    from ml_embed.reports.run_page import write_report
 
     output = args.output or args.run / "report.html"
     write_report(args.run, output, args.evaluation, args.metric)

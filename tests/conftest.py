@@ -1,26 +1,13 @@
-"""A tiny world, made once a session: raw data of all three tasks, a tokenizer, a backbone, the tokenized folder."""
+"""Fixtures that tests of several rooms use."""
 
-import json
-import random
-from dataclasses import dataclass
-from pathlib import Path
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 import torch._dynamo
 import transformers
+from helpers.tiny_world import TinyWorld, make_world
 from packaging.version import Version
-from transformers import Qwen3Config, Qwen3Model
 
-from ml_embed.backbone import train_tokenizer
-from ml_embed.compilation import COMPILES_SINCE
-from ml_embed.tokenization import TokenizeOptions, tokenize_folder
-
-HIDDEN, LAYERS, VOCABULARY = 64, 2, 384
-TASKS = {"facts": "retrieval", "topics": "clustering", "sentiment": "classification"}
-WORDS = ("river", "stone", "light", "moon", "forest", "bread", "music", "winter", "harbour", "candle", "garden")
+from ml_embed.kernels.compilation import COMPILES_SINCE
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -46,90 +33,7 @@ def compiled_graphs(monkeypatch) -> list[torch.fx.GraphModule]:
     return graphs
 
 
-@dataclass(frozen=True)
-class TinyWorld:
-    raw: Path
-    backbone: Path
-    tokenized: Path
-    folder: Path
-
-    def config(self, experiment_id: str = "run", **changes) -> dict:
-        """A config that trains everything at once, in a second."""
-        return {
-            "model_path": str(self.backbone),
-            "experiment_id": experiment_id,
-            "output_dir": str(self.folder / "runs"),
-            "tb_dir": str(self.folder / "tensorboard"),
-            "cache_dir": str(self.folder / "cache"),
-            "train_data_path": str(self.tokenized),
-            "datasets": {name: {"task": task} for name, task in TASKS.items()},
-            "train_batch_size": 4,
-            "num_hard_neg": 2,
-            "num_hard_neg_clustering": 3,
-            "max_seq_length": 24,
-            "learning_rate": 1e-3,
-            "warmup_steps": 2,
-            "train_steps": 4,
-            "use_mel": True,
-            "r": 32,
-            "mel_ranks": [16],
-            "use_mll": True,
-            "use_mrl": True,
-            "valid_fraction": 0.1,
-            "log_interval": 1,
-            "report_to": [],
-            **changes,
-        }
-
-    def write_config(self, path: Path, experiment_id: str = "run", **changes) -> Path:
-        path.write_text(json.dumps(self.config(experiment_id, **changes)))
-        return path
-
-
-def sentence(rng: random.Random, words: int) -> str:
-    return " ".join(rng.choice(WORDS) + str(rng.randrange(100)) for _ in range(words))
-
-
-def raw_rows(name: str, rng: random.Random) -> list[dict]:
-    """Rows with ragged negatives, repeated documents, and for one sample its own positive among the negatives."""
-    if name == "sentiment":
-        return [{"query": sentence(rng, 5), "passage": "good", "negatives": ["bad"]} for _ in range(13)]
-    documents = [sentence(rng, rng.randrange(2, 12)) for _ in range(30)]
-    rows = []
-    for i in range(21):
-        negatives = rng.sample(documents, rng.randrange(0, 5) if name == "facts" else 4)
-        rows.append({"query": sentence(rng, 3), "passage": documents[i % 17], "negatives": negatives})
-    rows[0]["negatives"] = [rows[0]["passage"], documents[-1]]
-    return rows
-
-
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> TinyWorld:
-    folder = tmp_path_factory.mktemp("world")
-    rng = random.Random(0)
-    (folder / "raw").mkdir()
-    texts = []
-    for name in TASKS:
-        rows = raw_rows(name, rng)
-        texts += [row["query"] for row in rows] + [row["passage"] for row in rows]
-        pq.write_table(pa.Table.from_pylist(rows), folder / "raw" / f"{name}.parquet")
-    tokenizer = train_tokenizer(texts, VOCABULARY)
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=96,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        initializer_range=0.1,
-        max_position_embeddings=256,
-    )
-    Qwen3Model(config).save_pretrained(folder / "backbone")
-    tokenizer.save_pretrained(folder / "backbone")
-    tokenize_folder(
-        TokenizeOptions(tokenizer=str(folder / "backbone"), input=folder / "raw", output=folder / "tokenized"),
-        progress=False,
-    )
-    return TinyWorld(folder / "raw", folder / "backbone", folder / "tokenized", folder)
+    """Made once; tests leave it as it is."""
+    return make_world(tmp_path_factory.mktemp("world"))

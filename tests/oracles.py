@@ -211,3 +211,17 @@ def similarity(
         for query, passage, own in zip(queries, passages, negatives, strict=True):
             total = total + error(query, [passage, *own], layer) + error(query, passages, layer)
     return total / len(samples) / len(exits)
+
+
+def naive_metrics(scores: list[list[float]], positive: list[int]) -> dict[str, float]:
+    """Sort each row; no ties."""
+    reciprocal = gain = first = 0.0
+    for row, right in zip(scores, positive, strict=True):
+        order = sorted(range(len(row)), key=lambda column: -row[column])
+        rank = order.index(right) + 1
+        first += rank == 1
+        if rank <= 10:
+            reciprocal += 1 / rank
+            gain += 1 / math.log2(rank + 1)
+    count = len(scores)
+    return {"recall@1": first / count, "mrr@10": reciprocal / count, "ndcg@10": gain / count}

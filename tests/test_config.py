@@ -8,13 +8,13 @@ import re
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 import ml_embed
 import run as run_script
 from ml_embed.config import DatasetConfig, TrainConfig, field_docs, load_config, parse_config
 from ml_embed.errors import UserError
 
-REPOSITORY = Path(__file__).parents[1]
 REQUIRED = dict.fromkeys(("model_path", "experiment_id", "output_dir", "tb_dir", "cache_dir", "train_data_path"), "x")
 
 # The keys that users' configs have, with the defaults they rely on.
@@ -135,16 +135,16 @@ def test_overrides_are_json_or_else_text(tmp_path):
         load_config(path, ["train_batch_size"])
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.json")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.name)
 def test_every_shipped_config_loads(path):
     config, _ = load_config(path)
     assert config.mel_init == "frequency"
 
 
 def test_what_the_configs_and_the_readmes_commands_make_is_ignored_by_git():
-    ignored = (REPOSITORY / ".gitignore").read_text().splitlines()
-    made = re.findall(r"--output (\S+)", (REPOSITORY / "README.md").read_text(encoding="utf-8"))
-    for path in (REPOSITORY / "configs").glob("*.json"):
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    made = re.findall(r"--output (\S+)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    for path in (ROOT / "configs").glob("*.json"):
         config, _ = load_config(path)
         made += [getattr(config, key) for key in ("model_path", "train_data_path", "output_dir", "tb_dir", "cache_dir")]
     assert len(made) > 20
@@ -187,7 +187,7 @@ def test_a_user_sees_a_message_and_nothing_is_written(world, tmp_path, capsys, c
 def test_another_tokenizer_than_the_datas_is_refused(world, tmp_path, capsys):
     from transformers import AutoModel
 
-    from ml_embed.backbone import train_tokenizer
+    from ml_embed.prepare.tokenizer_training import train_tokenizer
 
     AutoModel.from_pretrained(world.backbone).save_pretrained(tmp_path / "other")
     train_tokenizer(["entirely other words for another vocabulary"] * 3, 300).save_pretrained(tmp_path / "other")

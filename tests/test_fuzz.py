@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.tiny_runs import Inputs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_runs import Inputs
 
 import run as run_script
 from ml_embed.config import TrainConfig, field_docs

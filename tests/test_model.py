@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from helpers.encoding import encode, random_loss
 from oracles import exit_vectors
 from transformers import AutoModel, Qwen3Config
 
-from ml_embed.attention import PackedSequences, available_kernels, choose_kernel
+from ml_embed.data.packing import PackedSequences
 from ml_embed.errors import UserError
+from ml_embed.kernels.attention import available_kernels, choose_kernel
 from ml_embed.model import MatryoshkaEncoder, check_supported, factorize_table
 
 EXITS = (1, 2)
@@ -24,20 +26,10 @@ def sequences():
     return [torch.randint(0, 384, (length,), generator=generator) for length in LENGTHS]
 
 
-def encode(encoder, sequences, rank=None):
-    return encoder(torch.cat(sequences), PackedSequences.from_lengths([len(ids) for ids in sequences]), rank)
-
-
 def naive_vectors(model, sequences):
     """(E, N, H)"""
     each = [exit_vectors(model, ids.tolist(), EXITS) for ids in sequences]
     return torch.stack([torch.stack([vectors[layer] for vectors in each]) for layer in EXITS])
-
-
-def random_loss(vectors):
-    """A scalar that depends on every component in its own way."""
-    generator = torch.Generator().manual_seed(2)
-    return (vectors * torch.randn(vectors.shape, generator=generator)).sum()
 
 
 def test_packed_vectors_and_all_gradients_equal_transformers(world, backbone, sequences):

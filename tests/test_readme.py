@@ -7,14 +7,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny_models import make_tokenizer, write_model
+from helpers import ROOT
+from helpers.scripts import load_script
+from helpers.tiny_models import make_tokenizer, write_model
 
 import run as run_script
 import tokenize_data_qwen
 from ml_embed.config import DatasetConfig, TrainConfig, field_docs, parse_config
 
-REPOSITORY = Path(__file__).parents[1]
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Run by CI itself, or installing what is installed already.
 RUN_ELSEWHERE = ("bash scripts/quickstart.sh", "bash scripts/test.sh", "pip install -c constraints.txt -e .")
 TINY = [
@@ -48,21 +49,12 @@ def laptop(world, tmp_path_factory):
     (folder / "my_data" / "retrieval" / "facts.parquet").symlink_to(world.raw / "facts.parquet")
     shutil.copytree(world.backbone, folder / "models" / "Qwen3-0.6B")
     write_model(folder / "models" / "teacher", make_tokenizer())
-    (folder / "configs").symlink_to(REPOSITORY / "configs")
+    (folder / "configs").symlink_to(ROOT / "configs")
     questions = "".join(f"how is number {i} written?,the number {i} is written {i}\n" for i in range(12))
     (folder / "faq.csv").write_text("question,answer\n" + questions)
     reviews = "".join(f"a {word} thing number {i},{word}\n" for i in range(6) for word in ("good", "bad"))
     (folder / "reviews.csv").write_text("review,stars\n" + reviews)
     return folder
-
-
-def load_script(name: str):
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location(Path(name).stem, REPOSITORY / name)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def check_launch(flags: list[str]) -> None:
@@ -72,7 +64,7 @@ def check_launch(flags: list[str]) -> None:
     known, rest = launch_command_parser().parse_known_args([*flags, "run.py"])
     assert known.training_script == "run.py"
     assert not rest
-    assert (REPOSITORY / known.config_file).is_file()
+    assert (ROOT / known.config_file).is_file()
 
 
 def run_command(command: str) -> int:
@@ -87,7 +79,7 @@ def run_command(command: str) -> int:
         return run_training(arguments)
     if script == "tokenize_data_qwen.py":
         return tokenize_data_qwen.main(arguments)
-    module = load_script(script)
+    module = load_script(Path(script).stem)
     if script == "scripts/evaluate_mteb.py":  # its data come from the hub; tests/test_mteb.py has a task of its own
         module.evaluate = lambda args: None
     return module.main(arguments)
@@ -185,6 +177,6 @@ def config_table(cls) -> list[str]:
 
 def test_paths_that_the_readme_names_exist():
     for path in re.findall(r"\]\(([^)#]+)\)", README):
-        assert path.startswith("http") or (REPOSITORY / path).exists(), path
+        assert path.startswith("http") or (ROOT / path).exists(), path
     for path in re.findall(r"`((?:configs|scripts|tests|ml_embed)/[\w./-]+)`", README):
-        assert (REPOSITORY / path).exists(), path
+        assert (ROOT / path).exists(), path

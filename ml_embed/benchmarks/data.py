@@ -16,9 +16,9 @@ from ml_embed.benchmarks.common import Timing, measure
 from ml_embed.benchmarks.naive_data import NaiveDataset
 from ml_embed.data.batch import ContrastiveBatch
 from ml_embed.data.batch_builder import BatchBuilder
+from ml_embed.data.loader import Loader
 from ml_embed.data.schedule import DatasetPlan, Schedule
 from ml_embed.data.store import TokenizedDataset, open_store
-from ml_embed.loader import Loader
 
 SYNTHETIC = "synthetic"
 SYNTHETIC_TOKENS = 16  # of a document: opening and looking up do not depend on it, the disk space does

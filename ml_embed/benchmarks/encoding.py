@@ -9,11 +9,10 @@ import torch
 
 from ml_embed.benchmarks.common import MIB, measure, ratio, ratio_range, require_agreement
 from ml_embed.benchmarks.samples import make_backbone
-from ml_embed.embedder import Embedder
-from ml_embed.model import MatryoshkaEncoder, factorize_table
-from ml_embed.model_folder import ModelRecord, save_model_folder
-from ml_embed.nesting import default_dims, default_exits, default_ranks
-from ml_embed.sample_data import plan_datasets, training_texts
+from ml_embed.inference.embedder import Embedder
+from ml_embed.model import MatryoshkaEncoder, default_dims, default_exits, default_ranks, factorize_table
+from ml_embed.model_folders.model_folder import ModelRecord, save_model_folder
+from ml_embed.sample_data.plan import plan_datasets, training_texts
 
 TOLERANCE = 1e-4  # of unit vectors' components, float32; measured 4e-7
 MAX_LENGTH = 512

@@ -16,7 +16,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from ml_embed.attention import available_kernels
 from ml_embed.benchmarks.common import MIB, Timing, matrix_peak, measure, require_agreement
 from ml_embed.benchmarks.training import compare_gradients
 from ml_embed.benchmarks.training_setup import (
@@ -30,6 +29,7 @@ from ml_embed.benchmarks.training_setup import (
 from ml_embed.data.batch import ContrastiveBatch
 from ml_embed.data.store import TokenizedDataset
 from ml_embed.errors import UserError
+from ml_embed.kernels.attention import available_kernels
 
 EOS = 1
 SMALL = TrainingShape(batch_size=4, negatives=3, max_length=128, rank=64, layers=4, hidden=256)

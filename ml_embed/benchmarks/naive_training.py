@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Qwen3Model
 
-from ml_embed.losses import MatryoshkaSpec
+from ml_embed.losses.nested import MatryoshkaSpec
 
 
 @dataclass(frozen=True)

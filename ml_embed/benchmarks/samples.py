@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3Model
 
-from ml_embed.backbone import train_tokenizer
-from ml_embed.sample_data import build_datasets, training_texts
-from ml_embed.tokenization import TokenizeOptions, tokenize_folder
-from ml_embed.tokenizer import load_tokenizer
+from ml_embed.prepare.tokenization import TokenizeOptions, tokenize_folder
+from ml_embed.prepare.tokenizer import load_tokenizer
+from ml_embed.prepare.tokenizer_training import train_tokenizer
+from ml_embed.sample_data.datasets import build_datasets
+from ml_embed.sample_data.plan import training_texts
 
 QWEN3_VOCABULARY = 151_936
 

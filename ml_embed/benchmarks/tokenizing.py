@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ml_embed.raw import SCHEMA
+from ml_embed.prepare.raw import SCHEMA
 
 GROUP_ROWS = 1000
 _PEAK = """

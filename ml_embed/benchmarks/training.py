@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ml_embed.allocator import keep_freed_memory
 from ml_embed.benchmarks.common import (
     SquareProducts,
     Timing,
@@ -32,8 +31,9 @@ from ml_embed.benchmarks.training_setup import (
     open_sample,
     pick_batch,
 )
-from ml_embed.compilation import check_compiler, check_transformers
 from ml_embed.errors import UserError
+from ml_embed.kernels.allocator import keep_freed_memory
+from ml_embed.kernels.compilation import check_compiler, check_transformers
 
 TOLERANCE = 1e-4  # of a gradient's largest entry, float32; measured 3e-6, and 5e-6 compiled
 PEAK_SIZE = 1536

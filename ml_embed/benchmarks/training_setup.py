@@ -9,19 +9,18 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ml_embed.attention import choose_kernel
 from ml_embed.benchmarks.naive_training import NaiveBatch, NaiveEncoder, naive_loss
 from ml_embed.benchmarks.samples import make_backbone
-from ml_embed.build import ADAM_BETAS, ADAM_EPSILON
 from ml_embed.data.batch import ContrastiveBatch
 from ml_embed.data.batch_builder import BatchBuilder
 from ml_embed.data.schedule import DatasetPlan
 from ml_embed.data.store import TokenizedDataset, open_store
-from ml_embed.gradcache import forward_backward
-from ml_embed.losses import MatryoshkaSpec
-from ml_embed.model import MatryoshkaEncoder, factorize_table
-from ml_embed.nesting import default_dims, default_exits, dim_weights
-from ml_embed.objective import batch_objective
+from ml_embed.kernels.attention import choose_kernel
+from ml_embed.losses.nested import MatryoshkaSpec
+from ml_embed.losses.objective import batch_objective
+from ml_embed.model import MatryoshkaEncoder, default_dims, default_exits, dim_weights, factorize_table
+from ml_embed.training.build import ADAM_BETAS, ADAM_EPSILON
+from ml_embed.training.gradcache import forward_backward
 
 TEMPERATURE = 0.05
 LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-4, 1e-2, 1.0

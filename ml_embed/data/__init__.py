@@ -1,1 +1,1 @@
-"""Tokenized folder -> memory-mapped store -> schedule -> packed batch."""
+"""Tokenized folder -> memory-mapped store -> schedule -> packed batches."""

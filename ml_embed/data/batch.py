@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ml_embed.attention import PackedSequences
-from ml_embed.model import PackedBatch
-from ml_embed.tasks import Task
+from ml_embed.config import Task
+from ml_embed.data.packing import PackedBatch, PackedSequences
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ml_embed.attention import PackedSequences
 from ml_embed.data.batch import ContrastiveBatch
+from ml_embed.data.packing import PackedBatch, PackedSequences
 from ml_embed.data.random import key_hash
 from ml_embed.data.schedule import DatasetPlan, draw_negatives, share_of_process
 from ml_embed.data.store import TokenizedDataset
-from ml_embed.model import PackedBatch
 
 ID_BYTES = np.dtype(np.int32).itemsize
 

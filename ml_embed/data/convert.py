@@ -13,9 +13,11 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from ml_embed.data.arrays import ArrayFile
 from ml_embed.data.document_ids import DocumentIds
-from ml_embed.data.parquet import (
+from ml_embed.data.sources import Sources
+from ml_embed.errors import UserError
+from ml_embed.files.arrays import ArrayFile
+from ml_embed.files.parquet import (
     Ragged,
     first_true,
     open_parquet,
@@ -24,8 +26,6 @@ from ml_embed.data.parquet import (
     require_columns,
     row_of_value,
 )
-from ml_embed.data.sources import Sources
-from ml_embed.errors import UserError
 
 FORMAT_VERSION = 1
 INDEX = "index.json"

@@ -6,17 +6,15 @@ grows with the data: an epoch of a billion rows is a handful of counters and key
 Letters: W processes, B samples a process, G = B W rows of a full global batch.
 """
 
-import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
-from ml_embed.config import DatasetConfig, TrainConfig
+from ml_embed.config import Task, TrainConfig, match_settings
 from ml_embed.data.random import Permutation, mix, scramble, uniform
-from ml_embed.errors import UserError
-from ml_embed.tasks import Task, task_of
+from ml_embed.data.tasks import task_of
 
 _LARGEST_KEY = np.iinfo(np.uint64).max
 
@@ -65,23 +63,6 @@ def plan_dataset(name: str, num_rows: int, config: TrainConfig, task: Task | Non
     train_rows = min(num_rows - valid_rows, settings.max_samples or num_rows)
     draws = max(1, int(train_rows * settings.weight + 0.5))
     return DatasetPlan(name, task, negatives, train_rows, valid_rows, draws)
-
-
-def match_settings(name: str, datasets: Mapping[str, DatasetConfig]) -> DatasetConfig:
-    """Settings under the dataset's own name, or else the first pattern that matches it."""
-    if name in datasets:
-        return datasets[name]
-    return next((s for pattern, s in datasets.items() if fnmatch.fnmatchcase(name, pattern)), DatasetConfig())
-
-
-def check_dataset_names(names: Sequence[str], datasets: Mapping[str, DatasetConfig]) -> None:
-    """Refuse settings that match no dataset: a typing mistake would otherwise train with defaults."""
-    unused = [p for p in datasets if p not in names and not fnmatch.filter(names, p)]
-    if unused:
-        raise UserError(
-            f"datasets: {', '.join(map(repr, unused))} matches none of the datasets there are "
-            f"({', '.join(names)}); correct or remove it"
-        )
 
 
 class Schedule:

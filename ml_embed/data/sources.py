@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ml_embed.data.parquet import open_parquet
 from ml_embed.errors import UserError
+from ml_embed.files.parquet import open_parquet
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT_VERSION = 1

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from ml_embed.data.arrays import map_array
 from ml_embed.data.convert import ARRAYS, FORMAT_VERSION, INDEX, convert
-from ml_embed.data.files import disk_errors_are_user_errors, take_lock
 from ml_embed.data.sources import Sources, find_sources
 from ml_embed.errors import UserError
-from ml_embed.files import umask
+from ml_embed.files.arrays import map_array
+from ml_embed.files.atomic import disk_errors_are_user_errors, umask
+from ml_embed.files.locks import take_lock
 
 
 class TokenizedDataset:

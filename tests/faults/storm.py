@@ -25,11 +25,11 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]  # when run as a script
 
-from tiny_runs import TIMEOUT, Inputs, Launch, metrics  # noqa: E402
+from helpers.tiny_runs import TIMEOUT, Inputs, Launch, metrics  # noqa: E402
 
 import run as run_script  # noqa: E402
-from ml_embed.checkpoint import numbered_folders  # noqa: E402
-from ml_embed.files import damage  # noqa: E402
+from ml_embed.files.atomic import damage  # noqa: E402
+from ml_embed.files.paths import numbered_folders  # noqa: E402
 
 STEPS = 14  # more than an epoch, so that checkpoints of epochs are broken too
 STATE_FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "checksums.json")

@@ -1,0 +1,67 @@
+"""Texts of different lengths as one row of real tokens, without padding.
+
+Letters: N texts, T tokens of all of them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PackedSequences:
+    """Where the sequences of one packed row lie."""
+
+    lengths: tuple[int, ...]
+    """Tokens of each sequence (N of them), on the host: CPU kernels need them without a device synchronisation."""
+    cu_seqlens: Tensor
+    """(N + 1,) int32, cumulative lengths from 0, on the compute device."""
+
+    @classmethod
+    def from_lengths(
+        cls, lengths: Sequence[int] | np.ndarray, device: torch.device | str | None = None
+    ) -> "PackedSequences":
+        """On the CPU, or copied to `device` without waiting."""
+        lengths = np.asarray(lengths, np.int64)
+        cumulative = np.zeros(len(lengths) + 1, np.int32)
+        np.cumsum(lengths, out=cumulative[1:])
+        cu_seqlens = torch.from_numpy(cumulative)
+        if device is not None:
+            cu_seqlens = cu_seqlens.to(device, non_blocking=True)
+        return cls(tuple(lengths.tolist()), cu_seqlens)
+
+    @property
+    def max_length(self) -> int:
+        return max(self.lengths)
+
+    @property
+    def position_ids(self) -> Tensor:
+        """(T,) int64, counted from 0 inside each sequence."""
+        starts = self.cu_seqlens[:-1].long()
+        lengths = self.cu_seqlens.diff().long()
+        total = sum(self.lengths)
+        offsets = torch.repeat_interleave(starts, lengths, output_size=total)
+        return torch.arange(total, device=self.cu_seqlens.device) - offsets
+
+    @property
+    def last_tokens(self) -> Tensor:
+        """(N,) int64, index of each sequence's last token."""
+        return self.cu_seqlens[1:].long() - 1
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """N texts as one row of T real tokens."""
+
+    input_ids: Tensor
+    """(T,) int64."""
+    packed: PackedSequences
+    """Where each text begins and ends."""
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """A copy on `device`; from pinned memory it does not wait."""
+        packed = PackedSequences(self.packed.lengths, self.packed.cu_seqlens.to(device, non_blocking=True))
+        return PackedBatch(self.input_ids.to(device, non_blocking=True), packed)

@@ -1,0 +1,1 @@
+"""Several processes: collectives that carry gradients, noticing dead machines, DeepSpeed's ZeRO-2."""

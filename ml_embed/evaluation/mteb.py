@@ -1,0 +1,338 @@
+"""mteb's tasks at any cuts of a model: each text is encoded once a rank, for all depths and vector lengths.
+
+mteb is optional and slow to import, so it is imported where it is used. Letters: E exits, N texts, D vector length.
+"""
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from tqdm import tqdm
+
+from ml_embed.errors import UserError
+from ml_embed.evaluation.cells import Cell
+from ml_embed.evaluation.cube import CubeModel, choose_cube, encode_all_exits
+from ml_embed.files.atomic import write_json
+from ml_embed.model_folders.model_folder import weights_digest
+
+if TYPE_CHECKING:
+    from mteb import ResultCache
+    from mteb.abstasks import AbsTask
+    from mteb.abstasks.task_metadata import TaskMetadata
+    from mteb.models import ModelMeta
+    from mteb.types import PromptType
+
+SUMMARY_FILE = "summary.json"
+
+
+@dataclass(frozen=True)
+class TaskPrompts:
+    """Which text stands in front of which input.
+
+    mteb's rule for the folder's names, the first that there is: task-role, task, task type-role, task type, role. A
+    role is "query" or "document"; the texts of many tasks (clustering, STS) have none.
+    """
+
+    folder: Mapping[str, str]
+    """name -> text"""
+    given: Mapping[str, str]
+    """role -> text, before all that the folder says"""
+
+    def text(self, task_metadata: "TaskMetadata", role: "PromptType | None") -> str:
+        from mteb.models.abs_encoder import get_prompt
+
+        if role is not None and role.value in self.given:
+            return self.given[role.value]
+        return get_prompt(dict(self.folder), task_metadata, role) or ""
+
+
+def require_mteb() -> None:
+    """Raises UserError where mteb is not installed."""
+    if importlib.util.find_spec("mteb") is None:
+        raise UserError("mteb is not installed; pip install 'ml-embed[mteb]'")
+
+
+def find_tasks(
+    names: Sequence[str], benchmark: str | None = None, languages: Sequence[str] | None = None
+) -> list["AbsTask"]:
+    """mteb's tasks of these names and of a benchmark, cut down to languages.
+
+    Args:
+        names: of tasks.
+        benchmark: e.g. "MTEB(Multilingual, v2)"; None is none.
+        languages: ISO 639-3 codes, with a script if wanted (eng, deu-Latn); tasks without any of them are left out.
+    Raises:
+        UserError: unknown names, each with the nearest known one; or no task in these languages.
+    """
+    require_mteb()
+    import mteb
+
+    tasks: list[AbsTask] = []
+    unknown = []
+    for find, name in [(mteb.get_task, name) for name in names] + [(mteb.get_benchmark, benchmark)] * bool(benchmark):
+        try:
+            found = find(name)
+            tasks += found.tasks if name == benchmark else [found]
+        except KeyError as error:
+            unknown.append(str(error.args[0]).removeprefix("KeyError: "))
+    if unknown:
+        raise UserError("mteb has no such task or benchmark: " + " ".join(unknown))
+    tasks = list({task.metadata.name: task for task in tasks}.values())
+    return tasks if languages is None else _in_languages(tasks, languages)
+
+
+def _in_languages(tasks: Iterable["AbsTask"], languages: Sequence[str]) -> list["AbsTask"]:
+    kept = []
+    for task in tasks:
+        try:
+            kept.append(task.filter_languages(languages, hf_subsets=task.hf_subsets))
+        except ValueError:  # it has none of them
+            continue
+    if not kept:
+        raise UserError(f"no task is in the languages {', '.join(languages)}; give ISO 639-3 codes, such as eng deu")
+    return kept
+
+
+def evaluate_mteb(
+    folder: str | Path,
+    tasks: Sequence["AbsTask"],
+    output: Path,
+    ranks: Sequence[int] | None = None,
+    depths: Sequence[int] | None = None,
+    dims: Sequence[int] | None = None,
+    query_prompt: str | None = None,
+    passage_prompt: str | None = None,
+    batch_tokens: int | None = None,
+    device: str | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Scores of every task at every rank, depth and dim; what `output` has already is not computed again.
+
+    mteb's own result files lie in output/results/, named after the folder, its content and prompts, and the cut.
+    While a task runs, its vectors are held in `output`: texts x depths x longest dim x 4 bytes.
+
+    Args:
+        folder: a model folder, or a plain backbone.
+        tasks: from `find_tasks`, or tasks of one's own.
+        output: folder for results.
+        ranks, depths, dims: None is the largest of each; untrained sizes are taken too.
+        query_prompt, passage_prompt: put in front of queries and of documents; "" is none, None takes the folder's
+            prompts, by mteb's rule (see `TaskPrompts`).
+        batch_tokens: tokens in a forward pass; None is the device's default.
+        device: None is the first GPU if there is one, else the CPU.
+        overwrite: compute everything again.
+        progress: bars on stderr, on terminals.
+
+    Returns:
+        what is written to output/summary.json: model, revision (of content and prompts), mteb (version), prompts, and
+        "rows", one for each task and cut: task, type, metric, score (mteb's main score, the mean over its splits and
+        subsets), rank, depth, dim, trained, parameters, bytes_per_vector.
+
+    Raises:
+        UserError: mteb is missing, the model cannot be read, a size is not one that it has, a task is not of text
+            alone, or its data cannot be loaded.
+    """
+    require_mteb()
+    import mteb
+
+    opened = CubeModel.open(folder, device=device)
+    record, config = opened.record, opened.config
+    depths, dims = depths or [config.num_hidden_layers], dims or record.dims[:1]
+    cube = choose_cube(record, config, ranks or record.ranks[-1:], depths, dims)
+    model = dataclasses.replace(opened, cube=cube)
+    _check_text_only(tasks)
+    given = {"query": query_prompt, "document": passage_prompt}
+    prompts = TaskPrompts(record.prompts, {role: text for role, text in given.items() if text is not None})
+    run = _MtebRun(model, prompts, _revision(model, prompts), mteb.ResultCache(output), batch_tokens, progress)
+    rows = []
+    for task in tasks:
+        parts = task.metadata.tasks if task.is_aggregate else [task]
+        if overwrite:
+            run.forget([task, *parts])
+        for part in parts:
+            run.complete(part)
+        rows += run.rows(task)
+    summary = {"model": str(folder), "revision": run.revision, "mteb": mteb.__version__}
+    summary |= {"prompts": dataclasses.asdict(prompts), "rows": rows}
+    write_json(output / SUMMARY_FILE, summary)
+    return summary
+
+
+def _check_text_only(tasks: Iterable["AbsTask"]) -> None:
+    others = [task.metadata.name for task in tasks if set(task.metadata.modalities) != {"text"}]
+    if others:
+        raise UserError(f"these tasks are not of text alone, which is all this model reads: {', '.join(others)}")
+
+
+def _revision(model: CubeModel, prompts: TaskPrompts) -> str:
+    """Tells apart what gives different scores under the same name."""
+    content = [weights_digest(model.folder), dataclasses.asdict(prompts), model.record.max_seq_length]
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+@dataclass(frozen=True)
+class _MtebRun:
+    """One model over tasks, with mteb's store of results."""
+
+    model: CubeModel
+    prompts: TaskPrompts
+    revision: str
+    cache: "ResultCache"
+    batch_tokens: int | None
+    progress: bool
+
+    def complete(self, task: "AbsTask") -> None:
+        """Compute the cuts of a task that have no result yet.
+
+        Raises:
+            UserError: the task's data cannot be loaded.
+        """
+        missing = [cell for cell in self.model.cube.cells if not self._is_done(task, cell)]
+        if not missing:
+            return
+        _load_data(task)
+        for rank, cells in groupby(missing, key=lambda cell: cell[0]):
+            with TemporaryDirectory(dir=self.cache.cache_path, prefix=".vectors-") as folder:
+                vectors = _Vectors(self.model, rank, Path(folder), self.batch_tokens, self.progress)
+                for _, depth, dim in cells:
+                    self._evaluate(task, (rank, depth, dim), vectors.cut(depth, dim))
+        task.unload_data()
+
+    def rows(self, task: "AbsTask") -> list[dict[str, Any]]:
+        """The finished results of a task, an aggregate's computed from its parts'."""
+        named = {"task": task.metadata.name, "type": task.metadata.type, "metric": task.metadata.main_score}
+        rows = []
+        for cell in self.model.cube.cells:
+            if task.is_aggregate:
+                self._evaluate(task, cell, _never_encoded)
+            result = self.cache.load_task_result(task.metadata.name, self._meta(cell))
+            score = result.validate_and_filter_scores(task).get_score()
+            rows.append(named | {"score": float(score)} | self.model.describe(*cell))
+        return rows
+
+    def forget(self, tasks: Iterable["AbsTask"]) -> None:
+        """Remove earlier results."""
+        for task in tasks:
+            for cell in self.model.cube.cells:
+                self.cache.get_task_result_path(task.metadata.name, self._meta(cell)).unlink(missing_ok=True)
+
+    def _is_done(self, task: "AbsTask", cell: Cell) -> bool:
+        result = self.cache.load_task_result(task.metadata.name, self._meta(cell))
+        return result is not None and not result.get_missing_evaluations(task)
+
+    def _evaluate(self, task: "AbsTask", cell: Cell, vectors: Callable[[list[str]], np.ndarray]) -> None:
+        import mteb
+
+        encoder = CutEncoder(vectors, self.prompts, self._meta(cell))
+        mteb.evaluate(encoder, task, cache=self.cache, co2_tracker=False, show_progress_bar=False)
+
+    def _meta(self, cell: Cell) -> "ModelMeta":
+        """mteb keeps results by this name, revision and cut."""
+        from mteb.models import ModelMeta
+
+        path = Path(self.model.folder).resolve()
+        known = {
+            "name": f"{path.parent.name or 'local'}/{path.name}",
+            "revision": self.revision,
+            "n_parameters": self.model.describe(*cell)["parameters"],
+            "max_tokens": self.model.record.max_seq_length,
+            "embed_dim": cell[2],
+            "experiment_kwargs": dict(zip(("rank", "depth", "dim"), cell, strict=True)),
+        }
+        return ModelMeta.create_empty(known)
+
+
+def _load_data(task: "AbsTask") -> None:
+    try:
+        task.load_data()
+    except Exception as error:  # the hub's client, datasets and each task's own loader raise their own
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"task {task.metadata.name}: its data {task.metadata.dataset['path']!r} could not be loaded "
+            f"({type(error).__name__}: {reason}); connect to the hub, or set HF_HOME to a folder that holds it"
+        ) from error
+
+
+def _never_encoded(texts: list[str]) -> np.ndarray:
+    raise AssertionError("an aggregate's parts are complete before it is put together")
+
+
+class _Vectors:
+    """Vectors of lists of texts at one rank, at all depths and up to the longest dim, kept in files."""
+
+    def __init__(self, model: CubeModel, rank: int, folder: Path, batch_tokens: int | None, progress: bool):
+        self._model = model
+        self._rank = rank
+        self._folder = folder
+        self._batch_tokens = batch_tokens
+        self._progress = progress
+
+    def cut(self, depth: int, dim: int) -> Callable[[list[str]], np.ndarray]:
+        """A function: texts -> (N, dim) float32 unit vectors at this depth."""
+        place = self._model.cube.depths.index(depth)
+
+        def vectors(texts: list[str]) -> np.ndarray:
+            leading = torch.from_numpy(np.array(self._all(texts)[place, :, :dim]))
+            return normalize(leading, dim=-1).numpy()
+
+        return vectors
+
+    def _all(self, texts: list[str]) -> np.ndarray:
+        """(E, N, longest dim), read from its file or computed; no file if nobody else will read it."""
+        if len(self._model.cube.depths) * len(self._model.cube.dims) == 1:
+            return self._encode(texts).numpy()
+        path = self._folder / f"{hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).hexdigest()}.npy"
+        if not path.exists():
+            np.save(path, self._encode(texts)[:, :, : self._model.cube.dims[-1]].numpy())
+        return np.load(path, mmap_mode="r")
+
+    def _encode(self, texts: list[str]) -> Tensor:
+        token_ids = self._model.text_encoder(texts)
+        with tqdm(
+            desc="encoding", unit=" texts", total=len(texts), delay=2, disable=None if self._progress else True
+        ) as bar:
+            return encode_all_exits(self._model.encoder, token_ids, self._batch_tokens, self._rank or None, bar)
+
+
+class CutEncoder:
+    """A cut of a model as mteb's `EncoderProtocol`."""
+
+    def __init__(self, vectors: Callable[[list[str]], np.ndarray], prompts: TaskPrompts, mteb_model_meta: "ModelMeta"):
+        """`vectors`: texts -> (N, D) float32 unit vectors."""
+        self._vectors = vectors
+        self._prompts = prompts
+        self.mteb_model_meta = mteb_model_meta
+
+    def encode(
+        self,
+        inputs: Iterable[Mapping[str, Sequence[str]]],
+        *,
+        task_metadata: "TaskMetadata",
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: "PromptType | None" = None,
+        **kwargs: Any,
+    ) -> np.ndarray:
+        """(N, D) vectors of the texts in batches {"text": [...]}, behind their prompt."""
+        prompt = self._prompts.text(task_metadata, prompt_type)
+        return self._vectors([prompt + text for batch in inputs for text in batch["text"]])
+
+    def similarity(self, embeddings1: np.ndarray, embeddings2: np.ndarray) -> Tensor:
+        """(N, M) cosines of (N, D) and (M, D) unit vectors."""
+        return torch.atleast_2d(torch.as_tensor(embeddings1)) @ torch.atleast_2d(torch.as_tensor(embeddings2)).T
+
+    def similarity_pairwise(self, embeddings1: np.ndarray, embeddings2: np.ndarray) -> Tensor:
+        """(N,) cosines of (N, D) and (N, D) unit vectors, row by row."""
+        return (torch.as_tensor(embeddings1) * torch.as_tensor(embeddings2)).sum(-1)

@@ -1,0 +1,1 @@
+"""Everything that touches the disk: atomic writes, locks, memory-mapped arrays, parquet, paths."""

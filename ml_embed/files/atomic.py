@@ -1,0 +1,219 @@
+"""Writing files so that a reader sees either all of it or nothing.
+
+Everything is written under a hidden name beside its place, forced to disk, and renamed.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ml_embed.errors import UserError
+
+PARTIAL_SUFFIX = ".partial"
+
+
+def partial_path(path: Path) -> Path:
+    """Where a file is written before it is whole."""
+    return path.with_name(path.name + PARTIAL_SUFFIX)
+
+
+def commit(path: Path) -> None:
+    """Rename the finished partial file of `path` to `path`, after its bytes reached the disk."""
+    partial = partial_path(path)
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Replace `path` by `text` (UTF-8) in one step."""
+    partial_path(path).write_text(text, encoding="utf-8")
+    commit(path)
+
+
+@contextmanager
+def disk_errors_are_user_errors(folder: Path, remedy: str) -> Iterator[None]:
+    """A full disk, missing permission or the like below `folder` becomes a UserError that ends in `remedy`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"no space left while writing to {folder}. {remedy}") from error
+        raise UserError(f"cannot write to {folder}: {error}. {remedy}") from error
+
+
+CHECKSUMS_FILE = "checksums.json"
+MAX_SHARD_SIZE = "5GB"
+"""Of a file of weights; larger models are split. The hub's own tools split there, too."""
+_PARTIAL = ".partial"
+_REPLACED = ".replaced"
+
+
+def sync_folder(folder: Path) -> None:
+    """Force the names in a folder to disk, so that a rename survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_files(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        else:
+            sync_folder(path)
+    sync_folder(folder)
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill; when the block ends well it becomes `target`, replacing one that stands there.
+
+    Where `target` is a link, what it points to is made or replaced. After a kill between the two renames the old
+    folder is put back by the next write, or by `settle_replacing`.
+
+    Raises:
+        UserError: the disk is full or fails. Nothing of the new folder is left, and an old `target` is as it was.
+    """
+    target = target.resolve()
+    partial = target.with_name(f".{target.name}{_PARTIAL}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        settle_replacing(target)
+        partial.mkdir()
+        yield partial
+        _sync_files(partial)
+        if target.exists():
+            target.rename(_aside(target))
+        partial.rename(target)
+        sync_folder(target.parent)
+        settle_replacing(target)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # of a disk that fails; the next write tries again
+            settle_replacing(target)
+        shutil.rmtree(partial, ignore_errors=True)
+        if is_disk_full(error):
+            raise UserError(
+                f"no space left on the disk of {target.parent}; free some, then continue the run"
+            ) from error
+        if isinstance(error, OSError):
+            raise UserError(f"{target} cannot be written ({error}); see to that, then continue the run") from error
+        raise
+
+
+def _aside(target: Path) -> Path:
+    """Where a folder waits while another takes its place."""
+    return target.with_name(f".{target.name}{_REPLACED}")
+
+
+def settle_replacing(target: Path) -> None:
+    """Put back a folder that an interrupted `atomic_folder` was replacing; if the new one is in place, remove it.
+
+    Args:
+        target: not a link.
+    """
+    old = _aside(target)
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    elif old.exists():
+        old.rename(target)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that no part of it is ever seen under its name."""
+    aside = folder.with_name(f".{folder.name}{_PARTIAL}")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    shutil.rmtree(aside)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Out of space or over quota; safetensors reports it as text."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return any(f"os error {number})" in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically."""
+    partial = path.with_name(f".{path.name}{_PARTIAL}")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def append_whole(path: Path, text: str) -> None:
+    """Append to a file; where that fails (a full disk), the file is left as it was."""
+    with path.open("ab", buffering=0) as file:
+        before = file.seek(0, os.SEEK_END)
+        data = memoryview(text.encode())
+        try:
+            while data:  # a nearly full disk takes a part, and fails at the next write
+                data = data[file.write(data) :]
+        except OSError as error:
+            file.truncate(before)
+            raise OSError(error.errno, error.strerror, str(path)) from None  # a failed write does not say where
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what an interrupted `atomic_folder` left in `folder`, and put back a folder it was replacing."""
+    for path in folder.glob(f".*{_REPLACED}"):
+        settle_replacing(folder / path.name.removeprefix(".").removesuffix(_REPLACED))
+    for path in folder.glob(f".*{_PARTIAL}"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def checksum(path: Path) -> str:
+    """The BLAKE2b sum of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
+
+
+def write_checksums(folder: Path) -> None:
+    """Record the BLAKE2b sum of every file of a folder in it."""
+    sums = {str(p.relative_to(folder)): checksum(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    (folder / CHECKSUMS_FILE).write_text(json.dumps(sums, indent=2), encoding="utf-8")
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a folder that `write_checksums` sealed; None if it is whole."""
+    try:
+        sums = json.loads((folder / CHECKSUMS_FILE).read_text(encoding="utf-8"))
+        for name, expected in sums.items():
+            if checksum(folder / name) != expected:
+                return f"{name} does not match its checksum"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{CHECKSUMS_FILE} or a file it names cannot be read ({error})"
+    return None
+
+
+def umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def give_usual_permissions(folder: Path) -> None:
+    """safetensors makes files that only their owner can read; colleagues and servers must read them too."""
+    mode = 0o666 & ~umask()
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(mode)

@@ -1,0 +1,52 @@
+"""Lock files: two processes never write the same folder."""
+
+import errno
+from pathlib import Path
+
+from filelock import AcquireReturnProxy, FileLock, Timeout
+from tqdm import tqdm
+
+from ml_embed.errors import UserError
+
+_NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOTSUP)  # some shared file systems; for ENOSYS filelock has another way
+
+
+def take_lock(path: Path, seconds: float = 0, waiting: str | None = None) -> AcquireReturnProxy:
+    """Hold the lock file `path` until the returned context ends; the system lets go of it when this process dies.
+
+    On a file system without locks nothing is held: `is_locked` of the context's value tells.
+
+    Args:
+        path: the lock file; made if it does not exist.
+        seconds: how long to wait for another process; -1 = as long as it takes.
+        waiting: said before waiting.
+    Raises:
+        Timeout: another process holds it for longer.
+        OSError: the file cannot be made.
+    """
+    lock = FileLock(path)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if seconds == 0:
+                raise
+            if waiting:
+                tqdm.write(waiting)
+            lock.acquire(timeout=seconds)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS_HERE:
+            raise
+    return AcquireReturnProxy(lock)
+
+
+def lock_folder(path: Path, doing: str) -> AcquireReturnProxy:
+    """`take_lock`, so that two runs never write the same files.
+
+    Raises:
+        UserError: another process holds it; it is `doing` something ("mining into") the lock file's folder.
+    """
+    try:
+        return take_lock(path)
+    except Timeout as error:
+        raise UserError(f"another process is {doing} {path.parent}. Wait for it, or stop it first") from error

@@ -1,0 +1,77 @@
+"""Texts as token ids to pooled vectors, one packed batch after another, without gradients.
+
+Letters: N texts, T tokens of a packed batch, E exits, H hidden size.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ml_embed.data.packing import PackedSequences
+from ml_embed.errors import UserError
+from ml_embed.model import MatryoshkaEncoder
+
+BATCH_TOKENS = {"cuda": 32768, "cpu": 4096}
+"""Most tokens in a batch, by kind of device, where nothing else is asked for."""
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """`device`, or the first GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise UserError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return chosen
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU that has it, else float32."""
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def longest_first(token_ids: Sequence[np.ndarray]) -> list[int]:
+    """The order to encode texts in: equal lengths side by side, and if memory is short, it shows at once."""
+    return sorted(range(len(token_ids)), key=lambda i: -len(token_ids[i]))
+
+
+@torch.inference_mode()
+def pooled_vectors(
+    encoder: MatryoshkaEncoder,
+    token_ids: Sequence[np.ndarray],
+    batch_tokens: int | None = None,
+    rank: int | None = None,
+) -> Iterator[Tensor]:
+    """Vectors of consecutive texts at all exits, one packed batch after another, not normalised.
+
+    Args:
+        encoder: on the device to compute on.
+        token_ids: N arrays of ids, best sorted by `longest_first`.
+        batch_tokens: most tokens in a batch, save for a single longer text; None is the device's default.
+        rank: leading components of the token factors to use; None is all.
+    Yields:
+        (E, n, H) float32 on the encoder's device, for the next n texts.
+    """
+    device = next(encoder.parameters()).device
+    limit = batch_tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"])
+    start = 0
+    while start < len(token_ids):
+        end, total = start + 1, len(token_ids[start])
+        while end < len(token_ids) and total + len(token_ids[end]) <= limit:
+            total += len(token_ids[end])
+            end += 1
+        batch = token_ids[start:end]
+        input_ids = torch.from_numpy(np.concatenate(batch))  # (T,) int32
+        if device.type == "cuda":
+            input_ids = input_ids.pin_memory()  # so that the copy does not wait for the batch before it
+        packed = PackedSequences.from_lengths([len(ids) for ids in batch], device)
+        yield encoder(input_ids.to(device, non_blocking=True).long(), packed, rank)
+        start = end

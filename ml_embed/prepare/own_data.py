@@ -1,0 +1,357 @@
+"""Anybody's data as raw contrastive data: a file or hub dataset with columns of other names, or labelled text.
+
+`query=question,passage=answer` renames columns. `text=review,label=stars` makes triples of labelled text: with two
+labels classification (a text, its label, the other label), with more clustering (a text, another of its label, texts
+of other labels). What comes out is one raw .parquet file a dataset, which everything else reads.
+"""
+
+import filecmp
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from ml_embed.config import Task
+from ml_embed.errors import UserError
+from ml_embed.files.atomic import commit, disk_errors_are_user_errors, partial_path, write_text_atomically
+from ml_embed.files.paths import expand_home, is_hub_name
+from ml_embed.prepare.raw import NEGATIVE_COLUMN, SCHEMA, TASK_METADATA
+
+BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
+PACKED = (".gz", ".bz2", ".xz", ".zst")
+ROLES = ("query", "passage", "negatives", "text", "label")
+MOST_NEGATIVES = 24  # as in the published data
+BLOCK_ROWS = 4096
+ORIGIN_SUFFIX = ".origin"
+"""Of the hidden file beside a collected raw file that says where its data came from."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where data comes from."""
+
+    path: str
+    """a file, or a dataset's name on the hub"""
+    split: str = "train"
+    subset: str | None = None
+    """which of a hub dataset's configurations"""
+
+    @property
+    def name(self) -> str:
+        """What the dataset is called."""
+        stem, suffix = _stem_and_suffix(Path(self.path))
+        return stem if suffix in BUILDERS else "_".join(filter(None, [*self.path.split("/"), self.subset]))
+
+    @property
+    def origin(self) -> str:
+        """What tells it from other sources of the same name."""
+        if _builder(Path(self.path)) is not None:
+            return str(Path(self.path).resolve())
+        return f"{self.path} on the hub, split {self.split}"
+
+
+def _stem_and_suffix(path: Path) -> tuple[str, str]:
+    """ "a.en.CSV.gz" -> ("a.en", ".csv"): what is before and after, without a packed file's last suffix."""
+    inner = Path(path.stem) if path.suffix.lower() in PACKED else path
+    return inner.stem, inner.suffix.lower()
+
+
+def _builder(path: Path) -> str | None:
+    """The loader of `datasets` that reads such a file, or None."""
+    return BUILDERS.get(_stem_and_suffix(path)[1])
+
+
+def parse_columns(text: str) -> dict[str, str]:
+    """ "query=question,passage=answer" -> {"query": "question", "passage": "answer"}.
+
+    Raises:
+        UserError: not of that form, unknown or missing roles, or a role twice.
+    """
+    columns: dict[str, str] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        role, _, column = (piece.strip() for piece in part.partition("="))
+        column = column or role
+        if role not in ROLES and not NEGATIVE_COLUMN.fullmatch(role):
+            raise UserError(
+                f"--columns: {role!r} is no role; take query, passage, negatives, negative_1, ..., or text and label, "
+                "e.g. query=question,passage=answer"
+            )
+        if role in columns:
+            raise UserError(f"--columns: {role!r} is given twice")
+        columns[role] = column
+    labelled = {"text", "label"} & columns.keys()
+    if labelled and columns.keys() != {"text", "label"}:
+        raise UserError("--columns: text and label stand together, without any other role")
+    if not labelled and not {"query", "passage"} <= columns.keys():
+        raise UserError("--columns must name query and passage, or text and label")
+    return columns
+
+
+def list_sources(given: str, split: str, subset: str | None) -> list[Source]:
+    """The data sets that `--input` means: a file, all readable files of a folder, or a name on the hub.
+
+    Raises:
+        UserError: nothing there, or two files of one name.
+    """
+    path = Path(given)
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.is_file() and p.name[0] != "." and _builder(p) is not None)
+        if not files:
+            raise UserError(f"{path} holds no {', '.join(BUILDERS)} file")
+        sources = [Source(str(file)) for file in files]
+        names = [source.name for source in sources]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"{path} holds several files of dataset {name!r}: rename them")
+        return sources
+    if path.is_file():
+        if _builder(path) is None:
+            raise UserError(f"{path} is of a kind that is not read; take one of {', '.join(BUILDERS)}")
+        return [Source(given)]
+    if _builder(path) is not None or _is_missing_path(given):
+        raise UserError(f"--input {given} does not exist")
+    return [Source(given, split, subset)]
+
+
+def raw_folder(
+    input: str,
+    columns: str | None,
+    split: str,
+    subset: str | None,
+    output: Path,
+    seed: int,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Path:
+    """The folder of raw data that `--input` means, made in `output/raw` if it is anything else than that.
+
+    Several calls with the same `output` collect their datasets there. One never takes the place of another source's,
+    unless `overwrite` says so.
+
+    Raises:
+        UserError: as `list_sources` and `import_source`.
+    """
+    input = expand_home(input)
+    if columns is None and (Path(input).is_dir() or _is_missing_path(input)):
+        return Path(input)  # one that does not exist is refused where raw folders are read
+    chosen = None if columns is None else parse_columns(columns)
+    sources = list_sources(input, split, subset)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is a file: give a folder.")
+    with disk_errors_are_user_errors(output, "Then run the same command again."):
+        for source in sources:
+            import_source(source, chosen, output / "raw", seed, overwrite, progress)
+    return output / "raw"
+
+
+def _is_missing_path(given: str) -> bool:
+    return not Path(given).exists() and not is_hub_name(given)
+
+
+def import_source(
+    source: Source,
+    columns: Mapping[str, str] | None,
+    folder: Path,
+    seed: int,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Write `folder/<name>.parquet` in the raw layout; the same source and seed give the same bytes.
+
+    Pairs stream. Labelled text is held in memory, and its task is written into the file.
+
+    Args:
+        source: a file or a dataset on the hub.
+        columns: role -> column (`parse_columns`); None takes columns that have the roles' names.
+        folder: where raw files are collected.
+        seed: of the choice of positives and negatives of labelled text.
+        overwrite: also where the file there came from another source.
+        progress: a bar on stderr.
+    Returns:
+        the file.
+    Raises:
+        UserError: the source cannot be read, a column is missing, a text is empty or no text, or the file there came
+            from another source.
+    """
+    target = folder / f"{source.name}.parquet"
+    if columns is None:
+        columns = _columns_by_name(source)
+    rows = tqdm(_read(source, columns), unit=" row", desc=f"reading {source.name}", disable=not progress)
+    task: Task | None = None
+    if "label" in columns:
+        by_label = _texts_by_label(rows, columns, source.path)
+        task = "classification" if len(by_label) == 2 else "clustering"
+        triples = (
+            _classification_rows(by_label) if task == "classification" else _clustering_rows(by_label, source, seed)
+        )
+    else:
+        triples = _pair_rows(rows, columns, source.path)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        if not _write(target, triples, task):
+            raise UserError(f"{source.path} gives no rows: it is empty, or no label has two texts")
+        _note_origin(target, source, overwrite)
+        commit(target)
+    finally:
+        partial_path(target).unlink(missing_ok=True)
+    return target
+
+
+def _note_origin(target: Path, source: Source, overwrite: bool) -> None:
+    """Record where the finished partial file of `target` comes from; refuse to replace other data from elsewhere."""
+    record = target.with_name(f".{source.name}{ORIGIN_SUFFIX}")
+    former = record.read_text(encoding="utf-8") if record.exists() else source.origin
+    differs = target.exists() and not filecmp.cmp(target, partial_path(target), shallow=False)
+    if differs and former != source.origin and not overwrite:
+        raise UserError(
+            f"{target} came from {former}, and {source.origin} gives a dataset of the same name, {source.name!r}. "
+            "Rename the file, take another --output, or --overwrite to make that folder anew"
+        )
+    write_text_atomically(record, source.origin)
+
+
+def _columns_by_name(source: Source) -> dict[str, str]:
+    """The columns of the first row that have the name of a role."""
+    row = next(_read(source, {}), None)
+    if row is None:
+        raise UserError(f"{source.path} has no rows")
+    named = {name: name for name in row if name in ROLES or NEGATIVE_COLUMN.fullmatch(name)}
+    pair = {name: name for name in named if name not in ("text", "label")}
+    columns = pair if {"query", "passage"} <= pair.keys() else {n: n for n in named if n in ("text", "label")}
+    if len(columns) < 2:
+        raise UserError(
+            f"{source.path} has the columns {', '.join(map(repr, row))}; say which are what with --columns, e.g. "
+            "--columns query=question,passage=answer or --columns text=review,label=stars"
+        )
+    return columns
+
+
+def _read(source: Source, columns: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """The rows of a source; labels that have names by their names."""
+    import datasets
+
+    builder = _builder(Path(source.path))
+    try:
+        if builder is None:
+            stream = datasets.load_dataset(source.path, source.subset, split=source.split, streaming=True)
+        else:
+            options: dict[str, Any] = {"data_files": [source.path], "split": "train", "streaming": True}
+            if builder == "csv":  # a text may look like a number, or read "NA"
+                options |= {"converters": dict.fromkeys(columns.values(), str), "keep_default_na": False}
+                options |= {"sep": "\t"} if _stem_and_suffix(Path(source.path))[1] == ".tsv" else {}
+            stream = datasets.load_dataset(builder, **options)
+        features = stream.features or {}
+        names = getattr(features.get(columns.get("label", "")), "names", None)
+        for row in stream:
+            if names:
+                number = row[columns["label"]]
+                row[columns["label"]] = None if number is None or number < 0 else names[number]
+            yield row
+    except UserError:
+        raise
+    except Exception as error:  # datasets has its own classes, and those of every file format
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        remedy = "" if builder else ". It is no file here either: without network access, give a file"
+        raise UserError(f"{source.path} cannot be read ({reason}){remedy}") from error
+
+
+def _value(row: Mapping[str, Any], column: str, where: str) -> Any:
+    if column not in row:
+        raise UserError(
+            f"{where}: no column {column!r}; its columns are {', '.join(map(repr, row))}. Name it in --columns"
+        )
+    return row[column]
+
+
+def _text(row: Mapping[str, Any], column: str, where: str) -> str:
+    value = _value(row, column, where)
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {column!r} is {type(value).__name__} instead of a string")
+    if not value:
+        raise UserError(f"{where}: {column!r} is empty. Fill it or remove the row")
+    return value
+
+
+def _pair_rows(rows: Iterable[dict], columns: Mapping[str, str], path: str) -> Iterator[tuple[str, str, list[str]]]:
+    numbered = [column for role, column in columns.items() if NEGATIVE_COLUMN.fullmatch(role)]
+    for number, row in enumerate(rows):
+        where = f"{path}, row {number}"
+        negatives = [_value(row, column, where) for column in numbered]
+        if "negatives" in columns:
+            listed = _value(row, columns["negatives"], where)
+            negatives += [listed] if isinstance(listed, str) else list(listed or ())
+        for negative in negatives:
+            if negative is not None and not isinstance(negative, str):
+                raise UserError(f"{where}: a negative is {type(negative).__name__} instead of a string")
+        query, passage = (_text(row, columns[role], where) for role in ("query", "passage"))
+        yield query, passage, [negative for negative in negatives if negative]
+
+
+def _texts_by_label(rows: Iterable[dict], columns: Mapping[str, str], path: str) -> dict[str, list[str]]:
+    """Label -> its texts, each text once: under the first label it came with."""
+    by_label: dict[str, list[str]] = defaultdict(list)
+    seen: set[str] = set()
+    for number, row in enumerate(rows):
+        where = f"{path}, row {number}"
+        text, label = _text(row, columns["text"], where), _value(row, columns["label"], where)
+        if label is None or label == "":
+            raise UserError(f"{where}: {columns['label']!r} is empty. Fill it or remove the row")
+        if text not in seen:
+            seen.add(text)
+            by_label[str(label)].append(text)
+    if len(by_label) < 2:
+        raise UserError(
+            f"{path}: column {columns['label']!r} has {len(by_label)} different labels; at least 2 are needed"
+        )
+    return dict(sorted(by_label.items()))
+
+
+def _classification_rows(by_label: Mapping[str, list[str]]) -> Iterator[tuple[str, str, list[str]]]:
+    """A text, its label, the other label."""
+    first, second = by_label
+    for label, other in ((first, second), (second, first)):
+        for text in by_label[label]:
+            yield text, label, [other]
+
+
+def _clustering_rows(
+    by_label: Mapping[str, list[str]], source: Source, seed: int
+) -> Iterator[tuple[str, str, list[str]]]:
+    """A text, another of its label, and texts of other labels, drawn anew for each; labels of one text are left out."""
+    rng = random.Random(f"{seed}/{source.name}")
+    everything = [text for texts in by_label.values() for text in texts]
+    start = 0
+    for texts in by_label.values():
+        strangers = range(len(everything) - len(texts))  # all but this label's block, which begins at `start`
+        for i, text in enumerate(texts if len(texts) > 1 else ()):
+            other = rng.randrange(len(texts) - 1)
+            drawn = rng.sample(strangers, min(MOST_NEGATIVES, len(strangers)))
+            negatives = [everything[place + len(texts) * (place >= start)] for place in drawn]
+            yield text, texts[other + (other >= i)], negatives
+        start += len(texts)
+
+
+def _write(target: Path, rows: Iterable[tuple[str, str, list[str]]], task: Task | None) -> int:
+    """Write the rows under the partial name of `target`; how many there were."""
+    count, block = 0, []
+    schema = SCHEMA.with_metadata({TASK_METADATA: task}) if task else SCHEMA
+    with pq.ParquetWriter(partial_path(target), schema, compression="zstd") as writer:
+        for row in rows:
+            block.append(row)
+            if len(block) == BLOCK_ROWS:
+                _write_block(writer, block)
+                count, block = count + len(block), []
+        _write_block(writer, block)
+    return count + len(block)
+
+
+def _write_block(writer: pq.ParquetWriter, block: list[tuple[str, str, list[str]]]) -> None:
+    if block:
+        arrays = [pa.array(column, field.type) for column, field in zip(zip(*block, strict=True), SCHEMA, strict=True)]
+        writer.write_table(pa.Table.from_arrays(arrays, schema=writer.schema))

@@ -1,0 +1,1 @@
+"""Offline steps of the training recipe: mining negatives, teachers' vectors, pruning."""

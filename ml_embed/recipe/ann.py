@@ -1,0 +1,188 @@
+"""Approximate nearest-neighbour search for large corpora, with faiss; what it finds has its exact score.
+
+The documents are sorted into about 4 sqrt(N) cells (k-means over a sample), each document as a code of a few bits per
+dimension. A query looks into the `nprobe` nearest cells and ranks what lies there by code; the best of it are scored
+again with their float32 vectors, which stay on disk. So a document may be missed, but no score is wrong.
+
+Letters: Q queries of a block, N documents, K neighbours, C candidates, D vector length, P pairs.
+"""
+
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ml_embed.errors import UserError
+from ml_embed.files.arrays import RowFile, blocks
+from ml_embed.files.atomic import commit, partial_path
+from ml_embed.recipe.search import nearest
+
+FEWEST_DOCUMENTS = 100_000
+"""Below this many documents the exact search is quick, and cells would hold too few."""
+CODES = {8: "SQ8", 4: "SQ4", 2: "PQ{quarter}"}
+"""faiss's name for the codes of so many bits per dimension; PQ takes a byte for four dimensions."""
+CANDIDATES_PER_NEIGHBOUR = 3
+"""Scored again for each neighbour asked for. Measured (100,000 clustered vectors, D = 256, 4 bits): with 2, 0.2 % of
+the neighbours in the probed cells are lost, with 4 none."""
+SAMPLE_PER_CELL = 64  # faiss asks for 39 to 256; k-means takes most of the time of building
+BLOCK = 65536  # documents encoded at a time: with D = 1,024, 256 MB
+SCORED_FLOATS = 2**25  # candidate vectors in memory at a time: 128 MB
+MEASURED_QUERIES = 256
+SEED = 0
+
+Search = Callable[[Tensor, np.ndarray, int, Tensor], tuple[Tensor, Tensor]]
+"""`search.nearest`, or what takes its place."""
+
+
+@dataclass(frozen=True)
+class Approximation:
+    """How exact the approximate search is."""
+
+    nprobe: int = 64
+    """cells that a query looks into; time grows with it, and so does the share of true neighbours that is found"""
+    code_bits: int = 4
+    """8, 4 or 2 bits per dimension of a document in memory"""
+
+    def check(self) -> None:
+        """Raise UserError for values that mean nothing, or if faiss is missing."""
+        if self.nprobe < 1:
+            raise UserError(f"--nprobe is {self.nprobe}; it must be at least 1")
+        if self.code_bits not in CODES:
+            raise UserError(f"--code-bits is {self.code_bits}; it must be one of {', '.join(map(str, CODES))}")
+        if importlib.util.find_spec("faiss") is None:
+            raise UserError("the approximate search needs faiss, which is not installed: pip install 'ml-embed[ann]'")
+
+
+def cell_count(documents: int) -> int:
+    """Cells for so many documents."""
+    return max(1, round(4 * math.sqrt(documents)))
+
+
+class ApproximateIndex:
+    """The documents of a memory map, searchable.
+
+    Memory: N (code_bits D / 8 + 8) bytes, blocks of vectors, and while it finds the cells 256 sqrt(N) sampled vectors.
+
+    What was built lies in a folder and is used again, at the block where an interruption stopped it. The same
+    documents and settings give the same index.
+    """
+
+    def __init__(
+        self, folder: Path, documents: np.ndarray, approximation: Approximation, title: str = "", progress: bool = True
+    ):
+        """Build, or read what was built.
+
+        Args:
+            folder: for the index's files; whoever changes the documents or `code_bits` calls `remove_index` first.
+            documents: (N, D) float32, rows of unit length; may be a memory map.
+            title, progress: of the bars on stderr.
+        Raises:
+            UserError: D cannot be cut into codes of so many bits.
+        """
+        import faiss
+
+        approximation.check()
+        cells, codes = _files(folder)
+        if not cells.is_file():
+            codes.unlink(missing_ok=True)
+            with tqdm(desc=f"{title}finding {cell_count(len(documents))} cells", leave=False, disable=not progress):
+                _write_atomically(cells, faiss.serialize_index(_trained(documents, approximation.code_bits)))
+        self._index = faiss.deserialize_index(np.fromfile(cells, np.uint8))
+        file = RowFile(codes, np.uint8, self._index.sa_code_size())
+
+        def encode(start: int, stop: int) -> np.ndarray:
+            return self._index.sa_encode(np.ascontiguousarray(documents[start:stop]))
+
+        file.fill(len(documents), BLOCK, encode, f"{title}building the index", progress)
+        for rows in blocks(len(documents), BLOCK):
+            self._index.add_sa_codes(np.ascontiguousarray(file.mapped()[rows]))
+        self.cells = self._index.nlist
+        self._index.nprobe = min(approximation.nprobe, self.cells)
+
+    def nearest(self, queries: Tensor, documents: np.ndarray, count: int, excluded: Tensor) -> tuple[Tensor, Tensor]:
+        """Like `search.nearest`, over the documents that the index was built from; some neighbours may be missed."""
+        count = min(count, len(documents))
+        candidates = CANDIDATES_PER_NEIGHBOUR * count
+        most_excluded = int(excluded[:, 0].bincount().max()) if len(excluded) else 0
+        asked = min(candidates + most_excluded, len(documents))
+        _, found = self._index.search(queries.cpu().numpy(), asked)
+        found = _without(found, excluded.cpu().numpy(), len(documents))[:, :candidates]
+        block = max(1, SCORED_FLOATS // (found.shape[1] * queries.shape[1]))
+        parts = [_score(queries[rows], documents, found[rows], count) for rows in blocks(len(queries), block)]
+        scores, rows = zip(*parts, strict=True)
+        return torch.cat(scores), torch.cat(rows)
+
+
+def remove_index(folder: Path) -> None:
+    """Remove what an index keeps in a folder."""
+    for path in _files(folder):
+        path.unlink(missing_ok=True)
+
+
+def sample_queries(queries: int) -> np.ndarray:
+    """(at most MEASURED_QUERIES,) which of so many queries the recall is measured with, in order."""
+    chosen = np.random.default_rng(SEED).choice(queries, min(queries, MEASURED_QUERIES), replace=False)
+    return np.sort(chosen)
+
+
+def recall(search: Search, queries: Tensor, documents: np.ndarray, count: int, excluded: Tensor) -> float:
+    """Share of the exact nearest `count` documents of the queries that a search finds; arguments as of `nearest`."""
+    exact_scores, exact = nearest(queries, documents, count, excluded)
+    scores, found = search(queries, documents, count, excluded)
+    found = found.masked_fill(scores == -torch.inf, -1)
+    there = exact_scores > -torch.inf
+    hits = [torch.isin(row, other) & real for row, other, real in zip(exact, found, there, strict=True)]
+    return float(torch.stack(hits).sum() / there.sum())
+
+
+def _files(folder: Path) -> tuple[Path, Path]:
+    return folder / "cells.faiss", folder / "codes.bin"
+
+
+def _trained(documents: np.ndarray, code_bits: int) -> Any:
+    """An index without documents: where the cells are, and how vectors become codes."""
+    import faiss
+
+    width, cells = documents.shape[1], cell_count(len(documents))
+    if width % 4 and code_bits == 2:
+        raise UserError(f"--code-bits 2 needs a vector length that 4 divides, not {width}; take 4 or 8")
+    name = f"IVF{cells},{CODES[code_bits].format(quarter=width // 4)}"
+    index = faiss.index_factory(width, name, faiss.METRIC_INNER_PRODUCT)
+    index.cp.seed = SEED
+    if code_bits == 2:
+        index.do_polysemous_training = False  # minutes of it, for a search by Hamming distance that is not used
+        index.pq.cp.seed, index.pq.cp.max_points_per_centroid = SEED, SAMPLE_PER_CELL
+    sampled = min(len(documents), cells * SAMPLE_PER_CELL)
+    rows = np.random.default_rng(SEED).choice(len(documents), sampled, replace=False)
+    index.train(np.ascontiguousarray(documents[np.sort(rows)]))
+    return index
+
+
+def _write_atomically(path: Path, content: np.ndarray) -> None:
+    content.tofile(partial_path(path))
+    commit(path)
+
+
+def _without(found: np.ndarray, excluded: np.ndarray, documents: int) -> np.ndarray:
+    """(Q, C) document rows with those of the (P, 2) excluded pairs, and faiss's -1 for none, moved to the end as -1."""
+    pairs = np.arange(len(found))[:, None] * documents + found
+    dropped = (found < 0) | np.isin(pairs, excluded[:, 0] * documents + excluded[:, 1])
+    order = dropped.argsort(axis=1, kind="stable")
+    return np.take_along_axis(np.where(dropped, -1, found), order, axis=1)
+
+
+def _score(queries: Tensor, documents: np.ndarray, candidates: np.ndarray, count: int) -> tuple[Tensor, Tensor]:
+    """The best (Q, K) of (Q, C) candidates by their exact scores, as `search.nearest` returns them."""
+    distinct, places = np.unique(candidates, return_inverse=True)  # sorted: the memory map is read from front to back
+    vectors = torch.from_numpy(documents[distinct.clip(0)]).to(queries.device)
+    scores = torch.einsum("qd,qcd->qc", queries, vectors[torch.from_numpy(places).to(queries.device)])
+    rows = torch.from_numpy(candidates).to(queries.device)
+    best, order = scores.masked_fill(rows < 0, -torch.inf).topk(count, dim=1)
+    return best, rows.gather(1, order).clamp(min=0)

@@ -1,0 +1,316 @@
+"""A teacher's vectors of tokenized data, computed once beforehand, so that training does not run the teacher.
+
+The texts come back from their token ids. So a vector belongs to the very query or document that training reads, and
+data in the released layout, of which no raw text exists, can be taught too. A byte-level tokenizer (Qwen3's) gives back
+every character, after its Unicode normalisation (NFC); a text that was cut inside a character ends in U+FFFD. Other
+tokenizers give back what they kept: lower-case letters, single spaces.
+
+Letters: n texts of a block, H' the teacher's vector length.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ml_embed.data.sources import find_sources
+from ml_embed.data.store import Store, TokenizedDataset, open_store
+from ml_embed.data.teacher_vectors import (
+    DTYPES,
+    RECORD,
+    DatasetTexts,
+    TaughtDataset,
+    TeacherVectors,
+    VectorFile,
+    describe_texts,
+    digest_texts,
+)
+from ml_embed.errors import UserError
+from ml_embed.files.arrays import RowFile, blocks
+from ml_embed.files.atomic import disk_errors_are_user_errors, write_json
+from ml_embed.files.locks import lock_folder
+from ml_embed.inference.text_models import TextModel, check_finite
+from ml_embed.model_folders.model_folder import weights_digest
+from ml_embed.prepare.prompts import Prompts
+from ml_embed.prepare.tokenizer import TextEncoder, fingerprint, load_tokenizer
+
+LOCK = ".teacher.lock"
+OWN_CACHE = "cache"
+UNFINISHED = "teacher.partial.json"
+VECTORS_SUFFIX = ".vectors"
+DIGESTED_TOKENS = 2**20  # between two moves of the progress bar: 4 MB
+BLOCK = 8192  # texts between two writes to disk; what an interruption costs at most
+PROBES = ("a", "A short sentence.", "Two sentences. The second is the longer one.")
+UNIT_TOLERANCE = 1e-3
+CHECKED_TEXTS = 100
+SAME_IDS = 0.9
+
+
+@dataclass(frozen=True)
+class TeacherOptions:
+    """The flags of scripts/embed_teacher.py."""
+
+    data: Path
+    """folder of tokenized data"""
+    tokenizer: str
+    """folder or hub name of the tokenizer that the data was made with"""
+    output: Path
+    """folder to write"""
+    query_prompt: str = ""
+    passage_prompt: str = ""
+    """put before queries, and before passages and negatives, for the teacher"""
+    strip_prompts: bool = True
+    """take away the prompts that the data was tokenized with, if its manifest names any"""
+    dtype: str = "float16"
+    cache_dir: Path | None = None
+    """folder of the memory-mapped form of the data, as in a training config; None = made in `output`, then removed"""
+    overwrite: bool = False
+    """make everything anew if the folder holds vectors made otherwise"""
+
+
+class TextDecoder:
+    """Token ids back to texts."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._backend = tokenizer.backend_tokenizer
+        self._eos_id = tokenizer.eos_token_id
+
+    def __call__(self, texts: list[np.ndarray]) -> list[str]:
+        """n arrays of ids -> n texts, without the EOS that tokenization appended."""
+        ids = [text[:-1] if text[-1] == self._eos_id else text for text in texts]
+        # Special tokens stay: one that is left stood in the text itself.
+        return self._backend.decode_batch([text.tolist() for text in ids], skip_special_tokens=False)
+
+    def as_decoded(self, text: str) -> str:
+        """How a text reads that went through ids and back."""
+        return self._backend.decode(self._backend.encode(text, add_special_tokens=False).ids, skip_special_tokens=False)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Texts whose vectors are one file."""
+
+    title: str
+    path: Path
+    total: int
+    ids: Callable[[int], np.ndarray]
+    """number of a text -> its token ids"""
+    former_prompt: str
+    """taken away from a text that begins with it"""
+    prompt: str
+
+
+def tokenizer_of_data(options: TeacherOptions) -> PreTrainedTokenizerBase:
+    """The tokenizer that reads the data.
+
+    Raises:
+        UserError: there is none, or no data, or the data says that it was made with another.
+    """
+    manifest = find_sources(options.data).manifest
+    tokenizer = load_tokenizer(options.tokenizer)
+    if manifest is not None and manifest["tokenizer_fingerprint"] != fingerprint(tokenizer):
+        raise UserError(
+            f"--tokenizer: {options.tokenizer} is not the tokenizer that {options.data} was made with; "
+            "its texts could not be read back"
+        )
+    return tokenizer
+
+
+def embed_teacher(model: TextModel, options: TeacherOptions, progress: bool = True) -> dict[str, Any]:
+    """Write the teacher's vectors of every dataset. Continues what was begun; adds datasets that are new in the data.
+
+    Vectors are as the model gives them before any normalisation at its end. Memory: a block of texts and vectors.
+
+    Args:
+        model: the teacher.
+        options: see there.
+        progress: bars on stderr.
+    Returns:
+        the folder's teacher.json.
+    Raises:
+        UserError: the tokenizer is not the data's, a vector is not finite, or the folder holds something else.
+    """
+    tokenizer = tokenizer_of_data(options)
+    probe = model.encode(PROBES, normalize=False)
+    width, normalized = probe.shape[1], bool(np.allclose(np.linalg.norm(probe, axis=1), 1, atol=UNIT_TOLERANCE))
+    settings = {
+        "model": model.name,
+        "weights": weights_digest(model.name) if Path(model.name).is_dir() else None,
+        "query_prompt": options.query_prompt,
+        "passage_prompt": options.passage_prompt,
+        "strip_prompts": options.strip_prompts,
+    }
+    with disk_errors_are_user_errors(options.output, "Then run the same command again: it continues."):
+        options.output.mkdir(parents=True, exist_ok=True)
+        with lock_folder(options.output / LOCK, "embedding into"):
+            former = _claim(options, settings | {"dtype": options.dtype, "width": width})
+            datasets = former | _embed_datasets(model, tokenizer, options, width, progress)
+            folder = TeacherVectors(options.output, settings, options.dtype, width, normalized, datasets)
+            write_json(options.output / RECORD, folder.to_json())
+            _remove_leftovers(folder)
+    return folder.to_json()
+
+
+def _embed_datasets(
+    model: TextModel, tokenizer: PreTrainedTokenizerBase, options: TeacherOptions, width: int, progress: bool
+) -> dict[str, TaughtDataset]:
+    """Make the files of all datasets whole; their entries."""
+    store = open_store(options.data, options.cache_dir or options.output / OWN_CACHE, progress)
+    decoder = TextDecoder(tokenizer)
+    if store.manifest is None:
+        _check_by_texts(store, tokenizer, decoder, options)
+    with tqdm(unit="B", unit_scale=True, desc="reading all tokens", leave=False, disable=not progress) as bar:
+        digests = digest_texts(store, partial(digest_of_all, progress=bar.update))
+    parts = {name: _parts(dataset, digests[name], store, decoder, options) for name, dataset in store.datasets.items()}
+    by_path = {part.path: part for pair in parts.values() for part in pair}  # a shared corpus is one
+    for part in tqdm(by_path.values(), unit=" file", desc="files", disable=not progress):
+        _embed(part, model, decoder, options.dtype, width, progress)
+    described = describe_texts(store)
+    return {name: _entry(described[name], digests[name], parts[name], options.dtype, width) for name in parts}
+
+
+def digest_of_all(lengths: np.ndarray, tokens: np.ndarray, progress: Callable[[int], object]) -> str:
+    """Of texts by their lengths, (n,) int32, and tokens, (T,) int32: equal only for the same texts in the same order.
+
+    Args:
+        progress: is told the bytes of tokens read, one piece after another.
+    """
+    digest = hashlib.blake2b(f"{len(lengths)} texts ".encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(lengths).data)
+    for piece in blocks(len(tokens), DIGESTED_TOKENS):
+        digest.update(np.ascontiguousarray(tokens[piece]).data)
+        progress(tokens[piece].nbytes)
+    return digest.hexdigest()
+
+
+def _claim(options: TeacherOptions, settings: dict[str, Any]) -> dict[str, TaughtDataset]:
+    """The entries of a former call whose vectors were made in the same way; none if there was no call, or it is to be
+    replaced.
+
+    Raises:
+        UserError: the folder holds something else.
+    """
+    folder = options.output
+    if (folder / RECORD).is_file() and not options.overwrite:
+        former = TeacherVectors.read(folder)
+        made, datasets = former.settings | {"dtype": former.dtype, "width": former.width}, former.datasets
+    elif (folder / UNFINISHED).is_file() and not options.overwrite:
+        made, datasets = _read_unfinished(folder / UNFINISHED), {}
+    else:
+        known = (folder / RECORD).is_file() or (folder / UNFINISHED).is_file()
+        others = [path.name for path in folder.iterdir() if path.name != LOCK]
+        if others and not known:
+            raise UserError(f"{folder} holds something else ({others[0]}); use another --output")
+        write_json(folder / UNFINISHED, {})  # until all that was made otherwise is gone
+        (folder / RECORD).unlink(missing_ok=True)
+        for path in folder.glob(f"*{VECTORS_SUFFIX}"):
+            path.unlink()
+        write_json(folder / UNFINISHED, settings)
+        return {}
+    differing = [
+        f"{key} was {made.get(key)!r}, now {value!r}" for key, value in settings.items() if made.get(key) != value
+    ]
+    if differing:
+        raise UserError(
+            f"{folder} was made otherwise: {'; '.join(differing)}. Use another --output, or --overwrite to make it anew"
+        )
+    return datasets
+
+
+def _read_unfinished(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); use --overwrite to begin anew") from None
+
+
+def _check_by_texts(
+    store: Store, tokenizer: PreTrainedTokenizerBase, decoder: TextDecoder, options: TeacherOptions
+) -> None:
+    """For data that does not say what it was made with: texts that are read back must give their ids again.
+
+    But for the ends of texts that were cut: what is left of a word may be other ids than its first ones were.
+    """
+    dataset = next(iter(store.datasets.values()))
+    ids = [dataset.document(number) for number in range(min(CHECKED_TEXTS, dataset.num_documents))]
+    fits = tokenizer.backend_tokenizer.get_vocab_size() > store.max_token_id
+    if fits:
+        again = TextEncoder(tokenizer, max(map(len, ids)) + 1)(decoder(ids))
+        same = sum(_common_start(one, other) for one, other in zip(ids, again, strict=True))
+        fits = same >= SAME_IDS * sum(map(len, ids))
+    if not fits:
+        raise UserError(
+            f"--tokenizer: {options.tokenizer} does not read the data in {options.data}: texts that it gives back are "
+            "other ids when tokenized again. Give the tokenizer that the data was made with"
+        )
+
+
+def _common_start(one: np.ndarray, other: np.ndarray) -> int:
+    """How many first ids are the same."""
+    shorter = min(len(one), len(other))
+    differing = np.flatnonzero(one[:shorter] != other[:shorter])
+    return int(differing[0]) if len(differing) else shorter
+
+
+def _parts(
+    dataset: TokenizedDataset, digests: tuple[str, str], store: Store, decoder: TextDecoder, options: TeacherOptions
+) -> tuple[_Part, _Part]:
+    """A dataset's queries and documents, told apart from others by their digests."""
+    queries, documents = digests
+    entry = store.manifest["datasets"][dataset.name] if store.manifest is not None else {}
+    former = Prompts.of_manifest(entry) if options.strip_prompts else Prompts()
+
+    def part(kind: str, digest: str, total: int, ids: Callable, former_prompt: str, prompt: str) -> _Part:
+        former_prompt = decoder.as_decoded(former_prompt)
+        name = hashlib.blake2b(f"{digest} {former_prompt}".encode(), digest_size=16).hexdigest()
+        path = options.output / f"{kind}-{name}{VECTORS_SUFFIX}"
+        return _Part(f"{dataset.name}: {kind}", path, total, ids, former_prompt, prompt)
+
+    return (
+        part("queries", queries, dataset.num_rows, dataset.query, former.query, options.query_prompt),
+        part("documents", documents, dataset.num_documents, dataset.document, former.passage, options.passage_prompt),
+    )
+
+
+def _embed(part: _Part, model: TextModel, decoder: TextDecoder, dtype: str, width: int, progress: bool) -> None:
+    """Make a file whole."""
+
+    def make(start: int, stop: int) -> np.ndarray:
+        texts = decoder([part.ids(number) for number in range(start, stop)])
+        texts = [part.prompt + text.removeprefix(part.former_prompt) for text in texts]
+        vectors = model.encode(texts, normalize=False)  # sorts a call's texts by length, so that little is padded
+        check_finite(vectors, part.title, start)
+        with np.errstate(over="ignore"):
+            stored = vectors.astype(DTYPES[dtype])
+        check_finite(stored, part.title, start, f"a component is too large for {dtype}; use --dtype float32")
+        return stored
+
+    RowFile(part.path, DTYPES[dtype], width).fill(part.total, BLOCK, make, part.title, progress)
+    with part.path.open("rb") as file:
+        os.fsync(file.fileno())  # before teacher.json says that it is whole
+
+
+def _entry(
+    texts: DatasetTexts, digests: tuple[str, str], parts: tuple[_Part, _Part], dtype: str, width: int
+) -> TaughtDataset:
+    files = (VectorFile.describe(part.path, dtype, width) for part in parts)
+    return TaughtDataset(texts.rows, texts.documents, "-".join(digests), texts.check, *files)
+
+
+def _remove_leftovers(folder: TeacherVectors) -> None:
+    """What the finished folder does not need: former data's vectors, the mark of unfinished work, its own cache."""
+    used = {file.file for entry in folder.datasets.values() for file in (entry.query_vectors, entry.document_vectors)}
+    for path in folder.folder.glob(f"*{VECTORS_SUFFIX}"):
+        if path.name not in used:
+            path.unlink()
+    (folder.folder / UNFINISHED).unlink(missing_ok=True)
+    shutil.rmtree(folder.folder / OWN_CACHE, ignore_errors=True)

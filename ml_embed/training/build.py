@@ -1,0 +1,124 @@
+"""From config, backbone and data to the encoder and optimizer of a run.
+
+Letters: V vocabulary, H hidden size, r rank.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3Model
+
+from ml_embed.config import TrainConfig
+from ml_embed.data.store import Store
+from ml_embed.kernels.attention import choose_kernel
+from ml_embed.kernels.compilation import check_compiler
+from ml_embed.model import MatryoshkaEncoder, default_exits, factorize_table
+from ml_embed.model_folders.model_folder import (
+    ModelRecord,
+    load_backbone,
+    load_config,
+    load_encoder,
+    read_exit_norms,
+    read_factors,
+)
+from ml_embed.training import lora
+from ml_embed.training.resolve import Resolved
+
+ADAM_BETAS = (0.9, 0.98)  # F2LLM-v2 (arXiv 2603.19223)
+ADAM_EPSILON = 1e-8
+
+
+def build_encoder(
+    config: TrainConfig,
+    resolved: Resolved,
+    backbone_config: Qwen3Config,
+    store: Store,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+) -> MatryoshkaEncoder:
+    """The encoder at the start of training, with float32 master weights, on `device`.
+
+    Raises:
+        UserError: `compile_layers` does not work here.
+    """
+    if config.compile_layers:
+        check_compiler(device)
+    backbone = load_backbone(config.model_path, backbone_config)
+    encoder = MatryoshkaEncoder(
+        backbone,
+        resolved.exits,
+        initial_factors(config, backbone, store) if config.r else None,
+        config.mll_norm,
+        choose_kernel(config.attention, device, compute_dtype),
+        config.gradient_checkpointing,
+        config.compile_layers,
+    )
+    _take_over_exit_norms(encoder, Path(config.model_path))
+    if config.lora_r:
+        lora.add_adapters(encoder, config)
+    return encoder.to(device)
+
+
+def initial_factors(config: TrainConfig, backbone: Qwen3Model, store: Store) -> tuple[Tensor, Tensor]:
+    """A (V, r), B (r, H): a model folder's own factors where it has them at this rank, else factors of its table."""
+    record = ModelRecord.load(Path(config.model_path))
+    if record is not None and record.ranks and config.r == record.ranks[-1]:
+        return read_factors(Path(config.model_path))
+    table = backbone.embed_tokens.weight.detach()
+    share = token_share(store, len(table)) if config.mel_init == "frequency" else None
+    return factorize_table(table, config.r, share)
+
+
+def token_share(store: Store, vocabulary: int) -> Tensor:
+    """(V,) float64: the share of each token in the tokenized data, add-one smoothed."""
+    counts = np.ones(vocabulary, dtype=np.float64)
+    for dataset in store.datasets.values():
+        counts[: len(dataset.token_counts)] += dataset.token_counts
+    return torch.from_numpy(counts / counts.sum())
+
+
+def _take_over_exit_norms(encoder: MatryoshkaEncoder, folder: Path) -> None:
+    """Continue training the exits' own norms of a model folder that has them."""
+    record = ModelRecord.load(folder)
+    if record is None or record.norm_sharing != "per_layer" or encoder.norm_sharing != "per_layer":
+        return
+    trained = read_exit_norms(folder)
+    for layer, norm in zip(encoder.exits, encoder.norms, strict=True):
+        if layer in trained:
+            norm.get_parameter("weight").data.copy_(trained[layer])
+
+
+def build_optimizer(encoder: MatryoshkaEncoder, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over all trained parameters with weight decay on all of them, in one fused pass."""
+    return torch.optim.AdamW(
+        [parameter for parameter in encoder.parameters() if parameter.requires_grad],
+        lr=config.learning_rate,
+        betas=ADAM_BETAS,
+        eps=ADAM_EPSILON,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def build_teacher(config: TrainConfig, device: torch.device, compute_dtype: torch.dtype) -> MatryoshkaEncoder | None:
+    """The distillation teacher: whole, at its own full rank, without gradients; None without `teacher_model_path`.
+
+    Raises:
+        UserError: the folder is no Qwen3 model.
+    """
+    if config.teacher_model_path is None:
+        return None
+    teacher_config = load_config(config.teacher_model_path)
+    record = ModelRecord.load(Path(config.teacher_model_path))
+    exits = record.exits if record is not None else default_exits(teacher_config.num_hidden_layers)
+    kernel = choose_kernel(config.attention, device, compute_dtype)
+    teacher = load_encoder(
+        config.teacher_model_path,
+        # similarities are learned from the deepest alone
+        exits=tuple(exits) if config.use_mll and config.kd_loss == "vectors" else (teacher_config.num_hidden_layers,),
+        kernel=kernel,
+        dtype=compute_dtype if device.type == "cuda" else torch.float32,
+    )
+    return teacher.to(device).requires_grad_(False)

@@ -1,0 +1,150 @@
+"""What a run reports: metrics.jsonl, accelerate's trackers, and the sums behind a log line."""
+
+import dataclasses
+import json
+import math
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from ml_embed.config import Task
+from ml_embed.files.atomic import append_whole
+
+
+@dataclass
+class Window:
+    """Sums over the optimizer steps since the last log line; saved with a resume state, so that none is lost."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    """of training, checkpoints included, without validation and without a pause between two launches; states of earlier
+    versions lack it, so that the first rate after resuming one is too high"""
+    loss: float = 0.0
+    grad_norm: float = 0.0
+    distillation: float = 0.0
+    tokens: int = 0
+    encoded_tokens: int = 0
+    masked_by_document: int = 0
+    masked_by_margin: int = 0
+    dataset_steps: dict[str, int] = field(default_factory=dict)
+    hard: dict[str, float] = field(default_factory=dict)
+    in_batch: dict[str, float] = field(default_factory=dict)
+    tasks: dict[str, Task] = field(default_factory=dict)
+
+    def add(self, dataset: str, task: Task, step: "StepValues", seconds: float) -> None:
+        self.steps += 1
+        self.seconds += seconds
+        self.loss += step.total
+        self.grad_norm += step.grad_norm
+        self.distillation += step.distillation
+        self.tokens += step.tokens
+        self.encoded_tokens += step.encoded_tokens
+        self.masked_by_document += step.masked_by_document
+        self.masked_by_margin += step.masked_by_margin
+        self.dataset_steps[dataset] = self.dataset_steps.get(dataset, 0) + 1
+        self.hard[dataset] = self.hard.get(dataset, 0.0) + step.hard
+        self.tasks[dataset] = task
+        if task == "retrieval":
+            self.in_batch[dataset] = self.in_batch.get(dataset, 0.0) + step.in_batch
+
+    def summary(self, distilled: bool, margin_used: bool) -> dict[str, float]:
+        """Means over the window, sums of what is counted; a dataset that did not appear in it has no entry.
+
+        "Avg/<task>/…" are means over the task's datasets, each counting the same.
+        """
+        values = {
+            "loss": self.loss / self.steps,
+            "grad_norm": self.grad_norm / self.steps,
+            "tokens_per_second": self.tokens / max(self.seconds, 1e-9),
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "encoded_tokens": self.encoded_tokens,
+            "masked_by_document": self.masked_by_document,
+        }
+        if margin_used:
+            values["masked_by_margin"] = self.masked_by_margin
+        if distilled:
+            values["distillation_loss"] = self.distillation / self.steps
+        for metric, totals in (("training_loss_hard", self.hard), ("training_loss_in_batch", self.in_batch)):
+            means = {name: total / self.dataset_steps[name] for name, total in totals.items()}
+            values |= {f"{name}/{metric}": mean for name, mean in means.items()}
+            for task in dict.fromkeys(self.tasks.values()):
+                of_task = [mean for name, mean in means.items() if self.tasks.get(name) == task]
+                if of_task:
+                    values[f"Avg/{task}/{metric}"] = sum(of_task) / len(of_task)
+        return values
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class StepValues:
+    """One optimizer step, over all processes."""
+
+    total: float
+    hard: float
+    in_batch: float
+    distillation: float
+    tokens: int
+    encoded_tokens: int
+    masked_by_document: int
+    """logits left out as false negatives, see `ml_embed.losses.false_negatives.LeftOut`"""
+    masked_by_margin: int
+    grad_norm: float
+    stop_requested: bool
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.total) and math.isfinite(self.grad_norm)
+
+
+class MetricsLog:
+    """Appends lines to metrics.jsonl (first process only) and sends the same numbers to the trackers.
+
+    A train line's rate is its "tokens" over its "seconds" (`Window.seconds`). These have passed since the line before
+    it, so that anyone can check it from "time" (unless a validation came between two train lines: its line does not say
+    when it began).
+    """
+
+    def __init__(self, path: Path, accelerator: Accelerator, keep_bytes: int = 0):
+        """`keep_bytes`: length of the file when the state that is resumed from was saved; what follows is dropped."""
+        self._accelerator = accelerator
+        self._path = path
+        if accelerator.is_main_process:
+            path.touch()
+            os.truncate(path, min(keep_bytes, path.stat().st_size))
+
+    def force_to_disk(self) -> int:
+        """Bytes of metrics.jsonl, all of them safe from a power cut. First process only."""
+        with self._path.open("rb") as file:
+            os.fsync(file.fileno())
+            return os.fstat(file.fileno()).st_size
+
+    def train(
+        self, step: int, epoch: float, learning_rate: float, window: Window, distilled: bool, margin_used: bool
+    ) -> dict[str, Any]:
+        """Write the line of a window; returns its values.
+
+        `distilled`, `margin_used`: whether the run has a teacher and a false_negative_margin, whose numbers are left
+        out otherwise.
+        """
+        summary = window.summary(distilled, margin_used)
+        line = {"split": "train", "step": step, "epoch": epoch, "learning_rate": learning_rate, **summary}
+        self._write(line)
+        return line
+
+    def valid(self, step: int, epoch: float, values: dict[str, float]) -> None:
+        self._write({"split": "valid", "step": step, "epoch": epoch, **values})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self._accelerator.is_main_process:
+            stamped = line | {"time": time.time()}
+            append_whole(self._path, json.dumps(stamped, ensure_ascii=False, allow_nan=False) + "\n")
+        prefix = "valid/" if line["split"] == "valid" else ""
+        values = {k if "/" in k else prefix + k: v for k, v in line.items() if k not in ("split", "step")}
+        self._accelerator.log(values, step=line["step"])

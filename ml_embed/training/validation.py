@@ -1,0 +1,190 @@
+"""Validation: losses on held-out rows at full rank, and how well the whole vectors, and cut ones, retrieve.
+
+Letters: E exits, N texts of a batch, R rows of this process, K negatives, H hidden size, Q queries and P distinct
+passages of a dataset.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ml_embed.config import Task
+from ml_embed.data.batch import ContrastiveBatch
+from ml_embed.data.loader import Loader
+from ml_embed.distributed.collectives import all_reduce_sum, gather_uneven, world_size
+from ml_embed.evaluation.cells import Cell, cell_name
+from ml_embed.evaluation.metrics import metrics_of_ranks, ranks_of_positives, ranks_of_scores
+from ml_embed.losses.nested import MatryoshkaSpec
+from ml_embed.losses.objective import batch_objective
+from ml_embed.training.resolve import Resolved
+
+Encode = Callable[[ContrastiveBatch, int], Tensor]
+"""batch, rank (0 is a whole token table) -> (E, N, H) vectors, in evaluation mode"""
+Batches = Callable[[], Iterator[tuple[int, ContrastiveBatch]]]
+"""goes once more through (rows of the global batch, this process's share of it) of a dataset's held-out rows"""
+Vectors = Mapping[int, Tensor]
+"""exit layer -> (N, H), of one rank"""
+
+
+@torch.no_grad()
+def validate(
+    encode: Encode,
+    loader: Loader,
+    spec: MatryoshkaSpec,
+    resolved: Resolved,
+    device: torch.device,
+) -> dict[str, float]:
+    """Losses and retrieval metrics of every dataset that has held-out rows. A collective.
+
+    Texts are encoded once a rank; all exits and vector lengths come from that. The losses leave out what is the same
+    document, but nothing by false_negative_margin: what the margin drops depends on the model, and models could not
+    be compared.
+
+    Args:
+        encode: the model.
+        loader: as in training; no training randomness is advanced, for there is none to advance.
+        spec: the losses' dims, weights and temperature.
+        resolved: sizes of the model, and the grid of cells to measure beside the whole of it.
+    Returns:
+        "<dataset>/valid_loss_hard", "<dataset>/ndcg@10" and so on; with a grid also "<dataset>/ndcg@10/<cell_name>"
+        and so on; the means of all these over the datasets of a task as "Avg/<task>/…"; and "loss", the mean over
+        datasets. The same on every process; empty if nothing is held out. A dataset of clustering or classification
+        of which no held-out row has a negative has losses only.
+    """
+    values: dict[str, float] = {}
+    by_task: dict[str, list[float]] = defaultdict(list)
+    totals = []
+    for name, plan in loader.schedule.plans.items():
+        if plan.valid_rows == 0:
+            continue
+
+        def batches(name: str = name) -> Iterator[tuple[int, ContrastiveBatch]]:
+            return loader.held_out_batches(name)
+
+        own = _validate_dataset(encode, batches, plan.task, spec, resolved, device)
+        totals.append(own["valid_loss_hard"] + own.get("valid_loss_in_batch", 0.0))
+        for metric, value in own.items():
+            values[f"{name}/{metric}"] = value
+            by_task[f"Avg/{plan.task}/{metric}"].append(value)
+    values |= {key: sum(entries) / len(entries) for key, entries in by_task.items()}
+    if totals:
+        values["loss"] = sum(totals) / len(totals)
+    return values
+
+
+def _validate_dataset(
+    encode: Encode, batches: Batches, task: Task, spec: MatryoshkaSpec, resolved: Resolved, device: torch.device
+) -> dict[str, float]:
+    whole: Cell = (resolved.ranks[-1] if resolved.ranks else 0, resolved.exits[-1], resolved.dims[0])
+    grid = resolved.valid_grid.cells if resolved.valid_grid else ()
+    wanted = {whole, *grid}
+    search_of_task = _PoolSearch if task == "retrieval" else _CandidateSearch
+    losses = _Losses(spec, device)
+    found: dict[Cell, dict[str, float]] = {}
+    for rank in sorted({rank for rank, _, _ in wanted}):
+        search = search_of_task({cell for cell in wanted if cell[0] == rank})
+        for rows, on_host in batches():
+            batch = on_host.to(device)
+            vectors = encode(batch, rank)
+            if rank == whole[0]:
+                losses.add(vectors, batch, rows)
+            search.add(dict(zip(resolved.exits, vectors, strict=True)), batch)
+        found |= {cell: metrics_of_ranks(ranks.cpu()) if len(ranks) else {} for cell, ranks in search.ranks()}
+    values = losses.means(with_in_batch=task == "retrieval") | found[whole]
+    for cell in grid:
+        values |= {f"{metric}/{cell_name(*cell)}": value for metric, value in found[cell].items()}
+    return values
+
+
+class _Losses:
+    """Means over the held-out rows of all processes."""
+
+    def __init__(self, spec: MatryoshkaSpec, device: torch.device):
+        self._spec = spec
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self._rows = 0
+
+    def add(self, vectors: Tensor, batch: ContrastiveBatch, rows: int) -> None:
+        """vectors: (E, N, H); rows: of the global batch."""
+        terms = batch_objective(vectors, batch, self._spec)
+        self._sums += rows * torch.stack([terms.hard, terms.in_batch]).double()
+        self._rows += rows
+
+    def means(self, with_in_batch: bool) -> dict[str, float]:
+        hard, in_batch = (all_reduce_sum(self._sums) / (world_size() * self._rows)).tolist()
+        return {"valid_loss_hard": hard} | ({"valid_loss_in_batch": in_batch} if with_in_batch else {})
+
+
+class _PoolSearch:
+    """Retrieval: each query among all distinct documents of the dataset's held-out rows. Held: the queries and
+    documents of this process at the exits that are measured."""
+
+    def __init__(self, cells: Collection[Cell]):
+        self._cells = sorted(cells)
+        self._queries: dict[int, list[Tensor]] = {depth: [] for _, depth, _ in self._cells}
+        self._passages: dict[int, list[Tensor]] = {depth: [] for _, depth, _ in self._cells}
+        self._documents: list[Tensor] = []
+        self._wanted: list[Tensor] = []
+
+    def add(self, vectors: Vectors, batch: ContrastiveBatch) -> None:
+        real = batch.sample_weights > 0
+        used, numbers = candidate_documents(batch)
+        self._documents.append(numbers)
+        self._wanted.append(batch.passage_documents[real])
+        for depth in self._queries:
+            self._queries[depth].append(vectors[depth][batch.query[real]])
+            self._passages[depth].append(vectors[depth][used])
+
+    def ranks(self) -> Iterator[tuple[Cell, Tensor]]:
+        """Each cell with the (Q,) ranks of the positives."""
+        number, wanted = (gather_uneven(torch.cat(parts)) for parts in (self._documents, self._wanted))
+        distinct, place = torch.unique(number, return_inverse=True)  # sorted
+        positive = torch.searchsorted(distinct, wanted)
+        for depth, cells in groupby(self._cells, key=lambda cell: cell[1]):
+            query, passage = (gather_uneven(torch.cat(parts.pop(depth))) for parts in (self._queries, self._passages))
+            pool = passage.new_zeros((len(distinct), passage.shape[1]))
+            pool[place] = passage  # the same document has the same vector
+            for cell in cells:
+                dim = cell[2]
+                cut_query, cut_pool = normalize(query[:, :dim], dim=-1), normalize(pool[:, :dim], dim=-1)
+                yield cell, ranks_of_positives(cut_query, cut_pool, positive)
+
+
+class _CandidateSearch:
+    """Clustering and classification: each query chooses among its passage and its own negatives. Rows that have none
+    are left out: they have nothing to be told apart from, and would always be right."""
+
+    def __init__(self, cells: Collection[Cell]):
+        self._ranks: dict[Cell, list[Tensor]] = {cell: [] for cell in sorted(cells)}
+
+    def add(self, vectors: Vectors, batch: ContrastiveBatch) -> None:
+        chooses = ~batch.excluded_candidates[:, 1:].all(1) & (batch.sample_weights > 0)  # (R,)
+        for cell, ranks in self._ranks.items():
+            _, depth, dim = cell
+            unit = normalize(vectors[depth][:, :dim], dim=-1)
+            ranks.append(_ranks_among_own(unit, batch)[chooses])
+
+    def ranks(self) -> Iterator[tuple[Cell, Tensor]]:
+        """Each cell with the (Q,) ranks of the positives."""
+        for cell, ranks in self._ranks.items():
+            yield cell, gather_uneven(torch.cat(ranks))
+
+
+def candidate_documents(batch: ContrastiveBatch) -> tuple[Tensor, Tensor]:
+    """Text index and document number of every real passage and negative of this process's rows."""
+    real = batch.sample_weights > 0
+    is_negative = batch.negative_weights > 0
+    texts = torch.cat([batch.passage[real], batch.negatives[is_negative]])
+    return texts, torch.cat([batch.passage_documents[real], batch.negative_documents[is_negative]])
+
+
+def _ranks_among_own(vectors: Tensor, batch: ContrastiveBatch) -> Tensor:
+    """(R,) rank of each positive among itself and its own negatives."""
+    candidates = torch.cat([batch.passage.unsqueeze(1), batch.negatives], dim=1)  # (R, 1 + K)
+    scores = (vectors[batch.query].unsqueeze(1) * vectors[candidates]).sum(-1)
+    scores = scores.masked_fill(batch.excluded_candidates, -torch.inf)
+    return ranks_of_scores(scores, torch.zeros_like(batch.passage))

@@ -1,0 +1,88 @@
+"""From step numbers to batches: the same ones however many are built together, in order, and ahead of their use."""
+
+import contextlib
+import threading
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from helpers.tiny_models import make_tokenizer
+from helpers.tiny_runs import DATASETS, write_tokenized
+
+from ml_embed.data import loader as loader_module
+from ml_embed.data.batch import ContrastiveBatch
+from ml_embed.data.batch_builder import BatchBuilder
+from ml_embed.data.loader import Loader
+from ml_embed.data.schedule import DatasetPlan, Schedule
+from ml_embed.data.store import open_store
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("loader")
+    return open_store(write_tokenized(folder / "tokenized", make_tokenizer()), folder / "cache", progress=False)
+
+
+def make_loader(store, process=0, processes=1, max_length=12) -> Loader:
+    """Six datasets, two of them smaller than a batch; rows with no negatives up to more than are drawn."""
+    plans = [
+        DatasetPlan(name, DATASETS[name][0], 3, d.num_rows, 0, 2 * d.num_rows) for name, d in store.datasets.items()
+    ]
+    schedule = Schedule(plans, {name: d.num_rows for name, d in store.datasets.items()}, 4, seed=0)
+    return Loader(schedule, store, BatchBuilder(0, max_length, 1, True, process, processes), None)
+
+
+def assert_equal(a: ContrastiveBatch, b: ContrastiveBatch) -> None:
+    for field in fields(ContrastiveBatch):
+        x, y = getattr(a, field.name), getattr(b, field.name)
+        if field.name == "texts":
+            assert torch.equal(x.input_ids, y.input_ids)
+            assert torch.equal(x.packed.cu_seqlens, y.packed.cu_seqlens)
+            assert x.packed.lengths == y.packed.lengths
+        elif isinstance(x, torch.Tensor):
+            assert x.dtype == y.dtype
+            assert torch.equal(x, y), field.name
+        else:
+            assert x == y, field.name
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_a_batch_does_not_depend_on_the_steps_it_is_built_with(store, processes):
+    for process in range(processes):
+        loader = make_loader(store, process, processes)
+        steps = range(3, 2 * loader.schedule.steps_per_epoch)  # into the second epoch
+        together = loader.build(steps)
+        for step, batch in zip(steps, together, strict=True):
+            assert_equal(loader.build([step])[0], batch)
+        widths = {batch.negatives.shape[1] for batch in together if batch.dataset == "answers"}
+        assert len(widths) > 1, "batches of one block that are not equally wide"
+
+
+@pytest.mark.parametrize("rows_of_a_block", [1, 8, 1000])
+def test_training_batches_come_in_order_from_any_step(store, monkeypatch, rows_of_a_block):
+    monkeypatch.setattr(loader_module, "ROWS_OF_A_BLOCK", rows_of_a_block)
+    loader = make_loader(store)
+    steps = range(2, 25)
+    for step, batch in zip(steps, loader.training_batches(steps), strict=True):
+        assert_equal(loader.build([step])[0], batch)
+
+
+def test_a_block_is_bounded_by_rows_and_by_tokens(store):
+    """Of four rows of at most five texts."""
+    assert make_loader(store, max_length=12).steps_of_a_block == 512 // 4
+    assert make_loader(store, max_length=4096).steps_of_a_block == 2**21 // (4 * 5 * 4096)
+    assert make_loader(store, processes=2, max_length=4096).steps_of_a_block == 2**21 // (2 * 5 * 4096)
+    assert make_loader(store, max_length=10**6).steps_of_a_block == 1
+
+
+def test_what_goes_wrong_while_building_reaches_the_user_of_the_batches(store):
+    loader = replace(make_loader(store), store=None)
+    with pytest.raises(AttributeError):
+        next(loader.training_batches(range(5)))
+
+
+def test_leaving_early_ends_the_thread(store):
+    threads = threading.active_count()
+    with contextlib.closing(make_loader(store).training_batches(range(10_000))) as batches:
+        next(batches)
+    assert threading.active_count() == threads

@@ -1,0 +1,310 @@
+"""mteb's tasks on cuts of a tiny model, offline: a retrieval task of one's own over the embedded corpus."""
+
+import functools
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+import pytest
+from helpers.tiny_models import DIMS, LAYERS, PROMPTS, RANK, make_tokenizer, write_model
+
+import ml_embed.evaluation.mteb
+from ml_embed import Embedder
+from ml_embed.errors import UserError
+from ml_embed.evaluation.cube import evaluate_cube
+from ml_embed.evaluation.mteb import evaluate_mteb, find_tasks, require_mteb
+from ml_embed.reports.tables import summary_table
+from ml_embed.sample_data.corpus import load_articles
+from scripts import evaluate_mteb as script
+
+pytest.importorskip("mteb")
+from datasets import Dataset
+from mteb.abstasks import AbsTaskRetrieval, AbsTaskSTS
+from mteb.abstasks.aggregate_task_metadata import AggregateTaskMetadata
+from mteb.abstasks.aggregated_task import AbsTaskAggregate
+from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
+from mteb.abstasks.task_metadata import TaskMetadata
+
+CUTS = {"ranks": [16], "depths": [1, 3], "dims": [8, 64]}
+DESCRIBED = {
+    "description": "Which article of the Universal Declaration of Human Rights is the same in another language?",
+    "reference": "https://www.un.org/en/universal-declaration-human-rights/",
+    "category": "t2t",
+    "eval_splits": ["test"],
+    "eval_langs": ["eng-Latn", "fra-Latn"],
+    "date": ("1948-12-10", "1948-12-10"),
+    "dialect": [],
+    "domains": ["Legal"],
+    "task_subtypes": [],
+    "license": "not specified",
+    "annotations_creators": "derived",
+    "modalities": ["text"],
+    "sample_creation": "found",
+    "bibtex_citation": "",
+}
+
+
+@functools.cache
+def pairs() -> list[tuple[str, str]]:
+    """(English, French) articles."""
+    english, french = (
+        {row["article"]: row["text"] for row in load_articles().filter(pc.field("code") == code).to_pylist()}
+        for code in ("eng", "fra")
+    )
+    return [(english[number].strip(), french[number].strip()) for number in sorted(english.keys() & french.keys())]
+
+
+class SampleRetrieval(AbsTaskRetrieval):
+    """Each English article searches the French ones."""
+
+    metadata = TaskMetadata(
+        name="SampleRetrieval",
+        type="Retrieval",
+        main_score="ndcg_at_10",
+        dataset={"path": "ml_embed/sample_data", "revision": "1"},
+        **DESCRIBED,
+    )
+
+    def load_data(self, **kwargs) -> None:
+        queries = [{"id": f"q{i}", "text": english} for i, (english, _) in enumerate(pairs())]
+        corpus = [{"id": f"d{i}", "text": french} for i, (_, french) in enumerate(pairs())]
+        relevant = {f"q{i}": {f"d{i}": 1} for i in range(len(queries))}
+        data = RetrievalSplitData(
+            queries=Dataset.from_list(queries),
+            corpus=Dataset.from_list(corpus),
+            relevant_docs=relevant,
+            top_ranked=None,
+        )
+        self.dataset = {"default": {"test": data}}
+        self.data_loaded = True
+
+
+class SampleTitles(SampleRetrieval):
+    """The same with the beginnings of the French articles."""
+
+    metadata = SampleRetrieval.metadata.model_copy(update={"name": "SampleTitles"})
+
+    def load_data(self, **kwargs) -> None:
+        super().load_data()
+        data = self.dataset["default"]["test"]
+        data["corpus"] = data["corpus"].map(lambda row: {"text": row["text"][:20]})
+
+
+class SampleSTS(AbsTaskSTS):
+    """Texts without a role; more alike where the articles' numbers are close."""
+
+    metadata = TaskMetadata(
+        name="SampleSTS",
+        type="STS",
+        main_score="cosine_spearman",
+        dataset={"path": "ml_embed/sample_data", "revision": "1"},
+        **DESCRIBED,
+    )
+    min_score, max_score = 0, 30
+
+    def load_data(self, **kwargs) -> None:
+        texts = [english for english, _ in pairs()]
+        rows = [
+            {"sentence1": texts[i], "sentence2": texts[3 * i % 30], "score": 30 - abs(i - 3 * i % 30)}
+            for i in range(30)
+        ]
+        self.dataset = {"test": Dataset.from_list(rows)}
+        self.data_loaded = True
+
+
+class Unreachable(SampleRetrieval):
+    """What a task of the hub does without a network."""
+
+    metadata = SampleRetrieval.metadata.model_copy(update={"name": "Unreachable"})
+
+    def load_data(self, **kwargs) -> None:
+        raise ConnectionError("Couldn't reach 'ml_embed/sample_data' on the Hub\nlong trace")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("mteb") / "model", make_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def evaluated(folder):
+    """The summary of two tasks at four cuts, and where it lies."""
+    output = folder.parent / "results"
+    tasks = [SampleRetrieval(), SampleSTS()]
+    return evaluate_mteb(folder, tasks, output, **CUTS, device="cpu", progress=False), output
+
+
+def own_ndcg(folder: Path, tmp_path: Path, prompt: str) -> dict[tuple, float]:
+    """Cut -> nDCG@10 by this project's own evaluation."""
+    rows = [{"query": prompt + query, "passage": passage, "negatives": []} for query, passage in pairs()]
+    data = tmp_path / "articles.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = evaluate_cube(folder, data, *CUTS.values(), device="cpu", progress=False)
+    return {(row["rank"], row["depth"], row["dim"]): row["ndcg@10"] for row in result["rows"]}
+
+
+def scores(summary: dict, task: str) -> dict[tuple, float]:
+    return {(row["rank"], row["depth"], row["dim"]): row["score"] for row in summary["rows"] if row["task"] == task}
+
+
+def test_retrieval_scores_are_those_of_our_own_evaluation(evaluated, folder, tmp_path):
+    """Behind the folder's prompt for queries, which matters."""
+    expected = own_ndcg(folder, tmp_path, PROMPTS["query"])
+    assert scores(evaluated[0], "SampleRetrieval") == pytest.approx(expected, abs=1e-4)
+    assert len(set(expected.values())) == 4
+    assert expected != pytest.approx(own_ndcg(folder, tmp_path, ""), abs=1e-3)
+
+
+def test_flags_take_the_place_of_the_folders_prompts(folder, tmp_path):
+    cuts = {"ranks": [16], "depths": [1], "dims": [8]}
+    for number, prompt in enumerate(("", "find: ")):
+        summary = evaluate_mteb(
+            folder, [SampleRetrieval()], tmp_path, **cuts, query_prompt=prompt, device="cpu", progress=False
+        )
+        own = own_ndcg(folder, tmp_path, prompt)[16, 1, 8]
+        assert scores(summary, "SampleRetrieval") == {(16, 1, 8): pytest.approx(own, abs=1e-4)}
+        assert summary["prompts"] == {"folder": PROMPTS, "given": {"query": prompt}}
+        assert len(list((tmp_path / "results").glob("*/*/experiments"))) == number + 1, "kept apart"
+
+
+def test_texts_without_a_role_have_no_query_prompt(evaluated, folder):
+    from scipy.stats import spearmanr
+
+    task = SampleSTS()
+    task.load_data()
+    rows = task.dataset["test"]
+    model = Embedder.from_pretrained(folder, rank=16, depth=1, dim=8, device="cpu")
+    cosines = (model.encode(list(rows["sentence1"])) * model.encode(list(rows["sentence2"]))).sum(1)
+    expected = spearmanr(np.array(rows["score"]), cosines)[0]
+    assert scores(evaluated[0], "SampleSTS")[16, 1, 8] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_prompt_named_after_a_task_or_its_type_goes_before_one_for_queries(folder):
+    from mteb.types import PromptType
+
+    from ml_embed.evaluation.mteb import TaskPrompts
+
+    retrieval, sts = SampleRetrieval.metadata, SampleSTS.metadata
+    prompts = {"query": "q: ", "STS": "s: ", "SampleRetrieval": "t: "}
+    assert TaskPrompts(prompts, {}).text(retrieval, PromptType.query) == "t: "
+    assert TaskPrompts(prompts, {"query": "given: "}).text(retrieval, PromptType.query) == "given: "
+    assert TaskPrompts(prompts, {"query": "given: "}).text(sts, None) == "s: "
+    assert TaskPrompts({"query": "q: "}, {}).text(retrieval, PromptType.document) == ""
+
+
+def test_mteb_reads_its_own_result_files(evaluated):
+    from mteb import ResultCache
+
+    summary, output = evaluated
+    files = sorted((output / "results").rglob("Sample*.json"))
+    assert len(files) == len(summary["rows"]) == 8
+    found = ResultCache(output).load_results(
+        tasks=[SampleRetrieval(), SampleSTS()], include_remote=False, load_experiments="match_name"
+    )
+    assert {result.model_name for result in found.model_results} == {f"{output.parent.name}/model"}
+    kept = {file.parent.name: json.loads(file.read_text()) for file in files if file.stem == "SampleRetrieval"}
+    for (rank, depth, dim), score in scores(summary, "SampleRetrieval").items():
+        result = kept[f"depth_{depth}__dim_{dim}__rank_{rank}"]
+        assert result["scores"]["test"][0]["main_score"] == pytest.approx(score)
+    assert json.loads((output / "summary.json").read_text()) == summary
+    assert not list(output.glob(".vectors-*"))
+
+
+def test_an_aggregate_is_put_together_from_its_parts(evaluated, folder):
+    """Its score is the mean of theirs, and they are computed like any other task."""
+    described = {
+        key: value for key, value in DESCRIBED.items() if key in ("description", "reference", "bibtex_citation")
+    }
+    metadata = AggregateTaskMetadata(
+        name="SampleAggregate",
+        type="Retrieval",
+        main_score="ndcg_at_10",
+        tasks=[SampleRetrieval(), SampleTitles()],
+        eval_splits=["test"],
+        **described,
+    )
+    task = type("SampleAggregate", (AbsTaskAggregate,), {"metadata": metadata})()
+    output = folder.parent / "aggregated"
+    cuts = {"ranks": [16], "depths": [1], "dims": [8, 64]}
+    summary = evaluate_mteb(folder, [task, *metadata.tasks], output, **cuts, device="cpu", progress=False)
+    whole, one, other = (scores(summary, name) for name in ("SampleAggregate", "SampleRetrieval", "SampleTitles"))
+    assert one != other
+    assert whole == pytest.approx({cut: (one[cut] + other[cut]) / 2 for cut in one})
+    assert one == pytest.approx({cut: scores(evaluated[0], "SampleRetrieval")[cut] for cut in one})
+
+
+def test_a_row_says_what_its_cut_costs(evaluated, folder):
+    row = next(row for row in evaluated[0]["rows"] if (row["rank"], row["depth"], row["dim"]) == (16, 1, 8))
+    model = Embedder.from_pretrained(folder, rank=16, depth=1, dim=8, device="cpu")
+    assert (row["parameters"], row["bytes_per_vector"], row["trained"]) == (model.num_parameters, 32, True)
+    table = summary_table(evaluated[0]).splitlines()
+    assert len(table) == 1 + 4
+    assert table[0].split() == ["cut", "parameters", "SampleRetrieval", "SampleSTS", "mean"]
+    assert f"{row['parameters']:,}" in table[1]
+
+
+def test_texts_are_encoded_once_a_rank_and_nothing_is_computed_twice(folder, tmp_path, monkeypatch):
+    calls = []
+    encode = ml_embed.evaluation.mteb.encode_all_exits
+    monkeypatch.setattr(
+        ml_embed.evaluation.mteb, "encode_all_exits", lambda *given: calls.append(given[3]) or encode(*given)
+    )
+    options = {"device": "cpu", "progress": False}
+    cuts = {"ranks": [16, 32], "depths": [1], "dims": [8, 64]}
+    first = evaluate_mteb(folder, [SampleRetrieval()], tmp_path, **cuts, **options)
+    assert calls == [16, 16, 32, 32], "queries and documents"
+    assert evaluate_mteb(folder, [SampleRetrieval()], tmp_path, **cuts, **options) == first
+    assert len(calls) == 4
+    more = evaluate_mteb(folder, [SampleRetrieval()], tmp_path, ranks=[16], depths=[1], dims=[8, 16], **options)
+    assert calls[4:] == [16, 16], "only the cut that was not there"
+    assert scores(more, "SampleRetrieval")[16, 1, 8] == scores(first, "SampleRetrieval")[16, 1, 8]
+    evaluate_mteb(folder, [SampleRetrieval()], tmp_path, ranks=[16], depths=[1], dims=[8], overwrite=True, **options)
+    assert calls[6:] == [16, 16]
+
+
+def test_the_script_prints_a_table_of_the_whole_model(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ml_embed.evaluation.mteb, "find_tasks", lambda names, *_: [SampleRetrieval()])
+    flags = ["--model", str(folder), "--output", str(tmp_path / "out"), "--device", "cpu"]
+    assert script.main([*flags, "--tasks", "SampleRetrieval"]) == 0
+    assert f"depth {LAYERS}, dim {DIMS[0]}, rank {RANK}" in capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]
+    assert (row["rank"], row["depth"], row["dim"]) == (RANK, LAYERS, DIMS[0])
+
+
+def test_mistakes_at_the_command_line(folder, tmp_path, capsys, monkeypatch):
+    flags = ["--model", str(folder), "--output", str(tmp_path / "out")]
+    assert script.main(flags) == 2
+    assert "give --tasks or --benchmark" in capsys.readouterr().err
+    assert script.main([*flags, "--tasks", "SciFcat", "NFCorpu", "--benchmark", "MTEB(nothing)"]) == 2
+    printed = capsys.readouterr().err
+    assert all(name in printed for name in ("'SciFcat'", "'SciFact'", "'NFCorpus'", "'MTEB(nothing)'")), printed
+    assert script.main([*flags, "--tasks", "SciFact", "--languages", "fra"]) == 2
+    assert "no task is in the languages fra" in capsys.readouterr().err
+    assert script.main([*flags, "--tasks", "SciFact", "--dim", "65"]) == 2
+    assert "dim 65 is not possible" in capsys.readouterr().err
+    monkeypatch.setattr(ml_embed.evaluation.mteb, "find_tasks", lambda *_: [Unreachable()])
+    assert script.main([*flags, "--tasks", "Unreachable"]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "task Unreachable: its data 'ml_embed/sample_data' could not be loaded (ConnectionError" in message
+    assert not list((tmp_path / "out").rglob("*.json"))
+
+
+def test_languages_choose_among_a_tasks_subsets():
+    (task,) = find_tasks(["STS22.v2"], languages=["fra"])
+    assert set(task.hf_subsets) == {"fr", "de-fr", "fr-pl"}
+    (same,) = find_tasks(["STS22.v2", "STS22.v2"])
+    assert len(same.hf_subsets) > 3
+
+
+def test_pictures_are_refused(folder, tmp_path):
+    with pytest.raises(UserError, match=r"not of text alone.*Flickr30kT2IRetrieval"):
+        evaluate_mteb(folder, find_tasks(["Flickr30kT2IRetrieval"]), tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_mteb_there_is_a_line_to_install_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'ml-embed\[mteb\]'"):
+        require_mteb()

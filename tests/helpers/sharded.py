@@ -1,0 +1,48 @@
+"""Runs under FSDP2 on CPUs."""
+
+import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+import run as run_script
+from helpers import ROOT
+from helpers.tiny_runs import run_each
+from ml_embed.training import accelerator as run_accelerator
+
+
+def run_each_sharded(configs: list[str]) -> int:
+    shard_on_cpu()
+    return run_each(configs)
+
+
+def run_sharded(arguments: list[str]) -> int:
+    shard_on_cpu()
+    return run_script.main(arguments)
+
+
+def shard_on_cpu() -> None:
+    """Make accelerate shard as configs/accelerate_fsdp2.yaml says: left alone, it knows FSDP on GPUs only.
+
+    All that comes after this choice is accelerate's own code, and torch's, over gloo.
+    """
+    settings = yaml.safe_load((ROOT / "configs" / "accelerate_fsdp2.yaml").read_text())["fsdp_config"]
+    make = run_accelerator.make_accelerator
+
+    def make_sharded(config) -> Accelerator:
+        accelerator = make(config)
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=settings["fsdp_version"],
+            auto_wrap_policy=settings["fsdp_auto_wrap_policy"],
+            transformer_cls_names_to_wrap=[settings["fsdp_transformer_layer_cls_to_wrap"]],
+            reshard_after_forward=settings["fsdp_reshard_after_forward"],
+            cpu_ram_efficient_loading=settings["fsdp_cpu_ram_efficient_loading"],
+            state_dict_type=settings["fsdp_state_dict_type"],
+        )
+        AcceleratorState._shared_state["fsdp_plugin"] = plugin
+        for state in (AcceleratorState, PartialState):
+            state._shared_state["distributed_type"] = DistributedType.FSDP
+        assert accelerator.is_fsdp2
+        return accelerator
+
+    run_accelerator.make_accelerator = make_sharded

@@ -1,0 +1,165 @@
+"""W processes are one process: the same loss curve, validation and weights, with everything switched on.
+
+One launch for each number of processes trains all the cases one after another. The global batch is four rows.
+"""
+
+import inspect
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import FullyShardedDataParallelPlugin
+from helpers import ROOT
+from helpers.comparing import CASES, GLOBAL_BATCH, assert_same_metrics, assert_same_tensors
+from helpers.sharded import run_each_sharded, run_sharded
+from helpers.teachers import LetterModel
+from helpers.tiny_runs import DATASETS, Inputs, Launch, final_state, metrics, run, run_each
+from safetensors.torch import load_file
+
+from ml_embed.recipe.teacher import TeacherOptions, embed_teacher
+
+LAUNCHES = {1: CASES, 2: CASES, 4: ["everything", "in_chunks"]}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Inputs:
+    return Inputs.write(tmp_path_factory.mktemp("distributed") / "inputs")
+
+
+@pytest.fixture(scope="module")
+def run_dirs(inputs):
+    """(case, processes) -> the run's folder."""
+    taught = TeacherOptions(
+        inputs.folder / "tokenized", str(inputs.folder / "backbone"), inputs.folder / "teacher_vectors"
+    )
+    embed_teacher(LetterModel(), taught, progress=False)
+    for processes, cases in LAUNCHES.items():
+        configs = []
+        for case in cases:
+            changes = dict(CASES[case])
+            if changes.pop("teacher", False):
+                changes["teacher_model_path"] = str(inputs.folder / "teacher")
+            if changes.pop("teacher_vectors", False):
+                changes["teacher_vectors_path"] = str(inputs.folder / "teacher_vectors")
+            name = f"{case}-{processes}"
+            configs.append(inputs.config(name, train_batch_size=GLOBAL_BATCH // processes, **changes))
+        launch = Launch(inputs.folder / "printed" / str(processes), configs, processes, main=run_each)
+        assert launch.wait() == [0] * processes, launch.printed()
+        assert "Warning" not in launch.printed()
+    return lambda case, processes: inputs.run_dir(f"{case}-{processes}")
+
+
+@pytest.fixture(scope="module")
+def sharded_run_dirs(inputs, run_dirs):
+    """case -> the folder of a run of two processes under FSDP2."""
+    configs = []
+    for case in ("everything", "in_chunks"):
+        configs.append(inputs.config(f"{case}-sharded", train_batch_size=GLOBAL_BATCH // 2, **CASES[case]))
+    launch = Launch(inputs.folder / "printed" / "sharded", configs, 2, main=run_each_sharded)
+    assert launch.wait() == [0, 0], launch.printed()
+    return lambda case: inputs.run_dir(f"{case}-sharded")
+
+
+@pytest.mark.parametrize(
+    ("processes", "case"), [(processes, case) for processes, cases in LAUNCHES.items() for case in cases][len(CASES) :]
+)
+def test_many_processes_are_one(run_dirs, processes, case):
+    one, many = run_dirs(case, 1), run_dirs(case, processes)
+    assert_same_metrics(metrics(one), metrics(many))
+    assert_same_tensors(final_state(one), final_state(many))
+
+
+def test_chunks_are_the_whole(run_dirs):
+    for processes in (1, 2, 4):
+        whole, chunks = run_dirs("everything", processes), run_dirs("in_chunks", processes)
+        assert_same_metrics(metrics(whole), metrics(chunks))
+        assert_same_tensors(final_state(whole), final_state(chunks))
+
+
+def test_the_cases_hold_what_they_should(run_dirs, inputs):
+    """Uneven last batches, fewer rows than processes, every dataset, losses and weights that really moved."""
+    lines = metrics(run_dirs("teacher", 1))
+    seen = {key.split("/")[0] for line in lines for key in line if "/" in key}
+    assert seen == {*DATASETS, "Avg"}
+    rows = [spec[1] for spec in DATASETS.values()]
+    assert any(count % GLOBAL_BATCH for count in rows)
+    assert min(rows) < 2
+    assert sum(line["loss"] > 0.01 for line in lines) > len(lines) / 2
+    assert all("distillation_loss" in line for line in lines)
+    assert all(line["distillation_loss"] > 1e-3 for line in metrics(run_dirs("similar", 2)))
+    assert any("topics/training_loss_hard" in line for line in lines)
+    assert not any("topics/training_loss_in_batch" in line for line in lines)
+    first, last = final_state(run_dirs("teacher", 1)), final_state(run_dirs("everything", 1))
+    moved = sum(not torch.equal(first[name], last[name]) for name in first.keys() & last.keys())
+    assert moved > 30
+    valid = [line for line in metrics(run_dirs("everything", 4)) if line["split"] == "valid"]
+    assert any("answers/ndcg@10/rank_8_depth_1_dim_8" in line for line in valid)
+    counted = [line for line in metrics(run_dirs("everything", 4)) if line["split"] == "train"]
+    assert any(line["masked_by_document"] for line in counted)
+    assert any(line["masked_by_margin"] for line in counted)
+
+
+@pytest.mark.parametrize("case", ["everything", "in_chunks"])
+def test_sharded_processes_are_one(run_dirs, sharded_run_dirs, case):
+    one, sharded = run_dirs(case, 1), sharded_run_dirs(case)
+    assert_same_metrics(metrics(one), metrics(sharded))
+    assert_same_tensors(final_state(one), final_state(sharded))
+    for moments in (final_state(one, "optimizer.safetensors"), final_state(sharded, "optimizer.safetensors")):
+        assert any(name.endswith("|exp_avg_sq") for name in moments)
+    assert_same_tensors(final_state(one, "optimizer.safetensors"), final_state(sharded, "optimizer.safetensors"))
+
+
+def test_the_model_folder_of_sharded_processes_is_whole(run_dirs, sharded_run_dirs):
+    (one,) = run_dirs("everything", 1).glob("epoch_1")
+    sharded = sharded_run_dirs("everything") / "epoch_1"
+    names = sorted(str(path.relative_to(one)) for path in one.rglob("*"))
+    assert names == sorted(str(path.relative_to(sharded)) for path in sharded.rglob("*"))
+    assert "model.safetensors" in names
+    for name in names:
+        if name.endswith(".safetensors"):
+            assert_same_tensors(load_file(one / name), load_file(sharded / name))
+        elif (one / name).is_file():
+            assert (one / name).read_bytes() == (sharded / name).read_bytes(), name
+
+
+def test_a_sharded_run_continues_a_copied_one_and_the_reverse(inputs):
+    settings = {"train_steps": 6, "checkpointing_steps": 3, "train_batch_size": 2}
+    run(inputs, inputs.config("whole", **settings), processes=2)
+    for name, first, then in (("to_sharded", None, run_sharded), ("from_sharded", run_sharded, None)):
+        run(inputs, inputs.config(name, **settings), processes=2, main=first)
+        for path in inputs.run_dir(name).glob("**/step_6"):
+            path.rename(inputs.folder / f"{name}-{path.parent.name}-set-aside")
+        printed = run(inputs, inputs.config(name, **settings), "--resume", "auto", processes=2, main=then)
+        assert "continuing after step 3" in printed
+        assert_same_metrics(metrics(inputs.run_dir("whole")), metrics(inputs.run_dir(name)))
+        assert_same_tensors(final_state(inputs.run_dir("whole")), final_state(inputs.run_dir(name)))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("accelerate_*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_every_config(path):
+    config = load_config_from_file(str(path))
+    given = yaml.safe_load(path.read_text())
+    assert str(config.distributed_type.value) == given["distributed_type"]
+    assert config.num_processes == given["num_processes"]
+    if given["distributed_type"] == "FSDP":
+        plugin_names = {f"fsdp_{name}" for name in inspect.signature(FullyShardedDataParallelPlugin).parameters}
+        renamed = {"fsdp_version", "fsdp_transformer_layer_cls_to_wrap", "fsdp_offload_params"}
+        assert given["fsdp_config"].keys() <= plugin_names | renamed
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, "only on GPUs and would silently"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2"}, "gradient_accumulation_steps is 2; it must be 1"),
+    ],
+    ids=["fsdp", "deepspeed", "accumulation"],
+)
+def test_launcher_settings_that_cannot_work_here_are_refused(inputs, environment, message):
+    config = inputs.config("refused", train_batch_size=2)
+    printed = run(inputs, config, processes=2, expected=2, environment=environment)
+    assert printed.count("error: ") == 2, "one for each process"
+    assert printed.count(message) == 2
+    assert "Traceback" not in printed

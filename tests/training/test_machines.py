@@ -1,0 +1,154 @@
+"""Two machines: launched by `accelerate launch` with their own ranks and addresses, and what happens when one dies.
+
+Where the test may (as root), a machine is a network namespace and a veth pair joins the two; else both are on loopback.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+from helpers.tiny_runs import Inputs, Launch, config_of, final_bytes, free_port, metrics, run, wait_for_lines
+
+import run as run_script
+from ml_embed.distributed import heartbeat
+
+PREEMPTED_OR_LOST = (2, heartbeat.LOST_EXIT_CODE)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Inputs:
+    return Inputs.write(tmp_path_factory.mktemp("machines") / "inputs")
+
+
+@dataclass(frozen=True)
+class Machine:
+    prefix: list[str]
+    """put before a command, it runs on this machine"""
+    address: str
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture
+def machines():
+    tag = f"mle{os.getpid() % 10000}"
+    names, addresses = (f"{tag}a", f"{tag}b"), ("10.213.77.1", "10.213.77.2")
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", f"{tag}0", "netns", names[0], "type", "veth", "peer", "name", f"{tag}1", "netns", names[1])
+        for number, (name, address) in enumerate(zip(names, addresses, strict=True)):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", f"{tag}{number}")
+            for device in ("lo", f"{tag}{number}"):
+                ip("-n", name, "link", "set", device, "up")
+        yield [Machine(["ip", "netns", "exec", n], a) for n, a in zip(names, addresses, strict=True)]
+    except (OSError, subprocess.CalledProcessError):
+        yield [Machine([], "127.0.0.1")] * 2
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+def launch(machine: Machine, rank: int, first: Machine, port: int, config: Path, output: Path) -> subprocess.Popen:
+    command = [*machine.prefix, sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(ROOT / "configs" / "accelerate_cpu.yaml")]
+    command += ["--num_machines", "2", "--num_processes", "2", "--machine_rank", str(rank)]
+    command += ["--main_process_ip", first.address, "--main_process_port", str(port)]
+    command += [str(ROOT / "run.py"), "--config", str(config)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    with output.open("wb") as file:
+        return subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+
+
+def kill_machine(launcher: subprocess.Popen) -> None:
+    """SIGKILL a launcher and all that it started."""
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launcher.pid)], capture_output=True, text=True)
+    for pid in [launcher.pid, *map(int, children.stdout.split())]:
+        os.kill(pid, signal.SIGKILL)
+    launcher.wait()
+
+
+def test_two_launches_are_one_run_and_neither_outlives_the_other(inputs, machines, tmp_path):
+    """The second machine is killed in mid-run; the first ends with a message; continued, the run ends bit-equal."""
+    run(inputs, config_of(inputs, "unbroken", train_batch_size=2, train_steps=40), processes=2)
+    config, port = config_of(inputs, "two_machines", train_batch_size=2, train_steps=40), free_port()
+    outputs = [tmp_path / "first", tmp_path / "second"]
+    launchers = [launch(m, rank, machines[0], port, config, outputs[rank]) for rank, m in enumerate(machines)]
+    try:
+        wait_for_lines(inputs.run_dir("two_machines") / "metrics.jsonl", 5, outputs[0])
+        kill_machine(launchers[1])
+        killed = time.monotonic()
+        assert launchers[0].wait(60) == 1, "what accelerate makes of any failure"
+        assert time.monotonic() - killed < 60
+    finally:
+        for launcher in launchers:
+            if launcher.poll() is None:
+                kill_machine(launcher)
+    assert "error: another process of this run has ended or does not answer" in outputs[0].read_text()
+    assert not (inputs.run_dir("two_machines") / "step_40").exists()
+    run(inputs, config, "--resume", "auto", processes=2)
+    assert metrics(inputs.run_dir("two_machines")) == metrics(inputs.run_dir("unbroken"))
+    assert final_bytes(inputs.run_dir("two_machines"), 40) == final_bytes(inputs.run_dir("unbroken"), 40)
+
+
+UNEQUAL = {"WORLD_SIZE": 12, "GROUP_WORLD_SIZE": 2}  # 8 processes and 4, as torchrun tells of them
+ALIKE = {"WORLD_SIZE": 8, "LOCAL_WORLD_SIZE": 4}  # a launcher that says no more
+
+
+@pytest.mark.parametrize(
+    ("told", "machine"),
+    [
+        (UNEQUAL | {"LOCAL_WORLD_SIZE": 8, "RANK": 0, "GROUP_RANK": 0}, 0),
+        (UNEQUAL | {"LOCAL_WORLD_SIZE": 4, "RANK": 8, "GROUP_RANK": 1}, 1),
+        (ALIKE | {"RANK": 3}, 0),
+        (ALIKE | {"RANK": 4}, 1),
+    ],
+)
+def test_machines_are_counted(monkeypatch, told, machine):
+    counted = []
+
+    class Recorder:
+        def __init__(self, machine, machines, *rest):
+            counted.append((machine, machines))
+
+        def stop(self):
+            pass
+
+    for name, value in (told | {"LOCAL_RANK": 0}).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(heartbeat, "Heartbeat", Recorder)
+    with heartbeat.heartbeat():
+        assert counted == [(machine, 2)]
+
+
+def main_with_quick_heartbeat(arguments: list[str]) -> int:
+    heartbeat.BEAT_SECONDS, heartbeat.LOST_AFTER_SECONDS = 0.2, 2.0
+    return run_script.main(arguments)
+
+
+@pytest.mark.parametrize("silent", [0, 1])
+def test_a_machine_that_falls_silent_ends_the_other(inputs, silent):
+    """A stopped process closes no connection, as a machine without power closes none."""
+    name = f"silent-{silent}"
+    config = config_of(inputs, name, train_batch_size=2, train_steps=5000, checkpointing_steps=0)
+    environment = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    output = inputs.folder / "printed" / name
+    launch = Launch(output, ["--config", config], 2, main=main_with_quick_heartbeat, environment=environment)
+    wait_for_lines(inputs.run_dir(name) / "metrics.jsonl", 5, launch)
+    os.kill(launch.processes[silent].pid, signal.SIGSTOP)
+    other = launch.processes[1 - silent]
+    other.join(15)
+    os.kill(launch.processes[silent].pid, signal.SIGCONT)
+    codes = launch.wait()
+    assert other.exitcode == heartbeat.LOST_EXIT_CODE, (codes, launch.printed())
+    assert f"machine {silent} (counted from 0) has not answered for 2 seconds" in launch.printed()
+    assert codes[silent] in PREEMPTED_OR_LOST
+    assert "Traceback" not in launch.printed()
