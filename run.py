@@ -1,4 +1,5 @@
-"""Train a nested embedding model from a JSON config: `accelerate launch run.py --config configs/config.json`."""
+"""Train a nested embedding model from a JSON config: `accelerate launch run.py --config
+configs/config.json`."""
 
 import argparse
 import contextlib
@@ -11,18 +12,32 @@ from ml_embed.errors import UserError, exit_on_user_error
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", required=True, help="JSON file of the run, see the table in README.md")
     parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override config keys"
+        "--config", required=True, help="JSON file of the run, see the table in README.md"
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override config keys",
     )
     parser.add_argument(
         "--resume",
         default="no",
         metavar="auto|PATH|no",
-        help="continue from the newest whole state of this run, from a given one, or start anew (default: no)",
+        help=(
+            "continue from the newest whole state of this run, from a given one, or start anew "
+            "(default: no)"
+        ),
     )
-    parser.add_argument("--allow-changes", action="store_true", help="resume even if keys that matter have changed")
-    parser.add_argument("--dry-run", action="store_true", help="print the derived numbers and memory, train nothing")
+    parser.add_argument(
+        "--allow-changes", action="store_true", help="resume even if keys that matter have changed"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the derived numbers and memory, train nothing"
+    )
     return parser.parse_args(arguments)
 
 
@@ -31,7 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     from ml_embed.config import load_config
 
-    config, given = load_config(options.config, options.set)  # before the slow imports: mistakes show at once
+    config, given = load_config(
+        options.config, options.set
+    )  # before the slow imports: mistakes show at once
 
     from ml_embed.distributed.heartbeat import heartbeat
     from ml_embed.distributed.sole_launch import sole_launch
@@ -44,12 +61,16 @@ def main(arguments: list[str] | None = None) -> int:
         accelerator = make_accelerator(config)
         if accelerator.device.type == "cpu":
             keep_freed_memory()
-        inputs = open_inputs(config, accelerator.num_processes, progress=accelerator.is_local_main_process)
+        inputs = open_inputs(
+            config, accelerator.num_processes, progress=accelerator.is_local_main_process
+        )
         if options.dry_run:
             accelerator.print(json.dumps(inputs[-1].to_json(), indent=2))
             return 0
         with sole_launch(config.run_dir):
-            code = train(set_up(config, given, accelerator, inputs, options.resume, options.allow_changes))
+            code = train(
+                set_up(config, given, accelerator, inputs, options.resume, options.allow_changes)
+            )
         accelerator.end_training()
     if code == 0:
         accelerator.print(f"done: {config.run_dir}")
@@ -58,7 +79,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def failures_from_outside() -> Iterator[None]:
-    """A disk that is full or fails, and a process that is gone, are the machine's failures and not this program's."""
+    """A disk that is full or fails, and a process that is gone, are the machine's failures and not
+    this program's."""
     from ml_embed.distributed.collectives import is_lost_peer
 
     try:
@@ -67,7 +89,9 @@ def failures_from_outside() -> Iterator[None]:
         raise UserError("interrupted before the first step; nothing is lost") from None
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        raise UserError(f"{error.strerror or error}{where}; see to that, then continue with --resume auto") from None
+        raise UserError(
+            f"{error.strerror or error}{where}; see to that, then continue with --resume auto"
+        ) from None
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise

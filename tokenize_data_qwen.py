@@ -9,24 +9,42 @@ from ml_embed.files.paths import home_path
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Tokenize raw contrastive data (one .parquet or .jsonl file a dataset; columns query, passage, "
-        "negative_1 ... negative_K or negatives) for run.py. An interrupted run is continued by the same command."
+        description=(
+            "Tokenize raw contrastive data (one .parquet or .jsonl file a dataset; columns query, "
+            "passage, "
+            "negative_1 ... negative_K or negatives) for run.py. An interrupted run is continued "
+            "by "
+            "the same command."
+        )
     )
-    parser.add_argument("--tokenizer", required=True, help="folder of the backbone's tokenizer, or its name on the hub")
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        help="folder of the backbone's tokenizer, or its name on the hub",
+    )
     parser.add_argument(
         "--input",
         required=True,
-        help="folder of raw data; or a .csv, .tsv, .json, .jsonl, .parquet or .arrow file, or the name of a dataset "
-        "on the Hugging Face hub, which is written to OUTPUT/raw first",
+        help=(
+            "folder of raw data; or a .csv, .tsv, .json, .jsonl, .parquet or .arrow file, or the "
+            "name of a dataset "
+            "on the Hugging Face hub, which is written to OUTPUT/raw first"
+        ),
     )
     parser.add_argument(
-        "--output", required=True, type=home_path, help="folder for token ids; made if it does not exist"
+        "--output",
+        required=True,
+        type=home_path,
+        help="folder for token ids; made if it does not exist",
     )
     parser.add_argument(
         "--columns",
         metavar="ROLE=COLUMN,...",
-        help="which columns are what, e.g. query=question,passage=answer (and negatives=..., negative_1=...), or "
-        "text=review,label=stars for labelled text; default: columns have the roles' names",
+        help=(
+            "which columns are what, e.g. query=question,passage=answer (and negatives=..., "
+            "negative_1=...), or "
+            "text=review,label=stars for labelled text; default: columns have the roles' names"
+        ),
     )
     parser.add_argument("--split", default="train", help="split of a hub dataset (default: train)")
     parser.add_argument("--subset", help="configuration of a hub dataset, where it has several")
@@ -36,21 +54,32 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="training config whose `datasets` give task, prompt, passage_prompt and its share",
     )
     parser.add_argument(
-        "--max-seq-length", type=int, default=2048, help="tokens of a text at most, EOS included (default: 2048)"
+        "--max-seq-length",
+        type=int,
+        default=2048,
+        help="tokens of a text at most, EOS included (default: 2048)",
     )
     parser.add_argument(
         "--max-samples",
         type=int,
         default=80_000,
-        help="rows kept of each dataset, a seeded random choice in file order; 0 = all (default: 80000)",
+        help=(
+            "rows kept of each dataset, a seeded random choice in file order; 0 = all (default: "
+            "80000)"
+        ),
     )
-    parser.add_argument("--num-workers", type=int, default=None, help="tokenizing threads (default: all cores)")
+    parser.add_argument(
+        "--num-workers", type=int, default=None, help="tokenizing threads (default: all cores)"
+    )
     parser.add_argument("--seed", type=int, default=42, help="of all random choices (default: 42)")
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="make all datasets anew, or continue doing so after an interruption; without it, other data there is an "
-        "error",
+        help=(
+            "make all datasets anew, or continue doing so after an interruption; without it, other "
+            "data there is an "
+            "error"
+        ),
     )
     return parser.parse_args(arguments)
 
@@ -68,8 +97,13 @@ def main(arguments: list[str] | None = None) -> int:
     folder = raw_folder(**origin, **{key: options[key] for key in ("output", "seed", "overwrite")})
     manifest = tokenize_folder(TokenizeOptions(input=folder, datasets=datasets, **options))
     entries = manifest["datasets"].values()
-    rows, documents, tokens = (sum(entry[key] for entry in entries) for key in ("rows", "documents", "tokens"))
-    print(f"{options['output']}: {len(entries)} datasets, {rows:,} rows, {documents:,} documents, {tokens:,} tokens")
+    rows, documents, tokens = (
+        sum(entry[key] for entry in entries) for key in ("rows", "documents", "tokens")
+    )
+    print(
+        f"{options['output']}: {len(entries)} datasets, {rows:,} rows, {documents:,} documents, "
+        f"{tokens:,} tokens"
+    )
     return 0
 
 

@@ -1,6 +1,8 @@
-"""Every key of the training config: its meaning, unit, range and default; loading, overriding, checking.
+"""Every key of the training config: its meaning, unit, range and default; loading, overriding,
+checking.
 
-The config the user gave is never changed: it is saved as given, with the overrides of the command line in it, and
+The config the user gave is never changed: it is saved as given, with the overrides of the command
+line in it, and
 derived numbers live in `ml_embed.training.resolve`.
 """
 
@@ -35,7 +37,11 @@ HIGHEST_WEIGHT = 1000
 
 
 def _key(
-    default: Any = MISSING, *, low: float | None = None, above: float | None = None, high: float | None = None
+    default: Any = MISSING,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
 ) -> Any:
     """A config field with its range: low <= value <= high, value > above."""
     return dataclasses.field(default=default, metadata={"low": low, "above": above, "high": high})
@@ -59,7 +65,8 @@ class DatasetConfig:
     passage_prompt: str | None = None
     """text that it puts before passages and negatives; null = none"""
     passage_prompt_share: float = _key(1.0, low=0, high=1)
-    """share of passages and negatives that get passage_prompt; published for symmetric tasks: 0.3"""
+    """share of passages and negatives that get passage_prompt; published for symmetric tasks:
+    0.3"""
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,8 @@ class TrainConfig:
     mel_ranks: tuple[int, ...] | None = _key(None, low=1)
     """ranks to train; null = 64, 128, 256, ...; r is always one of them"""
     mel_init: Literal["svd", "frequency"] = "svd"
-    """factors at the start: the best for all tokens alike, or for the tokens that the data really holds"""
+    """factors at the start: the best for all tokens alike, or for the tokens that the data really
+    holds"""
     mll_norm: Literal["shared", "per_layer"] = "shared"
     """one final norm for all exits, or a copy trained apart for each"""
 
@@ -126,9 +134,11 @@ class TrainConfig:
     temperature: float = _key(0.05, above=0)
     """divides the cosines in all contrastive losses"""
     mask_false_negatives: bool = True
-    """a document that is a sample's own positive is never that sample's negative, wherever it stands"""
+    """a document that is a sample's own positive is never that sample's negative, wherever it
+    stands"""
     false_negative_margin: float | None = _key(None, low=0, high=2)
-    """negatives whose cosine to the query is above the positive's by more than this are left out too; null = off"""
+    """negatives whose cosine to the query is above the positive's by more than this are left out
+    too; null = off"""
     datasets: dict[str, DatasetConfig] = dataclasses.field(default_factory=dict)
     """settings by dataset name or shell-style pattern; the first match in the order given counts"""
     valid_fraction: float = _key(0.01, low=0, high=0.5)
@@ -137,14 +147,17 @@ class TrainConfig:
     teacher_model_path: str | None = None
     """folder of a model whose vectors are distilled; null = no distillation"""
     teacher_vectors_path: str | None = None
-    """folder that scripts/embed_teacher.py wrote: a teacher's vectors, computed beforehand; null = none"""
+    """folder that scripts/embed_teacher.py wrote: a teacher's vectors, computed beforehand; null =
+    none"""
     kd_loss: DistillationLoss = "vectors"
-    """what is distilled: the teacher's vectors themselves, or the cosines between them (a teacher of any width)"""
+    """what is distilled: the teacher's vectors themselves, or the cosines between them (a teacher
+    of any width)"""
     kd_weight: float = _key(1.0, low=0)
     """weight of the distillation term"""
 
     lora_r: int = _key(0, low=0)
-    """rank of the LoRA adapters that train in place of the layers' matrices (needs peft); 0 = the layers train whole"""
+    """rank of the LoRA adapters that train in place of the layers' matrices (needs peft); 0 = the
+    layers train whole"""
     lora_alpha: float | None = _key(None, above=0)
     """the adapters' product is scaled by lora_alpha / lora_r; null = 2 * lora_r"""
 
@@ -155,16 +168,19 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third more time"""
     max_tokens_per_forward: int = _key(0, low=0)
-    """tokens encoded at once (GradCache: same gradients, bounded memory, in validation too); 0 = the whole batch"""
+    """tokens encoded at once (GradCache: same gradients, bounded memory, in validation too); 0 =
+    the whole batch"""
     compile_layers: bool = False
-    """fuse each layer's elementwise work with torch.compile: faster steps, after a minute or so for the first ones"""
+    """fuse each layer's elementwise work with torch.compile: faster steps, after a minute or so for
+    the first ones"""
 
     log_interval: int = _key(20, low=1)
     """optimizer steps a log line"""
     validation_steps: int = _key(100, low=0)
     """optimizer steps between validations; 0 = only at the end"""
     valid_ranks: tuple[int, ...] | None = _key(None, low=1)
-    """ranks at which validation also measures retrieval, with valid_layers and valid_dims; null = the largest"""
+    """ranks at which validation also measures retrieval, with valid_layers and valid_dims; null =
+    the largest"""
     valid_layers: tuple[int, ...] | None = _key(None, low=1)
     """exits at which it does; null = the last"""
     valid_dims: tuple[int, ...] | None = _key(None, low=1)
@@ -190,7 +206,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[TrainC
         path: a JSON file holding one object.
         overrides: `key=value` strings; the value is JSON, or else a plain string.
     Returns:
-        the checked config, and the user's own object as given, with the overrides applied: what a run saves.
+        the checked config, and the user's own object as given, with the overrides applied: what a
+        run saves.
     Raises:
         UserError: names every problem at once.
     """
@@ -198,11 +215,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[TrainC
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"config file {path} does not exist; give an existing file with --config") from None
+        raise UserError(
+            f"config file {path} does not exist; give an existing file with --config"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config file {path} cannot be read: {error}") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"config file {path} is not valid JSON: line {error.lineno}: {error.msg}") from None
+        raise UserError(
+            f"config file {path} is not valid JSON: line {error.lineno}: {error.msg}"
+        ) from None
     except RecursionError:
         raise UserError(f"config file {path} is nested too deeply to be a config") from None
     if not isinstance(given, dict):
@@ -210,7 +231,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[TrainC
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator or not key:
-            raise UserError(f"--set {override!r} must have the form key=value, e.g. --set train_batch_size=16")
+            raise UserError(
+                f"--set {override!r} must have the form key=value, e.g. --set train_batch_size=16"
+            )
         try:
             given[key] = json.loads(value)
         except json.JSONDecodeError:
@@ -226,9 +249,15 @@ def parse_config(given: Mapping[str, Any], source: str = "config") -> TrainConfi
         problems += _check_together(config)
     if problems:
         listing = "\n".join(f"  - {problem}" for problem in problems)
-        raise UserError(f"{source} has {len(problems)} problem{'s' * (len(problems) > 1)}:\n{listing}")
+        raise UserError(
+            f"{source} has {len(problems)} problem{'s' * (len(problems) > 1)}:\n{listing}"
+        )
     assert config is not None  # there were no problems
-    paths = {key: path for key, path in vars(config).items() if key.endswith(PATH_SUFFIXES) and path is not None}
+    paths = {
+        key: path
+        for key, path in vars(config).items()
+        if key.endswith(PATH_SUFFIXES) and path is not None
+    }
     return dataclasses.replace(config, **{key: expand_home(path) for key, path in paths.items()})
 
 
@@ -236,25 +265,47 @@ def _check_together(config: TrainConfig) -> list[str]:
     """Problems between keys that are each fine alone."""
     problems = []
     if config.use_mel and config.r == 0:
-        problems.append("use_mel: true needs factors to nest; set r to their rank, e.g. 512, or use_mel to false")
+        problems.append(
+            "use_mel: true needs factors to nest; set r to their rank, e.g. 512, or use_mel to "
+            "false"
+        )
     for flag, key in (("use_mrl", "mrl_dims"), ("use_mll", "mll_layers"), ("use_mel", "mel_ranks")):
         if getattr(config, key) is not None and not getattr(config, flag):
-            problems.append(f"{key} is given but {flag} is false; set {flag} to true or remove {key}")
+            problems.append(
+                f"{key} is given but {flag} is false; set {flag} to true or remove {key}"
+            )
     if config.mel_ranks is not None and config.r and max(config.mel_ranks) > config.r:
         problems.append(f"mel_ranks: {max(config.mel_ranks)} is larger than r = {config.r}")
     if config.mel_init == "frequency" and config.r == 0:
         problems.append("mel_init: 'frequency' needs factors; set r > 0 or remove mel_init")
     if config.teacher_model_path is not None and config.teacher_vectors_path is not None:
-        problems.append("teacher_model_path and teacher_vectors_path are both given; keep one of them")
-    if config.kd_loss != "vectors" and config.teacher_model_path is None and config.teacher_vectors_path is None:
-        problems.append(f"kd_loss: {config.kd_loss!r} needs a teacher; set teacher_model_path or teacher_vectors_path")
+        problems.append(
+            "teacher_model_path and teacher_vectors_path are both given; keep one of them"
+        )
+    if (
+        config.kd_loss != "vectors"
+        and config.teacher_model_path is None
+        and config.teacher_vectors_path is None
+    ):
+        problems.append(
+            f"kd_loss: {config.kd_loss!r} needs a teacher; set teacher_model_path or "
+            "teacher_vectors_path"
+        )
     if config.lora_r == 0 and config.lora_alpha is not None:
         problems.append("lora_alpha is given but lora_r is 0; set lora_r, e.g. to 16, or remove it")
     if config.min_lr > config.learning_rate:
-        problems.append(f"min_lr {config.min_lr} is larger than learning_rate {config.learning_rate}")
+        problems.append(
+            f"min_lr {config.min_lr} is larger than learning_rate {config.learning_rate}"
+        )
     if config.train_steps == 0:
-        problems.append("train_steps: 0 trains nothing; give a number of steps, or -1 for train_epochs")
-    if Path(config.experiment_id).name != config.experiment_id or config.experiment_id in ("", ".", ".."):
+        problems.append(
+            "train_steps: 0 trains nothing; give a number of steps, or -1 for train_epochs"
+        )
+    if Path(config.experiment_id).name != config.experiment_id or config.experiment_id in (
+        "",
+        ".",
+        "..",
+    ):
         problems.append(f"experiment_id: {config.experiment_id!r} must be a plain folder name")
     for key in WRITTEN_FOLDERS:
         if (file := file_in_the_way(home_path(getattr(config, key)))) is not None:
@@ -268,19 +319,25 @@ def _parse_dataclass(cls: type, given: Mapping[str, Any], prefix: str, problems:
     for key in given:
         if key not in fields:
             close = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(fields)}"
+            hint = (
+                f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(fields)}"
+            )
             problems.append(f"{prefix}{key}: unknown key{hint}")
     values = {}
     for name, field in fields.items():
         if name in given:
-            values[name] = _parse_value(given[name], hints[name], field, f"{prefix}{name}", problems)
+            values[name] = _parse_value(
+                given[name], hints[name], field, f"{prefix}{name}", problems
+            )
         elif field.default is MISSING and field.default_factory is MISSING:
             meaning = field_docs(cls).get(name, "")
             problems.append(f"{prefix}{name}: required key is missing ({meaning})")
     return None if problems else cls(**values)
 
 
-def _parse_value(value: Any, hint: Any, field: dataclasses.Field, key: str, problems: list[str]) -> Any:
+def _parse_value(
+    value: Any, hint: Any, field: dataclasses.Field, key: str, problems: list[str]
+) -> Any:
     if typing.get_origin(hint) in (types.UnionType, typing.Union):  # X | None
         if value is None:
             return None
@@ -295,8 +352,12 @@ def _parse_value(value: Any, hint: Any, field: dataclasses.Field, key: str, prob
         (item, _) = typing.get_args(hint)
         if isinstance(value, list | tuple):
             if not value and item is not str:
-                problems.append(f"{key}: the list is empty; name at least one {_TYPE_NAMES[item]}, or give null")
-            items = [_parse_scalar(v, item, field, f"{key}[{i}]", problems) for i, v in enumerate(value)]
+                problems.append(
+                    f"{key}: the list is empty; name at least one {_TYPE_NAMES[item]}, or give null"
+                )
+            items = [
+                _parse_scalar(v, item, field, f"{key}[{i}]", problems) for i, v in enumerate(value)
+            ]
             if None not in items and len(set(items)) != len(items):
                 problems.append(f"{key}: {list(value)} holds a value twice")
             return tuple(items)
@@ -312,7 +373,9 @@ def _parse_value(value: Any, hint: Any, field: dataclasses.Field, key: str, prob
                 parsed[name] = _parse_dataclass(DatasetConfig, settings, f"{key}.{name}.", own)
                 problems += own
             else:
-                problems.append(f"{key}.{name}: must be an object of settings, not {_kind(settings)}")
+                problems.append(
+                    f"{key}.{name}: must be an object of settings, not {_kind(settings)}"
+                )
         return parsed
     else:
         return _parse_scalar(value, hint, field, key, problems)
@@ -322,7 +385,9 @@ def _parse_value(value: Any, hint: Any, field: dataclasses.Field, key: str, prob
 _TYPE_NAMES = {int: "whole number", float: "number", str: "string", bool: "true/false value"}
 
 
-def _parse_scalar(value: Any, kind: type, field: dataclasses.Field, key: str, problems: list[str]) -> Any:
+def _parse_scalar(
+    value: Any, kind: type, field: dataclasses.Field, key: str, problems: list[str]
+) -> Any:
     fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
     if not fits or (isinstance(value, bool) and kind is not bool):
         problems.append(f"{key}: {value!r} must be a {_TYPE_NAMES[kind]}, not {_kind(value)}")
@@ -350,7 +415,14 @@ def _parse_scalar(value: Any, kind: type, field: dataclasses.Field, key: str, pr
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true/false", int: "a number", float: "a number"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "true/false",
+        int: "a number",
+        float: "a number",
+    }
     return names.get(type(value), "null" if value is None else type(value).__name__)
 
 
@@ -361,7 +433,9 @@ def field_docs(cls: type) -> dict[str, str]:
     docs = {}
     for pair in itertools.pairwise(definition.body):
         match pair:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(
+                value=ast.Constant(value=str(text))
+            ):
                 docs[name] = " ".join(text.split())
     return docs
 
@@ -370,11 +444,15 @@ def match_settings(name: str, datasets: Mapping[str, DatasetConfig]) -> DatasetC
     """Settings under the dataset's own name, or else the first pattern that matches it."""
     if name in datasets:
         return datasets[name]
-    return next((s for pattern, s in datasets.items() if fnmatch.fnmatchcase(name, pattern)), DatasetConfig())
+    return next(
+        (s for pattern, s in datasets.items() if fnmatch.fnmatchcase(name, pattern)),
+        DatasetConfig(),
+    )
 
 
 def check_dataset_names(names: Sequence[str], datasets: Mapping[str, DatasetConfig]) -> None:
-    """Refuse settings that match no dataset: a typing mistake would otherwise train with defaults."""
+    """Refuse settings that match no dataset: a typing mistake would otherwise train with
+    defaults."""
     unused = [p for p in datasets if p not in names and not fnmatch.filter(names, p)]
     if unused:
         raise UserError(

@@ -1,8 +1,11 @@
-"""The encoder: a Qwen3 backbone, its factorised token table (MEL), and pooling heads at several depths (MLL).
+"""The encoder: a Qwen3 backbone, its factorised token table (MEL), and pooling heads at several
+depths (MLL).
 
-The nested dims (MRL) are a property of the loss, not of the model: every vector is read whole here and cut there.
+The nested dims (MRL) are a property of the loss, not of the model: every vector is read whole here
+and cut there.
 
-Letters: V vocabulary, H hidden size, r rank, L layers, T tokens of a packed batch, N sequences, E exits.
+Letters: V vocabulary, H hidden size, r rank, L layers, T tokens of a packed batch, N sequences, E
+    exits.
 """
 
 import math
@@ -28,18 +31,22 @@ SMALLEST_RANK = 64
 NormSharing = Literal["shared", "per_layer"]
 
 
-def factorize_table(table: Tensor, rank: int, token_share: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The best factors A (V, r), B (r, H) of a token table E (V, H), at r and at every smaller rank they are cut to.
+def factorize_table(
+    table: Tensor, rank: int, token_share: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The best factors A (V, r), B (r, H) of a token table E (V, H), at r and at every smaller rank
+    they are cut to.
 
-    B holds the r leading eigenvectors of sum_x p(x) E_x^T E_x as rows and A = E B^T. With p uniform this is the
-    truncated SVD, A = U_r S_r and B = V_r^T (Eckart-Young).
+    B holds the r leading eigenvectors of sum_x p(x) E_x^T E_x as rows and A = E B^T. With p uniform
+    this is the truncated SVD, A = U_r S_r and B = V_r^T (Eckart-Young).
 
     Args:
         table: (V, H).
         rank: r, at most min(V, H).
         token_share: p, (V,), non-negative; None is uniform.
     Returns:
-        A, B in the table's dtype. Each row of B is signed so that its largest component is positive.
+        A, B in the table's dtype. Each row of B is signed so that its largest component is
+        positive.
     """
     assert 1 <= rank <= min(table.shape), (rank, table.shape)
     wide = table.double()
@@ -81,9 +88,10 @@ class PlainEmbedding(nn.Embedding):
 class MatryoshkaEncoder(nn.Module):
     """Packed token ids -> one vector for each text and exit.
 
-    transformers' own Qwen3 runs, with our attention, on CPUs with our norms, and without the last layer's unread rows
-    (`ml_embed.kernels`, `rms_norm`, `last_layer`). Two of its parts are held here instead: the token table, which
-    becomes factors, and the final norm, so that it sees N pooled rows and not T tokens at each exit.
+    transformers' own Qwen3 runs, with our attention, on CPUs with our norms, and without the last
+    layer's unread rows (`ml_embed.kernels`, `rms_norm`, `last_layer`). Two of its parts are held
+    here instead: the token table, which becomes factors, and the final norm, so that it sees N
+        pooled rows and not T tokens at each exit.
     """
 
     _no_split_modules = ("Qwen3DecoderLayer",)  # what sharding engines keep whole
@@ -102,26 +110,35 @@ class MatryoshkaEncoder(nn.Module):
         Args:
             backbone: a Qwen3 model; it is taken over, not copied.
             exits: layers after which a vector is read, ascending, the last one included.
-            factors: A (V, r), B (r, H) in place of the backbone's token table; None keeps the table.
+            factors: A (V, r), B (r, H) in place of the backbone's token table; None keeps the
+                table.
             norm_sharing: one final norm for all exits, or a copy trained apart for each.
             kernel: which attention kernel runs (`ml_embed.kernels`).
-            gradient_checkpointing: recompute each layer in the backward pass; one (T, H) tensor a layer is kept.
-            compile_layers: fuse what stands around attention in all layers but the last, by torch.compile.
+            gradient_checkpointing: recompute each layer in the backward pass; one (T, H) tensor a
+                layer is kept.
+            compile_layers: fuse what stands around attention in all layers but the last, by
+                torch.compile.
         """
         super().__init__()
         check_supported(backbone.config)
         assert list(exits) == sorted(set(exits)), exits
-        assert exits[-1] == backbone.config.num_hidden_layers, (exits, backbone.config.num_hidden_layers)
+        assert exits[-1] == backbone.config.num_hidden_layers, (
+            exits,
+            backbone.config.num_hidden_layers,
+        )
         register_packed_attention()
         backbone.set_attn_implementation(ATTENTION_NAME)
         read_last_tokens_only(backbone.layers[-1])
         if gradient_checkpointing:
             # transformers renamed the method after 5.3 and warns of the old name
-            enable = getattr(backbone, "activation_checkpointing_enable", backbone.gradient_checkpointing_enable)
+            enable = getattr(
+                backbone, "activation_checkpointing_enable", backbone.gradient_checkpointing_enable
+            )
             enable({"use_reentrant": False})
         not_compiled = backbone.layers
         if compile_layers:
-            # Not the last one: cut up by the hooks that narrow it, it is slower compiled (by 5 to 10 % of a step).
+            # Not the last one: cut up by the hooks that narrow it, it is slower compiled (by 5 to
+            # 10 % of a step).
             compile_in_place(backbone.layers[:-1])
             not_compiled = backbone.layers[-1:]
         fuse_norms(not_compiled, type(backbone.norm))
@@ -130,7 +147,9 @@ class MatryoshkaEncoder(nn.Module):
         self.norm_sharing = norm_sharing
         self.kernel = kernel
         if factors is None:
-            self.embedding = PlainEmbedding.from_pretrained(backbone.embed_tokens.weight.data, freeze=False)
+            self.embedding = PlainEmbedding.from_pretrained(
+                backbone.embed_tokens.weight.data, freeze=False
+            )
         else:
             self.embedding = FactorizedEmbedding(*factors)
         final_norm = backbone.norm
@@ -147,7 +166,9 @@ class MatryoshkaEncoder(nn.Module):
         """r of the factors; 0 is a whole token table."""
         return self.embedding.rank if isinstance(self.embedding, FactorizedEmbedding) else 0
 
-    def forward(self, input_ids: Tensor, packed: PackedSequences, rank: int | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, packed: PackedSequences, rank: int | None = None
+    ) -> Tensor:
         """Vectors of all texts at all exits, not normalised.
 
         Args:
@@ -155,7 +176,8 @@ class MatryoshkaEncoder(nn.Module):
             packed: their lengths.
             rank: leading components of the token factors to use; None is all.
         Returns:
-            (E, N, H) float32: FinalRMSNorm of each exit layer's hidden state at each text's last token.
+            (E, N, H) float32: FinalRMSNorm of each exit layer's hidden state at each text's last
+            token.
         """
         hidden = self.embedding(input_ids, rank).unsqueeze(0)  # (1, T, H)
         output = self.backbone(
@@ -166,10 +188,17 @@ class MatryoshkaEncoder(nn.Module):
             packed=packed,
             kernel=self.kernel,
         )
-        layers = output.hidden_states if len(self.exits) > 1 else {self.exits[0]: output.last_hidden_state}
+        layers = (
+            output.hidden_states
+            if len(self.exits) > 1
+            else {self.exits[0]: output.last_hidden_state}
+        )
         last_tokens = packed.last_tokens
         # Pool first, normalise after: the norm sees N rows, not T, at each exit.
-        pooled = [layers[exit_layer].squeeze(0).index_select(0, last_tokens).float() for exit_layer in self.exits]
+        pooled = [
+            layers[exit_layer].squeeze(0).index_select(0, last_tokens).float()
+            for exit_layer in self.exits
+        ]
         if self.norm_sharing == "shared":
             return self.norms[0](torch.stack(pooled))
         return torch.stack([norm(rows) for norm, rows in zip(self.norms, pooled, strict=True)])
@@ -188,11 +217,18 @@ def check_supported(config: Any) -> None:
         UserError: not Qwen3, sliding-window attention, or attention dropout.
     """
     if config.model_type != "qwen3":
-        raise UserError(f"the backbone is of type {config.model_type!r}; only qwen3 backbones can be trained")
+        raise UserError(
+            f"the backbone is of type {config.model_type!r}; only qwen3 backbones can be trained"
+        )
     if any(kind != "full_attention" for kind in config.layer_types):
-        raise UserError("the backbone has sliding-window attention; set use_sliding_window to false in its config.json")
+        raise UserError(
+            "the backbone has sliding-window attention; set use_sliding_window to false in its "
+            "config.json"
+        )
     if config.attention_dropout:
-        raise UserError("the backbone's attention_dropout is not 0; set it to 0.0 in its config.json")
+        raise UserError(
+            "the backbone's attention_dropout is not 0; set it to 0.0 in its config.json"
+        )
 
 
 def default_exits(num_layers: int) -> tuple[int, ...]:
@@ -221,7 +257,8 @@ def default_ranks(rank: int) -> tuple[int, ...]:
 
 
 def dim_weights(dims: Sequence[int]) -> tuple[float, ...]:
-    """Loss weight c_n = 1 / (n sqrt(d_1 / d_n)) of the n-th largest dim, n from 1 (arXiv 2605.15081).
+    """Loss weight c_n = 1 / (n sqrt(d_1 / d_n)) of the n-th largest dim, n from 1 (arXiv
+    2605.15081).
 
     `dims` are given largest first; d_1 is the whole vector.
     """

@@ -1,11 +1,14 @@
-"""The data path against a naive one (lists of ids, a dict of string ids, padding): batches, and opening a corpus."""
+"""The data path against a naive one (lists of ids, a dict of string ids, padding): batches, and
+opening a corpus."""
 
 import argparse
 import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed, too
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # works from a clone that is not installed, too
 
 from ml_embed.errors import exit_on_user_error
 
@@ -14,16 +17,29 @@ from ml_embed.errors import exit_on_user_error
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--documents", type=int, default=100_000, help="documents of the corpus opened (default 100000)"
+        "--documents",
+        type=int,
+        default=100_000,
+        help="documents of the corpus opened (default 100000)",
     )
     parser.add_argument(
-        "--repeats", type=int, default=20, help="turns of each version, a block of batches each (default 20)"
+        "--repeats",
+        type=int,
+        default=20,
+        help="turns of each version, a block of batches each (default 20)",
     )
-    parser.add_argument("--skip-naive-opening", action="store_true", help="it takes about 1 kB of memory a document")
+    parser.add_argument(
+        "--skip-naive-opening", action="store_true", help="it takes about 1 kB of memory a document"
+    )
     args = parser.parse_args(arguments)
 
     from ml_embed.benchmarks.common import print_result, print_table, ratio, ratio_range
-    from ml_embed.benchmarks.data import BatchShape, measure_batches, measure_opening, write_synthetic
+    from ml_embed.benchmarks.data import (
+        BatchShape,
+        measure_batches,
+        measure_opening,
+        write_synthetic,
+    )
     from ml_embed.benchmarks.samples import make_sample
 
     shape = BatchShape()
@@ -31,13 +47,25 @@ def main(arguments: list[str] | None = None) -> None:
         folder = Path(name)
         sample = make_sample(folder / "sample", rows=2000)
         eos_id = sample.tokenizer.eos_token_id
-        timing = measure_batches(sample.tokenized, folder / "cache", "udhr_retrieval", eos_id, shape, args.repeats)
+        timing = measure_batches(
+            sample.tokenized, folder / "cache", "udhr_retrieval", eos_id, shape, args.repeats
+        )
         write_synthetic(folder / "synthetic", args.documents, max(1, args.documents // 20))
-        opening = measure_opening(folder / "synthetic", folder / "cache", not args.skip_naive_opening)
-    print(f"batches of {shape.batch_size} rows, {2 + shape.negatives} texts each, same texts in both versions")
-    print_table(["version", "one batch"], [[name, t.in_unit(1000, "ms")] for name, t in timing.items()])
+        opening = measure_opening(
+            folder / "synthetic", folder / "cache", not args.skip_naive_opening
+        )
+    print(
+        f"batches of {shape.batch_size} rows, {2 + shape.negatives} texts each, same texts in both "
+        "versions"
+    )
+    print_table(
+        ["version", "one batch"], [[name, t.in_unit(1000, "ms")] for name, t in timing.items()]
+    )
     print(f"opening a corpus of {args.documents:,} documents in a new process")
-    rows = [[name, f"{x['seconds']:.3f} s", f"{x['private_mib']:.1f} MiB"] for name, x in opening.items()]
+    rows = [
+        [name, f"{x['seconds']:.3f} s", f"{x['private_mib']:.1f} MiB"]
+        for name, x in opening.items()
+    ]
     print_table(["version", "time", "private memory"], rows)
     result = {
         "ratio": ratio(timing["naive"], timing["fast"]),

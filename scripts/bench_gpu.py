@@ -1,7 +1,8 @@
-"""On one CUDA GPU: are the variable-length kernels and the packed step right, and how fast are they?
+"""On one CUDA GPU: are the variable-length kernels and the packed step right, and how fast are
+they?
 
-Qwen3-0.6B's shape with random weights, rank 512, at most 1,024 tokens, bfloat16; the naive step in the same run.
-Needs no data. Without a GPU it says so and ends with 0.
+Qwen3-0.6B's shape with random weights, rank 512, at most 1,024 tokens, bfloat16; the naive step in
+the same run. Needs no data. Without a GPU it says so and ends with 0.
 """
 
 import argparse
@@ -9,20 +10,33 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed, too
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # works from a clone that is not installed, too
 
 from ml_embed.errors import exit_on_user_error
 
 
 @exit_on_user_error
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=10, help="steps of each version (default 10)")
-    parser.add_argument(
-        "--batch-size", type=int, default=4, help="rows of 9 texts (default 4: the naive step must fit)"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--compile", action="store_true", help="also with compile_layers (minutes to warm up)")
-    parser.add_argument("--liger", action="store_true", help="also with liger-kernel's norms, rotary and MLP")
+    parser.add_argument(
+        "--repeats", type=int, default=10, help="steps of each version (default 10)"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=4,
+        help="rows of 9 texts (default 4: the naive step must fit)",
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="also with compile_layers (minutes to warm up)"
+    )
+    parser.add_argument(
+        "--liger", action="store_true", help="also with liger-kernel's norms, rotary and MLP"
+    )
     args = parser.parse_args(arguments)
 
     import torch
@@ -35,7 +49,14 @@ def main(arguments: list[str] | None = None) -> None:
     import dataclasses
 
     from ml_embed.benchmarks.common import print_result, print_table
-    from ml_embed.benchmarks.gpu import MODEL_06B, SHAPE_06B, check_kernels, check_liger, check_naive, measure_training
+    from ml_embed.benchmarks.gpu import (
+        MODEL_06B,
+        SHAPE_06B,
+        check_kernels,
+        check_liger,
+        check_naive,
+        measure_training,
+    )
 
     agreement = {"naive": check_naive(), "kernels": check_kernels()}
     if args.liger:

@@ -1,6 +1,8 @@
-"""tokenize_data_qwen.py's work end to end (reading, numbering, writing) against the tokenizers library alone.
+"""tokenize_data_qwen.py's work end to end (reading, numbering, writing) against the tokenizers
+library alone.
 
-Both take the same texts, none of which occurs twice; the naive version tokenizes one text after another.
+Both take the same texts, none of which occurs twice; the naive version tokenizes one text after
+another.
 """
 
 import argparse
@@ -8,15 +10,21 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed, too
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # works from a clone that is not installed, too
 
 from ml_embed.errors import exit_on_user_error
 
 
 @exit_on_user_error
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=10_000, help="of 9 texts, 3.5 kB, each (default 10000)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rows", type=int, default=10_000, help="of 9 texts, 3.5 kB, each (default 10000)"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="runs of each (default 3)")
     args = parser.parse_args(arguments)
 
@@ -36,11 +44,21 @@ def main(arguments: list[str] | None = None) -> None:
         train_tokenizer(articles, 16_384).save_pretrained(tokenizer)
         write_raw(articles, raw, args.rows)
         write_raw(articles, small, max(1, args.rows // 4))
-        result = compare_tokenizing(tokenizer, raw, folder / "out", args.repeats, naive_rows=max(1, args.rows // 20))
-        result["peak_mib"]["ours, a quarter of the file"] = peak_memory(tokenizer, small, folder / "less")
+        result = compare_tokenizing(
+            tokenizer, raw, folder / "out", args.repeats, naive_rows=max(1, args.rows // 20)
+        )
+        result["peak_mib"]["ours, a quarter of the file"] = peak_memory(
+            tokenizer, small, folder / "less"
+        )
     speeds, peaks = result["megabytes_per_second"], result["peak_mib"]
-    print_table(["version", "MB/s", "peak memory"], [[k, f"{v:.2f}", f"{peaks[k]:.0f} MiB"] for k, v in speeds.items()])
-    print(f"{result['share_of_raw']:.0%} of the library's own throughput, {result['ratio']:.1f} times the naive one's")
+    print_table(
+        ["version", "MB/s", "peak memory"],
+        [[k, f"{v:.2f}", f"{peaks[k]:.0f} MiB"] for k, v in speeds.items()],
+    )
+    print(
+        f"{result['share_of_raw']:.0%} of the library's own throughput, {result['ratio']:.1f} "
+        "times the naive one's"
+    )
     print(f"a file a quarter as long: {peaks['ours, a quarter of the file']:.0f} MiB")
     print_result("tokenize", result | {"sizes": vars(args)})
 

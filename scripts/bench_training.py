@@ -1,9 +1,10 @@
-"""The training step against a naive one (padding, table multiplied out, norm over whole sequences) on the CPU.
+"""The training step against a naive one (padding, table multiplied out, norm over whole sequences)
+on the CPU.
 
-Ours runs as by default and with compile_layers. Same weights and rows; losses and every gradient are compared first;
-speeds are told as ratios and as shares of what square matrix products reach. 8 layers, width 256, a table of 151,936
-rows at rank 128, 8 rows of 9 texts of the embedded corpus, at most 256 tokens. With --gradcache: memory as the batch
-grows.
+Ours runs as by default and with compile_layers. Same weights and rows; losses and every gradient
+are compared first; speeds are told as ratios and as shares of what square matrix products reach. 8
+layers, width 256, a table of 151,936 rows at rank 128, 8 rows of 9 texts of the embedded corpus, at
+most 256 tokens. With --gradcache: memory as the batch grows.
 """
 
 import argparse
@@ -11,15 +12,21 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed, too
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # works from a clone that is not installed, too
 
 from ml_embed.errors import exit_on_user_error
 
 
 @exit_on_user_error
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5, help="turns of two steps of each version (default 5)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="turns of two steps of each version (default 5)"
+    )
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
@@ -27,9 +34,15 @@ def main(arguments: list[str] | None = None) -> None:
         help="also measure the step with compile_layers (a minute more to warm up)",
     )
     parser.add_argument("--threads", type=int, help="threads of torch (default: all cores)")
-    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="a tokenizer to use; trained if not given")
     parser.add_argument(
-        "--gradcache", type=int, nargs="*", metavar="B", help="instead: peak memory at these batch sizes (8 to 4096)"
+        "--tokenizer", type=Path, metavar="DIR", help="a tokenizer to use; trained if not given"
+    )
+    parser.add_argument(
+        "--gradcache",
+        type=int,
+        nargs="*",
+        metavar="B",
+        help="instead: peak memory at these batch sizes (8 to 4096)",
     )
     args = parser.parse_args(arguments)
 

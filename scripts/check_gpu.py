@@ -1,9 +1,11 @@
-"""Everything about the GPU path that a CPU cannot tell: one JSON object per section, within a deadline.
+"""Everything about the GPU path that a CPU cannot tell: one JSON object per section, within a
+deadline.
 
     python scripts/check_gpu.py --out DIR [--deadline 420] [--only NAME ...]
     python scripts/check_gpu.py --out DIR --device cpu --small    (a rehearsal)
 
-A section that fails says so and the next one runs. Most important first. Norm-wise errors throughout: |a - b| / |b|.
+A section that fails says so and the next one runs. Most important first. Norm-wise errors
+throughout: |a - b| / |b|.
 """
 
 import argparse
@@ -76,7 +78,11 @@ def shapes(batch=4, small=False):
 
     if BIG and not small:
         return gpu.TrainingShape(batch, 7, 1024, 512, 28, 1024), dict(gpu.MODEL_06B)
-    return gpu.TrainingShape(batch, 3, 128, 64, 4, 256), {"vocab_size": 8192, "head_dim": 128, "num_attention_heads": 4}
+    return gpu.TrainingShape(batch, 3, 128, 64, 4, 256), {
+        "vocab_size": 8192,
+        "head_dim": 128,
+        "num_attention_heads": 4,
+    }
 
 
 def make_batch(shape, seed=0, vocab=8192):
@@ -152,7 +158,9 @@ def attention_inputs(lengths, heads, groups, size, dtype, seed=0):
     generator = torch.Generator(DEV).manual_seed(seed)
 
     def make(n):
-        values = torch.randn(1, sum(lengths), n, size, device=DEV, generator=generator, dtype=torch.float32)
+        values = torch.randn(
+            1, sum(lengths), n, size, device=DEV, generator=generator, dtype=torch.float32
+        )
         return values.to(dtype).transpose(1, 2)
 
     return [make(n).detach().requires_grad_() for n in (heads, groups, groups)]
@@ -175,7 +183,8 @@ def formula(q, k, v, lengths):
 
 @section
 def kernels():
-    """Values and all three gradients of each kernel against float64; with zero rows as the last layer has them."""
+    """Values and all three gradients of each kernel against float64; with zero rows as the last
+    layer has them."""
     from types import SimpleNamespace
 
     from ml_embed.data.packing import PackedSequences
@@ -206,14 +215,19 @@ def kernels():
                         kernel=kernel,
                     )[0]
                     grads = torch.autograd.grad((got.double() * weights).sum(), inputs)
-                    # queries and keys of one-token texts have no gradient: then the size of the values' is the measure
+                    # queries and keys of one-token texts have no gradient: then the size of the
+                    # values' is the measure
                     least = float(wanted[2].double().norm()) * 1e-3
-                    errors = [rel(got, expected), *(rel(a, b, least) for a, b in zip(grads, wanted, strict=True))]
+                    errors = [
+                        rel(got, expected),
+                        *(rel(a, b, least) for a, b in zip(grads, wanted, strict=True)),
+                    ]
                     ok &= all(e < 0.01 for e in errors)
                     key = f"{kernel}/D{size}/G{groups}/{name}"
                     result[key] = [float(f"{e:.2e}") for e in errors]
     worst = {
-        k: max(max(v) for key, v in result.items() if key.startswith(k)) for k in {key.split("/")[0] for key in result}
+        k: max(max(v) for key, v in result.items() if key.startswith(k))
+        for k in {key.split("/")[0] for key in result}
     }
     return {
         "ok": ok,
@@ -225,13 +239,16 @@ def kernels():
 
 @section
 def grouped_heads():
-    """Does this torch's varlen_attn take fewer key/value heads by itself, and what do the copies cost?"""
+    """Does this torch's varlen_attn take fewer key/value heads by itself, and what do the copies
+    cost?"""
     from torch.nn.attention.varlen import varlen_attn
 
     from ml_embed.data.packing import PackedSequences
     from ml_embed.kernels.attention import _takes_grouped_heads
 
-    lengths = sorted(np.random.default_rng(0).lognormal(np.log(250), 0.8, 32).clip(4, 1024).astype(int).tolist())
+    lengths = sorted(
+        np.random.default_rng(0).lognormal(np.log(250), 0.8, 32).clip(4, 1024).astype(int).tolist()
+    )
     packed = PackedSequences.from_lengths(lengths, DEV)
     q, k, v = (
         x.detach()[0].transpose(0, 1).contiguous().requires_grad_()
@@ -245,24 +262,38 @@ def grouped_heads():
 
     def copied():
         return varlen_attn(
-            q, *(x.repeat_interleave(2, 1) for x in (k, v)), cu, cu, longest, longest, window_size=(-1, 0)
+            q,
+            *(x.repeat_interleave(2, 1) for x in (k, v)),
+            cu,
+            cu,
+            longest,
+            longest,
+            window_size=(-1, 0),
         )
 
     def both(f):
         return torch.autograd.grad(f().float().square().sum(), (q, k, v))
 
     a, b = direct(), copied()
-    result = {"forward": rel(a, b), "gradients": [rel(x, y) for x, y in zip(both(direct), both(copied), strict=True)]}
+    result = {
+        "forward": rel(a, b),
+        "gradients": [rel(x, y) for x, y in zip(both(direct), both(copied), strict=True)],
+    }
     flops = 4 * 16 * 128 * sum(n * n for n in lengths) / 2
     for name, f in (("direct", direct), ("copied", copied)):
         fwd, whole = timed(lambda: f()), timed(lambda: both(f))
-        result[name] = {"forward_ms": fwd * 1e3, "both_ms": whole * 1e3, "forward_tflops": flops / fwd / 1e12}
+        result[name] = {
+            "forward_ms": fwd * 1e3,
+            "both_ms": whole * 1e3,
+            "forward_tflops": flops / fwd / 1e12,
+        }
     return result
 
 
 @section
 def precision():
-    """Losses and gradients of the production step (bf16) and of the naive bf16 step, against float32."""
+    """Losses and gradients of the production step (bf16) and of the naive bf16 step, against
+    float32."""
     from ml_embed.benchmarks.training_setup import fast_contender, naive_contender
 
     shape, model = shapes(4, small=True)
@@ -281,9 +312,14 @@ def precision():
         value, found = make(batch, shape, accelerator(mode), model).gradients()
         errors = {n: rel(x, true[n]) for n, x in rename(found).items()}
         whole = rel(
-            torch.cat([rename(found)[n].flatten() for n in true]), torch.cat([x.flatten() for x in true.values()])
+            torch.cat([rename(found)[n].flatten() for n in true]),
+            torch.cat([x.flatten() for x in true.values()]),
         )
-        result[name] = {"loss": value, "gradient": whole, "worst": max(errors.items(), key=lambda e: e[1])}
+        result[name] = {
+            "loss": value,
+            "gradient": whole,
+            "worst": max(errors.items(), key=lambda e: e[1]),
+        }
     result["ok"] = (
         result["fast_fp32"]["gradient"] < 1e-4
         and result["fast_bf16"]["gradient"] < 1.5 * result["naive_bf16"]["gradient"]
@@ -304,7 +340,10 @@ def variants():
     shape, model = shapes(6, small=True)
     acc = accelerator("bf16" if BIG else "no")
     spec, result, reference = matryoshka_spec(shape.hidden), {}, None
-    batches = [make_batch(gpu_shape(shape, rows), seed) for seed, rows in enumerate((6, 5, 7, 6, 4, 8, 3, 9, 10, 2))]
+    batches = [
+        make_batch(gpu_shape(shape, rows), seed)
+        for seed, rows in enumerate((6, 5, 7, 6, 4, 8, 3, 9, 10, 2))
+    ]
     for name, options, budget in (
         ("whole", {}, 0),
         ("chunks", {}, 700),
@@ -319,7 +358,9 @@ def variants():
                 backbone,
                 default_exits(12),
                 factors,
-                kernel=choose_kernel("auto", DEV, torch.bfloat16 if DEV.type == "cuda" else torch.float32),
+                kernel=choose_kernel(
+                    "auto", DEV, torch.bfloat16 if DEV.type == "cuda" else torch.float32
+                ),
                 **options,
             )
             prepared = acc.prepare(encoder)
@@ -363,7 +404,11 @@ def variants():
                     finally:
                         torch.cuda.set_sync_debug_mode("default")
                 entry["waits"] = sorted(
-                    {f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)}
+                    {
+                        f"{Path(w.filename).name}:{w.lineno}"
+                        for w in caught
+                        if "synchroniz" in str(w.message)
+                    }
                 )
             result[name] = entry
         except Exception as error:
@@ -389,7 +434,9 @@ def optimizer():
         opt = torch.optim.AdamW(net.parameters(), 1e-3, (0.9, 0.98), 1e-8, 1e-2, **kind)
         for step in range(5):
             opt.zero_grad()
-            net(torch.randn(32, 256, generator=torch.Generator().manual_seed(step)).to(DEV)).square().sum().backward()
+            net(
+                torch.randn(32, 256, generator=torch.Generator().manual_seed(step)).to(DEV)
+            ).square().sum().backward()
             nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             opt.step()
         return torch.cat([p.flatten() for p in net.parameters()])
@@ -408,7 +455,8 @@ def contender(batch, shape, acc, model, **options):
 
 @contextlib.contextmanager
 def half_norms():
-    """Norms by torch's fused kernel, out in the type that came in: what a fix of rms_norm.py would do on CUDA."""
+    """Norms by torch's fused kernel, out in the type that came in: what a fix of rms_norm.py would
+    do on CUDA."""
     from torch.nn.functional import rms_norm
 
     from ml_embed.kernels import rms_norm as module
@@ -430,7 +478,8 @@ def half_norms():
 
 @section
 def training():
-    """Steps of Qwen3-0.6B's shape: naive, ours, compiled, with liger; seconds, MFU, memory, and where the time goes."""
+    """Steps of Qwen3-0.6B's shape: naive, ours, compiled, with liger; seconds, MFU, memory, and
+    where the time goes."""
     from ml_embed.benchmarks.gpu import liger_kernels
     from ml_embed.benchmarks.training_setup import layer_parameters, naive_contender
 
@@ -487,7 +536,8 @@ def training():
 
 
 def profile(step, path):
-    """Kernel time, share of the wall in which the GPU worked, kernels a step; the table goes to a file."""
+    """Kernel time, share of the wall in which the GPU worked, kernels a step; the table goes to a
+    file."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as trace
 
@@ -513,7 +563,8 @@ def profile(step, path):
 
 @section
 def losses():
-    """The objective alone: all exits and dims; at the batch sizes of one GPU and of a large gathered batch."""
+    """The objective alone: all exits and dims; at the batch sizes of one GPU and of a large
+    gathered batch."""
     from ml_embed.benchmarks.training_setup import matryoshka_spec
     from ml_embed.losses import nested as module
     from ml_embed.losses.nested import LOGITS_AT_ONCE, in_batch_loss
@@ -522,9 +573,12 @@ def losses():
     shape, _ = shapes(8)
     batch = make_batch(shape, vocab=151_936 if BIG else 8192)
     moved, spec, result = batch.to(DEV), matryoshka_spec(shape.hidden), {}
-    vectors = torch.randn(7, len(batch.texts.packed.lengths), shape.hidden, device=DEV, requires_grad=True)
+    vectors = torch.randn(
+        7, len(batch.texts.packed.lengths), shape.hidden, device=DEV, requires_grad=True
+    )
     result["objective_8_rows_ms"] = (
-        timed(lambda: torch.autograd.grad(batch_objective(vectors, moved, spec).total, vectors)) * 1e3
+        timed(lambda: torch.autograd.grad(batch_objective(vectors, moved, spec).total, vectors))
+        * 1e3
     )
     rows, passages = (1024, 8192) if BIG else (16, 64)
     q, p = (torch.randn(n, shape.hidden, device=DEV, requires_grad=True) for n in (rows, passages))
@@ -532,7 +586,11 @@ def losses():
     for limit in (LOGITS_AT_ONCE, 2**22, 2**24):
         module.LOGITS_AT_ONCE = limit
         clean()
-        seconds = timed(lambda: torch.autograd.grad(in_batch_loss(q, p, target, None, weights, spec), (q, p)), 3, 1)
+        seconds = timed(
+            lambda: torch.autograd.grad(in_batch_loss(q, p, target, None, weights, spec), (q, p)),
+            3,
+            1,
+        )
         result[f"in_batch_{rows}x{passages}_limit_2^{limit.bit_length() - 1}"] = {
             "ms": seconds * 1e3,
             "GiB": torch.cuda.max_memory_allocated() / 2**30 if DEV.type == "cuda" else 0,
@@ -566,7 +624,8 @@ def model_folder():
 
 @section
 def encoding():
-    """Embedder.encode against sentence-transformers' on the GPU, both in bf16; vectors against float32."""
+    """Embedder.encode against sentence-transformers' on the GPU, both in bf16; vectors against
+    float32."""
     from sentence_transformers import SentenceTransformer
 
     from ml_embed.inference.embedder import Embedder
@@ -578,18 +637,27 @@ def encoding():
         SentenceTransformer(str(folder), device=str(DEV), model_kwargs={"dtype": half}),
     )
     few = texts[:200]
-    exact = Embedder.from_pretrained(folder, device=DEV, dtype=torch.float32).encode(few, show_progress=False)
-    result = {"1-cosine ours": float(1 - (ours.encode(few, show_progress=False) * exact).sum(1).min())}
+    exact = Embedder.from_pretrained(folder, device=DEV, dtype=torch.float32).encode(
+        few, show_progress=False
+    )
+    result = {
+        "1-cosine ours": float(1 - (ours.encode(few, show_progress=False) * exact).sum(1).min())
+    }
     result["1-cosine theirs"] = float(
         1 - (theirs.encode(few, batch_size=64, show_progress_bar=False) * exact).sum(1).min()
     )
     runs = {"ours": lambda: ours.encode(texts, show_progress=False)} | {
-        f"theirs_{n}": (lambda n=n: theirs.encode(texts, batch_size=n, show_progress_bar=False)) for n in (32, 128)
+        f"theirs_{n}": (lambda n=n: theirs.encode(texts, batch_size=n, show_progress_bar=False))
+        for n in (32, 128)
     }
     tokens = sum(map(len, ours._text_encoder(texts)))
     for name, run in runs.items():
         seconds = timed(run, 2, 1)
-        result[name] = {"s": seconds, "texts_per_s": len(texts) / seconds, "tokens_per_s": tokens / seconds}
+        result[name] = {
+            "s": seconds,
+            "texts_per_s": len(texts) / seconds,
+            "tokens_per_s": tokens / seconds,
+        }
     result["ratio"] = min(result["theirs_32"]["s"], result["theirs_128"]["s"]) / result["ours"]["s"]
     return result
 
@@ -606,7 +674,10 @@ def trainer():
         SentenceTransformerTrainer,
         SentenceTransformerTrainingArguments,
     )
-    from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.losses import (
+        MatryoshkaLoss,
+        MultipleNegativesRankingLoss,
+    )
     from transformers import TrainerCallback
 
     from ml_embed.model import default_dims
@@ -623,11 +694,17 @@ def trainer():
         return " ".join(words[start : start + max(1, count)])
 
     columns = {"anchor": [text(40) for _ in range(steps * rows)]} | {
-        name: [text(250) for _ in range(steps * rows)] for name in ("positive", *(f"negative_{i}" for i in range(7)))
+        name: [text(250) for _ in range(steps * rows)]
+        for name in ("positive", *(f"negative_{i}" for i in range(7)))
     }
     tokens = np.array(
         [
-            [len(x) for x in model.tokenizer(columns[c], truncation=True, max_length=model.max_seq_length)["input_ids"]]
+            [
+                len(x)
+                for x in model.tokenizer(
+                    columns[c], truncation=True, max_length=model.max_seq_length
+                )["input_ids"]
+            ]
             for c in columns
         ]
     )
@@ -650,11 +727,17 @@ def trainer():
         use_cpu=DEV.type == "cpu",
     )
     loss = MatryoshkaLoss(
-        model, MultipleNegativesRankingLoss(model), list(default_dims(model.get_embedding_dimension()))
+        model,
+        MultipleNegativesRankingLoss(model),
+        list(default_dims(model.get_embedding_dimension())),
     )
     clean()
     SentenceTransformerTrainer(
-        model=model, args=arguments, train_dataset=Dataset.from_dict(columns), loss=loss, callbacks=[Clock()]
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_dict(columns),
+        loss=loss,
+        callbacks=[Clock()],
     ).train()
     seconds = float(np.median(np.diff(marks)))
     return {
@@ -667,7 +750,8 @@ def trainer():
 
 @section
 def collectives():
-    """NCCL with one process: gather_rows' own autograd function, float64 sums, uneven gather, object broadcast."""
+    """NCCL with one process: gather_rows' own autograd function, float64 sums, uneven gather,
+    object broadcast."""
     import torch.distributed as dist
 
     from ml_embed.distributed import collectives as d
@@ -683,18 +767,25 @@ def collectives():
     world, rank = dist.get_world_size(), dist.get_rank()
     try:
         rows = (
-            (torch.arange(24.0, device=DEV).view(2, 3, 4) + 100 * rank).transpose(0, 1).requires_grad_()
+            (torch.arange(24.0, device=DEV).view(2, 3, 4) + 100 * rank)
+            .transpose(0, 1)
+            .requires_grad_()
         )  # not contiguous, as in objective.py
         out = d._GatherRows.apply(rows)
         (out * torch.arange(len(out), device=DEV).view(-1, 1, 1)).sum().backward()
         expected = torch.cat(
-            [torch.arange(24.0, device=DEV).view(2, 3, 4).transpose(0, 1) + 100 * r for r in range(world)]
+            [
+                torch.arange(24.0, device=DEV).view(2, 3, 4).transpose(0, 1) + 100 * r
+                for r in range(world)
+            ]
         )
         return {
             "backend": backend,
             "world": world,
             "gather": bool(torch.equal(out, expected)),
-            "gradient": bool(torch.equal(rows.grad[:, 0, 0], world * (3 * rank + torch.arange(3.0, device=DEV)))),
+            "gradient": bool(
+                torch.equal(rows.grad[:, 0, 0], world * (3 * rank + torch.arange(3.0, device=DEV)))
+            ),
             "sum64": float(d.all_reduce_sum(torch.ones(2, dtype=torch.float64, device=DEV))[0]),
             "uneven": len(d.gather_uneven(torch.ones(rank + 1, 2, device=DEV))),
             "first": d.asked_of_first(lambda: "x"),
@@ -709,7 +800,9 @@ def main():
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=home_path, default=Path())
-    parser.add_argument("--deadline", type=float, default=420, help="seconds after which no further section begins")
+    parser.add_argument(
+        "--deadline", type=float, default=420, help="seconds after which no further section begins"
+    )
     parser.add_argument("--only", nargs="*")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true")
@@ -732,7 +825,8 @@ def main():
             traceback.print_exc()
             found = {"FAILED": f"{type(error).__name__}: {error}"[:800]}
         line = json.dumps(
-            {"section": name, "seconds": round(time.perf_counter() - start, 1), "result": found}, default=str
+            {"section": name, "seconds": round(time.perf_counter() - start, 1), "result": found},
+            default=str,
         )
         print(line, flush=True)
         with (OUT / "check_gpu.jsonl").open("a") as file:

@@ -1,8 +1,10 @@
-"""Compute a teacher's vectors of tokenized data, once: training with `teacher_vectors_path` then runs no teacher.
+"""Compute a teacher's vectors of tokenized data, once: training with `teacher_vectors_path` then
+runs no teacher.
 
-The texts are read back from the data's token ids, so the teacher may have any tokenizer. Its vectors lie in a folder,
-for each dataset those of the queries and of the documents, and training maps them into memory. The same command goes on
-with what was interrupted, adds datasets that are new in the data, and makes those anew whose texts have changed.
+The texts are read back from the data's token ids, so the teacher may have any tokenizer. Its
+vectors lie in a folder, for each dataset those of the queries and of the documents, and training
+maps them into memory. The same command goes on with what was interrupted, adds datasets that are
+new in the data, and makes those anew whose texts have changed.
 """
 
 import argparse
@@ -10,44 +12,80 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed, too
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # works from a clone that is not installed, too
 
 from ml_embed.errors import exit_on_user_error
 from ml_embed.files.paths import check_writable, home_path
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", required=True, metavar="DIR_OR_NAME", help="the teacher: a model of this project, or any that "
-        "sentence-transformers reads"
-    )  # fmt: skip
-    parser.add_argument("--data", type=home_path, required=True, metavar="DIR", help="folder of tokenized data")
-    parser.add_argument(
-        "--tokenizer", required=True, metavar="DIR_OR_NAME", help="the tokenizer that the data was made with"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=home_path, required=True, metavar="DIR", help="folder for the vectors")
-    parser.add_argument("--query-prompt", default="", metavar="TEXT", help="put before queries for the teacher")
-    parser.add_argument("--passage-prompt", default="", metavar="TEXT", help="put before documents for the teacher")
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR_OR_NAME",
+        help="the teacher: a model of this project, or any that sentence-transformers reads",
+    )
+    parser.add_argument(
+        "--data", type=home_path, required=True, metavar="DIR", help="folder of tokenized data"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="DIR_OR_NAME",
+        help="the tokenizer that the data was made with",
+    )
+    parser.add_argument(
+        "--output", type=home_path, required=True, metavar="DIR", help="folder for the vectors"
+    )
+    parser.add_argument(
+        "--query-prompt", default="", metavar="TEXT", help="put before queries for the teacher"
+    )
+    parser.add_argument(
+        "--passage-prompt", default="", metavar="TEXT", help="put before documents for the teacher"
+    )
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument(
-        "--strip-prompts", dest="strip_prompts", action="store_true", default=True,
-        help="take away the prompts that the data was tokenized with, where its manifest names them (default)"
-    )  # fmt: skip
-    prompts.add_argument("--keep-prompts", dest="strip_prompts", action="store_false", help="leave them in the texts")
-    parser.add_argument(
-        "--dtype", choices=["float16", "float32"], default="float16", help="of the stored vectors (default float16)"
+        "--strip-prompts",
+        dest="strip_prompts",
+        action="store_true",
+        default=True,
+        help=(
+            "take away the prompts that the data was tokenized with, where its manifest names them "
+            "(default)"
+        ),
+    )
+    prompts.add_argument(
+        "--keep-prompts", dest="strip_prompts", action="store_false", help="leave them in the texts"
     )
     parser.add_argument(
-        "--batch-size", type=int, default=32, help="texts in a forward pass of a sentence-transformers model "
-        "(default 32); a model of this project takes as many as fit into a number of tokens"
-    )  # fmt: skip
+        "--dtype",
+        choices=["float16", "float32"],
+        default="float16",
+        help="of the stored vectors (default float16)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=32,
+        help="texts in a forward pass of a sentence-transformers model "
+        "(default 32); a model of this project takes as many as fit into a number of tokens",
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default the first GPU, else the CPU)")
     parser.add_argument(
-        "--cache-dir", type=home_path, metavar="DIR", help="the cache_dir of your training config, so that the data is "
-        "converted once for both (default a folder in --output that is removed at the end)"
-    )  # fmt: skip
-    parser.add_argument("--overwrite", action="store_true", help="throw away what --output holds and begin anew")
+        "--cache-dir",
+        type=home_path,
+        metavar="DIR",
+        help="the cache_dir of your training config, so that the data is "
+        "converted once for both (default a folder in --output that is removed at the end)",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="throw away what --output holds and begin anew"
+    )
     return parser.parse_args(arguments)
 
 

@@ -1,9 +1,12 @@
-"""Evaluate a model over the cube rank x depth x vector length, and compare it with chance and with a baseline.
+"""Evaluate a model over the cube rank x depth x vector length, and compare it with chance and with
+a baseline.
 
-Writes evaluation.json (every number) and evaluation.png (a heat map; needs matplotlib) and prints tables.
+Writes evaluation.json (every number) and evaluation.png (a heat map; needs matplotlib) and prints
+tables.
 
-DATA is a file or a folder of files. A parquet file with the columns query, passage and candidates (a list of strings
-that holds the passage), and split if there are several, asks which candidate is the passage. Raw training data (query,
+DATA is a file or a folder of files. A parquet file with the columns query, passage and candidates
+(a list of strings that holds the passage), and split if there are several, asks which candidate is
+the passage. Raw training data (query,
 passage, negatives) is searched whole: all passages and negatives of the file are the corpus.
 """
 
@@ -12,7 +15,9 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed, too
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # works from a clone that is not installed, too
 
 from ml_embed.errors import UserError, exit_on_user_error
 from ml_embed.files.paths import check_writable, home_path
@@ -23,21 +28,48 @@ JSON_FILE, PICTURE_FILE = "evaluation.json", "evaluation.png"
 
 @exit_on_user_error
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, metavar="DIR", help="a trained model folder, or any Qwen3 backbone")
-    parser.add_argument("--data", type=home_path, required=True, metavar="PATH", help="a file or a folder of files")
-    parser.add_argument("--output", type=home_path, required=True, metavar="DIR", help="folder for the results")
-    parser.add_argument("--baseline", metavar="DIR", help="a model to compare with, e.g. the backbone before training")
-    parser.add_argument("--ranks", type=int, nargs="+", help="ranks of the token factors (default all trained)")
-    parser.add_argument("--depths", type=int, nargs="+", help="decoder layers (default all trained)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR",
+        help="a trained model folder, or any Qwen3 backbone",
+    )
+    parser.add_argument(
+        "--data", type=home_path, required=True, metavar="PATH", help="a file or a folder of files"
+    )
+    parser.add_argument(
+        "--output", type=home_path, required=True, metavar="DIR", help="folder for the results"
+    )
+    parser.add_argument(
+        "--baseline",
+        metavar="DIR",
+        help="a model to compare with, e.g. the backbone before training",
+    )
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", help="ranks of the token factors (default all trained)"
+    )
+    parser.add_argument(
+        "--depths", type=int, nargs="+", help="decoder layers (default all trained)"
+    )
     parser.add_argument("--dims", type=int, nargs="+", help="vector lengths (default all trained)")
     parser.add_argument(
-        "--metric", choices=list(MEANING), default="recall@1", help="for tables and picture (%(default)s)"
+        "--metric",
+        choices=list(MEANING),
+        default="recall@1",
+        help="for tables and picture (%(default)s)",
     )
     parser.add_argument(
-        "--max-queries", type=int, default=1000, help="rows taken of a raw dataset, evenly spaced (default %(default)s)"
+        "--max-queries",
+        type=int,
+        default=1000,
+        help="rows taken of a raw dataset, evenly spaced (default %(default)s)",
     )
-    parser.add_argument("--batch-tokens", type=int, help="tokens a forward pass (default 4096 on CPU, 32768 on GPU)")
+    parser.add_argument(
+        "--batch-tokens", type=int, help="tokens a forward pass (default 4096 on CPU, 32768 on GPU)"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default the first GPU, else the CPU)")
     args = parser.parse_args(arguments)
     for name in ("max_queries", "batch_tokens"):
@@ -54,10 +86,18 @@ def evaluate(args: argparse.Namespace) -> None:
     from ml_embed.reports.plots import plot_cube
     from ml_embed.reports.tables import cube_tables, test_set_table
 
-    options = {"batch_tokens": args.batch_tokens, "max_queries": args.max_queries, "device": args.device}
+    options = {
+        "batch_tokens": args.batch_tokens,
+        "max_queries": args.max_queries,
+        "device": args.device,
+    }
     result = evaluate_cube(args.model, args.data, args.ranks, args.depths, args.dims, **options)
-    baseline = evaluate_baseline(args.baseline, args.data, result, **options) if args.baseline else None
-    print(test_set_table(result, baseline, args.metric), cube_tables(result, args.metric), sep="\n\n")
+    baseline = (
+        evaluate_baseline(args.baseline, args.data, result, **options) if args.baseline else None
+    )
+    print(
+        test_set_table(result, baseline, args.metric), cube_tables(result, args.metric), sep="\n\n"
+    )
     numbers = {"model": result, "baseline": baseline}
     try:
         args.output.mkdir(parents=True, exist_ok=True)
@@ -65,7 +105,9 @@ def evaluate(args: argparse.Namespace) -> None:
     except OSError as error:  # a disk that became full meanwhile
         print(f"\n{json.dumps(numbers)}")
         reason = f"{args.output / JSON_FILE} cannot be written ({error.strerror})"
-        raise UserError(f"{reason}; all its numbers are printed above, as one line of JSON") from None
+        raise UserError(
+            f"{reason}; all its numbers are printed above, as one line of JSON"
+        ) from None
     print(f"\nall numbers: {args.output / JSON_FILE}")
     try:
         plot_cube(result, args.output / PICTURE_FILE, args.metric, baseline)

@@ -1,14 +1,17 @@
 """Run mteb's tasks on a model at any cuts of it, with the prompts that its folder holds.
 
-Writes mteb's own result files to DIR/results and summary.json, and prints a table. What DIR has already is not
-computed again, so an interrupted call is continued by the same one. Needs mteb: pip install 'ml-embed[mteb]'.
+Writes mteb's own result files to DIR/results and summary.json, and prints a table. What DIR has
+already is not computed again, so an interrupted call is continued by the same one. Needs mteb: pip
+install 'ml-embed[mteb]'.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed, too
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # works from a clone that is not installed, too
 
 from ml_embed.errors import UserError, exit_on_user_error
 from ml_embed.files.paths import check_writable, home_path
@@ -16,20 +19,48 @@ from ml_embed.files.paths import check_writable, home_path
 
 @exit_on_user_error
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, metavar="DIR", help="a trained model folder, or any Qwen3 backbone")
-    parser.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help="mteb tasks, e.g. SciFact STS22.v2")
-    parser.add_argument("--benchmark", metavar="NAME", help="all tasks of a benchmark, e.g. 'MTEB(Multilingual, v2)'")
-    parser.add_argument("--output", type=home_path, required=True, metavar="DIR", help="folder for the results")
-    parser.add_argument("--rank", type=int, nargs="+", help="ranks of the token factors (default the whole)")
-    parser.add_argument("--depth", type=int, nargs="+", help="decoder layers (default all)")
-    parser.add_argument("--dim", type=int, nargs="+", help="vector lengths (default the longest trained)")
-    parser.add_argument(
-        "--languages", nargs="+", metavar="CODE", help="only these, ISO 639-3: eng deu zho-Hans (default all)"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--query-prompt", metavar="TEXT", help="in front of queries (default the folder's own)")
-    parser.add_argument("--passage-prompt", metavar="TEXT", help="in front of documents (default the folder's own)")
-    parser.add_argument("--batch-tokens", type=int, help="tokens a forward pass (default 4096 on CPU, 32768 on GPU)")
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR",
+        help="a trained model folder, or any Qwen3 backbone",
+    )
+    parser.add_argument(
+        "--tasks", nargs="+", default=[], metavar="NAME", help="mteb tasks, e.g. SciFact STS22.v2"
+    )
+    parser.add_argument(
+        "--benchmark",
+        metavar="NAME",
+        help="all tasks of a benchmark, e.g. 'MTEB(Multilingual, v2)'",
+    )
+    parser.add_argument(
+        "--output", type=home_path, required=True, metavar="DIR", help="folder for the results"
+    )
+    parser.add_argument(
+        "--rank", type=int, nargs="+", help="ranks of the token factors (default the whole)"
+    )
+    parser.add_argument("--depth", type=int, nargs="+", help="decoder layers (default all)")
+    parser.add_argument(
+        "--dim", type=int, nargs="+", help="vector lengths (default the longest trained)"
+    )
+    parser.add_argument(
+        "--languages",
+        nargs="+",
+        metavar="CODE",
+        help="only these, ISO 639-3: eng deu zho-Hans (default all)",
+    )
+    parser.add_argument(
+        "--query-prompt", metavar="TEXT", help="in front of queries (default the folder's own)"
+    )
+    parser.add_argument(
+        "--passage-prompt", metavar="TEXT", help="in front of documents (default the folder's own)"
+    )
+    parser.add_argument(
+        "--batch-tokens", type=int, help="tokens a forward pass (default 4096 on CPU, 32768 on GPU)"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default the first GPU, else the CPU)")
     parser.add_argument("--overwrite", action="store_true", help="compute again what is there")
     args = parser.parse_args(arguments)

@@ -1,6 +1,8 @@
-"""Cut a trained model to a depth, a token-embedding rank and a vector length, as a model folder of its own.
+"""Cut a trained model to a depth, a token-embedding rank and a vector length, as a model folder of
+its own.
 
-No training is needed. The folder loads in sentence-transformers, transformers and servers like the one it came from.
+No training is needed. The folder loads in sentence-transformers, transformers and servers like the
+one it came from.
 """
 
 import argparse
@@ -8,7 +10,9 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed, too
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # works from a clone that is not installed, too
 
 from ml_embed.errors import exit_on_user_error
 from ml_embed.files.paths import home_path
@@ -18,15 +22,29 @@ DTYPES = ("float32", "bfloat16")
 
 @exit_on_user_error
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a trained model folder")
-    parser.add_argument("--output", type=home_path, required=True, metavar="DIR", help="the new model folder")
-    parser.add_argument("--depth", type=int, metavar="LAYERS", help="decoder layers to keep (default all)")
+    parser.add_argument(
+        "--output", type=home_path, required=True, metavar="DIR", help="the new model folder"
+    )
+    parser.add_argument(
+        "--depth", type=int, metavar="LAYERS", help="decoder layers to keep (default all)"
+    )
     parser.add_argument("--rank", type=int, help="rank of the token factors to keep (default all)")
-    parser.add_argument("--dim", type=int, metavar="LENGTH", help="length of the vectors (default the longest)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights written (default the checkpoint's)")
-    parser.add_argument("--allow-untrained", action="store_true", help="take values that were not trained")
-    parser.add_argument("--overwrite", action="store_true", help="replace a model folder at --output")
+    parser.add_argument(
+        "--dim", type=int, metavar="LENGTH", help="length of the vectors (default the longest)"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of the weights written (default the checkpoint's)"
+    )
+    parser.add_argument(
+        "--allow-untrained", action="store_true", help="take values that were not trained"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a model folder at --output"
+    )
     args = parser.parse_args(arguments)
 
     import torch
@@ -35,7 +53,14 @@ def main(arguments: list[str] | None = None) -> None:
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
     cut = export_model(
-        args.checkpoint, args.output, args.depth, args.dim, args.rank, dtype, args.allow_untrained, args.overwrite
+        args.checkpoint,
+        args.output,
+        args.depth,
+        args.dim,
+        args.rank,
+        dtype,
+        args.allow_untrained,
+        args.overwrite,
     )
     weights = sum(file.stat().st_size for file in args.output.glob("*.safetensors"))
     print(json.dumps({"output": str(args.output), **vars(cut), "bytes_of_weights": weights}))

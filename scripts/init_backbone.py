@@ -1,10 +1,13 @@
-"""Make a Qwen3 backbone folder: random weights of a preset size, and a tokenizer copied or trained on text."""
+"""Make a Qwen3 backbone folder: random weights of a preset size, and a tokenizer copied or trained
+on text."""
 
 import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed, too
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # works from a clone that is not installed, too
 
 from ml_embed.errors import exit_on_user_error
 from ml_embed.files.paths import check_model_output, home_path
@@ -14,33 +17,50 @@ from ml_embed.prepare.tokenizer_training import DEFAULT_VOCAB_SIZE, read_texts, 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", required=True, choices=list(PRESETS), help="shape of the decoder")
+    parser.add_argument(
+        "--preset", required=True, choices=list(PRESETS), help="shape of the decoder"
+    )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--tokenizer", metavar="FOLDER", help="copy the tokenizer of this folder (or hub name)")
+    source.add_argument(
+        "--tokenizer", metavar="FOLDER", help="copy the tokenizer of this folder (or hub name)"
+    )
     source.add_argument(
         "--train-tokenizer",
         type=home_path,
         nargs="+",
         metavar="TEXTS",
-        help="train a tokenizer on these files, or folders of files: .txt (a text a line), .parquet or .jsonl (all "
-        "string columns; a folder of raw training data will do)",
+        help=(
+            "train a tokenizer on these files, or folders of files: .txt (a text a line), .parquet "
+            "or .jsonl (all "
+            "string columns; a folder of raw training data will do)"
+        ),
     )
     parser.add_argument(
         "--vocab-size",
         type=int,
         metavar="N",
-        help=f"tokens of a trained tokenizer (default {DEFAULT_VOCAB_SIZE}); with --tokenizer, rows of the embedding "
-        "table if more than the tokenizer needs. The table is rounded up to a multiple of 64 rows",
+        help=(
+            f"tokens of a trained tokenizer (default {DEFAULT_VOCAB_SIZE}); with --tokenizer, rows "
+            "of the embedding "
+            "table if more than the tokenizer needs. The table is rounded up to a multiple of 64 "
+            "rows"
+        ),
     )
-    parser.add_argument("--output", type=home_path, required=True, metavar="DIR", help="model folder to write")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights (default %(default)s)")
+    parser.add_argument(
+        "--output", type=home_path, required=True, metavar="DIR", help="model folder to write"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the random weights (default %(default)s)"
+    )
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
         default="float32",
         help="of the weights (default %(default)s); bfloat16 halves them",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a model folder at --output")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a model folder at --output"
+    )
     return parser.parse_args(arguments)
 
 
@@ -59,7 +79,9 @@ def main(arguments: list[str] | None = None) -> None:
 
         tokenizer = load_tokenizer(args.tokenizer, needs_padding=False)
         rows = args.vocab_size
-    folder = init_backbone(args.preset, tokenizer, args.output, args.seed, args.dtype, rows, args.overwrite)
+    folder = init_backbone(
+        args.preset, tokenizer, args.output, args.seed, args.dtype, rows, args.overwrite
+    )
     print(f"wrote {folder}: {args.preset}, {len(tokenizer)} tokens, {args.dtype}")
 
 

@@ -1,4 +1,5 @@
-"""Make raw training data and evaluation sets of the embedded corpus (see ml_embed/sample_data/README.md).
+"""Make raw training data and evaluation sets of the embedded corpus (see
+ml_embed/sample_data/README.md).
 
 Prints, as one JSON object, what chance and trivial cues achieve on every evaluation split.
 """
@@ -8,7 +9,9 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed, too
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # works from a clone that is not installed, too
 
 from ml_embed.errors import exit_on_user_error
 from ml_embed.files.paths import check_writable, home_path
@@ -23,15 +26,29 @@ def language_count(value: str) -> int | None:
 
 @exit_on_user_error
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--output", type=home_path, required=True, metavar="DIR", help="folder for the raw training data"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--eval-output", type=home_path, required=True, metavar="DIR", help="folder for the evaluation sets"
+        "--output",
+        type=home_path,
+        required=True,
+        metavar="DIR",
+        help="folder for the raw training data",
     )
     parser.add_argument(
-        "--languages", type=language_count, default=50, metavar="N|all", help="training languages (default %(default)s)"
+        "--eval-output",
+        type=home_path,
+        required=True,
+        metavar="DIR",
+        help="folder for the evaluation sets",
+    )
+    parser.add_argument(
+        "--languages",
+        type=language_count,
+        default=50,
+        metavar="N|all",
+        help="training languages (default %(default)s)",
     )
     parser.add_argument(
         "--rows",
@@ -39,14 +56,29 @@ def main(arguments: list[str] | None = None) -> None:
         default=6000,
         help="for retrieval; half for clustering, a third for direction (default 6000)",
     )
-    parser.add_argument("--eval-rows", type=int, default=400, help="rows of an evaluation split (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of hold-outs and rows (default %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the files of an earlier run")
+    parser.add_argument(
+        "--eval-rows",
+        type=int,
+        default=400,
+        help="rows of an evaluation split (default %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of hold-outs and rows (default %(default)s)"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the files of an earlier run"
+    )
     args = parser.parse_args(arguments)
     check_writable(args.output)
     check_writable(args.eval_output, "--eval-output")
     plan = build_datasets(
-        args.output, args.eval_output, args.languages, args.seed, args.rows, args.eval_rows, args.overwrite
+        args.output,
+        args.eval_output,
+        args.languages,
+        args.seed,
+        args.rows,
+        args.eval_rows,
+        args.overwrite,
     )
     print(json.dumps(summary(plan, args.eval_output)))
 

@@ -1,13 +1,14 @@
 """Mine hard negatives for raw data with any embedding model, and write the raw layout with them.
 
-For each row: the nearest documents of its own dataset (all passages and negatives), without the query's own passages
-and text; the first few are dropped, too high scores too, and the best of the rest are kept. The defaults are the
-published ones. An interrupted run is continued by the same command.
+For each row: the nearest documents of its own dataset (all passages and negatives), without the
+query's own passages
+and text; the first few are dropped, too high scores too, and the best of the rest are kept. The
+defaults are the published ones. An interrupted run is continued by the same command.
 
-Each query is compared with each document, on a GPU if there is one. For corpora where that takes too long, --search ann
-looks only where near documents are likely. Before it searches it prints the share of the true nearest that it finds
-(mining.json has it too); if that is too low, stop it and start again with a higher --nprobe: the vectors of an
-unfinished dataset are kept.
+Each query is compared with each document, on a GPU if there is one. For corpora where that takes
+too long, --search ann looks only where near documents are likely. Before it searches it prints the
+share of the true nearest that it finds (mining.json has it too); if that is too low, stop it and
+start again with a higher --nprobe: the vectors of an unfinished dataset are kept.
 """
 
 import argparse
@@ -16,7 +17,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed, too
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # works from a clone that is not installed, too
 
 from ml_embed.errors import UserError, exit_on_user_error
 from ml_embed.files.paths import check_writable, home_path
@@ -26,39 +29,71 @@ if TYPE_CHECKING:
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", required=True, metavar="DIR_OR_NAME", help="a model of this project, or any that "
-        "sentence-transformers reads"
-    )  # fmt: skip
-    parser.add_argument("--input", type=home_path, required=True, metavar="DIR", help="folder of raw data")
-    parser.add_argument(
-        "--output", type=home_path, required=True, metavar="DIR", help="folder for the data with negatives"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--top", type=int, default=100, help="nearest documents looked at (default 100)")
-    parser.add_argument("--skip", type=int, default=5, help="of those, the nearest that are dropped (default 5)")
-    parser.add_argument("--max-score", type=float, default=0.8, help="cosine a negative stays below (default 0.8)")
     parser.add_argument(
-        "--max-ratio", type=float, default=0.95, help="share of the positive's cosine it stays below (default 0.95)"
+        "--model",
+        required=True,
+        metavar="DIR_OR_NAME",
+        help="a model of this project, or any that sentence-transformers reads",
     )
-    parser.add_argument("--count", type=int, default=24, help="negatives of a row at most (default 24)")
     parser.add_argument(
-        "--search", choices=("exact", "ann"), default="exact", help="exact (default), or ann: approximate, on the CPU "
-        "with faiss, for datasets of 100,000 documents and more"
-    )  # fmt: skip
-    parser.add_argument("--nprobe", type=int, help="with --search ann: cells a query looks into (default 64)")
+        "--input", type=home_path, required=True, metavar="DIR", help="folder of raw data"
+    )
+    parser.add_argument(
+        "--output",
+        type=home_path,
+        required=True,
+        metavar="DIR",
+        help="folder for the data with negatives",
+    )
+    parser.add_argument(
+        "--top", type=int, default=100, help="nearest documents looked at (default 100)"
+    )
+    parser.add_argument(
+        "--skip", type=int, default=5, help="of those, the nearest that are dropped (default 5)"
+    )
+    parser.add_argument(
+        "--max-score", type=float, default=0.8, help="cosine a negative stays below (default 0.8)"
+    )
+    parser.add_argument(
+        "--max-ratio",
+        type=float,
+        default=0.95,
+        help="share of the positive's cosine it stays below (default 0.95)",
+    )
+    parser.add_argument(
+        "--count", type=int, default=24, help="negatives of a row at most (default 24)"
+    )
+    parser.add_argument(
+        "--search",
+        choices=("exact", "ann"),
+        default="exact",
+        help="exact (default), or ann: approximate, on the CPU "
+        "with faiss, for datasets of 100,000 documents and more",
+    )
+    parser.add_argument(
+        "--nprobe", type=int, help="with --search ann: cells a query looks into (default 64)"
+    )
     parser.add_argument(
         "--code-bits",
         type=int,
         help="with --search ann: bits per dimension of a document in memory: 8, 4 or 2 (default 4)",
     )
-    parser.add_argument("--query-prompt", default="", metavar="TEXT", help="put before queries for the model")
-    parser.add_argument("--passage-prompt", default="", metavar="TEXT", help="put before documents for the model")
+    parser.add_argument(
+        "--query-prompt", default="", metavar="TEXT", help="put before queries for the model"
+    )
+    parser.add_argument(
+        "--passage-prompt", default="", metavar="TEXT", help="put before documents for the model"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default the first GPU, else the CPU)")
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace datasets that were mined otherwise, and remove those that "
-        "--input no longer has"
-    )  # fmt: skip
+        "--overwrite",
+        action="store_true",
+        help="replace datasets that were mined otherwise, and remove those that "
+        "--input no longer has",
+    )
     return parser.parse_args(arguments)
 
 
@@ -66,14 +101,19 @@ def _approximation(args: argparse.Namespace) -> "Approximation | None":
     """The settings of the approximate search, checked; None for the exact one."""
     from ml_embed.recipe.ann import Approximation
 
-    given = {name: value for name in ("nprobe", "code_bits") if (value := getattr(args, name)) is not None}
+    given = {
+        name: value
+        for name in ("nprobe", "code_bits")
+        if (value := getattr(args, name)) is not None
+    }
     if args.search == "ann":
         approximation = Approximation(**given)
         approximation.check()
         return approximation
     if given:
         raise UserError(
-            f"--{next(iter(given)).replace('_', '-')} is for --search ann; the exact search has no such setting"
+            f"--{next(iter(given)).replace('_', '-')} is for --search ann; the exact search has no "
+            "such setting"
         )
     return None
 
@@ -93,7 +133,13 @@ def main(arguments: list[str] | None = None) -> None:
     model = load_text_model(args.model, args.device)
     prompts = {"query_prompt": args.query_prompt, "passage_prompt": args.passage_prompt}
     summary = mine_folder(
-        model, args.input, args.output, rule, approximation=approximation, overwrite=args.overwrite, **prompts
+        model,
+        args.input,
+        args.output,
+        rule,
+        approximation=approximation,
+        overwrite=args.overwrite,
+        **prompts,
     )
     print(json.dumps({"output": str(args.output), **summary}, ensure_ascii=False))
 

@@ -1,6 +1,8 @@
-"""Prune a Qwen3 backbone to fewer layers and smaller hidden and MLP sizes, by activations on calibration text.
+"""Prune a Qwen3 backbone to fewer layers and smaller hidden and MLP sizes, by activations on
+calibration text.
 
-The new folder is a plain backbone, to be trained: `run.py` takes it as model_path and transformers loads it.
+The new folder is a plain backbone, to be trained: `run.py` takes it as model_path and transformers
+loads it.
 """
 
 import argparse
@@ -8,7 +10,9 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed, too
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # works from a clone that is not installed, too
 
 from ml_embed.errors import UserError, exit_on_user_error
 from ml_embed.files.paths import home_path
@@ -17,31 +21,56 @@ from ml_embed.model_folders.backbone import PRESETS
 
 @exit_on_user_error
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, metavar="DIR", help="the backbone to prune")
-    parser.add_argument("--output", type=home_path, required=True, metavar="DIR", help="the new backbone folder")
-    parser.add_argument("--preset", choices=list(PRESETS), help="take the three sizes from a published shape")
+    parser.add_argument(
+        "--output", type=home_path, required=True, metavar="DIR", help="the new backbone folder"
+    )
+    parser.add_argument(
+        "--preset", choices=list(PRESETS), help="take the three sizes from a published shape"
+    )
     parser.add_argument("--layers", type=int, help="first decoder layers to keep (default all)")
-    parser.add_argument("--hidden-size", type=int, metavar="N", help="hidden dimensions to keep (default all)")
-    parser.add_argument("--intermediate-size", type=int, metavar="N", help="MLP dimensions to keep (default all)")
+    parser.add_argument(
+        "--hidden-size", type=int, metavar="N", help="hidden dimensions to keep (default all)"
+    )
+    parser.add_argument(
+        "--intermediate-size", type=int, metavar="N", help="MLP dimensions to keep (default all)"
+    )
     parser.add_argument(
         "--texts",
         type=home_path,
         nargs="+",
         default=[],
         metavar="PATH",
-        help="calibration text: .txt (a text a line), .parquet or .jsonl files (all string columns), or folders of "
-        "them, such as the raw training data; needed to cut a width",
+        help=(
+            "calibration text: .txt (a text a line), .parquet or .jsonl files (all string "
+            "columns), or folders of "
+            "them, such as the raw training data; needed to cut a width"
+        ),
     )
-    parser.add_argument("--max-texts", type=int, default=2048, help="texts read, from all files in turn (default 2048)")
-    parser.add_argument("--max-seq-length", type=int, default=512, help="tokens read of a text (default 512)")
+    parser.add_argument(
+        "--max-texts",
+        type=int,
+        default=2048,
+        help="texts read, from all files in turn (default 2048)",
+    )
+    parser.add_argument(
+        "--max-seq-length", type=int, default=512, help="tokens read of a text (default 512)"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default the first GPU, else the CPU)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a model folder at --output")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a model folder at --output"
+    )
     args = parser.parse_args(arguments)
     sizes = [args.layers, args.hidden_size, args.intermediate_size]
     if args.preset:
         if any(size is not None for size in sizes):
-            raise UserError("--preset gives all three sizes; leave --layers, --hidden-size and --intermediate-size out")
+            raise UserError(
+                "--preset gives all three sizes; leave --layers, --hidden-size and "
+                "--intermediate-size out"
+            )
         preset = PRESETS[args.preset]
         sizes = [preset.num_hidden_layers, preset.hidden_size, preset.intermediate_size]
     if args.max_texts < 1:
@@ -50,7 +79,11 @@ def main(arguments: list[str] | None = None) -> None:
     from ml_embed.recipe.pruning import calibration_texts, prune_backbone
 
     texts = calibration_texts(args.texts, args.max_texts)
-    options = {"max_seq_length": args.max_seq_length, "device": args.device, "overwrite": args.overwrite}
+    options = {
+        "max_seq_length": args.max_seq_length,
+        "device": args.device,
+        "overwrite": args.overwrite,
+    }
     result = prune_backbone(args.model, args.output, *sizes, texts, **options)
     print(json.dumps({"output": str(args.output), **result}))
 

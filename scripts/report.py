@@ -1,10 +1,13 @@
-"""Write a run's report: one self-contained HTML page of loss curves, throughput and the cube to choose from."""
+"""Write a run's report: one self-contained HTML page of loss curves, throughput and the cube to
+choose from."""
 
 import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed, too
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # works from a clone that is not installed, too
 
 from ml_embed.errors import exit_on_user_error
 from ml_embed.files.paths import home_path
@@ -15,16 +18,27 @@ from ml_embed.reports.tables import MEANING
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "run", type=home_path, metavar="RUN", help="run folder, output_dir/experiment_id; may be running"
+        "run",
+        type=home_path,
+        metavar="RUN",
+        help="run folder, output_dir/experiment_id; may be running",
     )
     parser.add_argument("--output", type=home_path, metavar="FILE", help="default RUN/report.html")
     parser.add_argument(
         "--evaluation",
         type=home_path,
         metavar="PATH",
-        help="evaluation.json of scripts/evaluate.py, or its folder (default RUN or RUN/evaluation, if it is there)",
+        help=(
+            "evaluation.json of scripts/evaluate.py, or its folder (default RUN or RUN/evaluation, "
+            "if it is there)"
+        ),
     )
-    parser.add_argument("--metric", choices=list(MEANING), default="ndcg@10", help="of the cube (default %(default)s)")
+    parser.add_argument(
+        "--metric",
+        choices=list(MEANING),
+        default="ndcg@10",
+        help="of the cube (default %(default)s)",
+    )
     args = parser.parse_args(arguments)
 
     from ml_embed.reports.run_page import write_report

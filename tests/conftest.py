@@ -18,7 +18,8 @@ def one_thread():
 
 @pytest.fixture
 def compiled_graphs(monkeypatch) -> list[torch.fx.GraphModule]:
-    """What compile_layers traces and differentiates, without the half minute of inductor's C++ (test_benchmarks.py)."""
+    """What compile_layers traces and differentiates, without the half minute of inductor's C++
+    (test_benchmarks.py)."""
     if Version(transformers.__version__) < Version(COMPILES_SINCE):
         pytest.skip("this transformers cannot compile layers")
     graphs = []
@@ -28,7 +29,9 @@ def compiled_graphs(monkeypatch) -> list[torch.fx.GraphModule]:
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
     in_place = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda m, **options: in_place(m, backend=backend, **options))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda m, **options: in_place(m, backend=backend, **options)
+    )
     torch._dynamo.reset()
     return graphs
 

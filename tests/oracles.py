@@ -1,4 +1,5 @@
-"""Naive, independent versions of the mathematics: one sequence, one sample, one dim at a time; plain transformers.
+"""Naive, independent versions of the mathematics: one sequence, one sample, one dim at a time;
+plain transformers.
 
 Nothing of `ml_embed` is used here. Slow and obviously right, from the formulas.
 """
@@ -12,13 +13,15 @@ from transformers import Qwen3Model
 
 
 def exit_vectors(model: Qwen3Model, ids: Sequence[int], exits: Sequence[int]) -> dict[int, Tensor]:
-    """{exit: (H,)}: FinalRMSNorm(h_l) at the last token of one sequence, by transformers' own forward."""
+    """{exit: (H,)}: FinalRMSNorm(h_l) at the last token of one sequence, by transformers' own
+    forward."""
     output = model(torch.tensor([list(ids)]), output_hidden_states=True)
     last_layer = model.config.num_hidden_layers
     vectors = {}
     for layer in exits:
         hidden = output.hidden_states[layer][0, -1]
-        # transformers gives hidden states before the final norm, except the last, which is after it.
+        # transformers gives hidden states before the final norm, except the last, which is after
+        # it.
         vectors[layer] = hidden if layer == last_layer else model.norm(hidden)
     return vectors
 
@@ -26,7 +29,9 @@ def exit_vectors(model: Qwen3Model, ids: Sequence[int], exits: Sequence[int]) ->
 def dims_and_weights(hidden_size: int, use_mrl: bool) -> list[tuple[int, float]]:
     dims = [hidden_size]
     if use_mrl:
-        dims = sorted({8 * 2**k for k in range(20) if 8 * 2**k < hidden_size} | {hidden_size}, reverse=True)
+        dims = sorted(
+            {8 * 2**k for k in range(20) if 8 * 2**k < hidden_size} | {hidden_size}, reverse=True
+        )
     return [(dim, 1 / (n * math.sqrt(hidden_size / dim))) for n, dim in enumerate(dims, start=1)]
 
 
@@ -41,7 +46,11 @@ def cross_entropy(logits: list[Tensor], target: int) -> Tensor:
 
 
 def hard_loss(
-    queries: list[Tensor], passages: list[Tensor], negatives: list[list[Tensor]], dims, temperature: float
+    queries: list[Tensor],
+    passages: list[Tensor],
+    negatives: list[list[Tensor]],
+    dims,
+    temperature: float,
 ) -> Tensor:
     """Mean over samples, sum over dims, of CE(positive among [positive, own negatives])."""
     total = torch.zeros(())
@@ -53,9 +62,14 @@ def hard_loss(
 
 
 def in_batch_loss(
-    queries: list[Tensor], passages: list[Tensor], left_out: list[set[int]], dims, temperature: float
+    queries: list[Tensor],
+    passages: list[Tensor],
+    left_out: list[set[int]],
+    dims,
+    temperature: float,
 ) -> Tensor:
-    """Mean over samples, sum over dims, of CE(positive among all positives but those that the sample leaves out)."""
+    """Mean over samples, sum over dims, of CE(positive among all positives but those that the
+    sample leaves out)."""
     total = torch.zeros(())
     for dim, weight in dims:
         for i, query in enumerate(queries):
@@ -67,11 +81,18 @@ def in_batch_loss(
 
 def same_documents(documents: list[int]) -> list[set[int]]:
     """For each sample, the other rows whose passage is its own document."""
-    return [{j for j, other in enumerate(documents) if j != i and other == own} for i, own in enumerate(documents)]
+    return [
+        {j for j, other in enumerate(documents) if j != i and other == own}
+        for i, own in enumerate(documents)
+    ]
 
 
 def above_margin(
-    query: Tensor, positive: Tensor, others: list[Tensor], margin: float | None, rounding: float = 1e-6
+    query: Tensor,
+    positive: Tensor,
+    others: list[Tensor],
+    margin: float | None,
+    rounding: float = 1e-6,
 ) -> set[int]:
     """Which of the others are nearer to the query than the positive, by more than the margin."""
     if margin is None:
@@ -102,7 +123,8 @@ def objective(
 ) -> Tensor:
     """The whole loss of a global batch: mean over exits of (hard + in-batch).
 
-    `samples`: (query ids, passage document, negative documents) each; `documents`: ids of every document; `counts`
+    `samples`: (query ids, passage document, negative documents) each; `documents`: ids of every
+        document; `counts`
     takes how many logits were left out by document and by margin.
     """
     dims = dims_and_weights(model.config.hidden_size, use_mrl)
@@ -154,16 +176,21 @@ def distillation(
     max_length: int,
     eos_id: int,
 ) -> Tensor:
-    """Mean over the exits paired from the deepest of: mean squared error of all queries + of all passages + of all
-    negatives, each to the leading components of the teacher's vector, nothing normalised."""
-    pairs = list(zip(sorted(exits, reverse=True), sorted(teacher_exits, reverse=True), strict=False))
+    """Mean over the exits paired from the deepest of: mean squared error of all queries + of all
+    passages + of all negatives, each to the leading components of the teacher's vector, nothing
+    normalised."""
+    pairs = list(
+        zip(sorted(exits, reverse=True), sorted(teacher_exits, reverse=True), strict=False)
+    )
 
     def error(ids: Sequence[int]) -> Tensor:
         ids = cut(ids, max_length, eos_id)
         vectors = exit_vectors(student, ids, exits)
         with torch.no_grad():
             wanted = exit_vectors(teacher, ids, teacher_exits)
-        return sum(((vectors[a] - wanted[b][: len(vectors[a])]) ** 2).mean() for a, b in pairs) / len(pairs)
+        return sum(
+            ((vectors[a] - wanted[b][: len(vectors[a])]) ** 2).mean() for a, b in pairs
+        ) / len(pairs)
 
     queries = [error(query) for query, _, _ in samples]
     passages = [error(documents[passage]) for _, passage, _ in samples]
@@ -183,8 +210,9 @@ def similarity(
     max_length: int,
     eos_id: int,
 ) -> Tensor:
-    """Mean over exits and samples of: mean over the sample's candidates, plus mean over all positives, of the squared
-    difference between the student's cosine (at each dim, weighted) and the teacher's."""
+    """Mean over exits and samples of: mean over the sample's candidates, plus mean over all
+    positives, of the squared difference between the student's cosine (at each dim, weighted) and
+    the teacher's."""
     dims = dims_and_weights(student.config.hidden_size, use_mrl)
     all_weights = sum(weight for _, weight in dims)
 
@@ -203,7 +231,9 @@ def similarity(
         for own, taught in others:
             wanted = cosine(query[1], taught, len(taught))
             for dim, weight in dims:
-                errors.append(weight / all_weights * (cosine(query[0][layer], own[layer], dim) - wanted) ** 2)
+                errors.append(
+                    weight / all_weights * (cosine(query[0][layer], own[layer], dim) - wanted) ** 2
+                )
         return torch.stack(errors).sum() / len(others)
 
     total = torch.zeros(())

@@ -15,17 +15,21 @@ import run as run_script
 from ml_embed.config import DatasetConfig, TrainConfig, field_docs, load_config, parse_config
 from ml_embed.errors import UserError
 
-REQUIRED = dict.fromkeys(("model_path", "experiment_id", "output_dir", "tb_dir", "cache_dir", "train_data_path"), "x")
+REQUIRED = dict.fromkeys(
+    ("model_path", "experiment_id", "output_dir", "tb_dir", "cache_dir", "train_data_path"), "x"
+)
 
 # The keys that users' configs have, with the defaults they rely on.
 PROMISED_DEFAULTS = {
-    "train_batch_size": 8, "max_seq_length": 2048, "learning_rate": 1e-4, "min_lr": 1e-6, "weight_decay": 1e-2,
-    "warmup_steps": 100, "use_mrl": False, "use_mll": False, "r": 0, "use_mel": False, "teacher_model_path": None,
-    "kd_weight": 1.0, "scheduler_type": "cosine", "num_hard_neg": 7, "num_hard_neg_clustering": 9, "train_steps": -1,
-    "train_epochs": 5, "log_interval": 20, "checkpointing_steps": 100, "validation_steps": 100, "num_processes": 0,
-    "seed": 0, "temperature": 0.05, "valid_fraction": 0.01, "max_grad_norm": 1.0, "attention": "auto",
-    "max_tokens_per_forward": 0, "mll_layers": None, "mrl_dims": None, "mel_ranks": None, "mel_init": "svd",
-    "mll_norm": "shared", "mask_false_negatives": True, "report_to": ("tensorboard",),
+    "train_batch_size": 8, "max_seq_length": 2048, "learning_rate": 1e-4, "min_lr": 1e-6,
+    "weight_decay": 1e-2, "warmup_steps": 100, "use_mrl": False, "use_mll": False, "r": 0,
+    "use_mel": False, "teacher_model_path": None, "kd_weight": 1.0, "scheduler_type": "cosine",
+    "num_hard_neg": 7, "num_hard_neg_clustering": 9, "train_steps": -1, "train_epochs": 5,
+    "log_interval": 20, "checkpointing_steps": 100, "validation_steps": 100, "num_processes": 0,
+    "seed": 0, "temperature": 0.05, "valid_fraction": 0.01, "max_grad_norm": 1.0,
+    "attention": "auto", "max_tokens_per_forward": 0, "mll_layers": None, "mrl_dims": None,
+    "mel_ranks": None, "mel_init": "svd", "mll_norm": "shared", "mask_false_negatives": True,
+    "report_to": ("tensorboard",),
 }  # fmt: skip
 
 
@@ -52,10 +56,12 @@ def test_every_key_is_accepted_and_documented():
         ({"r": True}, "r: True must be a whole number"),
         ({"learning_rate": -1}, "learning_rate: -1.0 must be greater than 0"),
         ({"learning_rate": float("nan")}, "learning_rate: must be a finite number"),
-        ({"scheduler_type": "linear"}, "scheduler_type: 'linear' is not one of 'cosine', 'constant_with_warmup'"),
+        ({"scheduler_type": "linear"},
+         "scheduler_type: 'linear' is not one of 'cosine', 'constant_with_warmup'"),
         ({"use_mel": True}, "use_mel: true needs factors"),
         ({"mrl_dims": [8]}, "mrl_dims is given but use_mrl is false"),
-        ({"mrl_dims": [], "use_mrl": True}, "mrl_dims: the list is empty; name at least one whole number"),
+        ({"mrl_dims": [], "use_mrl": True},
+         "mrl_dims: the list is empty; name at least one whole number"),
         ({"mrl_dims": 8, "use_mrl": True}, "mrl_dims: 8 must be a list of whole numbers"),
         ({"use_mrl": True, "mrl_dims": [8, 8]}, "holds a value twice"),
         ({"datasets": {"a": {"task": "ranking"}}}, "datasets.a.task: 'ranking' is not one of"),
@@ -87,7 +93,9 @@ def test_home_is_expanded_in_every_path_and_the_users_own_words_are_kept(tmp_pat
     keys = [key for key in vars(parse_config(REQUIRED)) if key.endswith(("_path", "_dir"))]
     assert len(keys) == 7
     for given in (dict.fromkeys(keys, "~/x"), dict.fromkeys(keys, "./x")):
-        (tmp_path / "config.json").write_text(json.dumps(REQUIRED | given | {"teacher_vectors_path": None}))
+        (tmp_path / "config.json").write_text(
+            json.dumps(REQUIRED | given | {"teacher_vectors_path": None})
+        )
         config, saved = load_config("~/config.json")
         expected = {given["model_path"].replace("~", str(tmp_path))}
         assert {getattr(config, key) for key in keys if key != "teacher_vectors_path"} == expected
@@ -100,7 +108,9 @@ def test_home_is_expanded_in_every_path_and_the_users_own_words_are_kept(tmp_pat
 def test_a_file_where_a_folder_is_to_be_written(tmp_path, key):
     (tmp_path / "file").write_text("precious")
     for place in (tmp_path / "file", tmp_path / "file" / "inside"):
-        with pytest.raises(UserError, match=re.escape(f"{key}: {tmp_path / 'file'} is a file; name a folder")):
+        with pytest.raises(
+            UserError, match=re.escape(f"{key}: {tmp_path / 'file'} is a file; name a folder")
+        ):
             parse_config(REQUIRED | {key: str(place)})
 
 
@@ -114,7 +124,11 @@ def test_all_problems_are_reported_at_once():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "not valid JSON: line 1"), ("[]", "must hold one JSON object"), ("[" * 100_000, "nested too deeply")],
+    [
+        ("{", "not valid JSON: line 1"),
+        ("[]", "must hold one JSON object"),
+        ("[" * 100_000, "nested too deeply"),
+    ],
 )
 def test_files_that_are_no_config(tmp_path, text, message):
     path = tmp_path / "config.json"
@@ -128,14 +142,18 @@ def test_files_that_are_no_config(tmp_path, text, message):
 def test_overrides_are_json_or_else_text(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(REQUIRED))
-    config, given = load_config(path, ["train_batch_size=32", "experiment_id=abc", "mrl_dims=[8,16]", "use_mrl=true"])
+    config, given = load_config(
+        path, ["train_batch_size=32", "experiment_id=abc", "mrl_dims=[8,16]", "use_mrl=true"]
+    )
     assert (config.train_batch_size, config.experiment_id, config.mrl_dims) == (32, "abc", (8, 16))
     assert given["train_batch_size"] == 32
     with pytest.raises(UserError, match="key=value"):
         load_config(path, ["train_batch_size"])
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.name
+)
 def test_every_shipped_config_loads(path):
     config, _ = load_config(path)
     assert config.mel_init == "frequency"
@@ -146,7 +164,10 @@ def test_what_the_configs_and_the_readmes_commands_make_is_ignored_by_git():
     made = re.findall(r"--output (\S+)", (ROOT / "README.md").read_text(encoding="utf-8"))
     for path in (ROOT / "configs").glob("*.json"):
         config, _ = load_config(path)
-        made += [getattr(config, key) for key in ("model_path", "train_data_path", "output_dir", "tb_dir", "cache_dir")]
+        made += [
+            getattr(config, key)
+            for key in ("model_path", "train_data_path", "output_dir", "tb_dir", "cache_dir")
+        ]
     assert len(made) > 20
     assert {f"/{Path(place).parts[0]}/" for place in made} <= set(ignored)
 
@@ -155,7 +176,11 @@ def test_importing_does_nothing_and_every_module_imports():
     for module in pkgutil.walk_packages(ml_embed.__path__, "ml_embed."):
         importlib.import_module(module.name)
         tree = ast.parse(Path(importlib.util.find_spec(module.name).origin).read_text())
-        calls = [node for node in tree.body if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)]
+        calls = [
+            node
+            for node in tree.body
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+        ]
         assert not calls, f"{module.name} calls something when imported"
 
 
@@ -175,7 +200,9 @@ def test_importing_does_nothing_and_every_module_imports():
     ],
 )
 def test_a_user_sees_a_message_and_nothing_is_written(world, tmp_path, capsys, changes, message):
-    path = world.write_config(tmp_path / "config.json", output_dir=str(tmp_path / "runs"), **changes)
+    path = world.write_config(
+        tmp_path / "config.json", output_dir=str(tmp_path / "runs"), **changes
+    )
     assert run_script.main(["--config", str(path)]) == 2
     errors = capsys.readouterr().err
     assert errors.splitlines()[-1].startswith(("error:", "  -"))
@@ -190,7 +217,11 @@ def test_another_tokenizer_than_the_datas_is_refused(world, tmp_path, capsys):
     from ml_embed.prepare.tokenizer_training import train_tokenizer
 
     AutoModel.from_pretrained(world.backbone).save_pretrained(tmp_path / "other")
-    train_tokenizer(["entirely other words for another vocabulary"] * 3, 300).save_pretrained(tmp_path / "other")
-    path = world.write_config(tmp_path / "c.json", model_path=str(tmp_path / "other"), output_dir=str(tmp_path))
+    train_tokenizer(["entirely other words for another vocabulary"] * 3, 300).save_pretrained(
+        tmp_path / "other"
+    )
+    path = world.write_config(
+        tmp_path / "c.json", model_path=str(tmp_path / "other"), output_dir=str(tmp_path)
+    )
     assert run_script.main(["--config", str(path)]) == 2
     assert "tokenized with another tokenizer" in capsys.readouterr().err

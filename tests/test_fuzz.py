@@ -1,4 +1,5 @@
-"""Any config and any tokenized files are either trained on or refused with a message: no traceback, no hang."""
+"""Any config and any tokenized files are either trained on or refused with a message: no traceback,
+no hang."""
 
 import json
 import os
@@ -17,7 +18,10 @@ from hypothesis import strategies as st
 import run as run_script
 from ml_embed.config import TrainConfig, field_docs
 
-KEYS = sorted(set(field_docs(TrainConfig)) - {"output_dir", "tb_dir", "cache_dir", "teacher_model_path", "report_to"})
+KEYS = sorted(
+    set(field_docs(TrainConfig))
+    - {"output_dir", "tb_dir", "cache_dir", "teacher_model_path", "report_to"}
+)
 SECONDS = 20  # for one input that is trained on in under a second
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))  # set it for a long run of new examples
 quick = settings(
@@ -56,7 +60,9 @@ def trained_or_refused(inputs: Inputs, config: Path, capsys) -> int:
 
 small = st.integers(-2, 40) | st.sampled_from([2**31, 2**63, -(2**70)])
 numbers = small | st.floats() | st.sampled_from([1e-9, 1e-3, 1e30, 1e308])
-texts = st.sampled_from(["", "auto", "svd", "frequency", "per_layer", "..", "a/b", "\0", "é", "constant_with_warmup"])
+texts = st.sampled_from(
+    ["", "auto", "svd", "frequency", "per_layer", "..", "a/b", "\0", "é", "constant_with_warmup"]
+)
 scalars = st.none() | st.booleans() | numbers | texts
 values = scalars | st.lists(scalars, max_size=4) | st.dictionaries(texts, scalars, max_size=2)
 likely = {
@@ -86,7 +92,10 @@ likely = {
 def config_changes(draw) -> dict:
     """A few keys set to values of about the right kind, or of any."""
     chosen = draw(st.lists(st.sampled_from(KEYS), min_size=1, max_size=3, unique=True))
-    return {key: draw(likely[key] if key in likely and draw(st.booleans()) else values) for key in chosen}
+    return {
+        key: draw(likely[key] if key in likely and draw(st.booleans()) else values)
+        for key in chosen
+    }
 
 
 @quick
@@ -119,13 +128,22 @@ def test_damaged_tokenized_files(inputs, capsys, tmp_path_factory, data):
     """Torn anywhere, bytes changed anywhere, in any file of the folder."""
     folder = tmp_path_factory.mktemp("damaged")
     tokenized = shutil.copytree(inputs.folder / "tokenized", folder / "tokenized")
-    names = ["answers_query.parquet", "answers_corpus.parquet", "topics_query.parquet", "manifest.json"]
+    names = [
+        "answers_query.parquet",
+        "answers_corpus.parquet",
+        "topics_query.parquet",
+        "manifest.json",
+    ]
     path = tokenized / data.draw(st.sampled_from(names))
     content = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(0, 3))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(content[: data.draw(st.just(len(content)) | st.integers(0, len(content)))])
-    settings = {"train_data_path": str(tokenized), "cache_dir": str(folder / "cache"), "train_steps": 2}
+    settings = {
+        "train_data_path": str(tokenized),
+        "cache_dir": str(folder / "cache"),
+        "train_steps": 2,
+    }
     trained_or_refused(inputs, inputs.config("damaged", **settings), capsys)
     shutil.rmtree(folder)
 
@@ -141,7 +159,8 @@ kinds = st.sampled_from([pa.int32(), pa.int64(), pa.float64(), pa.string(), pa.u
 @quick
 @given(data=st.data())
 def test_any_columns_in_tokenized_files(inputs, capsys, tmp_path_factory, data):
-    """Well-formed parquet of about the right shape, with nulls, empty lists, wrong numbers and wrong types."""
+    """Well-formed parquet of about the right shape, with nulls, empty lists, wrong numbers and
+    wrong types."""
     folder = tmp_path_factory.mktemp("columns")
     tokenized = shutil.copytree(inputs.folder / "tokenized", folder / "tokenized")
 
@@ -149,14 +168,18 @@ def test_any_columns_in_tokenized_files(inputs, capsys, tmp_path_factory, data):
         try:
             return pa.array(items, kind)
         except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
-            return pa.array(items, pa.list_(pa.int64()) if items and isinstance(items[0], list) else None)
+            return pa.array(
+                items, pa.list_(pa.int64()) if items and isinstance(items[0], list) else None
+            )
 
     rows = data.draw(lists_of(ids))
     documents = st.integers(0, 6) | st.sampled_from([-1, 7, 2**40, None])
     columns = {
         "query_input_ids": column(rows, pa.list_(data.draw(kinds))),
         "passage_doc_id": column([data.draw(documents) for _ in rows], pa.int64()),
-        "negative_doc_ids": column([[data.draw(documents) for _ in range(i % 3)] for i in range(len(rows))], None),
+        "negative_doc_ids": column(
+            [[data.draw(documents) for _ in range(i % 3)] for i in range(len(rows))], None
+        ),
     }
     dropped = data.draw(st.sets(st.sampled_from(sorted(columns)), max_size=1))
     pq.write_table(
@@ -166,7 +189,11 @@ def test_any_columns_in_tokenized_files(inputs, capsys, tmp_path_factory, data):
     manifest = json.loads((tokenized / "manifest.json").read_text())
     manifest["datasets"]["answers"]["rows"] = data.draw(st.just(len(rows)) | scalars)
     (tokenized / "manifest.json").write_text(json.dumps(manifest))
-    settings = {"train_data_path": str(tokenized), "cache_dir": str(folder / "cache"), "train_steps": 1}
+    settings = {
+        "train_data_path": str(tokenized),
+        "cache_dir": str(folder / "cache"),
+        "train_steps": 1,
+    }
     trained_or_refused(inputs, inputs.config("columns", **settings), capsys)
     shutil.rmtree(folder)
 

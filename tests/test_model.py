@@ -1,4 +1,5 @@
-"""The encoder against transformers' own Qwen3, one sequence at a time, in values and in every gradient."""
+"""The encoder against transformers' own Qwen3, one sequence at a time, in values and in every
+gradient."""
 
 import pytest
 import torch
@@ -45,14 +46,17 @@ def test_packed_vectors_and_all_gradients_equal_transformers(world, backbone, se
     for name, parameter in encoder.named_parameters():
         reference = gradients[names.get(name, name.removeprefix("backbone."))]
         assert reference.abs().max() > 1e-4, name
-        torch.testing.assert_close(parameter.grad, reference, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            parameter.grad, reference, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
         compared += 1
     assert compared == len(gradients)
 
 
 @pytest.mark.parametrize("rank", [8, 24, None])
 def test_factors_give_the_gradients_of_the_multiplied_table(world, backbone, sequences, rank):
-    """The chain rule by hand: dA = dE B^T and dB = A^T dE for the leading components, zero for the others."""
+    """The chain rule by hand: dA = dE B^T and dB = A^T dE for the leading components, zero for the
+    others."""
     table = backbone.embed_tokens.weight.detach()
     A, B = factorize_table(table, 32)
     naive = AutoModel.from_pretrained(world.backbone)
@@ -72,7 +76,9 @@ def test_factors_give_the_gradients_of_the_multiplied_table(world, backbone, seq
 
 
 def test_a_factorised_encoder_holds_no_table(backbone):
-    encoder = MatryoshkaEncoder(backbone, EXITS, factorize_table(backbone.embed_tokens.weight.detach(), 16))
+    encoder = MatryoshkaEncoder(
+        backbone, EXITS, factorize_table(backbone.embed_tokens.weight.detach(), 16)
+    )
     shapes = {tuple(parameter.shape) for parameter in encoder.parameters()}
     assert (384, 16) in shapes
     assert (384, 64) not in shapes
@@ -110,7 +116,10 @@ def test_factors_are_the_optimum_at_every_nested_rank(weighted):
 
 def test_frequency_factors_beat_svd_on_frequent_tokens():
     generator = torch.Generator().manual_seed(0)
-    table, share = torch.randn(300, 32, generator=generator), torch.rand(300, generator=generator).pow(8)
+    table, share = (
+        torch.randn(300, 32, generator=generator),
+        torch.rand(300, generator=generator).pow(8),
+    )
     errors = []
     for weights in (None, share):
         A, B = factorize_table(table, 8, weights)

@@ -1,4 +1,5 @@
-"""The README is executed: its commands and Python run on a tiny model and data under the names it uses."""
+"""The README is executed: its commands and Python run on a tiny model and data under the names it
+uses."""
 
 import json
 import re
@@ -17,7 +18,11 @@ from ml_embed.config import DatasetConfig, TrainConfig, field_docs, parse_config
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Run by CI itself, or installing what is installed already.
-RUN_ELSEWHERE = ("bash scripts/quickstart.sh", "bash scripts/test.sh", "pip install -c constraints.txt -e .")
+RUN_ELSEWHERE = (
+    "bash scripts/quickstart.sh",
+    "bash scripts/test.sh",
+    "pip install -c constraints.txt -e .",
+)
 TINY = [
     "checkpointing_steps=0",
     "train_steps=2",
@@ -35,7 +40,9 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    lines = [line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    lines = [
+        line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()
+    ]
     return [line for line in lines if line and line not in RUN_ELSEWHERE]
 
 
@@ -50,9 +57,13 @@ def laptop(world, tmp_path_factory):
     shutil.copytree(world.backbone, folder / "models" / "Qwen3-0.6B")
     write_model(folder / "models" / "teacher", make_tokenizer())
     (folder / "configs").symlink_to(ROOT / "configs")
-    questions = "".join(f"how is number {i} written?,the number {i} is written {i}\n" for i in range(12))
+    questions = "".join(
+        f"how is number {i} written?,the number {i} is written {i}\n" for i in range(12)
+    )
     (folder / "faq.csv").write_text("question,answer\n" + questions)
-    reviews = "".join(f"a {word} thing number {i},{word}\n" for i in range(6) for word in ("good", "bad"))
+    reviews = "".join(
+        f"a {word} thing number {i},{word}\n" for i in range(6) for word in ("good", "bad")
+    )
     (folder / "reviews.csv").write_text("review,stars\n" + reviews)
     return folder
 
@@ -80,7 +91,9 @@ def run_command(command: str) -> int:
     if script == "tokenize_data_qwen.py":
         return tokenize_data_qwen.main(arguments)
     module = load_script(Path(script).stem)
-    if script == "scripts/evaluate_mteb.py":  # its data come from the hub; tests/test_mteb.py has a task of its own
+    if (
+        script == "scripts/evaluate_mteb.py"
+    ):  # its data come from the hub; tests/test_mteb.py has a task of its own
         module.evaluate = lambda args: None
     return module.main(arguments)
 
@@ -93,7 +106,11 @@ def run_training(arguments: list[str]) -> int:
     if not any(setting.startswith("train_data_path=") for setting in settings):
         settings.append("train_data_path=my_data/tokenized")
     again = "configs/config.json" in arguments and Path("output/0.6B-3d-ml").exists()
-    if again and "--resume" not in options and not any("experiment_id=" in setting for setting in settings):
+    if (
+        again
+        and "--resume" not in options
+        and not any("experiment_id=" in setting for setting in settings)
+    ):
         settings.append(f"experiment_id=again-{len(list(Path('output').iterdir()))}")
     return run_script.main([*options, "--set", *settings, *TINY])
 
@@ -146,7 +163,15 @@ def test_the_json_of_the_readme_is_accepted():
     for block in shown:
         if '"datasets"' in block:
             required = dict.fromkeys(
-                ("model_path", "experiment_id", "output_dir", "tb_dir", "cache_dir", "train_data_path"), "x"
+                (
+                    "model_path",
+                    "experiment_id",
+                    "output_dir",
+                    "tb_dir",
+                    "cache_dir",
+                    "train_data_path",
+                ),
+                "x",
             )
             parse_config(required | json.loads("{" + block + "}"))
         else:

@@ -28,7 +28,8 @@ EXEMPT = ("ml_embed/__init__.py",)
 
 
 def imports(source: str) -> list[str]:
-    """Every module of this package that a file imports, inside functions and under TYPE_CHECKING too."""
+    """Every module of this package that a file imports, inside functions and under TYPE_CHECKING
+    too."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -56,11 +57,15 @@ def upward(path: Path, source: str) -> list[str]:
 
 
 def modules() -> list[Path]:
-    return [path for path in sorted(PACKAGE.rglob("*.py")) if str(path.relative_to(ROOT)) not in EXEMPT]
+    return [
+        path for path in sorted(PACKAGE.rglob("*.py")) if str(path.relative_to(ROOT)) not in EXEMPT
+    ]
 
 
 def test_no_import_runs_upward():
-    assert [line for path in modules() for line in upward(path, path.read_text(encoding="utf-8"))] == []
+    assert [
+        line for path in modules() for line in upward(path, path.read_text(encoding="utf-8"))
+    ] == []
 
 
 @pytest.mark.parametrize(
@@ -86,8 +91,11 @@ def test_every_file_stands_in_a_known_room():
 
 def test_every_room_says_what_it_is_for():
     for room in {path.parent for path in modules()}:
-        doc = importlib.import_module(f"ml_embed.{room.name}" if room != PACKAGE else "ml_embed").__doc__
-        assert doc and doc.strip().splitlines()[0].endswith("."), f"{room}/__init__.py has no docstring of one line"
+        doc = importlib.import_module(
+            f"ml_embed.{room.name}" if room != PACKAGE else "ml_embed"
+        ).__doc__
+        summary = (doc or "").strip().partition("\n")[0]
+        assert summary.endswith("."), f"{room}/__init__.py has no docstring of one line"
 
 
 def test_tests_stand_in_the_rooms_of_what_they_test():
@@ -99,4 +107,6 @@ def test_no_test_module_imports_another():
     for path in (ROOT / "tests").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             module = getattr(node, "module", None) if isinstance(node, ast.ImportFrom) else None
-            assert not (module or "").split(".")[-1].startswith(("test_", "conftest")), f"{path} imports {module}"
+            assert not (module or "").split(".")[-1].startswith(("test_", "conftest")), (
+                f"{path} imports {module}"
+            )

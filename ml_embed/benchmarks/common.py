@@ -30,7 +30,12 @@ class Timing:
 
     def to_json(self) -> dict[str, float]:
         """Seconds: median, fastest, slowest; and the number of repeats."""
-        return {"median": self.median, "min": min(self.seconds), "max": max(self.seconds), "repeats": len(self.seconds)}
+        return {
+            "median": self.median,
+            "min": min(self.seconds),
+            "max": max(self.seconds),
+            "repeats": len(self.seconds),
+        }
 
     def in_unit(self, scale: float, unit: str) -> str:
         """For a table: median (fastest .. slowest)."""
@@ -44,7 +49,8 @@ def measure(
     warm_up: int = 1,
     synchronize: Callable[[], None] = lambda: None,
 ) -> dict[str, Timing]:
-    """Run all candidates in turn, `repeats` times, so that whatever else the machine does slows all of them alike.
+    """Run all candidates in turn, `repeats` times, so that whatever else the machine does slows all
+    of them alike.
 
     `synchronize` waits for an accelerator, before and after each call.
     """
@@ -74,27 +80,33 @@ def ratio_range(slow: Timing, fast: Timing) -> tuple[float, float]:
 
 
 def memory_mib(kind: str) -> float:
-    """This process's memory now, in MiB: "Private" is its own alone, "Rss" is all that is resident (Linux)."""
+    """This process's memory now, in MiB: "Private" is its own alone, "Rss" is all that is resident
+    (Linux)."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith(kind)) / 1024
 
 
 def matrix_peak(size: int, repeats: int, device: Any = "cpu", dtype: Any = None) -> float:
-    """FLOP/s of a large square matrix product: the best of `repeats`, to be taken in the same run as what it judges."""
+    """FLOP/s of a large square matrix product: the best of `repeats`, to be taken in the same run
+    as what it judges."""
     import torch
 
     device = torch.device(device)
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     out = left @ right
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    timing = measure({"product": lambda: torch.mm(left, right, out=out)}, repeats, synchronize=wait)["product"]
+    timing = measure(
+        {"product": lambda: torch.mm(left, right, out=out)}, repeats, synchronize=wait
+    )["product"]
     return 2 * size**3 / min(timing.seconds)
 
 
 class SquareProducts:
-    """Large square matrix products on the CPU, at least as many FLOPs of them as some other work has.
+    """Large square matrix products on the CPU, at least as many FLOPs of them as some other work
+    has.
 
-    They take turns with that work, for about as long: on a shared machine a short burst can be twice as fast as what
+    They take turns with that work, for about as long: on a shared machine a short burst can be
+    twice as fast as what
     lasts for seconds, and would not be a peak that anything long could reach.
     """
 
@@ -144,7 +156,9 @@ def _commit() -> str | None:
     root = Path(__file__).parents[2]
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            ["git", "-C", root, *arguments], capture_output=True, text=True, check=True
+        ).stdout
 
     try:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", "ml_embed").strip()
@@ -164,14 +178,21 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """A table as markdown, aligned."""
     cells = [[str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+    lines = [
+        " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in cells
+    ]
     rule = " | ".join("-" * width for width in widths)
     print("\n".join(f"| {line} |" for line in (lines[0], rule, *lines[1:])))
 
 
 def print_result(benchmark: str, result: Mapping[str, Any], device: str = "cpu") -> None:
     """The last line of a benchmark: one JSON object."""
-    print(json.dumps({"benchmark": benchmark, **result, "environment": environment(device)}, default=_plain))
+    print(
+        json.dumps(
+            {"benchmark": benchmark, **result, "environment": environment(device)}, default=_plain
+        )
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -182,4 +203,6 @@ def _plain(value: Any) -> Any:
 def require_agreement(name: str, difference: float, tolerance: float) -> None:
     """Stop the benchmark if the two ways do not give the same: then their speeds mean nothing."""
     if not difference <= tolerance:
-        raise SystemExit(f"{name}: the two versions differ by {difference:.3g}, more than {tolerance:.3g}")
+        raise SystemExit(
+            f"{name}: the two versions differ by {difference:.3g}, more than {tolerance:.3g}"
+        )

@@ -21,7 +21,9 @@ from ml_embed.data.schedule import DatasetPlan, Schedule
 from ml_embed.data.store import TokenizedDataset, open_store
 
 SYNTHETIC = "synthetic"
-SYNTHETIC_TOKENS = 16  # of a document: opening and looking up do not depend on it, the disk space does
+SYNTHETIC_TOKENS = (
+    16  # of a document: opening and looking up do not depend on it, the disk space does
+)
 NEGATIVES_STORED = 24
 GROUP_ROWS = 250_000
 
@@ -50,13 +52,17 @@ def measure_batches(
     for batch, rows in zip(loader.build(first_steps), schedule.batches(first_steps), strict=True):
         _check_same(batch, naive, dataset, rows.rows, shape.max_length, eos_id)
     rng = np.random.default_rng(0)
-    naive_rows = itertools.cycle(rng.permutation(dataset.num_rows)[: shape.batch_size].tolist() for _ in range(64))
+    naive_rows = itertools.cycle(
+        rng.permutation(dataset.num_rows)[: shape.batch_size].tolist() for _ in range(64)
+    )
     steps = itertools.count(step=block)
-    # A block at a time, as training builds them: in strict turns each would find the caches filled by the other.
+    # A block at a time, as training builds them: in strict turns each would find the caches filled
+    # by the other.
     timing = measure(
         {
             "naive": lambda: [
-                naive.collate(next(naive_rows), None, shape.negatives, shape.max_length, eos_id) for _ in range(block)
+                naive.collate(next(naive_rows), None, shape.negatives, shape.max_length, eos_id)
+                for _ in range(block)
             ],
             "fast": lambda: loader.build(range(start := next(steps), start + block)),
         },
@@ -66,7 +72,12 @@ def measure_batches(
 
 
 def _check_same(
-    batch: ContrastiveBatch, naive: NaiveDataset, dataset: TokenizedDataset, rows: np.ndarray, length: int, eos_id: int
+    batch: ContrastiveBatch,
+    naive: NaiveDataset,
+    dataset: TokenizedDataset,
+    rows: np.ndarray,
+    length: int,
+    eos_id: int,
 ) -> None:
     """The packed texts are the padded ones without padding. Raises AssertionError otherwise."""
     texts = [ids.tolist() for ids in batch.texts.input_ids.split(batch.texts.packed.lengths)]
@@ -75,13 +86,18 @@ def _check_same(
         for row, own in zip(rows, batch.negative_documents.tolist(), strict=True)
     ]
     padded = naive.collate(rows.tolist(), places, 0, length, eos_id)
-    expected = [ids[: sum(mask)] for part in padded for ids, mask in zip(*(x.tolist() for x in part), strict=True)]
+    expected = [
+        ids[: sum(mask)]
+        for part in padded
+        for ids, mask in zip(*(x.tolist() for x in part), strict=True)
+    ]
     found = [batch.query.tolist(), batch.passage.tolist(), batch.negatives.flatten().tolist()]
     assert [texts[i] for part in found for i in part] == expected
 
 
 def write_synthetic(folder: Path, documents: int, rows: int) -> None:
-    """A tokenized folder with `documents` short documents of random ids and `rows` rows that refer to them."""
+    """A tokenized folder with `documents` short documents of random ids and `rows` rows that refer
+    to them."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
 
@@ -103,7 +119,13 @@ def write_synthetic(folder: Path, documents: int, rows: int) -> None:
         "negative_doc_ids": pa.ListArray.from_arrays(offsets, pa.array(negatives)),
     }
     pq.write_table(pa.table(columns), folder / f"{SYNTHETIC}_query.parquet")
-    manifest = {"format_version": 1, "eos_id": 1, "pad_id": 0, "vocab_size": 30_000, "tokenizer_fingerprint": ""}
+    manifest = {
+        "format_version": 1,
+        "eos_id": 1,
+        "pad_id": 0,
+        "vocab_size": 30_000,
+        "tokenizer_fingerprint": "",
+    }
     manifest["datasets"] = {SYNTHETIC: {"rows": rows, "documents": documents}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
@@ -115,7 +137,8 @@ from ml_embed.benchmarks.common import memory_mib
 {imports}
 before, start = memory_mib("Private"), time.perf_counter()
 {open}
-print(json.dumps({{"seconds": time.perf_counter() - start, "private_mib": memory_mib("Private") - before}}))
+seconds = time.perf_counter() - start
+print(json.dumps({{"seconds": seconds, "private_mib": memory_mib("Private") - before}}))
 """
 _FAST = (
     "from ml_embed.data.store import open_store",
@@ -128,8 +151,8 @@ _NAIVE = (
 
 
 def measure_opening(tokenized: Path, cache: Path, with_naive: bool) -> dict[str, dict[str, Any]]:
-    """Seconds and private memory (MiB) of a fresh process that opens the corpus: the first time (which converts),
-    every time after, and naively."""
+    """Seconds and private memory (MiB) of a fresh process that opens the corpus: the first time
+    (which converts), every time after, and naively."""
     results = {"first": _open(_FAST, tokenized, cache), "again": _open(_FAST, tokenized, cache)}
     if with_naive:
         results["naive"] = _open(_NAIVE, tokenized, cache)

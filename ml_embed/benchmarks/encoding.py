@@ -10,7 +10,13 @@ import torch
 from ml_embed.benchmarks.common import MIB, measure, ratio, ratio_range, require_agreement
 from ml_embed.benchmarks.samples import make_backbone
 from ml_embed.inference.embedder import Embedder
-from ml_embed.model import MatryoshkaEncoder, default_dims, default_exits, default_ranks, factorize_table
+from ml_embed.model import (
+    MatryoshkaEncoder,
+    default_dims,
+    default_exits,
+    default_ranks,
+    factorize_table,
+)
 from ml_embed.model_folders.model_folder import ModelRecord, save_model_folder
 from ml_embed.sample_data.plan import plan_datasets, training_texts
 
@@ -19,7 +25,8 @@ MAX_LENGTH = 512
 
 
 def mixed_texts(count: int, seed: int = 0) -> tuple[list[str], list[str]]:
-    """Texts of mixed length (a few words to several articles), and the texts a tokenizer is trained on."""
+    """Texts of mixed length (a few words to several articles), and the texts a tokenizer is trained
+    on."""
     articles = training_texts(plan_datasets(50, seed))
     rng = np.random.default_rng(seed)
     texts = []
@@ -35,8 +42,12 @@ def write_model(folder: Path, tokenizer: Any, rank: int, **shape: int) -> None:
     config = backbone.config
     layers, hidden = config.num_hidden_layers, config.hidden_size
     exits = default_exits(layers)
-    encoder = MatryoshkaEncoder(backbone, exits, factorize_table(backbone.embed_tokens.weight.detach(), rank))
-    record = ModelRecord(exits, default_dims(hidden), default_ranks(rank), 0.05, MAX_LENGTH, "shared")
+    encoder = MatryoshkaEncoder(
+        backbone, exits, factorize_table(backbone.embed_tokens.weight.detach(), rank)
+    )
+    record = ModelRecord(
+        exits, default_dims(hidden), default_ranks(rank), 0.05, MAX_LENGTH, "shared"
+    )
     save_model_folder(folder, encoder.state_dict(), config, tokenizer, record)
 
 
@@ -50,20 +61,36 @@ def compare_encoding(folder: Path, texts: list[str], repeats: int) -> dict[str, 
         "sentence-transformers": lambda: theirs.encode(texts, show_progress_bar=False),
         "Embedder": lambda: ours.encode(texts, show_progress=False),
     }
-    difference = float(np.abs(contenders["Embedder"]() - contenders["sentence-transformers"]()).max())
+    difference = float(
+        np.abs(contenders["Embedder"]() - contenders["sentence-transformers"]()).max()
+    )
     require_agreement("vectors", difference, TOLERANCE)
     timing = measure(contenders, repeats, warm_up=0)
     pair = timing["sentence-transformers"], timing["Embedder"]
-    return {"ratio": ratio(*pair), "ratio_range": ratio_range(*pair), "difference": difference, "seconds": timing}
+    return {
+        "ratio": ratio(*pair),
+        "ratio_range": ratio_range(*pair),
+        "difference": difference,
+        "seconds": timing,
+    }
 
 
-def measure_depths(folder: Path, texts: list[str], depths: list[int], repeats: int) -> dict[int, float]:
+def measure_depths(
+    folder: Path, texts: list[str], depths: list[int], repeats: int
+) -> dict[int, float]:
     """Median seconds to encode the texts at each depth."""
-    embedders = {depth: Embedder.from_pretrained(folder, depth=depth, device="cpu") for depth in depths}
-    runs = {str(d): (lambda e=e: e.encode(texts, show_progress=False)) for d, e in embedders.items()}
+    embedders = {
+        depth: Embedder.from_pretrained(folder, depth=depth, device="cpu") for depth in depths
+    }
+    runs = {
+        str(d): (lambda e=e: e.encode(texts, show_progress=False)) for d, e in embedders.items()
+    }
     return {int(depth): timing.median for depth, timing in measure(runs, repeats).items()}
 
 
 def rank_memory(folder: Path, ranks: list[int]) -> dict[int, float]:
     """MiB of all parameters held at each rank."""
-    return {rank: Embedder.from_pretrained(folder, rank=rank, device="cpu").num_parameters * 4 / MIB for rank in ranks}
+    return {
+        rank: Embedder.from_pretrained(folder, rank=rank, device="cpu").num_parameters * 4 / MIB
+        for rank in ranks
+    }

@@ -1,4 +1,5 @@
-"""Everything that needs a CUDA GPU, in one call: agreement first, then tokens a second, memory and MFU.
+"""Everything that needs a CUDA GPU, in one call: agreement first, then tokens a second, memory and
+MFU.
 
 Letters: T tokens, N texts, E exits, H hidden size.
 """
@@ -34,14 +35,26 @@ from ml_embed.kernels.attention import available_kernels
 EOS = 1
 SMALL = TrainingShape(batch_size=4, negatives=3, max_length=128, rank=64, layers=4, hidden=256)
 SMALL_MODEL = {"vocab_size": 8192}
-MODEL_06B = {"intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
-SHAPE_06B = TrainingShape(batch_size=4, negatives=7, max_length=1024, rank=512, layers=28, hidden=1024)
-KERNEL_TOLERANCE = 0.02  # guess: 1 - cosine of bf16 vectors of two kernels; to be replaced by the measured one
-NAIVE_TOLERANCE = 1e-3  # float32 without TF32: the order of sums differs, and gradients pass four layers
+MODEL_06B = {
+    "intermediate_size": 3072,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
+SHAPE_06B = TrainingShape(
+    batch_size=4, negatives=7, max_length=1024, rank=512, layers=28, hidden=1024
+)
+KERNEL_TOLERANCE = (
+    0.02  # guess: 1 - cosine of bf16 vectors of two kernels; to be replaced by the measured one
+)
+NAIVE_TOLERANCE = (
+    1e-3  # float32 without TF32: the order of sums differs, and gradients pass four layers
+)
 
 
 def random_dataset(rows: int, vocabulary: int, longest: int, seed: int = 0) -> TokenizedDataset:
-    """Random ids in a realistic mix of lengths: queries of some dozens of tokens, documents log-normal around 250."""
+    """Random ids in a realistic mix of lengths: queries of some dozens of tokens, documents
+    log-normal around 250."""
     rng = np.random.default_rng(seed)
 
     def texts(count: int, median: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -53,7 +66,9 @@ def random_dataset(rows: int, vocabulary: int, longest: int, seed: int = 0) -> T
 
     names = ("tokens", "offsets", "lengths")
     arrays = {f"query_{name}": array for name, array in zip(names, texts(rows, 40), strict=True)}
-    arrays |= {f"document_{name}": array for name, array in zip(names, texts(10 * rows, 250), strict=True)}
+    arrays |= {
+        f"document_{name}": array for name, array in zip(names, texts(10 * rows, 250), strict=True)
+    }
     arrays["passage_documents"] = rng.integers(0, 10 * rows, rows)
     arrays["negative_offsets"] = np.arange(rows + 1, dtype=np.int64) * 24
     arrays["negative_documents"] = rng.integers(0, 10 * rows, rows * 24)
@@ -87,9 +102,11 @@ def check_naive() -> dict[str, float]:
 
 @contextlib.contextmanager
 def liger_kernels() -> Iterator[None]:
-    """Inside of it, Qwen3 models are made and run with liger-kernel's norms, rotary embedding and MLP.
+    """Inside of it, Qwen3 models are made and run with liger-kernel's norms, rotary embedding and
+    MLP.
 
-    liger-kernel replaces them for the whole process; here they are put back, for the other versions' sake.
+    liger-kernel replaces them for the whole process; here they are put back, for the other
+    versions' sake.
 
     Raises:
         UserError: liger-kernel is not installed.
@@ -110,7 +127,8 @@ def liger_kernels() -> Iterator[None]:
 
 
 def check_liger() -> dict[str, float]:
-    """Losses and gradients of a small model in float32: with liger's kernels against the naive version without."""
+    """Losses and gradients of a small model in float32: with liger's kernels against the naive
+    version without."""
     accelerator = _accelerator("no")
     batch = pick_batch(random_dataset(64, SMALL_MODEL["vocab_size"], SMALL.max_length), SMALL, EOS)
     naive = naive_contender(batch, SMALL, accelerator, SMALL_MODEL)
@@ -121,7 +139,8 @@ def check_liger() -> dict[str, float]:
 
 
 def check_kernels() -> dict[str, float]:
-    """Largest 1 - cosine between vectors of each variable-length kernel and of SDPA sequence by sequence, in bf16."""
+    """Largest 1 - cosine between vectors of each variable-length kernel and of SDPA sequence by
+    sequence, in bf16."""
     accelerator = _accelerator("bf16")
     batch = pick_batch(random_dataset(64, SMALL_MODEL["vocab_size"], SMALL.max_length), SMALL, EOS)
     model = fast_contender(batch, SMALL, accelerator, SMALL_MODEL).model
@@ -142,8 +161,11 @@ def check_kernels() -> dict[str, float]:
     return differences
 
 
-def measure_training(shape: TrainingShape, repeats: int, compiled: bool, liger: bool, **model: int) -> dict[str, Any]:
-    """The naive step, ours and (on request) ours compiled or with liger's kernels, each alone on the GPU."""
+def measure_training(
+    shape: TrainingShape, repeats: int, compiled: bool, liger: bool, **model: int
+) -> dict[str, Any]:
+    """The naive step, ours and (on request) ours compiled or with liger's kernels, each alone on
+    the GPU."""
     accelerator = _accelerator("bf16")
     batch = pick_batch(random_dataset(256, 151_936, shape.max_length), shape, EOS)
     peak = matrix_peak(8192, 10, accelerator.device, torch.bfloat16)
@@ -152,7 +174,9 @@ def measure_training(shape: TrainingShape, repeats: int, compiled: bool, liger: 
         "fast": lambda: fast_contender(batch, shape, accelerator, model),
     }
     if compiled:
-        versions["compiled"] = lambda: fast_contender(batch, shape, accelerator, model, compiled=True)
+        versions["compiled"] = lambda: fast_contender(
+            batch, shape, accelerator, model, compiled=True
+        )
     if liger:
         versions["liger"] = versions["fast"]
     measured: dict[str, Measured | None] = {}
@@ -164,18 +188,29 @@ def measure_training(shape: TrainingShape, repeats: int, compiled: bool, liger: 
             measured[name] = None
         gc.collect()
         torch.cuda.empty_cache()
-    return {"peak_tflops": peak / 1e12, "versions": measured, "real_tokens": batch.num_tokens, "sizes": vars(shape)}
+    return {
+        "peak_tflops": peak / 1e12,
+        "versions": measured,
+        "real_tokens": batch.num_tokens,
+        "sizes": vars(shape),
+    }
 
 
 def _measure(contender: Contender, batch: ContrastiveBatch, repeats: int, peak: float) -> Measured:
     contender.step()  # gradients and moments exist from here on
     torch.cuda.reset_peak_memory_stats()
-    timing = measure({"step": contender.step}, repeats, warm_up=2, synchronize=torch.cuda.synchronize)["step"]
+    timing = measure(
+        {"step": contender.step}, repeats, warm_up=2, synchronize=torch.cuda.synchronize
+    )["step"]
     flops = 6 * layer_parameters(contender.model) * batch.num_tokens
     peak_mib = torch.cuda.max_memory_allocated() / MIB
-    return Measured(timing, batch.num_tokens / timing.median, flops / timing.median / peak, peak_mib)
+    return Measured(
+        timing, batch.num_tokens / timing.median, flops / timing.median / peak, peak_mib
+    )
 
 
 def _accelerator(precision: str) -> Accelerator:
-    AcceleratorState._reset_state(reset_partial_state=True)  # accelerate has one precision a process
+    AcceleratorState._reset_state(
+        reset_partial_state=True
+    )  # accelerate has one precision a process
     return Accelerator(mixed_precision=precision)

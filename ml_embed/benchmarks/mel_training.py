@@ -1,6 +1,8 @@
-"""The two starts of the token factors, trained: a pretrained table under a fresh decoder, on the embedded corpus.
+"""The two starts of the token factors, trained: a pretrained table under a fresh decoder, on the
+embedded corpus.
 
-Both runs of a seed share data, order, ranks drawn and all other weights; only the factors they start from differ.
+Both runs of a seed share data, order, ranks drawn and all other weights; only the factors they
+start from differ.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ TABLE_NAMES = ("embeddings.word_embeddings.weight", "embed_tokens.weight")
 def compare_trained(
     folder: Path, work: Path, ranks: Sequence[int], steps: int, seeds: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Train both starts with every seed; a row for each start, seed, rank and split with its recall@1.
+    """Train both starts with every seed; a row for each start, seed, rank and split with its
+    recall@1.
 
     Args:
         folder: a model folder with a token table and a fast tokenizer.
@@ -58,13 +61,18 @@ def compare_trained(
     for seed in seeds:
         backbone = _write_backbone(folder, work / "backbone", seed)
         if not (work / "tokenized").exists():
-            tokenize_folder(TokenizeOptions(str(backbone), work / "raw", work / "tokenized"), progress=False)
+            tokenize_folder(
+                TokenizeOptions(str(backbone), work / "raw", work / "tokenized"), progress=False
+            )
         for start in STARTS:
             model = _train(work, backbone, start, ranks, steps, seed)
-            result = evaluate_cube(model, work / "eval", ranks=ranks, depths=[LAYERS], dims=None, progress=False)
+            result = evaluate_cube(
+                model, work / "eval", ranks=ranks, depths=[LAYERS], dims=None, progress=False
+            )
             whole = max(row["dim"] for row in result["rows"])
             rows += [
-                {key: row[key] for key in ("rank", "split", "recall@1")} | {"start": start, "seed": seed}
+                {key: row[key] for key in ("rank", "split", "recall@1")}
+                | {"start": start, "seed": seed}
                 for row in result["rows"]
                 if row["dim"] == whole
             ]
@@ -109,7 +117,9 @@ def _read_table(folder: Path) -> torch.Tensor:
     raise UserError(f"{path} holds no tensor called {' or '.join(TABLE_NAMES)}")
 
 
-def _train(work: Path, backbone: Path, start: str, ranks: Sequence[int], steps: int, seed: int) -> Path:
+def _train(
+    work: Path, backbone: Path, start: str, ranks: Sequence[int], steps: int, seed: int
+) -> Path:
     given = {
         "model_path": str(backbone),
         "experiment_id": f"{start}-{seed}",
@@ -148,10 +158,18 @@ def trained_table(rows: Sequence[dict[str, Any]]) -> str:
     titles = [f"{split} {start}" for split in splits for start in STARTS]
     lines = ["| rank | " + " | ".join(titles) + " |", "|---:" * (1 + len(titles)) + "|"]
     for rank in sorted({row["rank"] for row in rows}):
-        cells = [f"{fmean(_values(rows, rank, split, start)):.3f}" for split in splits for start in STARTS]
+        cells = [
+            f"{fmean(_values(rows, rank, split, start)):.3f}"
+            for split in splits
+            for start in STARTS
+        ]
         lines.append(f"| {rank} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def _values(rows: Sequence[dict[str, Any]], rank: int, split: str, start: str) -> list[float]:
-    return [row["recall@1"] for row in rows if (row["rank"], row["split"], row["start"]) == (rank, split, start)]
+    return [
+        row["recall@1"]
+        for row in rows
+        if (row["rank"], row["split"], row["start"]) == (rank, split, start)
+    ]

@@ -1,4 +1,5 @@
-"""A straightforward data path, to compare with: lists of Python integers, a dict of string ids, padded batches.
+"""A straightforward data path, to compare with: lists of Python integers, a dict of string ids,
+padded batches.
 
 Letters: R rows, K negatives, N texts, S longest text.
 """
@@ -12,7 +13,8 @@ from torch import Tensor
 
 
 class NaiveDataset:
-    """Both parquet files of one dataset read into Python objects, the corpus as a dict from string ids to tokens."""
+    """Both parquet files of one dataset read into Python objects, the corpus as a dict from string
+    ids to tokens."""
 
     def __init__(self, folder: Path, name: str):
         corpus = pq.read_table(folder / f"{name}_corpus.parquet").column("input_ids").to_pylist()
@@ -28,16 +30,24 @@ class NaiveDataset:
         ]
 
     def collate(
-        self, rows: list[int], negatives: list[list[int]] | None, count: int, max_length: int, eos_id: int
+        self,
+        rows: list[int],
+        negatives: list[list[int]] | None,
+        count: int,
+        max_length: int,
+        eos_id: int,
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Padded ids and mask, (N, S) each: of the queries, and of the passages followed by the negatives.
+        """Padded ids and mask, (N, S) each: of the queries, and of the passages followed by the
+        negatives.
 
         `negatives` are places among each row's own; None draws `count` of them.
         """
         queries, documents, drawn = [], [], []
         for number, row in enumerate(rows):
             query, passage, own = self.rows[row]
-            places = random.sample(range(len(own)), count) if negatives is None else negatives[number]
+            places = (
+                random.sample(range(len(own)), count) if negatives is None else negatives[number]
+            )
             queries.append(cut(query, max_length, eos_id))
             documents.append(cut(self.corpus[passage], max_length, eos_id))
             drawn += [cut(self.corpus[own[place]], max_length, eos_id) for place in places]

@@ -1,7 +1,9 @@
-"""A straightforward training step, to compare with: the same mathematics without any of this project's savings.
+"""A straightforward training step, to compare with: the same mathematics without any of this
+project's savings.
 
-Padded batches (queries, documents), the token table multiplied out in each step, the final norm over whole sequences
-at every exit, a loss loop over exits and dims, torch's default AdamW. Plain transformers with its own SDPA attention.
+Padded batches (queries, documents), the token table multiplied out in each step, the final norm
+over whole sequences at every exit, a loss loop over exits and dims, torch's default AdamW. Plain
+transformers with its own SDPA attention.
 
 Letters: R rows, K negatives, S longest text, N texts, H hidden size, V vocabulary, r rank, E exits.
 """
@@ -45,18 +47,28 @@ class NaiveEncoder(nn.Module):
         """(E, N, H) vectors of N texts, by one padded batch; `table` is A B, (V, H)."""
         device = table.device
         longest = max(map(len, texts))
-        ids = torch.tensor([text + [0] * (longest - len(text)) for text in texts], device=device)  # (N, S)
-        mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts], device=device)
+        ids = torch.tensor(
+            [text + [0] * (longest - len(text)) for text in texts], device=device
+        )  # (N, S)
+        mask = torch.tensor(
+            [[1] * len(text) + [0] * (longest - len(text)) for text in texts], device=device
+        )
         output = self.backbone(
-            inputs_embeds=F.embedding(ids, table), attention_mask=mask, output_hidden_states=True, use_cache=False
+            inputs_embeds=F.embedding(ids, table),
+            attention_mask=mask,
+            output_hidden_states=True,
+            use_cache=False,
         )
         last = mask.sum(1) - 1
         rows = torch.arange(len(texts), device=device)
-        return torch.stack([self.norm(output.hidden_states[layer])[rows, last].float() for layer in self.exits])
+        return torch.stack(
+            [self.norm(output.hidden_states[layer])[rows, last].float() for layer in self.exits]
+        )
 
 
 def naive_loss(encoder: NaiveEncoder, batch: NaiveBatch, spec: MatryoshkaSpec) -> Tensor:
-    """The retrieval objective: mean over exits of (hard + in-batch), a sum over nested dims each."""
+    """The retrieval objective: mean over exits of (hard + in-batch), a sum over nested dims
+    each."""
     table = encoder.A @ encoder.B
     rows, count = len(batch.queries), len(batch.negatives[0])
     query = encoder(batch.queries, table)  # (E, R, H)
@@ -64,7 +76,9 @@ def naive_loss(encoder: NaiveEncoder, batch: NaiveBatch, spec: MatryoshkaSpec) -
     documents = encoder(texts, table)
     passage, negatives = documents[:, :rows], documents[:, rows:].unflatten(1, (rows, count))
     same = torch.tensor(batch.documents, device=table.device)
-    mask = (same[:, None] == same[None, :]) & ~torch.eye(rows, dtype=torch.bool, device=table.device)
+    mask = (same[:, None] == same[None, :]) & ~torch.eye(
+        rows, dtype=torch.bool, device=table.device
+    )
     own = torch.tensor(batch.negative_documents, device=table.device) == same[:, None]
     own = torch.cat([torch.zeros_like(own[:, :1]), own], dim=1)
     total = query.new_zeros(())
@@ -75,6 +89,10 @@ def naive_loss(encoder: NaiveEncoder, batch: NaiveBatch, spec: MatryoshkaSpec) -
             hard = (q.unsqueeze(1) * candidates).sum(-1) / spec.temperature
             hard = hard.masked_fill(own, -torch.inf)
             in_batch = (q @ p.T / spec.temperature).masked_fill(mask, -torch.inf)
-            total = total + weight * F.cross_entropy(hard, torch.zeros(rows, dtype=torch.long, device=hard.device))
-            total = total + weight * F.cross_entropy(in_batch, torch.arange(rows, device=hard.device))
+            total = total + weight * F.cross_entropy(
+                hard, torch.zeros(rows, dtype=torch.long, device=hard.device)
+            )
+            total = total + weight * F.cross_entropy(
+                in_batch, torch.arange(rows, device=hard.device)
+            )
     return total / len(encoder.exits)

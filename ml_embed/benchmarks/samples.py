@@ -1,4 +1,5 @@
-"""Real text for the benchmarks: articles of the embedded corpus, tokenized, and backbones of any shape to read them.
+"""Real text for the benchmarks: articles of the embedded corpus, tokenized, and backbones of any
+shape to read them.
 
 The tokenizer is trained on the same text; the token table has Qwen3's 151,936 rows all the same.
 """
@@ -30,9 +31,14 @@ class Sample:
 
 
 def make_sample(
-    folder: Path, rows: int, languages: int = 50, tokenizer_folder: Path | None = None, vocabulary: int = 16_384
+    folder: Path,
+    rows: int,
+    languages: int = 50,
+    tokenizer_folder: Path | None = None,
+    vocabulary: int = 16_384,
 ) -> Sample:
-    """Write `rows` rows (query, passage, 23 negatives: articles in many languages) and their token ids.
+    """Write `rows` rows (query, passage, 23 negatives: articles in many languages) and their token
+    ids.
 
     Args:
         folder: an empty or new folder.
@@ -42,18 +48,25 @@ def make_sample(
         vocabulary: tokens of a trained one.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    plan = build_datasets(folder / "all", folder / "evaluation", languages=languages, rows=max(rows, 6), eval_rows=6)
+    plan = build_datasets(
+        folder / "all", folder / "evaluation", languages=languages, rows=max(rows, 6), eval_rows=6
+    )
     (folder / "raw").mkdir()
     (folder / "all" / "udhr_retrieval.parquet").rename(folder / "raw" / "udhr_retrieval.parquet")
     if tokenizer_folder is None:
         tokenizer_folder = folder / "tokenizer"
         train_tokenizer(training_texts(plan), vocabulary).save_pretrained(tokenizer_folder)
-    tokenize_folder(TokenizeOptions(str(tokenizer_folder), folder / "raw", folder / "tokenized"), progress=False)
-    return Sample(folder / "raw", folder / "tokenized", tokenizer_folder, load_tokenizer(tokenizer_folder))
+    tokenize_folder(
+        TokenizeOptions(str(tokenizer_folder), folder / "raw", folder / "tokenized"), progress=False
+    )
+    return Sample(
+        folder / "raw", folder / "tokenized", tokenizer_folder, load_tokenizer(tokenizer_folder)
+    )
 
 
 def make_backbone(tokenizer: PreTrainedTokenizerBase | None, **shape: int) -> Qwen3Model:
-    """A Qwen3 model with random weights (seed 0) in float32; `shape` overrides the benchmark's usual one."""
+    """A Qwen3 model with random weights (seed 0) in float32; `shape` overrides the benchmark's
+    usual one."""
     settings: dict[str, Any] = {
         "vocab_size": QWEN3_VOCABULARY,
         "hidden_size": 256,

@@ -1,4 +1,5 @@
-"""Tokenizing a folder end to end against the tokenizers library alone, and against one text after another."""
+"""Tokenizing a folder end to end against the tokenizers library alone, and against one text after
+another."""
 
 import itertools
 import json
@@ -35,7 +36,8 @@ seconds = time.perf_counter() - start
 """
     + _PEAK
     + """
-print(json.dumps({"seconds": seconds, "peak_mib": peak, "bytes": sum(len(t.encode()) for t in texts)}))
+size = sum(len(t.encode()) for t in texts)
+print(json.dumps({"seconds": seconds, "peak_mib": peak, "bytes": size}))
 """
 )
 _OURS = (
@@ -44,9 +46,11 @@ import json, sys, time
 from pathlib import Path
 from ml_embed.tokenization import TokenizeOptions, tokenize_folder
 from ml_embed.tokenizer import load_tokenizer
-load_tokenizer(sys.argv[1])  # the imports that the first one makes are no work on text; "raw" leaves them out too
+# the imports that the first one makes are no work on text; "raw" leaves them out too
+load_tokenizer(sys.argv[1])
 start = time.perf_counter()
-options = TokenizeOptions(sys.argv[1], Path(sys.argv[2]).parent, Path(sys.argv[3]), max_samples=0, overwrite=True)
+folders = Path(sys.argv[2]).parent, Path(sys.argv[3])
+options = TokenizeOptions(sys.argv[1], *folders, max_samples=0, overwrite=True)
 tokenize_folder(options, progress=False)
 seconds = time.perf_counter() - start
 """
@@ -69,13 +73,15 @@ seconds = time.perf_counter() - start
 """
     + _PEAK
     + """
-print(json.dumps({"seconds": seconds, "peak_mib": peak, "bytes": sum(len(t.encode()) for t in texts)}))
+size = sum(len(t.encode()) for t in texts)
+print(json.dumps({"seconds": seconds, "peak_mib": peak, "bytes": size}))
 """
 )
 
 
 def write_raw(texts: list[str], path: Path, rows: int, negatives: int = 7) -> None:
-    """Rows of articles; a number in front makes each a text of its own, so that none is spared by being known."""
+    """Rows of articles; a number in front makes each a text of its own, so that none is spared by
+    being known."""
     path.parent.mkdir(parents=True, exist_ok=True)
     numbered = (f"{number} {text}" for number, text in enumerate(itertools.cycle(texts)))
     with pq.ParquetWriter(path, SCHEMA) as writer:
@@ -91,7 +97,9 @@ def write_raw(texts: list[str], path: Path, rows: int, negatives: int = 7) -> No
             writer.write_table(pa.Table.from_pylist(group, schema=SCHEMA))
 
 
-def compare_tokenizing(tokenizer: Path, raw: Path, output: Path, repeats: int, naive_rows: int) -> dict[str, Any]:
+def compare_tokenizing(
+    tokenizer: Path, raw: Path, output: Path, repeats: int, naive_rows: int
+) -> dict[str, Any]:
     """Seconds, MB of text a second and peak memory of each, in new processes that take turns."""
     arguments = {"raw": (_RAW, ""), "ours": (_OURS, ""), "naive": (_NAIVE, str(naive_rows))}
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in arguments}
@@ -99,8 +107,13 @@ def compare_tokenizing(tokenizer: Path, raw: Path, output: Path, repeats: int, n
         for name, (program, extra) in arguments.items():
             runs[name].append(_run(program, tokenizer, raw, output, extra))
     size = runs["raw"][0]["bytes"]
-    shares = sorted(r["seconds"] / o["seconds"] for r, o in zip(runs["raw"], runs["ours"], strict=True))
-    speed = {name: sorted(run.get("bytes", size) / run["seconds"] / 1e6 for run in runs[name]) for name in runs}
+    shares = sorted(
+        r["seconds"] / o["seconds"] for r, o in zip(runs["raw"], runs["ours"], strict=True)
+    )
+    speed = {
+        name: sorted(run.get("bytes", size) / run["seconds"] / 1e6 for run in runs[name])
+        for name in runs
+    }
     middle = repeats // 2
     return {
         "share_of_raw": shares[middle],
@@ -120,4 +133,6 @@ def peak_memory(tokenizer: Path, raw: Path, output: Path) -> float:
 def _run(program: str, tokenizer: Path, raw: Path, output: Path, extra: str) -> dict[str, float]:
     command = [sys.executable, "-c", program, str(tokenizer), str(raw), str(output), extra]
     time.sleep(0.1)
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    return json.loads(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    )

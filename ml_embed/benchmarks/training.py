@@ -1,4 +1,5 @@
-"""The training step against the naive one: agreement, seconds, CPU seconds, share of the matrix-product peak."""
+"""The training step against the naive one: agreement, seconds, CPU seconds, share of the
+matrix-product peak."""
 
 import resource
 import time
@@ -48,18 +49,22 @@ def compare_training(
     tokenizer: Path | None = None,
     **model: int,
 ) -> dict[str, Any]:
-    """Steps of the naive and the fast version, and of the fast one compiled if asked for, in turn on one batch.
+    """Steps of the naive and the fast version, and of the fast one compiled if asked for, in turn
+    on one batch.
 
-    Each version makes several steps in a turn, as training does, and the first is not timed: it would pay for memory
-    that another version gave back.
+    Each version makes several steps in a turn, as training does, and the first is not timed: it
+    would pay for memory that another version gave back.
 
     Returns:
-        What `_judge` says of the fast version, the same of the compiled one as "compiled", and what they share.
+        What `_judge` says of the fast version, the same of the compiled one as "compiled", and what
+        they share.
     Raises:
         SystemExit: losses or gradients differ.
     """
     sample = make_sample(folder / "sample", rows=500, tokenizer_folder=tokenizer)
-    batch = pick_batch(open_sample(sample.tokenized, folder / "cache"), shape, sample.tokenizer.eos_token_id)
+    batch = pick_batch(
+        open_sample(sample.tokenized, folder / "cache"), shape, sample.tokenizer.eos_token_id
+    )
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     contenders = {
         "naive": naive_contender(batch, shape, accelerator, model),
@@ -69,12 +74,19 @@ def compare_training(
         contenders["compiled"] = fast_contender(batch, shape, accelerator, model, compiled=True)
     parameters = layer_parameters(contenders["fast"].model)
     agreement = check_agreement(contenders)
-    turns = take_turns(contenders, SquareProducts(PEAK_SIZE, 6 * parameters * batch.num_tokens), repeats)
-    judged = {name: _judge(name, turns, 6 * parameters * batch.num_tokens) | agreement[name] for name in agreement}
+    turns = take_turns(
+        contenders, SquareProducts(PEAK_SIZE, 6 * parameters * batch.num_tokens), repeats
+    )
+    judged = {
+        name: _judge(name, turns, 6 * parameters * batch.num_tokens) | agreement[name]
+        for name in agreement
+    }
     return judged.pop("fast") | {
         **judged,
         "seconds": turns.seconds,
-        "real_tokens_per_second": {name: batch.num_tokens / timing.median for name, timing in turns.seconds.items()},
+        "real_tokens_per_second": {
+            name: batch.num_tokens / timing.median for name, timing in turns.seconds.items()
+        },
         "peak_gflops": turns.flops / turns.products.median / 1e9,
         "peak_gflops_best": turns.flops / min(turns.products.seconds) / 1e9,
         "sizes": vars(shape)
@@ -90,11 +102,14 @@ def check_agreement(contenders: Mapping[str, Contender]) -> dict[str, dict[str, 
     """Each version against "naive", as `compare_gradients` tells it."""
     naive = contenders["naive"].gradients()
     others = (name for name in contenders if name != "naive")
-    return {name: compare_gradients(contenders[name].gradients(), naive, TOLERANCE) for name in others}
+    return {
+        name: compare_gradients(contenders[name].gradients(), naive, TOLERANCE) for name in others
+    }
 
 
 def compare_gradients(fast: Gradients, naive: Gradients, tolerance: float) -> dict[str, float]:
-    """Both losses, and the largest difference of any gradient in units of that gradient's largest entry.
+    """Both losses, and the largest difference of any gradient in units of that gradient's largest
+    entry.
 
     Raises:
         SystemExit: beyond the tolerance.
@@ -119,14 +134,19 @@ class Turns:
     flops: float
 
 
-def take_turns(contenders: Mapping[str, Contender], products: SquareProducts, repeats: int) -> Turns:
-    """All versions one behind another, `repeats` times: whatever else the machine does slows all of them alike."""
+def take_turns(
+    contenders: Mapping[str, Contender], products: SquareProducts, repeats: int
+) -> Turns:
+    """All versions one behind another, `repeats` times: whatever else the machine does slows all of
+    them alike."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     cpu_seconds = dict.fromkeys(contenders, 0.0)
     of_products = []
     for _ in range(repeats):
         for name, contender in contenders.items():
-            keep_freed_memory(name != "naive")  # as run.py does; the naive step runs with the C library's defaults
+            keep_freed_memory(
+                name != "naive"
+            )  # as run.py does; the naive step runs with the C library's defaults
             contender.step()
             cpu_before, start = _cpu_seconds(), time.perf_counter()
             for _ in range(STEPS_A_TURN):
@@ -140,7 +160,8 @@ def take_turns(contenders: Mapping[str, Contender], products: SquareProducts, re
 
 
 def _judge(name: str, turns: Turns, work: float) -> dict[str, Any]:
-    """A version against the naive one, and its `work` (FLOPs of a step) against the square products'."""
+    """A version against the naive one, and its `work` (FLOPs of a step) against the square
+    products'."""
     naive, own = turns.seconds["naive"], turns.seconds[name]
     share = work / turns.flops
     return {
@@ -165,10 +186,21 @@ def report_training(folder: Path, repeats: int, compiled: bool, tokenizer: Path 
     rows = []
     for name, timing in result["seconds"].items():
         row = [name, timing.in_unit(1, "s"), f"{result['real_tokens_per_second'][name]:,.0f}"]
-        rows.append(row + (["", "", ""] if name == "naive" else _verdict(result if name == "fast" else result[name])))
-    print_table(["version", "one step", "real tokens/s", "ratio", "share of the peak", "gradients differ"], rows)
+        rows.append(
+            row
+            + (
+                ["", "", ""]
+                if name == "naive"
+                else _verdict(result if name == "fast" else result[name])
+            )
+        )
+    print_table(
+        ["version", "one step", "real tokens/s", "ratio", "share of the peak", "gradients differ"],
+        rows,
+    )
     print(
-        f"peak: {result['peak_gflops']:.0f} GFLOP/s, of square products of a step's FLOPs in turn with the steps; "
+        f"peak: {result['peak_gflops']:.0f} GFLOP/s, of square products of a step's FLOPs in turn "
+        "with the steps; "
         "gradients: of their largest entries"
     )
     print_result("training", result)
@@ -179,7 +211,8 @@ def _verdict(judged: Mapping[str, Any]) -> list[str]:
     low, high = judged["ratio_range"]
     least, most = judged["share_of_peak_range"]
     return [
-        f"{judged['ratio']:.2f} ({low:.2f} .. {high:.2f}; {judged['cpu_seconds_ratio']:.2f} in CPU seconds)",
+        f"{judged['ratio']:.2f} ({low:.2f} .. {high:.2f}; {judged['cpu_seconds_ratio']:.2f} in CPU "
+        "seconds)",
         f"{judged['share_of_peak']:.0%} ({least:.0%} .. {most:.0%})",
         f"{judged['gradient_difference']:.1e}",
     ]

@@ -18,7 +18,13 @@ from ml_embed.data.store import TokenizedDataset, open_store
 from ml_embed.kernels.attention import choose_kernel
 from ml_embed.losses.nested import MatryoshkaSpec
 from ml_embed.losses.objective import batch_objective
-from ml_embed.model import MatryoshkaEncoder, default_dims, default_exits, dim_weights, factorize_table
+from ml_embed.model import (
+    MatryoshkaEncoder,
+    default_dims,
+    default_exits,
+    dim_weights,
+    factorize_table,
+)
 from ml_embed.training.build import ADAM_BETAS, ADAM_EPSILON
 from ml_embed.training.gradcache import forward_backward
 
@@ -42,7 +48,8 @@ class TrainingShape:
 
 @dataclass
 class Contender:
-    """One version: its model, and a function that adds the gradients of the batch and returns the loss."""
+    """One version: its model, and a function that adds the gradients of the batch and returns the
+    loss."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -60,7 +67,9 @@ class Contender:
         """Of the batch, at the present weights."""
         self.optimizer.zero_grad()
         loss = self.forward_backward().item()
-        return loss, {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+        return loss, {
+            name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None
+        }
 
 
 def open_sample(tokenized: Path, cache: Path) -> TokenizedDataset:
@@ -68,11 +77,17 @@ def open_sample(tokenized: Path, cache: Path) -> TokenizedDataset:
     return open_store(tokenized, cache, progress=False).datasets["udhr_retrieval"]
 
 
-def pick_batch(dataset: TokenizedDataset, shape: TrainingShape, eos_id: int, seed: int = 0) -> ContrastiveBatch:
+def pick_batch(
+    dataset: TokenizedDataset, shape: TrainingShape, eos_id: int, seed: int = 0
+) -> ContrastiveBatch:
     """A batch of random rows that have all their negatives."""
-    plan = DatasetPlan(dataset.name, "retrieval", shape.negatives, dataset.num_rows, 0, dataset.num_rows)
+    plan = DatasetPlan(
+        dataset.name, "retrieval", shape.negatives, dataset.num_rows, 0, dataset.num_rows
+    )
     rows = np.random.default_rng(seed).permutation(dataset.num_rows)[: shape.batch_size]
-    return BatchBuilder(seed, shape.max_length, eos_id, True, 0, 1).build(dataset, plan, rows, epoch=0)
+    return BatchBuilder(seed, shape.max_length, eos_id, True, 0, 1).build(
+        dataset, plan, rows, epoch=0
+    )
 
 
 def as_lists(batch: ContrastiveBatch) -> NaiveBatch:
@@ -102,18 +117,27 @@ def fast_contender(
 ) -> Contender:
     """This project's step; `model_shape` is what `make_backbone` takes."""
     device = accelerator.device
-    backbone = make_backbone(None, num_hidden_layers=shape.layers, hidden_size=shape.hidden, **model_shape)
+    backbone = make_backbone(
+        None, num_hidden_layers=shape.layers, hidden_size=shape.hidden, **model_shape
+    )
     factors = factorize_table(backbone.embed_tokens.weight.detach(), shape.rank)
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     kernel = choose_kernel("auto", device, dtype)
-    encoder = MatryoshkaEncoder(backbone, default_exits(shape.layers), factors, kernel=kernel, compile_layers=compiled)
+    encoder = MatryoshkaEncoder(
+        backbone, default_exits(shape.layers), factors, kernel=kernel, compile_layers=compiled
+    )
     optimizer = torch.optim.AdamW(encoder.parameters(), **_adam(), fused=True)
     model, optimizer = accelerator.prepare(encoder, optimizer)
     batch, spec = batch.to(device), matryoshka_spec(shape.hidden)
 
     def run() -> Tensor:
         return forward_backward(
-            model, accelerator, batch.texts, None, lambda vectors: batch_objective(vectors, batch, spec), max_tokens
+            model,
+            accelerator,
+            batch.texts,
+            None,
+            lambda vectors: batch_objective(vectors, batch, spec),
+            max_tokens,
         ).total.detach()
 
     model.train()
@@ -121,10 +145,15 @@ def fast_contender(
 
 
 def naive_contender(
-    batch: ContrastiveBatch, shape: TrainingShape, accelerator: Accelerator, model_shape: Mapping[str, int]
+    batch: ContrastiveBatch,
+    shape: TrainingShape,
+    accelerator: Accelerator,
+    model_shape: Mapping[str, int],
 ) -> Contender:
     """The straightforward step; parameters have the names of the fast one's."""
-    backbone = make_backbone(None, num_hidden_layers=shape.layers, hidden_size=shape.hidden, **model_shape)
+    backbone = make_backbone(
+        None, num_hidden_layers=shape.layers, hidden_size=shape.hidden, **model_shape
+    )
     factors = factorize_table(backbone.embed_tokens.weight.detach(), shape.rank)
     encoder = NaiveEncoder(backbone, *factors, default_exits(shape.layers)).to(accelerator.device)
     optimizer = torch.optim.AdamW(encoder.parameters(), **_adam())
@@ -142,16 +171,24 @@ def naive_contender(
 
 def layer_parameters(model: nn.Module) -> int:
     """Parameters but the token table's."""
-    return sum(p.numel() for name, p in model.named_parameters() if "embedding" not in name and name not in ("A", "B"))
+    return sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if "embedding" not in name and name not in ("A", "B")
+    )
 
 
 def largest_difference(fast: dict[str, Tensor], naive: dict[str, Tensor]) -> float:
-    """Over all parameters, the largest difference of gradients in units of the largest entry of that gradient.
+    """Over all parameters, the largest difference of gradients in units of the largest entry of
+    that gradient.
 
     Raises:
         AssertionError: the two do not have the same parameters, or a gradient is zero throughout.
     """
-    renamed = {name.replace("embedding.", "").replace("norms.0.", "norm."): grad for name, grad in fast.items()}
+    renamed = {
+        name.replace("embedding.", "").replace("norms.0.", "norm."): grad
+        for name, grad in fast.items()
+    }
     assert renamed.keys() == naive.keys(), renamed.keys() ^ naive.keys()
     worst = 0.0
     for name, grad in naive.items():
@@ -162,4 +199,9 @@ def largest_difference(fast: dict[str, Tensor], naive: dict[str, Tensor]) -> flo
 
 
 def _adam() -> dict:
-    return {"lr": LEARNING_RATE, "betas": ADAM_BETAS, "eps": ADAM_EPSILON, "weight_decay": WEIGHT_DECAY}
+    return {
+        "lr": LEARNING_RATE,
+        "betas": ADAM_BETAS,
+        "eps": ADAM_EPSILON,
+        "weight_decay": WEIGHT_DECAY,
+    }

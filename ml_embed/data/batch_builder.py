@@ -1,9 +1,11 @@
 """From rows of a dataset to packed batches: what is drawn, told apart, sorted and masked.
 
-Batches are built in blocks: the array operations are done once for several steps, which makes a batch of a few rows
+Batches are built in blocks: the array operations are done once for several steps, which makes a
+batch of a few rows
 three times cheaper. A batch does not depend on the block that it is built in.
 
-Letters: S steps of a block, n rows of the global batch, W processes, R = ceil(n / W) rows of each process (fillers
+Letters: S steps of a block, n rows of the global batch, W processes, R = ceil(n / W) rows of each
+    process (fillers
 included), K negatives, M distinct texts of a block.
 """
 
@@ -24,9 +26,11 @@ ID_BYTES = np.dtype(np.int32).itemsize
 
 
 class TextPool:
-    """The distinct texts of each batch of a block, told apart by their ids: a query may be some row's document.
+    """The distinct texts of each batch of a block, told apart by their ids: a query may be some
+    row's document.
 
-    Ids are kept as bytes (of int32): they are the keys of a dictionary, and are joined without an array for each text.
+    Ids are kept as bytes (of int32): they are the keys of a dictionary, and are joined without an
+    array for each text.
     """
 
     def __init__(self) -> None:
@@ -35,7 +39,8 @@ class TextPool:
         self._number: dict[bytes, int] = {}
 
     def add(self, texts: Iterable[bytes]) -> list[int]:
-        """A number for each text, counted over the whole block; the same one for the same text of a batch."""
+        """A number for each text, counted over the whole block; the same one for the same text of a
+        batch."""
         number, first = self._number, self._first[-1]
         return [number.setdefault(ids, first + len(number)) for ids in texts]
 
@@ -46,7 +51,8 @@ class TextPool:
         self._number = {}
 
     def pack(self) -> tuple[list[PackedBatch], np.ndarray, np.ndarray]:
-        """The texts of each batch, shortest first; for each number (M of them) its place in its batch and its tokens.
+        """The texts of each batch, shortest first; for each number (M of them) its place in its
+        batch and its tokens.
 
         Equal lengths stand together: attention runs them in one call.
         """
@@ -57,7 +63,9 @@ class TextPool:
         place = np.empty_like(order)
         place[order] = np.arange(len(order)) - first[batch_of]
         joined = b"".join([self._texts[i] for i in order.tolist()])
-        sequences = [PackedSequences.from_lengths(part) for part in np.split(lengths[order], first[1:-1])]
+        sequences = [
+            PackedSequences.from_lengths(part) for part in np.split(lengths[order], first[1:-1])
+        ]
         input_ids = torch.from_numpy(np.frombuffer(joined, np.int32).astype(np.int64))
         parts = input_ids.split([sum(packed.lengths) for packed in sequences])
         return [PackedBatch(*pair) for pair in zip(parts, sequences, strict=True)], place, lengths
@@ -80,7 +88,9 @@ class BatchBuilder:
     process: int
     processes: int
 
-    def build(self, dataset: TokenizedDataset, plan: DatasetPlan, rows: np.ndarray, epoch: int) -> ContrastiveBatch:
+    def build(
+        self, dataset: TokenizedDataset, plan: DatasetPlan, rows: np.ndarray, epoch: int
+    ) -> ContrastiveBatch:
         """The batch of one step; `rows` is (n,), the rest as in `build_block`."""
         return self.build_block(dataset, plan, rows[None], epoch)[0]
 
@@ -107,7 +117,9 @@ class BatchBuilder:
         if self.mask_false_negatives:
             excluded[..., 1:] |= negative_documents == own_documents[..., None]
 
-        texts, (query, passage, negatives), tokens = self._texts(dataset, own, own_documents, negative_documents)
+        texts, (query, passage, negatives), tokens = self._texts(
+            dataset, own, own_documents, negative_documents
+        )
         num_tokens = tokens[:, :real].sum(axis=1).tolist()
         negatives_of_row = _negative_counts(dataset, rows).clip(max=plan.num_negatives)
         negative_weight = (processes / negatives_of_row.sum(axis=1).clip(min=1)).astype(np.float32)
@@ -141,31 +153,43 @@ class BatchBuilder:
         ]
 
     def own_rows(self, rows: np.ndarray) -> np.ndarray:
-        """(..., R) this process's rows of global batches (..., n), in the order of `build`, fillers included."""
+        """(..., R) this process's rows of global batches (..., n), in the order of `build`, fillers
+        included."""
         n = rows.shape[-1]
         own = rows[..., share_of_process(n, self.process, self.processes)]
-        # A share that is short is filled up with weightless copies: every process must take part in the collectives.
+        # A share that is short is filled up with weightless copies: every process must take part in
+        # the collectives.
         fillers = -(-n // self.processes) - own.shape[-1]
         return np.concatenate([own, np.repeat(rows[..., :1], fillers, axis=-1)], axis=-1)
 
-    def _draw(self, dataset: TokenizedDataset, plan: DatasetPlan, own: np.ndarray, epoch: int) -> np.ndarray:
+    def _draw(
+        self, dataset: TokenizedDataset, plan: DatasetPlan, own: np.ndarray, epoch: int
+    ) -> np.ndarray:
         """(S, R, K) documents of each own row's negatives, -1 for none."""
         rows = own.ravel()
         key = key_hash(self.seed, "negatives", plan.name, epoch)
         places = draw_negatives(_negative_counts(dataset, rows), rows, plan.num_negatives, key)
         drawn = places >= 0
         documents = np.full(places.shape, -1)
-        documents[drawn] = dataset.negative_documents[(dataset.negative_offsets[rows][:, None] + places)[drawn]]
+        documents[drawn] = dataset.negative_documents[
+            (dataset.negative_offsets[rows][:, None] + places)[drawn]
+        ]
         return documents.reshape(*own.shape, -1)
 
     def _texts(
-        self, dataset: TokenizedDataset, own: np.ndarray, own_documents: np.ndarray, negative_documents: np.ndarray
+        self,
+        dataset: TokenizedDataset,
+        own: np.ndarray,
+        own_documents: np.ndarray,
+        negative_documents: np.ndarray,
     ) -> tuple[list[PackedBatch], tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
-        """The distinct texts of each batch; the places among them of the queries (S, R), passages (S, R) and negatives
-        (S, R, K), 0 for none; the tokens of each row, (S, R)."""
+        """The distinct texts of each batch; the places among them of the queries (S, R), passages
+        (S, R) and negatives (S, R, K), 0 for none; the tokens of each row, (S, R)."""
         present = negative_documents >= 0
         drawn = negative_documents[present]
-        documents, index = np.unique(np.concatenate([own_documents.ravel(), drawn]), return_inverse=True)
+        documents, index = np.unique(
+            np.concatenate([own_documents.ravel(), drawn]), return_inverse=True
+        )
         distinct = self._cut(dataset.document_bytes(documents))
         parts = (
             self._cut(dataset.query_bytes(own.ravel())),
@@ -183,7 +207,11 @@ class BatchBuilder:
         query, passage = (np.array(number).reshape(own.shape) for number in numbers[:2])
         negatives, tokens = np.zeros_like(negative_documents), np.zeros_like(negative_documents)
         negatives[present], tokens[present] = place[numbers[2]], length[numbers[2]]
-        return packed, (place[query], place[passage], negatives), length[query] + length[passage] + tokens.sum(axis=2)
+        return (
+            packed,
+            (place[query], place[passage], negatives),
+            length[query] + length[passage] + tokens.sum(axis=2),
+        )
 
     def _cut(self, texts: list[bytes]) -> list[bytes]:
         longest, eos = self.max_length * ID_BYTES, np.int32(self.eos_id).tobytes()
@@ -191,11 +219,16 @@ class BatchBuilder:
 
     def _gathered_rows(self, n: int, per_process: int) -> Tensor:
         shares = [share_of_process(n, process, self.processes) for process in range(self.processes)]
-        blocks = [p * per_process + np.arange(share.stop - share.start) for p, share in enumerate(shares)]
+        blocks = [
+            p * per_process + np.arange(share.stop - share.start) for p, share in enumerate(shares)
+        ]
         return torch.from_numpy(np.concatenate(blocks))
 
-    def _excluded_passages(self, documents: np.ndarray, share: slice, per_process: int) -> Tensor | None:
-        """(R, n): passages of other rows that are the sample's own document (decision 9: by document, not by text).
+    def _excluded_passages(
+        self, documents: np.ndarray, share: slice, per_process: int
+    ) -> Tensor | None:
+        """(R, n): passages of other rows that are the sample's own document (decision 9: by
+        document, not by text).
 
         `documents` are those of the global batch, (n,).
         """

@@ -1,7 +1,7 @@
 """Tokenized parquet files to flat arrays that training maps into memory.
 
-All datasets share one file per kind of array (a process may not hold thousands of open maps); `index.json` says which
-slice of each file belongs to which dataset and corpus.
+All datasets share one file per kind of array (a process may not hold thousands of open maps);
+`index.json` says which slice of each file belongs to which dataset and corpus.
 """
 
 import json
@@ -41,11 +41,14 @@ ARRAYS: dict[str, type[np.integer]] = {
     "negative_documents": np.int64,
     "token_counts": np.int64,
 }
-"""The array files and their types. Offsets start at 0 in every dataset or corpus and have one item more than rows."""
+"""The array files and their types. Offsets start at 0 in every dataset or corpus and have one item
+more than rows."""
 
 BATCH_ROWS = 16384
 GATHER_DOCUMENTS = 65536
-LARGEST_TOKEN_ID = 2**24 - 1  # far beyond any vocabulary: a larger id means that the file is no token file
+LARGEST_TOKEN_ID = (
+    2**24 - 1
+)  # far beyond any vocabulary: a larger id means that the file is no token file
 
 Slices = dict[str, tuple[int, int]]
 
@@ -86,7 +89,9 @@ class ArrayWriter:
     """All array files of one store, open for appending."""
 
     def __init__(self, folder: Path):
-        self.files = {name: ArrayFile(folder / f"{name}.npy", dtype) for name, dtype in ARRAYS.items()}
+        self.files = {
+            name: ArrayFile(folder / f"{name}.npy", dtype) for name, dtype in ARRAYS.items()
+        }
 
     def position(self, names: list[str]) -> dict[str, int]:
         """The present length of each named array."""
@@ -106,12 +111,15 @@ class ArrayWriter:
 def convert(sources: Sources, folder: Path, progress: bool) -> None:
     """Write every array and index.json of `sources` into the existing, empty `folder`.
 
-    Reads in batches of rows, so memory does not grow with the data (but for 16 bytes a document in the released
-    layout). Raises UserError for data that cannot be right, naming file, column and row.
+    Reads in batches of rows, so memory does not grow with the data (but for 16 bytes a document in
+    the released layout). Raises UserError for data that cannot be right, naming file, column and
+    row.
     """
     writer = ArrayWriter(folder)
     try:
-        with tqdm(total=_total_rows(sources), unit=" rows", desc="converting data", disable=not progress) as bar:
+        with tqdm(
+            total=_total_rows(sources), unit=" rows", desc="converting data", disable=not progress
+        ) as bar:
             index = _convert_all(sources, writer, bar)
         for file in writer.files.values():
             file.close()
@@ -176,26 +184,36 @@ def _convert_queries(
     """Append one dataset's rows; return its token counts and slices."""
     negative_columns = _negative_columns(path) if corpus.ids is not None else ["negative_doc_ids"]
     passage_column = "passage_doc_id" if corpus.ids is None else "passage_input_ids"
-    starts = writer.position([name for name in ARRAYS if not name.startswith("document") and name != "token_counts"])
+    starts = writer.position(
+        [name for name in ARRAYS if not name.startswith("document") and name != "token_counts"]
+    )
     writer.files["query_offsets"].append(np.zeros(1, np.int64))
     writer.files["negative_offsets"].append(np.zeros(1, np.int64))
     counts = TokenCounts()
     used = np.zeros(corpus.num_documents, bool)
     query_end = negative_end = 0
-    for first_row, batch in _batches(path, ["query_input_ids", passage_column, *negative_columns], bar):
+    for first_row, batch in _batches(
+        path, ["query_input_ids", passage_column, *negative_columns], bar
+    ):
         queries = _token_lists(batch, "query_input_ids", path, first_row)
         query_end = _append_texts(writer, "query", queries, query_end)
         counts.add(queries.values)
         if corpus.ids is None:
-            passages, negatives = _numbered_documents(batch, path, first_row, corpus.num_documents, corpus_path)
+            passages, negatives = _numbered_documents(
+                batch, path, first_row, corpus.num_documents, corpus_path
+            )
         else:
-            passages, negatives = _named_documents(batch, path, first_row, corpus.ids, corpus_path, negative_columns)
+            passages, negatives = _named_documents(
+                batch, path, first_row, corpus.ids, corpus_path, negative_columns
+            )
         writer.files["passage_documents"].append(passages)
         writer.files["negative_documents"].append(negatives.values)
         negative_end = writer.append_offsets("negative_offsets", negatives.lengths, negative_end)
         used[passages] = True
         used[negatives.values] = True
-    counts.add_counts(corpus.counts if used.all() else _count_documents(np.flatnonzero(used), corpus, writer))
+    counts.add_counts(
+        corpus.counts if used.all() else _count_documents(np.flatnonzero(used), corpus, writer)
+    )
     return counts.counts, writer.slices_since(starts)
 
 
@@ -223,7 +241,8 @@ def _token_lists(batch: pa.RecordBatch, column: str, path: Path, first_row: int)
     tokens = ragged_integers(batch, column, path, first_row)
     if (tokens.lengths == 0).any():
         raise UserError(
-            f"{path}: column {column!r} has no tokens in row {first_row + first_true(tokens.lengths == 0)}."
+            f"{path}: column {column!r} has no tokens in row "
+            f"{first_row + first_true(tokens.lengths == 0)}."
         )
     wrong = (tokens.values < 0) | (tokens.values > LARGEST_TOKEN_ID)
     if wrong.any():
@@ -241,9 +260,13 @@ def _numbered_documents(
     """Passages (rows,) and negatives of our own layout, whose ids are row numbers of the corpus."""
     passages = batch.column("passage_doc_id")
     if not pa.types.is_integer(passages.type):
-        raise UserError(f"{path}: column 'passage_doc_id' is {passages.type}; it must be an integer.")
+        raise UserError(
+            f"{path}: column 'passage_doc_id' is {passages.type}; it must be an integer."
+        )
     if passages.null_count:
-        raise UserError(f"{path}: 'passage_doc_id' is null in row {first_row + first_true(passages.is_null())}.")
+        raise UserError(
+            f"{path}: 'passage_doc_id' is null in row {first_row + first_true(passages.is_null())}."
+        )
     negatives = ragged_integers(batch, "negative_doc_ids", path, first_row)
     columns = (
         ("passage_doc_id", Ragged(passages.to_numpy(), np.ones(batch.num_rows, np.int64))),
@@ -255,14 +278,20 @@ def _numbered_documents(
             at = first_true(wrong)
             raise UserError(
                 f"{path}: column {column!r} names document {documents.values[at]} in row "
-                f"{first_row + row_of_value(documents.lengths, at)}, but {corpus_path.name} has {num_documents} "
+                f"{first_row + row_of_value(documents.lengths, at)}, but {corpus_path.name} has "
+                f"{num_documents} "
                 "documents. The two files are not of one tokenization: make them again."
             )
     return columns[0][1].values, negatives
 
 
 def _named_documents(
-    batch: pa.RecordBatch, path: Path, first_row: int, ids: DocumentIds, corpus_path: Path, columns: list[str]
+    batch: pa.RecordBatch,
+    path: Path,
+    first_row: int,
+    ids: DocumentIds,
+    corpus_path: Path,
+    columns: list[str],
 ) -> tuple[np.ndarray, Ragged]:
     """Passages (rows,) and negatives of the released layout, whose ids are strings."""
 
@@ -276,7 +305,8 @@ def _named_documents(
         if unknown.any():
             at = first_true(unknown)
             raise UserError(
-                f"{path}: column {column!r} names document {names[at].as_py()!r} in row {first_row + at}, "
+                f"{path}: column {column!r} names document {names[at].as_py()!r} in row "
+                f"{first_row + at}, "
                 f"which is not in {corpus_path}."
             )
         return np.where(absent, -1, found)
@@ -290,16 +320,22 @@ def _named_documents(
     return passages, Ragged(negatives[present], present.sum(axis=1))
 
 
-def _strings(batch: pa.RecordBatch, column: str, path: Path, first_row: int, nulls_allowed: bool) -> pa.Array:
+def _strings(
+    batch: pa.RecordBatch, column: str, path: Path, first_row: int, nulls_allowed: bool
+) -> pa.Array:
     strings = batch.column(column)
     if pa.types.is_null(strings.type) and nulls_allowed:
         return strings.cast(pa.string())
     if pa.types.is_dictionary(strings.type):
         strings = strings.dictionary_decode()
     if not (pa.types.is_string(strings.type) or pa.types.is_large_string(strings.type)):
-        raise UserError(f"{path}: column {column!r} is {strings.type}; it must hold document ids as strings.")
+        raise UserError(
+            f"{path}: column {column!r} is {strings.type}; it must hold document ids as strings."
+        )
     if strings.null_count and not nulls_allowed:
-        raise UserError(f"{path}: column {column!r} is null in row {first_row + first_true(strings.is_null())}.")
+        raise UserError(
+            f"{path}: column {column!r} is null in row {first_row + first_true(strings.is_null())}."
+        )
     return strings
 
 
@@ -317,13 +353,16 @@ def _negative_columns(path: Path) -> list[str]:
 
 
 def _check_repeated_ids(pairs: np.ndarray, path: Path, corpus: Corpus, writer: ArrayWriter) -> None:
-    """A document may stand in a corpus twice, but not with different tokens: which is meant could not be known."""
+    """A document may stand in a corpus twice, but not with different tokens: which is meant could
+    not be known."""
     offsets = writer.files["document_offsets"].mapped()[slice(*corpus.slices["document_offsets"])]
     tokens = writer.files["document_tokens"].mapped()[slice(*corpus.slices["document_tokens"])]
     for first, again in pairs:
         one, other = (tokens[offsets[row] : offsets[row + 1]] for row in (first, again))
         if not np.array_equal(one, other):
-            raise UserError(f"{path}: rows {first} and {again} have the same 'doc_id' but different tokens.")
+            raise UserError(
+                f"{path}: rows {first} and {again} have the same 'doc_id' but different tokens."
+            )
 
 
 def _count_documents(rows: np.ndarray, corpus: Corpus, writer: ArrayWriter) -> np.ndarray:
@@ -334,7 +373,9 @@ def _count_documents(rows: np.ndarray, corpus: Corpus, writer: ArrayWriter) -> n
     for start in range(0, len(rows), GATHER_DOCUMENTS):
         chosen = rows[start : start + GATHER_DOCUMENTS]
         lengths = offsets[chosen + 1] - offsets[chosen]
-        shift = offsets[chosen] - (np.cumsum(lengths) - lengths)  # from a position in the gathered text to the corpus
+        shift = offsets[chosen] - (
+            np.cumsum(lengths) - lengths
+        )  # from a position in the gathered text to the corpus
         counts.add(tokens[np.arange(lengths.sum()) + np.repeat(shift, lengths)])
     return counts.counts
 
@@ -350,7 +391,8 @@ def _check_against_manifest(sources: Sources, name: str, slices: Slices, corpus:
         promised = sources.manifest["datasets"][name].get(key)
         if found != promised:
             raise UserError(
-                f"{path} has {found} rows, but the manifest promises {promised} {key}. Run tokenize_data_qwen.py again."
+                f"{path} has {found} rows, but the manifest promises {promised} {key}. Run "
+                "tokenize_data_qwen.py again."
             )
 
 

@@ -1,8 +1,9 @@
 """String document ids to row numbers, for tens of millions of documents in 16 bytes each.
 
-Ids are hashed to 64 bits with a multilinear hash (two sums of byte x random 64-bit weight of its position, the top 32
-bits of each; D. Lemire and O. Kaser, "Strongly universal string hashing is fast", 2014): any two different ids
-collide with probability 2^-64, so among 50 million the odds of one collision are 7e-5.
+Ids are hashed to 64 bits with a multilinear hash (two sums of byte x random 64-bit weight of its
+position, the top 32 bits of each; D. Lemire and O. Kaser, "Strongly universal string hashing is
+fast", 2014): any two different ids collide with probability 2^-64, so among 50 million the odds of
+    one collision are 7e-5.
 """
 
 from functools import cache
@@ -26,7 +27,8 @@ class DocumentIds:
         self._parts.append(hash_strings(ids))
 
     def finish(self) -> np.ndarray:
-        """Sort; return (pairs, 2) int64: every row whose id already occurred, after the row where it first did."""
+        """Sort; return (pairs, 2) int64: every row whose id already occurred, after the row where
+        it first did."""
         hashes = np.concatenate(self._parts) if self._parts else np.empty(0, np.uint64)
         self._parts.clear()
         self._rows = np.argsort(hashes, kind="stable")
@@ -36,7 +38,8 @@ class DocumentIds:
         return np.stack([self._rows[first], self._rows[repeated]], axis=1)
 
     def rows_of(self, ids: pa.Array) -> np.ndarray:
-        """(len(ids),) int64: the first row with each id; -1 where the id is unknown. Nulls must be filled before."""
+        """(len(ids),) int64: the first row with each id; -1 where the id is unknown. Nulls must be
+        filled before."""
         hashes = hash_strings(ids)
         position = np.searchsorted(self._sorted_hashes, hashes)
         position[position == len(self._sorted_hashes)] = 0
@@ -49,7 +52,9 @@ def hash_strings(strings: pa.Array) -> np.ndarray:
     if len(strings) == 0:
         return np.empty(0, np.uint64)
     _, offset_buffer, byte_buffer = strings.buffers()
-    offsets = np.frombuffer(offset_buffer, np.int64)[strings.offset : strings.offset + len(strings) + 1]
+    offsets = np.frombuffer(offset_buffer, np.int64)[
+        strings.offset : strings.offset + len(strings) + 1
+    ]
     text = np.frombuffer(byte_buffer or b"", np.uint8)[offsets[0] : offsets[-1]].astype(np.uint64)
     ends = offsets - offsets[0]
     lengths = np.diff(ends)
@@ -57,18 +62,23 @@ def hash_strings(strings: pa.Array) -> np.ndarray:
     capacity = 1 << int(lengths.max(initial=1) - 1).bit_length()
     # +1 so that a byte of value 0 counts: "a" and "a\0" differ.
     high, low = (
-        _segment_sums((text + np.uint64(1)) * _weights(seed, capacity)[position], ends) for seed in _WEIGHT_SEEDS
+        _segment_sums((text + np.uint64(1)) * _weights(seed, capacity)[position], ends)
+        for seed in _WEIGHT_SEEDS
     )
     return (high >> np.uint64(32) << np.uint64(32)) | (low >> np.uint64(32))
 
 
 def _segment_sums(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Sums modulo 2^64 of values[ends[i]:ends[i + 1]]; differences of running sums are right modulo 2^64 too."""
+    """Sums modulo 2^64 of values[ends[i]:ends[i + 1]]; differences of running sums are right modulo
+    2^64 too."""
     running = np.concatenate([np.zeros(1, np.uint64), np.cumsum(values, dtype=np.uint64)])
     return running[ends[1:]] - running[ends[:-1]]
 
 
 @cache
 def _weights(seed: int, capacity: int) -> np.ndarray:
-    """The first `capacity` random weights of a stream; a longer table starts with the shorter one."""
-    return np.random.Generator(np.random.PCG64(seed)).integers(0, 2**64, size=capacity, dtype=np.uint64)
+    """The first `capacity` random weights of a stream; a longer table starts with the shorter
+    one."""
+    return np.random.Generator(np.random.PCG64(seed)).integers(
+        0, 2**64, size=capacity, dtype=np.uint64
+    )

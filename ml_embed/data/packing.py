@@ -16,7 +16,8 @@ class PackedSequences:
     """Where the sequences of one packed row lie."""
 
     lengths: tuple[int, ...]
-    """Tokens of each sequence (N of them), on the host: CPU kernels need them without a device synchronisation."""
+    """Tokens of each sequence (N of them), on the host: CPU kernels need them without a device
+    synchronisation."""
     cu_seqlens: Tensor
     """(N + 1,) int32, cumulative lengths from 0, on the compute device."""
 
@@ -63,5 +64,7 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> "PackedBatch":
         """A copy on `device`; from pinned memory it does not wait."""
-        packed = PackedSequences(self.packed.lengths, self.packed.cu_seqlens.to(device, non_blocking=True))
+        packed = PackedSequences(
+            self.packed.lengths, self.packed.cu_seqlens.to(device, non_blocking=True)
+        )
         return PackedBatch(self.input_ids.to(device, non_blocking=True), packed)

@@ -1,7 +1,8 @@
-"""Randomness as a pure function of a key: no generator, no history, the same on every process and after a resume.
+"""Randomness as a pure function of a key: no generator, no history, the same on every process and
+after a resume.
 
-A key is any sequence of integers and strings, e.g. (seed, "order", epoch). Memory and start-up time are O(1) however
-long the permutation, so a resumed run can stand at any step at once.
+A key is any sequence of integers and strings, e.g. (seed, "order", epoch). Memory and start-up time
+are O(1) however long the permutation, so a resumed run can stand at any step at once.
 """
 
 import hashlib
@@ -23,7 +24,9 @@ def key_hash(*key: int | str) -> int:
 
 def mix(values: np.ndarray, key: int) -> np.ndarray:
     """A 64-bit hash of each integer of an array under `key`."""
-    return scramble(values.astype(np.uint64) + np.uint64(key & _MASK))  # arrays of integers wrap without a warning
+    return scramble(
+        values.astype(np.uint64) + np.uint64(key & _MASK)
+    )  # arrays of integers wrap without a warning
 
 
 def scramble(x: np.ndarray) -> np.ndarray:
@@ -44,8 +47,9 @@ def uniform(*key: int | str) -> float:
 class Permutation:
     """A pseudo-random bijection of 0 .. size - 1, evaluated where it is asked for.
 
-    A balanced Feistel network (Luby and Rackoff, 1988) on the smallest even number of bits that holds `size`; values
-    that fall outside are sent through again until they fall inside ("cycle walking"), under four times on average.
+    A balanced Feistel network (Luby and Rackoff, 1988) on the smallest even number of bits that
+    holds `size`; values that fall outside are sent through again until they fall inside ("cycle
+    walking"), under four times on average.
     """
 
     ROUNDS = 6

@@ -1,6 +1,7 @@
 """What each optimizer step trains on: a pure function of (seed, epoch, step).
 
-A global batch is a list of rows of one dataset, and does not depend on how many processes share it. Nothing here
+A global batch is a list of rows of one dataset, and does not depend on how many processes share it.
+Nothing here
 grows with the data: an epoch of a billion rows is a handful of counters and keyed permutations.
 
 Letters: W processes, B samples a process, G = B W rows of a full global batch.
@@ -46,10 +47,13 @@ class GlobalBatch:
     """counts from 0"""
 
 
-def plan_dataset(name: str, num_rows: int, config: TrainConfig, task: Task | None = None) -> DatasetPlan:
+def plan_dataset(
+    name: str, num_rows: int, config: TrainConfig, task: Task | None = None
+) -> DatasetPlan:
     """Apply the config's settings and the defaults of the dataset's task.
 
-    `task` is what the data itself says, if anything; the config comes before it, the name's default after it.
+    `task` is what the data itself says, if anything; the config comes before it, the name's default
+    after it.
     """
     settings = match_settings(name, config.datasets)
     task = settings.task or task or task_of(name)
@@ -66,9 +70,16 @@ def plan_dataset(name: str, num_rows: int, config: TrainConfig, task: Task | Non
 
 
 class Schedule:
-    """Steps of a run, in epochs. Every dataset appears in proportion to its draws, in a random order."""
+    """Steps of a run, in epochs. Every dataset appears in proportion to its draws, in a random
+    order."""
 
-    def __init__(self, plans: Sequence[DatasetPlan], num_rows: Mapping[str, int], global_batch: int, seed: int):
+    def __init__(
+        self,
+        plans: Sequence[DatasetPlan],
+        num_rows: Mapping[str, int],
+        global_batch: int,
+        seed: int,
+    ):
         """
         Args:
             plans: one a dataset.
@@ -84,14 +95,17 @@ class Schedule:
         batches = [-(-plan.draws // global_batch) for plan in self.plans.values()]
         self._first_batch = np.concatenate([[0], np.cumsum(batches)])
         # The split never changes in a run: (seed, name) decides which rows are held out.
-        self._split = {name: Permutation(num_rows[name], seed, "split", name) for name in self._names}
+        self._split = {
+            name: Permutation(num_rows[name], seed, "split", name) for name in self._names
+        }
 
     @property
     def steps_per_epoch(self) -> int:
         return int(self._first_batch[-1])
 
     def batches(self, steps: Iterable[int]) -> list[GlobalBatch]:
-        """The rows of each step, counted from 0 over all epochs. Many at once cost hardly more than one."""
+        """The rows of each step, counted from 0 over all epochs. Many at once cost hardly more than
+        one."""
         epochs, positions = np.divmod(np.fromiter(steps, np.int64), self.steps_per_epoch)
         found: dict[int, GlobalBatch] = {}
         for epoch in np.unique(epochs).tolist():
@@ -102,9 +116,18 @@ class Schedule:
                 plan = self.plans[self._names[dataset]]
                 chosen = datasets == dataset
                 first = (batches[chosen] - self._first_batch[dataset]) * self.global_batch
-                draws = [np.arange(i, min(i + self.global_batch, plan.draws)) for i in first.tolist()]
-                rows = np.split(self._rows(plan, np.concatenate(draws), epoch), np.cumsum([len(d) for d in draws])[:-1])
-                found |= zip(places[chosen].tolist(), (GlobalBatch(plan.name, r, epoch) for r in rows), strict=True)
+                draws = [
+                    np.arange(i, min(i + self.global_batch, plan.draws)) for i in first.tolist()
+                ]
+                rows = np.split(
+                    self._rows(plan, np.concatenate(draws), epoch),
+                    np.cumsum([len(d) for d in draws])[:-1],
+                )
+                found |= zip(
+                    places[chosen].tolist(),
+                    (GlobalBatch(plan.name, r, epoch) for r in rows),
+                    strict=True,
+                )
         return [found[place] for place in range(len(epochs))]
 
     @lru_cache(maxsize=2)  # noqa: B019 - one Schedule lives as long as the run
@@ -112,7 +135,8 @@ class Schedule:
         return Permutation(self.steps_per_epoch, self.seed, "order", epoch)
 
     def _rows(self, plan: DatasetPlan, draws: np.ndarray, epoch: int) -> np.ndarray:
-        """Row numbers of draws 0 .. plan.draws - 1; each pass over the rows has an order of its own."""
+        """Row numbers of draws 0 .. plan.draws - 1; each pass over the rows has an order of its
+        own."""
         rows = np.empty_like(draws)
         passes, places = np.divmod(draws, plan.train_rows)
         for number in np.unique(passes):
@@ -122,9 +146,13 @@ class Schedule:
         return rows
 
     def valid_batches(self, name: str) -> list[np.ndarray]:
-        """The held-out rows of a dataset, in global batches, always the same ones in the same order."""
+        """The held-out rows of a dataset, in global batches, always the same ones in the same
+        order."""
         rows = self._split[name](np.arange(self.plans[name].valid_rows))
-        return [rows[start : start + self.global_batch] for start in range(0, len(rows), self.global_batch)]
+        return [
+            rows[start : start + self.global_batch]
+            for start in range(0, len(rows), self.global_batch)
+        ]
 
 
 def share_of_process(num_rows: int, process: int, processes: int) -> slice:
@@ -133,7 +161,8 @@ def share_of_process(num_rows: int, process: int, processes: int) -> slice:
 
 
 def draw_negatives(counts: np.ndarray, rows: np.ndarray, asked: int, key: int) -> np.ndarray:
-    """Which negatives each sample uses: `asked` of its own without replacement, all of them where it has no more.
+    """Which negatives each sample uses: `asked` of its own without replacement, all of them where
+    it has no more.
 
     Args:
         counts: (n,) negatives that each row has.
@@ -141,15 +170,19 @@ def draw_negatives(counts: np.ndarray, rows: np.ndarray, asked: int, key: int) -
         asked: negatives wanted, K.
         key: hash of what the draw is renewed with (seed, dataset, epoch).
     Returns:
-        (n, w) int64, w = the most that any row uses: min(count, asked) ascending places in each row, then -1.
+        (n, w) int64, w = the most that any row uses: min(count, asked) ascending places in each
+        row, then -1.
     """
     used = np.minimum(counts, asked)[:, None]
     most = int(counts.max(initial=0))
     width = min(most, asked)
     places = np.arange(most)
     if most > asked:
-        # One random key a place: the `asked` smallest of a row win. Places that a row lacks have the largest key.
-        keys = scramble(places.astype(np.uint64) + mix(rows, key)[:, None])  # = mix(places, the row's key)
+        # One random key a place: the `asked` smallest of a row win. Places that a row lacks have
+        # the largest key.
+        keys = scramble(
+            places.astype(np.uint64) + mix(rows, key)[:, None]
+        )  # = mix(places, the row's key)
         keys[places >= counts[:, None]] = _LARGEST_KEY
         winners = keys.argsort(axis=1, kind="stable")[:, :width]
     else:
@@ -162,6 +195,7 @@ def draw_negatives(counts: np.ndarray, rows: np.ndarray, asked: int, key: int) -
 
 
 def draw_rank(ranks: Sequence[int], seed: int, step: int) -> int:
-    """The rank of one training step, with probability proportional to the rank; the same on every process."""
+    """The rank of one training step, with probability proportional to the rank; the same on every
+    process."""
     edges = np.cumsum(ranks)
     return ranks[int(np.searchsorted(edges, uniform(seed, "rank", step) * edges[-1], side="right"))]

@@ -34,7 +34,8 @@ class Sources:
         yield from sorted({*self.queries.values(), *self.corpora.values()})
 
     def fingerprint(self, format_version: int) -> str:
-        """Changes when a file's name, size or modification time, the manifest or `format_version` changes."""
+        """Changes when a file's name, size or modification time, the manifest or `format_version`
+        changes."""
         stats = ((path.name, path.stat()) for path in self.files())
         described = {
             "format_version": format_version,
@@ -45,16 +46,21 @@ class Sources:
 
 
 def find_sources(folder: Path) -> Sources:
-    """List a folder of tokenized data. Raises UserError if it is missing, empty, unfinished or lacks a file."""
+    """List a folder of tokenized data. Raises UserError if it is missing, empty, unfinished or
+    lacks a file."""
     if not folder.is_dir():
-        raise UserError(f"folder of tokenized data {folder} does not exist. Make it with tokenize_data_qwen.py.")
+        raise UserError(
+            f"folder of tokenized data {folder} does not exist. Make it with tokenize_data_qwen.py."
+        )
     queries = {
         path.name.removesuffix(QUERY_SUFFIX): path
         for path in sorted(folder.glob(f"*{QUERY_SUFFIX}"))
         if not path.name.startswith(".")
     }
     if not queries:
-        raise UserError(f"{folder} holds no *{QUERY_SUFFIX} file. Make them with tokenize_data_qwen.py.")
+        raise UserError(
+            f"{folder} holds no *{QUERY_SUFFIX} file. Make them with tokenize_data_qwen.py."
+        )
     if (folder / MANIFEST).exists():
         return _own_layout(folder, queries)
     return _released_layout(folder, queries)
@@ -67,7 +73,10 @@ def _own_layout(folder: Path, queries: dict[str, Path]) -> Sources:
         problem = f"lists {name!r} but {name}{QUERY_SUFFIX} is missing"
         if name in queries:
             problem = f"does not list {queries[name].name}"
-        raise UserError(f"{folder / MANIFEST} {problem}. Run tokenize_data_qwen.py again, or remove the odd file.")
+        raise UserError(
+            f"{folder / MANIFEST} {problem}. Run tokenize_data_qwen.py again, or remove the odd "
+            "file."
+        )
     corpora = {name: folder / f"{name}{CORPUS_SUFFIX}" for name in queries}
     for path in corpora.values():
         if not path.is_file():
@@ -80,13 +89,16 @@ def _released_layout(folder: Path, queries: dict[str, Path]) -> Sources:
     for name, path in queries.items():
         own, shared = folder / f"{name}{CORPUS_SUFFIX}", folder / SHARED_CORPUS
         if not own.is_file() and not shared.is_file():
-            raise UserError(f"no corpus for {path}: neither {own.name} nor {SHARED_CORPUS} is in {folder}.")
+            raise UserError(
+                f"no corpus for {path}: neither {own.name} nor {SHARED_CORPUS} is in {folder}."
+            )
         corpora[name] = own if own.is_file() else shared
         with open_parquet(path) as file:
             if "passage_doc_id" in file.schema_arrow.names:
                 raise UserError(
                     f"{folder} has no {MANIFEST}: its tokenization was not finished. "
-                    "Run tokenize_data_qwen.py again with the same flags; it continues where it stopped."
+                    "Run tokenize_data_qwen.py again with the same flags; it continues where it "
+                    "stopped."
                 )
     return Sources(folder, None, queries, corpora)
 
@@ -96,14 +108,20 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}. Run tokenize_data_qwen.py again with --overwrite.") from error
+        raise UserError(
+            f"cannot read {path}: {error}. Run tokenize_data_qwen.py again with --overwrite."
+        ) from error
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != MANIFEST_FORMAT_VERSION:
         raise UserError(
-            f"{path} has format version {version!r}; this program reads version {MANIFEST_FORMAT_VERSION}. "
+            f"{path} has format version {version!r}; this program reads version "
+            f"{MANIFEST_FORMAT_VERSION}. "
             "Tokenize the data again with this version's tokenize_data_qwen.py."
         )
     missing = {"datasets", "eos_id", "vocab_size", "tokenizer_fingerprint"} - manifest.keys()
     if missing:
-        raise UserError(f"{path} lacks {', '.join(sorted(missing))}. Run tokenize_data_qwen.py with --overwrite.")
+        raise UserError(
+            f"{path} lacks {', '.join(sorted(missing))}. Run tokenize_data_qwen.py with "
+            "--overwrite."
+        )
     return manifest

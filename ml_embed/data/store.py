@@ -1,7 +1,8 @@
 """Memory-mapped access to tokenized data, for training.
 
-The parquet files are converted once into flat arrays under the cache directory (see `convert`). Opening a converted
-store reads no data; a text is a slice of a memory map, with no Python object per token.
+The parquet files are converted once into flat arrays under the cache directory (see `convert`).
+Opening a converted store reads no data; a text is a slice of a memory map, with no Python object
+per token.
 """
 
 import json
@@ -22,13 +23,16 @@ from ml_embed.files.locks import take_lock
 
 
 class TokenizedDataset:
-    """Rows (query, passage, negatives) of one dataset. Documents are numbers of rows of the dataset's corpus.
+    """Rows (query, passage, negatives) of one dataset. Documents are numbers of rows of the
+    dataset's corpus.
 
-    All arrays are read-only views of memory maps. In the released layout with one shared corpus, the document arrays
-    of all datasets are the same. Pickling passes only the place of the files.
+    All arrays are read-only views of memory maps. In the released layout with one shared corpus,
+    the document arrays of all datasets are the same. Pickling passes only the place of the files.
     """
 
-    def __init__(self, store_folder: Path, name: str, arrays: dict[str, np.ndarray], max_token_id: int):
+    def __init__(
+        self, store_folder: Path, name: str, arrays: dict[str, np.ndarray], max_token_id: int
+    ):
         self.name = name
         self.query_lengths = arrays["query_lengths"]
         """(rows,) int32: tokens of each query."""
@@ -37,7 +41,8 @@ class TokenizedDataset:
         self.passage_documents = arrays["passage_documents"]
         """(rows,) int64: the document that is each row's positive."""
         self.negative_offsets = arrays["negative_offsets"]
-        """(rows + 1,) int64: row i's negatives are negative_documents[negative_offsets[i]:negative_offsets[i + 1]]."""
+        """(rows + 1,) int64: row i's negatives are
+        negative_documents[negative_offsets[i]:negative_offsets[i + 1]]."""
         self.negative_documents = arrays["negative_documents"]
         """(total negatives,) int64."""
         self.query_tokens = arrays["query_tokens"]
@@ -64,11 +69,13 @@ class TokenizedDataset:
 
     def document(self, document: int) -> np.ndarray:
         """(tokens,) int32 view: a document of the dataset's corpus."""
-        return self.document_tokens[self._document_offsets[document] : self._document_offsets[document + 1]]
+        return self.document_tokens[
+            self._document_offsets[document] : self._document_offsets[document + 1]
+        ]
 
     def query_bytes(self, rows: np.ndarray) -> list[bytes]:
-        """The int32 ids of the queries of several rows, (n,) int64, as bytes: keys to tell texts apart, and quickly
-        joined."""
+        """The int32 ids of the queries of several rows, (n,) int64, as bytes: keys to tell texts
+        apart, and quickly joined."""
         return _byte_slices(self.query_tokens, self._query_offsets, rows)
 
     def document_bytes(self, documents: np.ndarray) -> list[bytes]:
@@ -81,8 +88,8 @@ class TokenizedDataset:
 
     @cached_property
     def token_counts(self) -> np.ndarray:
-        """(max_token_id + 1,) int64: how often each id occurs in the queries and in the documents that rows refer to,
-        each document counted once."""
+        """(max_token_id + 1,) int64: how often each id occurs in the queries and in the documents
+        that rows refer to, each document counted once."""
         counts = np.zeros(self._max_token_id + 1, np.int64)
         counts[: len(self._token_counts)] = self._token_counts
         return counts
@@ -95,7 +102,9 @@ _BOTH_ENDS = np.arange(2)  # a text lies between its offset and the next one's
 
 
 def _byte_slices(tokens: np.ndarray, offsets: np.ndarray, numbers: np.ndarray) -> list[bytes]:
-    view = tokens.data.cast("B") if len(tokens) else memoryview(b"")  # half the price of slices of an array
+    view = (
+        tokens.data.cast("B") if len(tokens) else memoryview(b"")
+    )  # half the price of slices of an array
     bounds = offsets[numbers[:, None] + _BOTH_ENDS] * tokens.itemsize
     return [bytes(view[start:stop]) for start, stop in bounds.tolist()]
 
@@ -126,10 +135,12 @@ class Store:
 
 
 def open_store(folder: str | Path, cache_dir: str | Path, progress: bool = True) -> Store:
-    """Open tokenized data, in our own layout or the originally released one; convert it first if that is not done.
+    """Open tokenized data, in our own layout or the originally released one; convert it first if
+    that is not done.
 
-    The converted arrays lie in `cache_dir/store-<fingerprint of the files>`. Several processes may call this at once:
-    one converts and the others wait. Raises UserError for data that is missing or wrong.
+    The converted arrays lie in `cache_dir/store-<fingerprint of the files>`. Several processes may
+    call this at once: one converts and the others wait. Raises UserError for data that is missing
+    or wrong.
     """
     sources = find_sources(Path(folder))
     target = Path(cache_dir).absolute() / f"store-{sources.fingerprint(FORMAT_VERSION)}"
@@ -146,10 +157,13 @@ def open_converted(folder: Path) -> Store:
         arrays = {name: map_array(folder / f"{name}.npy") for name in ARRAYS}
         for name, array in arrays.items():
             if len(array) != index["lengths"][name]:
-                raise ValueError(f"{name} has {len(array)} items instead of {index['lengths'][name]}")
+                raise ValueError(
+                    f"{name} has {len(array)} items instead of {index['lengths'][name]}"
+                )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"the converted data in {folder} is damaged ({error}). Remove that folder: it is made again."
+            f"the converted data in {folder} is damaged ({error}). Remove that folder: it is made "
+            "again."
         ) from error
     return Store(folder, index, arrays)
 
@@ -160,7 +174,9 @@ def _convert_once(sources: Sources, target: Path, progress: bool) -> None:
     with disk_errors_are_user_errors(target.parent, remedy):
         target.parent.mkdir(parents=True, exist_ok=True)
         path = target.with_name(f"{target.name}.lock")
-        waiting = f"waiting for another process that converts the data ({path})" if progress else None
+        waiting = (
+            f"waiting for another process that converts the data ({path})" if progress else None
+        )
         with take_lock(path, seconds=-1, waiting=waiting) as lock:
             if (target / INDEX).is_file():  # another process was faster
                 return
@@ -176,11 +192,15 @@ def _convert_once(sources: Sources, target: Path, progress: bool) -> None:
 
 
 def _rename_unless_there(partial: Path, target: Path) -> None:
-    partial.chmod(0o755 & ~umask())  # mkdtemp makes it private; other users of a shared cache must read it
+    partial.chmod(
+        0o755 & ~umask()
+    )  # mkdtemp makes it private; other users of a shared cache must read it
     try:
         partial.rename(target)
     except OSError:
-        if not (target / INDEX).is_file():  # file systems without locks: the other process's store is as good
+        if not (
+            target / INDEX
+        ).is_file():  # file systems without locks: the other process's store is as good
             raise
 
 

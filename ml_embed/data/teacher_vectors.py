@@ -1,12 +1,13 @@
-"""A teacher's vectors of tokenized data, in a folder that `ml_embed.recipe.teacher` writes and training maps.
+"""A teacher's vectors of tokenized data, in a folder that `ml_embed.recipe.teacher` writes and
+training maps.
 
-`teacher.json` says what they are. Each dataset has a file of its queries' vectors, row i for query i, and one of its
-documents', row j for document j. Files are named by a digest of every token of their texts: datasets
-that share a corpus share its file, and no others do.
+`teacher.json` says what they are. Each dataset has a file of its queries' vectors, row i for query
+i, and one of its documents', row j for document j. Files are named by a digest of every token of
+their texts: datasets that share a corpus share its file, and no others do.
 
-Training does not read all of its data to start. It compares lengths, token counts and samples, which shows nearly every
-change of the data; the whole digests are computed where the vectors are made, so that making them again after a change
-never keeps a vector of what was there before.
+Training does not read all of its data to start. It compares lengths, token counts and samples,
+which shows nearly every change of the data; the whole digests are computed where the vectors are
+made, so that making them again after a change never keeps a vector of what was there before.
 
 Letters: R rows of a process's share, K negatives, H' the teacher's vector length.
 """
@@ -51,18 +52,25 @@ def describe_texts(store: Store) -> dict[str, DatasetTexts]:
     described = {}
     for name, (queries, documents) in digest_texts(store, _digest_of_some).items():
         dataset = store.datasets[name]
-        check = _digest(queries.encode(), documents.encode(), np.ascontiguousarray(dataset.token_counts))
+        check = _digest(
+            queries.encode(), documents.encode(), np.ascontiguousarray(dataset.token_counts)
+        )
         described[name] = DatasetTexts(dataset.num_rows, dataset.num_documents, check)
     return described
 
 
-def digest_texts(store: Store, digest: Callable[[np.ndarray, np.ndarray], str]) -> dict[str, tuple[str, str]]:
+def digest_texts(
+    store: Store, digest: Callable[[np.ndarray, np.ndarray], str]
+) -> dict[str, tuple[str, str]]:
     """Of each dataset the digest of its queries and of its documents.
 
     Args:
-        digest: the lengths of n texts, (n,) int32, and all their tokens, (T,) int32 -> digest. Called once a corpus.
+        digest: the lengths of n texts, (n,) int32, and all their tokens, (T,) int32 -> digest.
+            Called once a corpus.
     """
-    of_corpus: dict[tuple[int, int], str] = {}  # in the released layout many datasets have the same corpus
+    of_corpus: dict[
+        tuple[int, int], str
+    ] = {}  # in the released layout many datasets have the same corpus
     digests = {}
     for name, dataset in store.datasets.items():
         corpus = dataset.document_lengths.__array_interface__["data"][0], dataset.num_documents
@@ -73,9 +81,12 @@ def digest_texts(store: Store, digest: Callable[[np.ndarray, np.ndarray], str]) 
 
 
 def _digest_of_some(lengths: np.ndarray, tokens: np.ndarray) -> str:
-    """Changes with the order of texts, because lengths do, and with changes of their content that the samples meet."""
+    """Changes with the order of texts, because lengths do, and with changes of their content that
+    the samples meet."""
     places = np.linspace(0, max(0, len(tokens) - SAMPLED_TOKENS), SAMPLED_PLACES).astype(np.int64)
-    samples = (np.ascontiguousarray(tokens[place : place + SAMPLED_TOKENS]) for place in places.tolist())
+    samples = (
+        np.ascontiguousarray(tokens[place : place + SAMPLED_TOKENS]) for place in places.tolist()
+    )
     return _digest(np.ascontiguousarray(lengths), *samples)
 
 
@@ -119,7 +130,9 @@ def map_vectors(path: Path, dtype: str, width: int) -> np.ndarray:
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     if hasattr(mmap, "MADV_RANDOM"):
-        mapped.madvise(mmap.MADV_RANDOM)  # a batch's rows lie anywhere: what stands around them need not be read
+        mapped.madvise(
+            mmap.MADV_RANDOM
+        )  # a batch's rows lie anywhere: what stands around them need not be read
     return np.frombuffer(mapped, DTYPES[dtype]).reshape(-1, width)
 
 
@@ -149,7 +162,8 @@ class TaughtDataset:
 
 @dataclass(frozen=True)
 class TeacherVectors:
-    """An open folder. Nothing of it is in memory: a batch's rows are read when they are asked for."""
+    """An open folder. Nothing of it is in memory: a batch's rows are read when they are asked
+    for."""
 
     folder: Path
     settings: dict[str, Any]
@@ -170,23 +184,31 @@ class TeacherVectors:
         path = folder / RECORD
         if not path.is_file():
             raise UserError(
-                f"{folder} holds no {RECORD}: it is not a folder of teacher vectors, or not finished. "
+                f"{folder} holds no {RECORD}: it is not a folder of teacher vectors, or not "
+                "finished. "
                 "Make it, or go on with it, by scripts/embed_teacher.py"
             )
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             if record["format_version"] == 1:
                 raise UserError(
-                    f"{path} was written by an earlier version, which did not compare every token of the texts; run "
+                    f"{path} was written by an earlier version, which did not compare every token "
+                    "of the texts; run "
                     "scripts/embed_teacher.py again, with --overwrite"
                 )
             if record["format_version"] != FORMAT_VERSION:
-                raise ValueError(f"format version {record['format_version']!r}, not {FORMAT_VERSION}")
-            datasets = {name: TaughtDataset.from_json(entry) for name, entry in record["datasets"].items()}
+                raise ValueError(
+                    f"format version {record['format_version']!r}, not {FORMAT_VERSION}"
+                )
+            datasets = {
+                name: TaughtDataset.from_json(entry) for name, entry in record["datasets"].items()
+            }
             dtype, width = record["dtype"], record["width"]
             if dtype not in DTYPES or not isinstance(width, int) or width < 1:
                 raise ValueError(f"dtype {dtype!r}, width {width!r}")
-            return cls(folder, record["settings"], dtype, width, bool(record["normalized"]), datasets)
+            return cls(
+                folder, record["settings"], dtype, width, bool(record["normalized"]), datasets
+            )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{path} is damaged or of another version ({error}); make the vectors again with "
@@ -203,7 +225,9 @@ class TeacherVectors:
         parts = [f"{self.dtype} {self.width}"]
         for name in sorted(names):
             entry = self.datasets[name]
-            parts.append(f"{name} {entry.digest} {entry.query_vectors.check} {entry.document_vectors.check}")
+            parts.append(
+                f"{name} {entry.digest} {entry.query_vectors.check} {entry.document_vectors.check}"
+            )
         return _digest("\n".join(parts).encode())
 
     def of_batch(self, batch: ContrastiveBatch, rows: np.ndarray) -> PartVectors:
@@ -217,7 +241,9 @@ class TeacherVectors:
         negative_documents = batch.negative_documents.numpy()  # (R, K), -1 for none
         present = negative_documents >= 0
         documents = np.concatenate([batch.passage_documents.numpy(), negative_documents[present]])
-        distinct, places = np.unique(documents, return_inverse=True)  # each is read once, in the order of the file
+        distinct, places = np.unique(
+            documents, return_inverse=True
+        )  # each is read once, in the order of the file
         found = self._vectors(entry.document_vectors)[distinct][places]
         negatives = np.zeros((*present.shape, self.width), found.dtype)
         negatives[present] = found[len(rows) :]
@@ -225,37 +251,51 @@ class TeacherVectors:
         return PartVectors(*(torch.from_numpy(part).unsqueeze(0) for part in parts))
 
     def _vectors(self, file: VectorFile) -> np.ndarray:
-        # Mapped for each batch anew, in microseconds: a process may not hold thousands of open maps.
+        # Mapped for each batch anew, in microseconds: a process may not hold thousands of open
+        # maps.
         return map_vectors(self.folder / file.file, self.dtype, self.width)
 
 
-def open_teacher_vectors(folder: Path, store: Store, student_width: int, kd_loss: DistillationLoss) -> TeacherVectors:
+def open_teacher_vectors(
+    folder: Path, store: Store, student_width: int, kd_loss: DistillationLoss
+) -> TeacherVectors:
     """The vectors of a run's datasets, checked against the data and the student.
 
     Raises:
-        UserError: they are missing, damaged, of other data, or cannot be distilled this way; all problems at once.
+        UserError: they are missing, damaged, of other data, or cannot be distilled this way; all
+            problems at once.
     """
     teacher = TeacherVectors.read(folder)
     problems = []
     if kd_loss == "vectors" and teacher.width < student_width:
         problems.append(
-            f"its vectors have {teacher.width} components, fewer than the student's {student_width}; {KD_REMEDY}"
+            f"its vectors have {teacher.width} components, fewer than the student's "
+            f"{student_width}; {KD_REMEDY}"
         )
     if kd_loss == "vectors" and teacher.normalized:
         problems.append(f"its vectors are of unit length, which the student's are not; {KD_REMEDY}")
     for name, texts in describe_texts(store).items():
         entry = teacher.datasets.get(name)
         if entry is None:
-            problems.append(f"dataset {name!r} is not there; run scripts/embed_teacher.py again with the same flags")
+            problems.append(
+                f"dataset {name!r} is not there; run scripts/embed_teacher.py again with the same "
+                "flags"
+            )
         elif entry.check != texts.check:
             problems.append(
-                f"dataset {name!r} has other texts or another order there ({entry.rows} rows, {entry.documents} "
-                f"documents) than in the data ({texts.rows}, {texts.documents}); run scripts/embed_teacher.py again"
+                f"dataset {name!r} has other texts or another order there ({entry.rows} rows, "
+                f"{entry.documents} "
+                f"documents) than in the data ({texts.rows}, {texts.documents}); run "
+                "scripts/embed_teacher.py again"
             )
         else:
             files = (entry.query_vectors, entry.document_vectors)
             found = (file.problem(folder, teacher.dtype, teacher.width) for file in files)
-            problems += [f"{problem}; run scripts/embed_teacher.py with --overwrite" for problem in found if problem]
+            problems += [
+                f"{problem}; run scripts/embed_teacher.py with --overwrite"
+                for problem in found
+                if problem
+            ]
     if problems:
         listing = "\n".join(f"  - {problem}" for problem in problems)
         raise UserError(f"teacher_vectors_path: {folder} does not fit:\n{listing}")

@@ -1,1 +1,2 @@
-"""Several processes: collectives that carry gradients, noticing dead machines, DeepSpeed's ZeRO-2."""
+"""Several processes: collectives that carry gradients, noticing dead machines, DeepSpeed's
+ZeRO-2."""

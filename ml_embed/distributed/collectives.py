@@ -27,16 +27,28 @@ def process_index() -> int:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed because another process ended or did not answer, not for a reason of its own."""
+    """Whether a collective failed because another process ended or did not answer, not for a reason
+    of its own."""
     text = str(error).lower()
-    signs = ("closed by peer", "reset by peer", "broken pipe", "timed out", "timeout", "connectfullmesh failed")
-    return isinstance(error, dist.DistError) or ("gloo" in text and any(sign in text for sign in signs))
+    signs = (
+        "closed by peer",
+        "reset by peer",
+        "broken pipe",
+        "timed out",
+        "timeout",
+        "connectfullmesh failed",
+    )
+    return isinstance(error, dist.DistError) or (
+        "gloo" in text and any(sign in text for sign in signs)
+    )
 
 
 def choose_gloo_interface() -> None:
-    """Let gloo use the network that leads to the first machine: by itself it takes what the host's name resolves to,
-    which on many machines is the loopback."""
-    if "MASTER_ADDR" not in os.environ or os.environ.get("WORLD_SIZE") == os.environ.get("LOCAL_WORLD_SIZE"):
+    """Let gloo use the network that leads to the first machine: by itself it takes what the host's
+    name resolves to, which on many machines is the loopback."""
+    if "MASTER_ADDR" not in os.environ or os.environ.get("WORLD_SIZE") == os.environ.get(
+        "LOCAL_WORLD_SIZE"
+    ):
         return
     first = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     family, kind, _, _, address = socket.getaddrinfo(*first, type=socket.SOCK_DGRAM)[0]
@@ -60,7 +72,8 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        # all_reduce and a slice, not reduce_scatter: gloo has no reduce_scatter. The tensor is small, (W R, E, H).
+        # all_reduce and a slice, not reduce_scatter: gloo has no reduce_scatter. The tensor is
+        # small, (W R, E, H).
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)
         start = process_index() * ctx.rows
@@ -68,9 +81,11 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """(R, ...) of each process -> (W R, ...) in process order, with gradients back to the process that owns a row.
+    """(R, ...) of each process -> (W R, ...) in process order, with gradients back to the process
+    that owns a row.
 
-    A plain gather is not differentiable: the passages would not learn from other processes' queries. R must be the
+    A plain gather is not differentiable: the passages would not learn from other processes'
+    queries. R must be the
     same on all processes.
     """
     return rows if world_size() == 1 else _GatherRows.apply(rows)
@@ -95,7 +110,8 @@ def all_reduce_max(value: int, device: torch.device) -> int:
 
 
 def gather_uneven(rows: Tensor) -> Tensor:
-    """(R_p, ...) of each process, R_p any -> all rows in process order, on every process, without gradients."""
+    """(R_p, ...) of each process, R_p any -> all rows in process order, on every process, without
+    gradients."""
     if world_size() == 1:
         return rows
     longest = all_reduce_max(len(rows), rows.device)

@@ -15,7 +15,8 @@ ENDS_WITHIN_SECONDS = 60  # a launch that was told to stop saves first, and its 
 
 @contextlib.contextmanager
 def sole_launch(run_dir: Path) -> Iterator[None]:
-    """Hold a lock beside the run folder; the system lets go of it when the first process dies, however that is.
+    """Hold a lock beside the run folder; the system lets go of it when the first process dies,
+    however that is.
 
     Raises:
         UserError: another launch holds it and does not end within a minute; on all processes alike.
@@ -36,10 +37,12 @@ def _lock_beside(run_dir: Path) -> AcquireReturnProxy:
         return take_lock(run_dir.with_name(f".{run_dir.name}.lock"), ENDS_WITHIN_SECONDS, waiting)
     except Timeout:
         raise UserError(
-            f"another launch is training into {run_dir}; stop it first, or choose another experiment_id"
+            f"another launch is training into {run_dir}; stop it first, or choose another "
+            "experiment_id"
         ) from None
     except OSError as error:
         raise UserError(
-            f"output_dir: {run_dir.parent} cannot be written ({error.strerror}); see to that or choose another "
+            f"output_dir: {run_dir.parent} cannot be written ({error.strerror}); see to that or "
+            "choose another "
             "output_dir"
         ) from None

@@ -1,7 +1,10 @@
-"""DeepSpeed ZeRO-2: each process keeps all weights, and its part of the gradients and the optimizer state.
+"""DeepSpeed ZeRO-2: each process keeps all weights, and its part of the gradients and the optimizer
+state.
 
-The engine is called directly: accelerate's own wrapper moves the weights within `backward`, where a gradient that is
-not finite could not be stopped before the update, and gradient caching would move them once a chunk.
+The engine is called directly: accelerate's own wrapper moves the weights within `backward`, where a
+gradient that is
+not finite could not be stopped before the update, and gradient caching would move them once a
+chunk.
 """
 
 import importlib.util
@@ -20,7 +23,10 @@ from ml_embed.errors import UserError
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of a parameter's shape; beside them it keeps one "step" for all
+MOMENTS = (
+    "exp_avg",
+    "exp_avg_sq",
+)  # AdamW's, of a parameter's shape; beside them it keeps one "step" for all
 
 
 def check_installed() -> None:
@@ -29,7 +35,10 @@ def check_installed() -> None:
         UserError: the launcher asked for DeepSpeed, and it is not there.
     """
     if importlib.util.find_spec("deepspeed") is None:
-        raise UserError("DeepSpeed is not installed: pip install deepspeed, or use configs/accelerate_fsdp2.yaml")
+        raise UserError(
+            "DeepSpeed is not installed: pip install deepspeed, or use "
+            "configs/accelerate_fsdp2.yaml"
+        )
 
 
 def check_settings(accelerator: Accelerator) -> None:
@@ -41,25 +50,34 @@ def check_settings(accelerator: Accelerator) -> None:
     if plugin.zero_stage != 2:
         raise UserError(
             f"DeepSpeed ZeRO stage {plugin.zero_stage} is not supported; set zero_stage: 2, as in "
-            "configs/accelerate_deepspeed_zero2.yaml, or shard the weights too with configs/accelerate_fsdp2.yaml"
+            "configs/accelerate_deepspeed_zero2.yaml, or shard the weights too with "
+            "configs/accelerate_fsdp2.yaml"
         )
     for place in ("offload_optimizer_device", "offload_param_device"):
         if getattr(plugin, place) not in (None, "none"):
-            raise UserError(f"DeepSpeed's {place}: {getattr(plugin, place)!r} is not supported; set it to none")
+            raise UserError(
+                f"DeepSpeed's {place}: {getattr(plugin, place)!r} is not supported; set it to none"
+            )
     if plugin.gradient_accumulation_steps not in (1, "auto"):
         raise UserError(
-            "DeepSpeed's gradient_accumulation_steps must be 1; for larger batches in the same memory set "
+            "DeepSpeed's gradient_accumulation_steps must be 1; for larger batches in the same "
+            "memory set "
             "max_tokens_per_forward in the training config"
         )
 
 
 def prepare(
-    accelerator: Accelerator, encoder: nn.Module, optimizer: torch.optim.Optimizer, batch_size: int, max_norm: float
+    accelerator: Accelerator,
+    encoder: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch_size: int,
+    max_norm: float,
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The encoder and its optimizer under ZeRO-2, with float32 weights, gradients and sums of them.
 
     Args:
-        batch_size: rows of one process and step; DeepSpeed wants to know, and uses it for its own counters only.
+        batch_size: rows of one process and step; DeepSpeed wants to know, and uses it for its own
+            counters only.
         max_norm: what `DeepSpeedEngine.step` clips the gradient to; 0 = not at all.
     Returns:
         the DeepSpeedEngine, and its optimizer.
@@ -77,7 +95,9 @@ def prepare(
         "zero_allow_untested_optimizer": True,  # that is: one that is not DeepSpeed's own
         "zero_optimization": {"stage": 2},
     }
-    engine, sharded, _, _ = deepspeed.initialize(model=encoder, optimizer=optimizer, config=settings)
+    engine, sharded, _, _ = deepspeed.initialize(
+        model=encoder, optimizer=optimizer, config=settings
+    )
     return engine, sharded
 
 
@@ -92,7 +112,8 @@ def uses_zero2(accelerator: Accelerator) -> bool:
 
 
 def backward(engine: "DeepSpeedEngine", loss: Tensor, last: bool) -> None:
-    """Add the gradients of `loss`, averaged over processes, to each process's part of them; moves no weights.
+    """Add the gradients of `loss`, averaged over processes, to each process's part of them; moves
+    no weights.
 
     Args:
         last: no more will be added before `engine.step()`.
@@ -102,7 +123,8 @@ def backward(engine: "DeepSpeedEngine", loss: Tensor, last: bool) -> None:
 
 
 def gradient_norm(engine: "DeepSpeedEngine") -> Tensor:
-    """The total norm over all processes' parts, before clipping, scalar; NaN if it is not finite. A collective."""
+    """The total norm over all processes' parts, before clipping, scalar; NaN if it is not finite. A
+    collective."""
     norm = torch.as_tensor(engine.optimizer.scaled_global_norm())
     return torch.where(norm >= 0, norm, math.nan)  # DeepSpeed's word for infinity and NaN is -1
 
@@ -112,12 +134,17 @@ def model_state(engine: "DeepSpeedEngine") -> dict[str, Tensor]:
     if engine.global_rank != 0:
         return {}
     weights = engine.module.state_dict()
-    # copies even on the CPU: DeepSpeed keeps the weights as views of one long tensor, which safetensors does not take
-    return {name: torch.empty_like(weight, device="cpu").copy_(weight) for name, weight in weights.items()}
+    # copies even on the CPU: DeepSpeed keeps the weights as views of one long tensor, which
+    # safetensors does not take
+    return {
+        name: torch.empty_like(weight, device="cpu").copy_(weight)
+        for name, weight in weights.items()
+    }
 
 
 def optimizer_state(engine: "DeepSpeedEngine") -> dict[str, dict[str, Tensor]]:
-    """Whole moments as {parameter: {moment: tensor}}, on the CPU of the first process, empty on others.
+    """Whole moments as {parameter: {moment: tensor}}, on the CPU of the first process, empty on
+    others.
 
     A collective.
     """
@@ -156,7 +183,11 @@ def load_state(
 
 
 def _trained_parameters(engine: "DeepSpeedEngine") -> list[tuple[str, nn.Parameter]]:
-    return [(name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
+    return [
+        (name, parameter)
+        for name, parameter in engine.module.named_parameters()
+        if parameter.requires_grad
+    ]
 
 
 def _make_moments(optimizer: torch.optim.Optimizer) -> None:

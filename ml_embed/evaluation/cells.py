@@ -1,4 +1,5 @@
-"""The nested sizes of the three axes: exits (MLL), dims (MRL), ranks (MEL), and the weight of each dim.
+"""The nested sizes of the three axes: exits (MLL), dims (MRL), ranks (MEL), and the weight of each
+dim.
 
 Letters: L layers, H hidden size, r rank of the factorised token table.
 """

@@ -69,22 +69,35 @@ class CubeModel:
 
     @functools.cached_property
     def encoder(self) -> MatryoshkaEncoder:
-        """The weights, read at first use: as deep, and of as high a rank, as the cube; its depths are the exits."""
+        """The weights, read at first use: as deep, and of as high a rank, as the cube; its depths
+        are the exits."""
         kernel = choose_kernel("auto", self.device, self.dtype)
         depth, rank = self.cube.depths[-1], self.cube.ranks[-1] or None
         encoder = load_encoder(
-            self.folder, depth=depth, rank=rank, exits=self.cube.depths, kernel=kernel, dtype=self.dtype
+            self.folder,
+            depth=depth,
+            rank=rank,
+            exits=self.cube.depths,
+            kernel=kernel,
+            dtype=self.dtype,
         )
         return encoder.to(self.device)
 
     def describe(self, rank: int, depth: int, dim: int) -> dict[str, Any]:
-        """A cell's sizes and costs. Parameters: token factors (rank 0: the whole table), layers run, one norm."""
+        """A cell's sizes and costs. Parameters: token factors (rank 0: the whole table), layers
+        run, one norm."""
         vocabulary, hidden = self.config.vocab_size, self.config.hidden_size
         table = rank * (vocabulary + hidden) if rank else vocabulary * hidden
         ranks = self.record.ranks or (0,)
         trained = rank in ranks and depth in self.record.exits and dim in self.record.dims
         parameters = table + depth * layer_parameters(self.config) + hidden
-        sizes = {"rank": rank, "depth": depth, "dim": dim, "trained": trained, "parameters": parameters}
+        sizes = {
+            "rank": rank,
+            "depth": depth,
+            "dim": dim,
+            "trained": trained,
+            "parameters": parameters,
+        }
         return sizes | {"bytes_per_vector": BYTES_PER_COMPONENT * dim}
 
 
@@ -113,9 +126,11 @@ def evaluate_cube(
         progress: a bar on stderr, on terminals.
 
     Returns:
-        JSON-able: "rows" has one object for each test set and cell, with rank, depth, dim, trained, dataset, split,
-        queries, candidates (mean), recall@1, mrr@10, ndcg@10, chance (the same metrics of a random order), parameters
-        and bytes_per_vector; beside it "model", "data", "device", "dtype", "texts", "tokens".
+        JSON-able: "rows" has one object for each test set and cell, with rank, depth, dim, trained,
+            dataset, split,
+        queries, candidates (mean), recall@1, mrr@10, ndcg@10, chance (the same metrics of a random
+        order), parameters and bytes_per_vector; beside it "model", "data", "device", "dtype",
+        "texts", "tokens".
 
     Raises:
         UserError: the model or the data cannot be read, or a size is not one that the model has.
@@ -128,7 +143,9 @@ def evaluate_cube(
     fixed = [_fixed_columns(test_set) for test_set in test_sets]
     rows = []
     total = len(cube.ranks) * len(token_ids)
-    with tqdm(desc="evaluating", unit=" texts", total=total, disable=None if progress else True) as bar:
+    with tqdm(
+        desc="evaluating", unit=" texts", total=total, disable=None if progress else True
+    ) as bar:
         for rank in cube.ranks:
             vectors = encode_all_exits(encoder, token_ids, batch_tokens, rank or None, bar)
             for depth, dim, unit in _cut_vectors(vectors, cube, model.device):
@@ -138,7 +155,9 @@ def evaluate_cube(
     return {
         "model": str(folder),
         "data": str(data),
-        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
+        "device": torch.cuda.get_device_name(model.device)
+        if model.device.type == "cuda"
+        else model.device.type,
         "dtype": str(model.dtype).removeprefix("torch."),
         "texts": len(token_ids),
         "tokens": sum(map(len, token_ids)),
@@ -160,15 +179,21 @@ def choose_cube(
     """
     trained = {"rank": record.ranks or (0,), "depth": record.exits, "dim": record.dims}
     chosen = {
-        axis: {getattr(choose_cut(record, config, **{axis: value}, allow_untrained=True), axis) for value in values}
+        axis: {
+            getattr(choose_cut(record, config, **{axis: value}, allow_untrained=True), axis)
+            for value in values
+        }
         for axis, values in {"rank": ranks, "depth": depths, "dim": dims}.items()
         if values
     }
     return Cube(*(tuple(sorted(chosen.get(axis) or sizes)) for axis, sizes in trained.items()))
 
 
-def evaluate_baseline(folder: str | Path, data: str | Path, result: dict[str, Any], **options: Any) -> dict[str, Any]:
-    """A model to compare with, whole in rank, at those depths and dims of an evaluated model that it has.
+def evaluate_baseline(
+    folder: str | Path, data: str | Path, result: dict[str, Any], **options: Any
+) -> dict[str, Any]:
+    """A model to compare with, whole in rank, at those depths and dims of an evaluated model that
+    it has.
 
     An untrained backbone is read at its layers just like the trained model: before and after.
 
@@ -181,20 +206,31 @@ def evaluate_baseline(folder: str | Path, data: str | Path, result: dict[str, An
     depths = [depth for depth in wanted["depth"] if depth <= config.num_hidden_layers]
     dims = [dim for dim in wanted["dim"] if dim <= config.hidden_size]
     if not depths or not dims:
-        raise UserError(f"baseline {folder} has none of the depths {wanted['depth']} or dims {wanted['dim']}")
+        raise UserError(
+            f"baseline {folder} has none of the depths {wanted['depth']} or dims {wanted['dim']}"
+        )
     return evaluate_cube(folder, data, record.ranks[-1:] or None, depths, dims, **options)
 
 
 def _fixed_columns(test_set: TestSet) -> dict[str, Any]:
     sizes = test_set.sizes
     names = {"dataset": test_set.dataset, "split": test_set.split}
-    return names | {"queries": len(sizes), "candidates": float(sizes.mean()), "chance": chance_metrics(sizes)}
+    return names | {
+        "queries": len(sizes),
+        "candidates": float(sizes.mean()),
+        "chance": chance_metrics(sizes),
+    }
 
 
 def encode_all_exits(
-    encoder: MatryoshkaEncoder, token_ids: list[np.ndarray], batch_tokens: int | None, rank: int | None, bar: tqdm
+    encoder: MatryoshkaEncoder,
+    token_ids: list[np.ndarray],
+    batch_tokens: int | None,
+    rank: int | None,
+    bar: tqdm,
 ) -> Tensor:
-    """(E, N, H) float32 vectors of N texts given as ids, on the CPU, in the order of the texts; not normalised."""
+    """(E, N, H) float32 vectors of N texts given as ids, on the CPU, in the order of the texts; not
+    normalised."""
     order = longest_first(token_ids)
     vectors = torch.empty(len(encoder.exits), len(order), encoder.config.hidden_size)
     start = 0
@@ -206,7 +242,9 @@ def encode_all_exits(
     return vectors
 
 
-def _cut_vectors(vectors: Tensor, cube: Cube, device: torch.device) -> Iterator[tuple[int, int, Tensor]]:
+def _cut_vectors(
+    vectors: Tensor, cube: Cube, device: torch.device
+) -> Iterator[tuple[int, int, Tensor]]:
     """(depth, dim, (N, dim) unit vectors on the device) for every cell of a rank."""
     for depth, whole in zip(cube.depths, vectors, strict=True):
         whole = whole.to(device)

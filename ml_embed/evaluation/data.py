@@ -1,4 +1,5 @@
-"""What a model is tested on: queries that each have one right passage among candidates of their own, or in a corpus.
+"""What a model is tested on: queries that each have one right passage among candidates of their
+own, or in a corpus.
 
 Letters: Q queries, C candidates of a query, N documents of a corpus, P pairs, D vector length.
 """
@@ -58,7 +59,9 @@ class CandidateSet:
     def ranks(self, vectors: Tensor) -> Tensor:
         """(Q,) rank of each query's passage, given the unit vectors (texts, D) of all texts."""
         ranks = []
-        for rows in torch.arange(len(self.queries)).split(max(1, GATHERED_VECTORS // self.candidates.shape[1])):
+        for rows in torch.arange(len(self.queries)).split(
+            max(1, GATHERED_VECTORS // self.candidates.shape[1])
+        ):
             numbers = self.candidates[rows].to(vectors.device)
             queries = vectors[self.queries[rows].to(vectors.device)]
             scores = torch.einsum("qd,qcd->qc", queries, vectors[numbers.clamp(min=0)])
@@ -81,11 +84,15 @@ class CorpusSet:
     @property
     def sizes(self) -> np.ndarray:
         """(Q,) how many documents each query chooses among."""
-        return len(self.corpus) - np.bincount(self.excluded[:, 0].numpy(), minlength=len(self.queries))
+        return len(self.corpus) - np.bincount(
+            self.excluded[:, 0].numpy(), minlength=len(self.queries)
+        )
 
     def ranks(self, vectors: Tensor) -> Tensor:
         """(Q,) rank of each query's passage, given the unit vectors (texts, D) of all texts."""
-        queries, documents = (vectors[numbers.to(vectors.device)] for numbers in (self.queries, self.corpus))
+        queries, documents = (
+            vectors[numbers.to(vectors.device)] for numbers in (self.queries, self.corpus)
+        )
         return ranks_of_positives(queries, documents, self.positive, excluded=self.excluded)
 
 
@@ -95,19 +102,25 @@ TestSet = CandidateSet | CorpusSet
 def read_test_sets(path: Path, max_queries: int | None = None) -> tuple[Texts, list[TestSet]]:
     """The test sets of a file, or of every file of a folder, and their texts.
 
-    A parquet file with the columns query, passage, candidates (list of strings, the passage among them) and, if it
-    likes, split gives one candidate set a split. Any other file is raw data (query, passage, negatives): its corpus is
-    all its passages and negatives; a query's other passages, and its own text, do not compete.
+    A parquet file with the columns query, passage, candidates (list of strings, the passage among
+    them) and, if it likes, split gives one candidate set a split. Any other file is raw data
+    (query, passage, negatives): its corpus is all its passages and negatives; a query's other
+    passages, and its own text, do not compete.
 
     Args:
         path: a file or a folder.
-        max_queries: rows taken of a raw dataset, evenly spaced, passages and negatives with them; None is all.
+        max_queries: rows taken of a raw dataset, evenly spaced, passages and negatives with them;
+            None is all.
 
     Raises:
-        UserError: nothing to read, a broken file or row, or a passage that is not among its candidates.
+        UserError: nothing to read, a broken file or row, or a passage that is not among its
+            candidates.
     """
     if not path.exists():
-        raise UserError(f"evaluation data {path} does not exist; give a .parquet or .jsonl file, or a folder of them")
+        raise UserError(
+            f"evaluation data {path} does not exist; give a .parquet or .jsonl file, or a folder "
+            "of them"
+        )
     datasets = list_raw_datasets(path) if path.is_dir() else [RawDataset(path.stem, path)]
     texts = Texts()
     sets: list[TestSet] = []
@@ -136,12 +149,16 @@ def _candidate_sets(dataset: RawDataset, texts: Texts) -> list[CandidateSet]:
         for row in batch.to_pylist():
             candidates = list(dict.fromkeys(row[CANDIDATES] or ()))  # a text twice is one candidate
             where = f"{dataset.path}, row {number}"
-            if not all(isinstance(text, str) for text in (row["query"], row["passage"], *candidates)):
+            if not all(
+                isinstance(text, str) for text in (row["query"], row["passage"], *candidates)
+            ):
                 raise UserError(f"{where}: query, passage and all candidates must be strings")
             if row["passage"] not in candidates:
                 raise UserError(f"{where}: the passage is not among the candidates; add it")
             query, chosen = texts.number(row["query"]), texts.numbers(candidates)
-            by_split.setdefault(row.get("split") or WHOLE, []).append((query, chosen, candidates.index(row["passage"])))
+            by_split.setdefault(row.get("split") or WHOLE, []).append(
+                (query, chosen, candidates.index(row["passage"]))
+            )
             number += 1
     if not number:
         raise UserError(f"{dataset.path} has no rows. Remove the file or fill it.")
@@ -152,7 +169,9 @@ def _padded(dataset: str, split: str, rows: list[tuple[int, list[int], int]]) ->
     candidates = torch.full((len(rows), max(len(numbers) for _, numbers, _ in rows)), -1)
     for place, (_, numbers, _) in zip(candidates, rows, strict=True):
         place[: len(numbers)] = torch.tensor(numbers)
-    queries, positive = (torch.tensor(column) for column in ([row[0] for row in rows], [row[2] for row in rows]))
+    queries, positive = (
+        torch.tensor(column) for column in ([row[0] for row in rows], [row[2] for row in rows])
+    )
     return CandidateSet(dataset, split, queries, candidates, positive)
 
 
@@ -164,7 +183,9 @@ def _corpus_set(dataset: RawDataset, texts: Texts, max_queries: int | None) -> C
     corpus: dict[int, int] = {}  # text number -> row of the corpus
     passages: dict[int, list[int]] = {}  # query -> corpus rows of its passages, each once
     for row in read_rows(dataset, selected):
-        places = [corpus.setdefault(n, len(corpus)) for n in texts.numbers([row.passage, *row.negatives])]
+        places = [
+            corpus.setdefault(n, len(corpus)) for n in texts.numbers([row.passage, *row.negatives])
+        ]
         right = passages.setdefault(texts.number(row.query), [])
         if places[0] not in right:
             right.append(places[0])
@@ -178,5 +199,10 @@ def _corpus_set(dataset: RawDataset, texts: Texts, max_queries: int | None) -> C
             positive.append(own)
     pairs = torch.tensor(excluded, dtype=torch.int64).reshape(-1, 2)
     return CorpusSet(
-        dataset.name, WHOLE, torch.tensor(queries), torch.tensor(list(corpus)), torch.tensor(positive), pairs
+        dataset.name,
+        WHOLE,
+        torch.tensor(queries),
+        torch.tensor(list(corpus)),
+        torch.tensor(positive),
+        pairs,
     )

@@ -1,6 +1,7 @@
 """Retrieval metrics: where each query's one relevant document ranks among its candidates.
 
-Pure functions of tensors, used by validation during training and by the evaluation of finished models.
+Pure functions of tensors, used by validation during training and by the evaluation of finished
+models.
 
 Letters: Q queries, N documents, C candidates of a query, D vector length, P pairs.
 """
@@ -15,16 +16,18 @@ from torch import Tensor
 CUTOFF = 10
 METRICS = ("recall@1", f"mrr@{CUTOFF}", f"ndcg@{CUTOFF}")
 TIE = 1e-6
-"""Cosines closer than this are a tie. The same cosine of the same vectors comes out of matrix products of different
-shapes up to about 2e-7 apart (float32), and a model that maps all texts to one vector must not win by that."""
+"""Cosines closer than this are a tie. The same cosine of the same vectors comes out of matrix
+products of different shapes up to about 2e-7 apart (float32), and a model that maps all texts to
+one vector must not win by that."""
 QUERY_BLOCK = 1024
 
 
 def ranks_of_scores(scores: Tensor | np.ndarray, positive: Tensor | np.ndarray) -> Tensor:
     """The 1-based rank of each query's positive.
 
-    Documents that tie with the positive (within 1e-6) stand half before it: the rank is the expected one under a
-    random order of ties. A score that is NaN stands before the positive, and a positive that is NaN stands last.
+    Documents that tie with the positive (within 1e-6) stand half before it: the rank is the
+    expected one under a random order of ties. A score that is NaN stands before the positive, and a
+    positive that is NaN stands last.
 
     Args:
         scores: (Q, C), higher is better; -inf where a query has fewer than C candidates.
@@ -53,8 +56,8 @@ def ranks_of_positives(
         documents: (N, D), rows of unit length, on the same device.
         positive: (Q,) row of each query's relevant document.
         chunk: documents scored at a time; it does not change the result.
-        excluded: (P, 2) distinct pairs of query and document rows that do not compete, such as other right answers;
-            never a query and its own positive. None is no such pair.
+        excluded: (P, 2) distinct pairs of query and document rows that do not compete, such as
+            other right answers; never a query and its own positive. None is no such pair.
     Returns:
         (Q,) float64, on the CPU.
     """
@@ -73,7 +76,9 @@ def ranks_of_positives(
                 tied[rows] += more_tied
         for pairs in () if excluded is None else excluded.to(device).long().split(chunk):
             q, d = pairs.unbind(1)
-            pair_better, pair_tied = _compare((queries[q] * documents[d]).sum(1, keepdim=True), own[q])
+            pair_better, pair_tied = _compare(
+                (queries[q] * documents[d]).sum(1, keepdim=True), own[q]
+            )
             better.index_add_(0, q, -pair_better)
             tied.index_add_(0, q, -pair_tied)
             count.index_add_(0, q, torch.full_like(q, -1))
@@ -81,7 +86,8 @@ def ranks_of_positives(
 
 
 def _compare(scores: Tensor, own: Tensor, competes: Tensor | bool = True) -> tuple[Tensor, Tensor]:
-    """(Q, C) scores against (Q, 1) scores of the positives -> (Q,) how many are better, (Q,) how many tie.
+    """(Q, C) scores against (Q, 1) scores of the positives -> (Q,) how many are better, (Q,) how
+    many tie.
 
     "Not worse" and not "greater", so that what is not a number counts as better.
     """

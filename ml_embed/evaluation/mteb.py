@@ -1,6 +1,8 @@
-"""mteb's tasks at any cuts of a model: each text is encoded once a rank, for all depths and vector lengths.
+"""mteb's tasks at any cuts of a model: each text is encoded once a rank, for all depths and vector
+lengths.
 
-mteb is optional and slow to import, so it is imported where it is used. Letters: E exits, N texts, D vector length.
+mteb is optional and slow to import, so it is imported where it is used. Letters: E exits, N texts,
+D vector length.
 """
 
 import dataclasses
@@ -40,7 +42,8 @@ SUMMARY_FILE = "summary.json"
 class TaskPrompts:
     """Which text stands in front of which input.
 
-    mteb's rule for the folder's names, the first that there is: task-role, task, task type-role, task type, role. A
+    mteb's rule for the folder's names, the first that there is: task-role, task, task type-role,
+    task type, role. A
     role is "query" or "document"; the texts of many tasks (clustering, STS) have none.
     """
 
@@ -71,7 +74,8 @@ def find_tasks(
     Args:
         names: of tasks.
         benchmark: e.g. "MTEB(Multilingual, v2)"; None is none.
-        languages: ISO 639-3 codes, with a script if wanted (eng, deu-Latn); tasks without any of them are left out.
+        languages: ISO 639-3 codes, with a script if wanted (eng, deu-Latn); tasks without any of
+            them are left out.
     Raises:
         UserError: unknown names, each with the nearest known one; or no task in these languages.
     """
@@ -80,7 +84,9 @@ def find_tasks(
 
     tasks: list[AbsTask] = []
     unknown = []
-    for find, name in [(mteb.get_task, name) for name in names] + [(mteb.get_benchmark, benchmark)] * bool(benchmark):
+    for find, name in [(mteb.get_task, name) for name in names] + [
+        (mteb.get_benchmark, benchmark)
+    ] * bool(benchmark):
         try:
             found = find(name)
             tasks += found.tasks if name == benchmark else [found]
@@ -100,7 +106,10 @@ def _in_languages(tasks: Iterable["AbsTask"], languages: Sequence[str]) -> list[
         except ValueError:  # it has none of them
             continue
     if not kept:
-        raise UserError(f"no task is in the languages {', '.join(languages)}; give ISO 639-3 codes, such as eng deu")
+        raise UserError(
+            f"no task is in the languages {', '.join(languages)}; give ISO 639-3 codes, such as "
+            "eng deu"
+        )
     return kept
 
 
@@ -118,9 +127,11 @@ def evaluate_mteb(
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Scores of every task at every rank, depth and dim; what `output` has already is not computed again.
+    """Scores of every task at every rank, depth and dim; what `output` has already is not computed
+    again.
 
-    mteb's own result files lie in output/results/, named after the folder, its content and prompts, and the cut.
+    mteb's own result files lie in output/results/, named after the folder, its content and prompts,
+    and the cut.
     While a task runs, its vectors are held in `output`: texts x depths x longest dim x 4 bytes.
 
     Args:
@@ -128,21 +139,23 @@ def evaluate_mteb(
         tasks: from `find_tasks`, or tasks of one's own.
         output: folder for results.
         ranks, depths, dims: None is the largest of each; untrained sizes are taken too.
-        query_prompt, passage_prompt: put in front of queries and of documents; "" is none, None takes the folder's
-            prompts, by mteb's rule (see `TaskPrompts`).
+        query_prompt, passage_prompt: put in front of queries and of documents; "" is none, None
+            takes the folder's prompts, by mteb's rule (see `TaskPrompts`).
         batch_tokens: tokens in a forward pass; None is the device's default.
         device: None is the first GPU if there is one, else the CPU.
         overwrite: compute everything again.
         progress: bars on stderr, on terminals.
 
     Returns:
-        what is written to output/summary.json: model, revision (of content and prompts), mteb (version), prompts, and
-        "rows", one for each task and cut: task, type, metric, score (mteb's main score, the mean over its splits and
+        what is written to output/summary.json: model, revision (of content and prompts), mteb
+        (version), prompts, and
+        "rows", one for each task and cut: task, type, metric, score (mteb's main score, the mean
+        over its splits and
         subsets), rank, depth, dim, trained, parameters, bytes_per_vector.
 
     Raises:
-        UserError: mteb is missing, the model cannot be read, a size is not one that it has, a task is not of text
-            alone, or its data cannot be loaded.
+        UserError: mteb is missing, the model cannot be read, a size is not one that it has, a task
+            is not of text alone, or its data cannot be loaded.
     """
     require_mteb()
     import mteb
@@ -154,8 +167,12 @@ def evaluate_mteb(
     model = dataclasses.replace(opened, cube=cube)
     _check_text_only(tasks)
     given = {"query": query_prompt, "document": passage_prompt}
-    prompts = TaskPrompts(record.prompts, {role: text for role, text in given.items() if text is not None})
-    run = _MtebRun(model, prompts, _revision(model, prompts), mteb.ResultCache(output), batch_tokens, progress)
+    prompts = TaskPrompts(
+        record.prompts, {role: text for role, text in given.items() if text is not None}
+    )
+    run = _MtebRun(
+        model, prompts, _revision(model, prompts), mteb.ResultCache(output), batch_tokens, progress
+    )
     rows = []
     for task in tasks:
         parts = task.metadata.tasks if task.is_aggregate else [task]
@@ -173,12 +190,18 @@ def evaluate_mteb(
 def _check_text_only(tasks: Iterable["AbsTask"]) -> None:
     others = [task.metadata.name for task in tasks if set(task.metadata.modalities) != {"text"}]
     if others:
-        raise UserError(f"these tasks are not of text alone, which is all this model reads: {', '.join(others)}")
+        raise UserError(
+            f"these tasks are not of text alone, which is all this model reads: {', '.join(others)}"
+        )
 
 
 def _revision(model: CubeModel, prompts: TaskPrompts) -> str:
     """Tells apart what gives different scores under the same name."""
-    content = [weights_digest(model.folder), dataclasses.asdict(prompts), model.record.max_seq_length]
+    content = [
+        weights_digest(model.folder),
+        dataclasses.asdict(prompts),
+        model.record.max_seq_length,
+    ]
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
@@ -212,7 +235,11 @@ class _MtebRun:
 
     def rows(self, task: "AbsTask") -> list[dict[str, Any]]:
         """The finished results of a task, an aggregate's computed from its parts'."""
-        named = {"task": task.metadata.name, "type": task.metadata.type, "metric": task.metadata.main_score}
+        named = {
+            "task": task.metadata.name,
+            "type": task.metadata.type,
+            "metric": task.metadata.main_score,
+        }
         rows = []
         for cell in self.model.cube.cells:
             if task.is_aggregate:
@@ -226,13 +253,17 @@ class _MtebRun:
         """Remove earlier results."""
         for task in tasks:
             for cell in self.model.cube.cells:
-                self.cache.get_task_result_path(task.metadata.name, self._meta(cell)).unlink(missing_ok=True)
+                self.cache.get_task_result_path(task.metadata.name, self._meta(cell)).unlink(
+                    missing_ok=True
+                )
 
     def _is_done(self, task: "AbsTask", cell: Cell) -> bool:
         result = self.cache.load_task_result(task.metadata.name, self._meta(cell))
         return result is not None and not result.get_missing_evaluations(task)
 
-    def _evaluate(self, task: "AbsTask", cell: Cell, vectors: Callable[[list[str]], np.ndarray]) -> None:
+    def _evaluate(
+        self, task: "AbsTask", cell: Cell, vectors: Callable[[list[str]], np.ndarray]
+    ) -> None:
         import mteb
 
         encoder = CutEncoder(vectors, self.prompts, self._meta(cell))
@@ -257,11 +288,15 @@ class _MtebRun:
 def _load_data(task: "AbsTask") -> None:
     try:
         task.load_data()
-    except Exception as error:  # the hub's client, datasets and each task's own loader raise their own
+    except (
+        Exception
+    ) as error:  # the hub's client, datasets and each task's own loader raise their own
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"task {task.metadata.name}: its data {task.metadata.dataset['path']!r} could not be loaded "
-            f"({type(error).__name__}: {reason}); connect to the hub, or set HF_HOME to a folder that holds it"
+            f"task {task.metadata.name}: its data {task.metadata.dataset['path']!r} could not be "
+            "loaded "
+            f"({type(error).__name__}: {reason}); connect to the hub, or set HF_HOME to a folder "
+            "that holds it"
         ) from error
 
 
@@ -270,9 +305,12 @@ def _never_encoded(texts: list[str]) -> np.ndarray:
 
 
 class _Vectors:
-    """Vectors of lists of texts at one rank, at all depths and up to the longest dim, kept in files."""
+    """Vectors of lists of texts at one rank, at all depths and up to the longest dim, kept in
+    files."""
 
-    def __init__(self, model: CubeModel, rank: int, folder: Path, batch_tokens: int | None, progress: bool):
+    def __init__(
+        self, model: CubeModel, rank: int, folder: Path, batch_tokens: int | None, progress: bool
+    ):
         self._model = model
         self._rank = rank
         self._folder = folder
@@ -290,10 +328,14 @@ class _Vectors:
         return vectors
 
     def _all(self, texts: list[str]) -> np.ndarray:
-        """(E, N, longest dim), read from its file or computed; no file if nobody else will read it."""
+        """(E, N, longest dim), read from its file or computed; no file if nobody else will read
+        it."""
         if len(self._model.cube.depths) * len(self._model.cube.dims) == 1:
             return self._encode(texts).numpy()
-        path = self._folder / f"{hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).hexdigest()}.npy"
+        path = (
+            self._folder
+            / f"{hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).hexdigest()}.npy"
+        )
         if not path.exists():
             np.save(path, self._encode(texts)[:, :, : self._model.cube.dims[-1]].numpy())
         return np.load(path, mmap_mode="r")
@@ -301,15 +343,26 @@ class _Vectors:
     def _encode(self, texts: list[str]) -> Tensor:
         token_ids = self._model.text_encoder(texts)
         with tqdm(
-            desc="encoding", unit=" texts", total=len(texts), delay=2, disable=None if self._progress else True
+            desc="encoding",
+            unit=" texts",
+            total=len(texts),
+            delay=2,
+            disable=None if self._progress else True,
         ) as bar:
-            return encode_all_exits(self._model.encoder, token_ids, self._batch_tokens, self._rank or None, bar)
+            return encode_all_exits(
+                self._model.encoder, token_ids, self._batch_tokens, self._rank or None, bar
+            )
 
 
 class CutEncoder:
     """A cut of a model as mteb's `EncoderProtocol`."""
 
-    def __init__(self, vectors: Callable[[list[str]], np.ndarray], prompts: TaskPrompts, mteb_model_meta: "ModelMeta"):
+    def __init__(
+        self,
+        vectors: Callable[[list[str]], np.ndarray],
+        prompts: TaskPrompts,
+        mteb_model_meta: "ModelMeta",
+    ):
         """`vectors`: texts -> (N, D) float32 unit vectors."""
         self._vectors = vectors
         self._prompts = prompts
@@ -331,7 +384,10 @@ class CutEncoder:
 
     def similarity(self, embeddings1: np.ndarray, embeddings2: np.ndarray) -> Tensor:
         """(N, M) cosines of (N, D) and (M, D) unit vectors."""
-        return torch.atleast_2d(torch.as_tensor(embeddings1)) @ torch.atleast_2d(torch.as_tensor(embeddings2)).T
+        return (
+            torch.atleast_2d(torch.as_tensor(embeddings1))
+            @ torch.atleast_2d(torch.as_tensor(embeddings2)).T
+        )
 
     def similarity_pairwise(self, embeddings1: np.ndarray, embeddings2: np.ndarray) -> Tensor:
         """(N,) cosines of (N, D) and (N, D) unit vectors, row by row."""

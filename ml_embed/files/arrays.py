@@ -10,8 +10,8 @@ from tqdm import tqdm
 class ArrayFile:
     """A one-dimensional .npy file that grows by appending; its length need not be known beforehand.
 
-    `length` is the number of items so far. The header is rewritten on `close`, in place: NumPy pads headers so that
-    the first axis can grow.
+    `length` is the number of items so far. The header is rewritten on `close`, in place: NumPy pads
+    headers so that the first axis can grow.
     """
 
     def __init__(self, path: Path, dtype: type[np.integer]):
@@ -23,10 +23,13 @@ class ArrayFile:
         self._header_bytes = self._file.tell()
 
     def append(self, values: np.ndarray) -> None:
-        """Add the values of a one-dimensional array at the end, cast to the file's type (the caller checked ranges)."""
+        """Add the values of a one-dimensional array at the end, cast to the file's type (the caller
+        checked ranges)."""
         assert values.ndim == 1
         # write() and not tofile(): tofile turns "disk full" into an error without its errno.
-        self._file.write(np.ascontiguousarray(values, dtype=self._dtype).data.cast("B") if len(values) else b"")
+        self._file.write(
+            np.ascontiguousarray(values, dtype=self._dtype).data.cast("B") if len(values) else b""
+        )
         self.length += len(values)
 
     def mapped(self) -> np.ndarray:
@@ -34,7 +37,9 @@ class ArrayFile:
         self._file.flush()
         if self.length == 0:  # mmap takes no empty range
             return np.empty(0, self._dtype)
-        return np.memmap(self._path, self._dtype, "r", self._header_bytes, (self.length,)).view(np.ndarray)
+        return np.memmap(self._path, self._dtype, "r", self._header_bytes, (self.length,)).view(
+            np.ndarray
+        )
 
     def close(self) -> None:
         """Write the true length into the header and close the file."""
@@ -44,7 +49,8 @@ class ArrayFile:
         self._file.close()
 
     def discard(self) -> None:
-        """Close the file as it is, for a conversion that failed: its folder is about to be removed."""
+        """Close the file as it is, for a conversion that failed: its folder is about to be
+        removed."""
         try:
             self._file.close()
         except OSError:  # flushing to a full disk fails once more
@@ -58,13 +64,15 @@ class ArrayFile:
 def map_array(path: Path) -> np.ndarray:
     """A read-only array over the file's memory map; nothing is read before it is used.
 
-    A plain ndarray rather than np.memmap, because slicing that subclass costs several times as much.
+    A plain ndarray rather than np.memmap, because slicing that subclass costs several times as
+    much.
     """
     return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
 
 
 class RowFile:
-    """Rows of `width` items of one dtype, one behind another. A row that was not written whole does not count."""
+    """Rows of `width` items of one dtype, one behind another. A row that was not written whole does
+    not count."""
 
     def __init__(self, path: Path, dtype: type, width: int):
         self.path = path
@@ -84,7 +92,12 @@ class RowFile:
         self.rows += len(rows)
 
     def fill(
-        self, total: int, block: int, make: Callable[[int, int], np.ndarray], title: str, progress: bool = True
+        self,
+        total: int,
+        block: int,
+        make: Callable[[int, int], np.ndarray],
+        title: str,
+        progress: bool = True,
     ) -> None:
         """Append rows until there are `total`; rows that are there already are kept.
 
@@ -93,7 +106,9 @@ class RowFile:
             make: (start, stop) -> (stop - start, width) rows.
             title, progress: of the bar on stderr.
         """
-        with tqdm(total=total, initial=self.rows, desc=title, leave=False, disable=not progress) as bar:
+        with tqdm(
+            total=total, initial=self.rows, desc=title, leave=False, disable=not progress
+        ) as bar:
             for start in range(self.rows, total, block):
                 stop = min(start + block, total)
                 self.append(make(start, stop))

@@ -40,7 +40,8 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 @contextmanager
 def disk_errors_are_user_errors(folder: Path, remedy: str) -> Iterator[None]:
-    """A full disk, missing permission or the like below `folder` becomes a UserError that ends in `remedy`."""
+    """A full disk, missing permission or the like below `folder` becomes a UserError that ends in
+    `remedy`."""
     try:
         yield
     except OSError as error:
@@ -77,13 +78,15 @@ def _sync_files(folder: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill; when the block ends well it becomes `target`, replacing one that stands there.
+    """A folder to fill; when the block ends well it becomes `target`, replacing one that stands
+    there.
 
-    Where `target` is a link, what it points to is made or replaced. After a kill between the two renames the old
-    folder is put back by the next write, or by `settle_replacing`.
+    Where `target` is a link, what it points to is made or replaced. After a kill between the two
+    renames the old folder is put back by the next write, or by `settle_replacing`.
 
     Raises:
-        UserError: the disk is full or fails. Nothing of the new folder is left, and an old `target` is as it was.
+        UserError: the disk is full or fails. Nothing of the new folder is left, and an old `target`
+            is as it was.
     """
     target = target.resolve()
     partial = target.with_name(f".{target.name}{_PARTIAL}")
@@ -108,7 +111,9 @@ def atomic_folder(target: Path) -> Iterator[Path]:
                 f"no space left on the disk of {target.parent}; free some, then continue the run"
             ) from error
         if isinstance(error, OSError):
-            raise UserError(f"{target} cannot be written ({error}); see to that, then continue the run") from error
+            raise UserError(
+                f"{target} cannot be written ({error}); see to that, then continue the run"
+            ) from error
         raise
 
 
@@ -118,7 +123,8 @@ def _aside(target: Path) -> Path:
 
 
 def settle_replacing(target: Path) -> None:
-    """Put back a folder that an interrupted `atomic_folder` was replacing; if the new one is in place, remove it.
+    """Put back a folder that an interrupted `atomic_folder` was replacing; if the new one is in
+    place, remove it.
 
     Args:
         target: not a link.
@@ -170,11 +176,14 @@ def append_whole(path: Path, text: str) -> None:
                 data = data[file.write(data) :]
         except OSError as error:
             file.truncate(before)
-            raise OSError(error.errno, error.strerror, str(path)) from None  # a failed write does not say where
+            raise OSError(
+                error.errno, error.strerror, str(path)
+            ) from None  # a failed write does not say where
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what an interrupted `atomic_folder` left in `folder`, and put back a folder it was replacing."""
+    """Remove what an interrupted `atomic_folder` left in `folder`, and put back a folder it was
+    replacing."""
     for path in folder.glob(f".*{_REPLACED}"):
         settle_replacing(folder / path.name.removeprefix(".").removesuffix(_REPLACED))
     for path in folder.glob(f".*{_PARTIAL}"):
@@ -189,7 +198,9 @@ def checksum(path: Path) -> str:
 
 def write_checksums(folder: Path) -> None:
     """Record the BLAKE2b sum of every file of a folder in it."""
-    sums = {str(p.relative_to(folder)): checksum(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    sums = {
+        str(p.relative_to(folder)): checksum(p) for p in sorted(folder.rglob("*")) if p.is_file()
+    }
     (folder / CHECKSUMS_FILE).write_text(json.dumps(sums, indent=2), encoding="utf-8")
 
 
@@ -213,7 +224,8 @@ def umask() -> int:
 
 
 def give_usual_permissions(folder: Path) -> None:
-    """safetensors makes files that only their owner can read; colleagues and servers must read them too."""
+    """safetensors makes files that only their owner can read; colleagues and servers must read them
+    too."""
     mode = 0o666 & ~umask()
     for path in folder.rglob("*.safetensors"):
         path.chmod(mode)

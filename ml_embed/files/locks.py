@@ -8,11 +8,15 @@ from tqdm import tqdm
 
 from ml_embed.errors import UserError
 
-_NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOTSUP)  # some shared file systems; for ENOSYS filelock has another way
+_NO_LOCKS_HERE = (
+    errno.ENOLCK,
+    errno.ENOTSUP,
+)  # some shared file systems; for ENOSYS filelock has another way
 
 
 def take_lock(path: Path, seconds: float = 0, waiting: str | None = None) -> AcquireReturnProxy:
-    """Hold the lock file `path` until the returned context ends; the system lets go of it when this process dies.
+    """Hold the lock file `path` until the returned context ends; the system lets go of it when this
+    process dies.
 
     On a file system without locks nothing is held: `is_locked` of the context's value tells.
 
@@ -44,9 +48,12 @@ def lock_folder(path: Path, doing: str) -> AcquireReturnProxy:
     """`take_lock`, so that two runs never write the same files.
 
     Raises:
-        UserError: another process holds it; it is `doing` something ("mining into") the lock file's folder.
+        UserError: another process holds it; it is `doing` something ("mining into") the lock file's
+            folder.
     """
     try:
         return take_lock(path)
     except Timeout as error:
-        raise UserError(f"another process is {doing} {path.parent}. Wait for it, or stop it first") from error
+        raise UserError(
+            f"another process is {doing} {path.parent}. Wait for it, or stop it first"
+        ) from error

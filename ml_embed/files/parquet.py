@@ -20,17 +20,22 @@ def broken_file_is_user_error(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, UnicodeDecodeError) as error:  # the latter: a damaged column name
-        raise UserError(f"{path} is not a readable parquet file: {error}. Write or download it again.") from error
+        raise UserError(
+            f"{path} is not a readable parquet file: {error}. Write or download it again."
+        ) from error
     except OSError as error:
         if error.errno is None:  # Arrow's own "unexpected end of stream", "corrupt snappy data"
-            raise UserError(f"{path} is a broken parquet file: {error}. Write or download it again.") from error
+            raise UserError(
+                f"{path} is a broken parquet file: {error}. Write or download it again."
+            ) from error
         raise UserError(f"cannot read {path}: {error}.") from error
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:
     """Open a file and read its footer. Raises UserError if it is missing or broken."""
     with broken_file_is_user_error(path):
-        # Memory-mapped and buffered: a row group of many gigabytes is decoded page by page, never held whole.
+        # Memory-mapped and buffered: a row group of many gigabytes is decoded page by page, never
+        # held whole.
         file = pq.ParquetFile(path, memory_map=True, buffer_size=READ_BUFFER_BYTES)
         _ = file.schema_arrow  # decoded here, so that damage in it is met here
         return file
@@ -39,9 +44,12 @@ def open_parquet(path: Path) -> pq.ParquetFile:
 def read_batches(
     path: Path, columns: Sequence[str], batch_rows: int, row_groups: Sequence[int] | None = None
 ) -> Iterator[pa.RecordBatch]:
-    """The given columns as batches of at most `batch_rows` rows, in file order. Raises UserError on a broken file."""
+    """The given columns as batches of at most `batch_rows` rows, in file order. Raises UserError on
+    a broken file."""
     with open_parquet(path) as file, broken_file_is_user_error(path):
-        yield from file.iter_batches(batch_size=batch_rows, columns=list(columns), row_groups=row_groups)
+        yield from file.iter_batches(
+            batch_size=batch_rows, columns=list(columns), row_groups=row_groups
+        )
 
 
 def require_columns(path: Path, schema: pa.Schema, columns: Sequence[str]) -> None:
@@ -62,16 +70,23 @@ class Ragged:
 
 def is_integer_list(kind: pa.DataType) -> bool:
     """Whether a column's type is a list of integers, with 32- or 64-bit offsets."""
-    return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_integer(kind.value_type)
+    return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_integer(
+        kind.value_type
+    )
 
 
 def ragged_integers(batch: pa.RecordBatch, column: str, path: Path, first_row: int) -> Ragged:
-    """A list-of-integers column as numpy arrays, without copying. Raises UserError on nulls, naming the row."""
+    """A list-of-integers column as numpy arrays, without copying. Raises UserError on nulls, naming
+    the row."""
     lists = batch.column(column)
     if not is_integer_list(lists.type):
-        raise UserError(f"{path}: column {column!r} is {lists.type}; it must be a list of integers.")
+        raise UserError(
+            f"{path}: column {column!r} is {lists.type}; it must be a list of integers."
+        )
     if lists.null_count:
-        raise UserError(f"{path}: column {column!r} is null in row {first_row + first_true(lists.is_null())}.")
+        raise UserError(
+            f"{path}: column {column!r} is null in row {first_row + first_true(lists.is_null())}."
+        )
     offsets = lists.offsets.to_numpy().astype(np.int64)
     values = lists.values.slice(offsets[0], offsets[-1] - offsets[0])
     lengths = np.diff(offsets)
@@ -83,7 +98,9 @@ def ragged_integers(batch: pa.RecordBatch, column: str, path: Path, first_row: i
 
 def first_true(mask: pa.BooleanArray | np.ndarray) -> int:
     """Index of the first true item."""
-    return int(np.argmax(mask if isinstance(mask, np.ndarray) else mask.to_numpy(zero_copy_only=False)))
+    return int(
+        np.argmax(mask if isinstance(mask, np.ndarray) else mask.to_numpy(zero_copy_only=False))
+    )
 
 
 def row_of_value(lengths: np.ndarray, index: int) -> int:

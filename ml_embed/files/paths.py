@@ -1,4 +1,5 @@
-"""What users give as paths: the home folder, names on the hub, and places that are to be written."""
+"""What users give as paths: the home folder, names on the hub, and places that are to be
+written."""
 
 import json
 import os
@@ -18,7 +19,8 @@ def expand_home(path: str) -> str:
 
 
 def home_path(path: str | Path) -> Path:
-    """A path whose `~` is the home folder; as argparse's `type`, too: a shell leaves `--flag=~/x` alone.
+    """A path whose `~` is the home folder; as argparse's `type`, too: a shell leaves `--flag=~/x`
+    alone.
 
     Not for what may be a name on the hub (`model_place`): "./x" becomes "x", which may be one.
     """
@@ -26,7 +28,8 @@ def home_path(path: str | Path) -> Path:
 
 
 def is_hub_name(given: str | Path) -> bool:
-    """Whether it can only be meant as a name on the hub: nothing is there, and it is written "name" or "owner/name"."""
+    """Whether it can only be meant as a name on the hub: nothing is there, and it is written "name"
+    or "owner/name"."""
     written = str(given)
     as_path = written.startswith(("/", ".", "~")) or written.endswith("/") or written.count("/") > 1
     return not as_path and not os.path.lexists(written)
@@ -42,7 +45,9 @@ def model_type(folder: Path) -> str | None:
 
 def numbered_folders(folder: Path) -> list[tuple[int, Path]]:
     """(N, path) of the `step_N` folders in `folder`, ascending."""
-    found = ((_STEP_FOLDER.fullmatch(path.name), path) for path in folder.glob("step_*") if path.is_dir())
+    found = (
+        (_STEP_FOLDER.fullmatch(path.name), path) for path in folder.glob("step_*") if path.is_dir()
+    )
     return sorted((int(match.group(1)), path) for match, path in found if match)
 
 
@@ -56,14 +61,22 @@ def model_place(given: str | Path) -> Path:
     """
     path = home_path(given)
     if not path.is_dir() and (isinstance(given, Path) or not is_hub_name(given)):
-        raise UserError(f"model folder {given} {'is a file; give a folder' if path.exists() else 'does not exist'}")
-    if model_type(path) is None and (steps := numbered_folders(path)):  # its config.json is the training's
-        raise UserError(f"{given} is a run folder; give a model folder in it, the newest is {steps[-1][1]}")
+        raise UserError(
+            f"model folder {given} "
+            f"{'is a file; give a folder' if path.exists() else 'does not exist'}"
+        )
+    if model_type(path) is None and (
+        steps := numbered_folders(path)
+    ):  # its config.json is the training's
+        raise UserError(
+            f"{given} is a run folder; give a model folder in it, the newest is {steps[-1][1]}"
+        )
     return path
 
 
 def file_in_the_way(path: Path) -> Path | None:
-    """The file that stands where a folder or one above it is or has to be made; None if there is none."""
+    """The file that stands where a folder or one above it is or has to be made; None if there is
+    none."""
     try:
         return next((place for place in (path, *path.parents) if place.is_file()), None)
     except OSError:  # one may not look there
@@ -88,14 +101,18 @@ def check_writable(path: Path, flag: str = "--output") -> None:
         with TemporaryDirectory(dir=place, prefix=".writable-"):
             pass
     except OSError as error:
-        raise UserError(f"{flag} {path} cannot be written ({error.strerror}); give another place") from None
+        raise UserError(
+            f"{flag} {path} cannot be written ({error.strerror}); give another place"
+        ) from None
 
 
 def check_model_output(output: Path, overwrite: bool, source: Path | None = None) -> None:
-    """Look, before long work, whether a model folder may and can be written; an empty folder counts as none.
+    """Look, before long work, whether a model folder may and can be written; an empty folder counts
+    as none.
 
     Args:
-        output: the new folder, or a link to it. An old one that a killed run was replacing is put back.
+        output: the new folder, or a link to it. An old one that a killed run was replacing is put
+            back.
         overwrite: replace a model folder that is there, and nothing else.
         source: the model that it is made of, which is not replaced.
     Raises:
@@ -108,9 +125,12 @@ def check_model_output(output: Path, overwrite: bool, source: Path | None = None
     settle_replacing(place)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         if not overwrite:
-            raise UserError(f"{output} exists already; give another --output, or --overwrite to replace it")
+            raise UserError(
+                f"{output} exists already; give another --output, or --overwrite to replace it"
+            )
         if model_type(output) is None:
             raise UserError(
-                f"{output} is not a model folder (no config.json that names a model_type), so it is not replaced; "
+                f"{output} is not a model folder (no config.json that names a model_type), so it "
+                "is not replaced; "
                 "give another --output"
             )

@@ -1,9 +1,9 @@
 """Inference: texts to unit vectors, from a whole nested model or any part of it.
 
-Texts are sorted by length inside windows of some thousands and packed into rows of real tokens, so nothing is spent on
-padding; windows stream, so that a generator of millions of texts takes bounded memory. Measured on one CPU core (400
-texts, 8 to 512 tokens, median 43; 1.5 million parameters, 6 layers): 2.2 s of CPU time, sentence-transformers' encode
-8.3 s, the vectors equal within 2e-7.
+Texts are sorted by length inside windows of some thousands and packed into rows of real tokens, so
+nothing is spent on padding; windows stream, so that a generator of millions of texts takes bounded
+memory. Measured on one CPU core (400 texts, 8 to 512 tokens, median 43; 1.5 million parameters, 6
+layers): 2.2 s of CPU time, sentence-transformers' encode 8.3 s, the vectors equal within 2e-7.
 
 Letters: N texts, T tokens of a packed batch, E exits, H hidden size, D vector length.
 """
@@ -34,7 +34,8 @@ from ml_embed.model_folders.model_folder import ModelRecord, load_config, load_e
 from ml_embed.prepare.tokenizer import TextEncoder, load_tokenizer
 
 WINDOW = 8192
-"""Texts sorted together. More would sort better and hold more; at this size batches are of nearly equal lengths."""
+"""Texts sorted together. More would sort better and hold more; at this size batches are of nearly
+equal lengths."""
 WORKER_WINDOW = 1024
 """Texts handed to another process at a time: fewer, so that all processes have some."""
 PROGRESS_DELAY = 2.0
@@ -44,7 +45,9 @@ PROGRESS_DELAY = 2.0
 class Embedder:
     """A trained model, or a part of it, for inference. Make one with `Embedder.from_pretrained`."""
 
-    def __init__(self, encoder: MatryoshkaEncoder, text_encoder: TextEncoder, record: ModelRecord, cut: Cut):
+    def __init__(
+        self, encoder: MatryoshkaEncoder, text_encoder: TextEncoder, record: ModelRecord, cut: Cut
+    ):
         self._encoder = encoder.requires_grad_(False).eval()
         self._text_encoder = text_encoder
         self._record = record
@@ -74,7 +77,8 @@ class Embedder:
             dtype: of weights and computation; None is bfloat16 on a GPU that has it, else float32.
 
         Raises:
-            UserError: the folder is not a model folder, its weights are not safetensors, or a cut was not trained.
+            UserError: the folder is not a model folder, its weights are not safetensors, or a cut
+                was not trained.
         """
         device = choose_device(device)
         dtype = default_dtype(device) if dtype is None else dtype
@@ -84,7 +88,9 @@ class Embedder:
         record = read_record(folder, config, tokenizer)
         cut = choose_cut(record, config, depth, dim, rank, allow_untrained)
         kernel = choose_kernel("auto", device, dtype)
-        encoder = load_encoder(folder, depth=cut.depth, rank=cut.rank or None, kernel=kernel, dtype=dtype).to(device)
+        encoder = load_encoder(
+            folder, depth=cut.depth, rank=cut.rank or None, kernel=kernel, dtype=dtype
+        ).to(device)
         embedder = cls(encoder, TextEncoder(tokenizer, record.max_seq_length), record, cut)
         embedder._source = _Source(str(folder), cut, dtype)
         return embedder
@@ -136,15 +142,17 @@ class Embedder:
 
         Args:
             texts: a list, any iterable, or one string, which counts as a list of one.
-            prompt: name of one of the model's saved `prompts`, put before each text; None is no prompt. A text of
-                your own is put in front of the texts by yourself.
-            batch_tokens: tokens in a forward pass; None is 32,768 on a GPU and 4,096 on the CPU. It bounds memory
-                and does not change the vectors.
-            show_progress: a bar on stderr; None shows it on a terminal once the call has taken two seconds.
-            devices: spread the texts over these, with a process and a copy of the model on each, e.g.
-                ["cuda:0", "cuda:1"] or ["cpu", "cpu"]; one string counts as a list of one; None computes here. The
-                calling script needs the usual `if __name__ == "__main__":`.
-            normalize: False leaves vectors as long as the model gives them, which is what distillation learns from.
+            prompt: name of one of the model's saved `prompts`, put before each text; None is no
+                prompt. A text of your own is put in front of the texts by yourself.
+            batch_tokens: tokens in a forward pass; None is 32,768 on a GPU and 4,096 on the CPU. It
+                bounds memory and does not change the vectors.
+            show_progress: a bar on stderr; None shows it on a terminal once the call has taken two
+                seconds.
+            devices: spread the texts over these, with a process and a copy of the model on each,
+                e.g. ["cuda:0", "cuda:1"] or ["cpu", "cpu"]; one string counts as a list of one;
+                None computes here. The calling script needs the usual `if __name__ == "__main__":`.
+            normalize: False leaves vectors as long as the model gives them, which is what
+                distillation learns from.
 
         Returns:
             (len(texts), dim) float32, rows of unit length unless `normalize` is False.
@@ -165,7 +173,8 @@ class Embedder:
         devices: str | Sequence[str] | None = None,
         overwrite: bool = False,
     ) -> int:
-        """`encode` into a .npy file, for more vectors than fit in memory: `np.load(path, mmap_mode="r")` reads them.
+        """`encode` into a .npy file, for more vectors than fit in memory: `np.load(path,
+        mmap_mode="r")` reads them.
 
         The file appears whole or not at all.
 
@@ -173,21 +182,29 @@ class Embedder:
             how many texts there were.
 
         Raises:
-            UserError: as `encode`, and before the work if `path` does not end in .npy, exists and is not to be
-                overwritten, or cannot be written.
+            UserError: as `encode`, and before the work if `path` does not end in .npy, exists and
+                is not to be overwritten, or cannot be written.
         """
         path = home_path(path)
         if path.suffix != ".npy":
             raise UserError(f"{path} must end in .npy, the format that is written")
         if path.is_dir():
-            raise UserError(f"{path} is a folder, which is not replaced by a file; give another path")
+            raise UserError(
+                f"{path} is a folder, which is not replaced by a file; give another path"
+            )
         if path.exists() and not overwrite:
-            raise UserError(f"{path} exists already; give another path, or overwrite=True to replace it")
+            raise UserError(
+                f"{path} exists already; give another path, or overwrite=True to replace it"
+            )
         check_writable(path.parent, "folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{path.name}.partial-{os.getpid()}")
         try:
-            count = _write_npy(unfinished, self._stream(texts, prompt, batch_tokens, show_progress, devices), self.dim)
+            count = _write_npy(
+                unfinished,
+                self._stream(texts, prompt, batch_tokens, show_progress, devices),
+                self.dim,
+            )
             unfinished.replace(path)
         finally:
             unfinished.unlink(missing_ok=True)
@@ -215,7 +232,9 @@ class Embedder:
             disable=None if show_progress is None else not show_progress,
         )
         if devices is None:
-            run = self._encode_here(_windows(texts, prefix, WINDOW), batch_tokens, unit_length, bar.update)
+            run = self._encode_here(
+                _windows(texts, prefix, WINDOW), batch_tokens, unit_length, bar.update
+            )
         else:
             windows = _windows(texts, prefix, WORKER_WINDOW)
             names = _several(devices, "devices")
@@ -243,7 +262,9 @@ class Embedder:
     ) -> Generator[np.ndarray, None, None]:
         # One window is tokenized, in Rust without the GIL, while the one before it is computed.
         with ThreadPoolExecutor(1) as tokenizing:
-            for token_ids in _ahead(windows, lambda texts: tokenizing.submit(self._text_encoder, texts), 1):
+            for token_ids in _ahead(
+                windows, lambda texts: tokenizing.submit(self._text_encoder, texts), 1
+            ):
                 yield self._encode_window(token_ids, batch_tokens, unit_length, progress)
 
     def _encode_window(
@@ -272,7 +293,9 @@ class Embedder:
         progress: Callable[[int], object],
         devices: Iterable[str],
     ) -> Generator[np.ndarray, None, None]:
-        assert self._source is not None, "only a model that was loaded from a folder can be loaded again elsewhere"
+        assert self._source is not None, (
+            "only a model that was loaded from a folder can be loaded again elsewhere"
+        )
         names = [str(choose_device(device)) for device in devices]
         if not names:
             raise UserError("devices is empty; name at least one, or leave it out")
@@ -281,7 +304,9 @@ class Embedder:
         waiting = context.SimpleQueue()
         for name in names:
             waiting.put(name)
-        with ProcessPoolExecutor(len(names), context, _start_worker, (waiting, self._source, len(names))) as pool:
+        with ProcessPoolExecutor(
+            len(names), context, _start_worker, (waiting, self._source, len(names))
+        ) as pool:
 
             def submit(texts: list[str]) -> Future[np.ndarray]:
                 return pool.submit(_encode_in_worker, batch_tokens, unit_length, texts)
@@ -301,7 +326,9 @@ class _Source:
 
     def load(self, device: str) -> Embedder:
         depth, dim, rank = self.cut.depth, self.cut.dim, self.cut.rank or None
-        return Embedder.from_pretrained(self.folder, depth, dim, rank, device, allow_untrained=True, dtype=self.dtype)
+        return Embedder.from_pretrained(
+            self.folder, depth, dim, rank, device, allow_untrained=True, dtype=self.dtype
+        )
 
 
 _in_worker: dict[str, Embedder] = {}
@@ -319,11 +346,14 @@ def _encode_in_worker(batch_tokens: int | None, unit_length: bool, texts: list[s
 
 
 def _several(given: str | Iterable[str], name: str) -> Iterable[str]:
-    """One string counts as a list of one; bytes, whose items are numbers, and what has no items, as a mistake."""
+    """One string counts as a list of one; bytes, whose items are numbers, and what has no items, as
+    a mistake."""
     if isinstance(given, str):
         return [given]
     if isinstance(given, bytes | bytearray | memoryview) or not isinstance(given, Iterable):
-        raise UserError(f"{name} is of type {type(given).__name__}; give a string, or several in a list")
+        raise UserError(
+            f"{name} is of type {type(given).__name__}; give a string, or several in a list"
+        )
     return given
 
 
@@ -334,9 +364,15 @@ def _windows(texts: Iterable[str], prefix: str, size: int) -> Iterator[list[str]
     while window := list(itertools.islice(iterator, size)):
         for position, text in enumerate(window, start):
             if not isinstance(text, str):
-                raise UserError(f"text {position} (from 0) is of type {type(text).__name__}; encode takes strings")
+                raise UserError(
+                    f"text {position} (from 0) is of type {type(text).__name__}; encode takes "
+                    "strings"
+                )
             if not text.isascii() and not _is_unicode(text):
-                raise UserError(f"text {position} (from 0) has half a surrogate pair, which is no character; repair it")
+                raise UserError(
+                    f"text {position} (from 0) has half a surrogate pair, which is no character; "
+                    "repair it"
+                )
         yield [prefix + text for text in window]
         start += len(window)
 

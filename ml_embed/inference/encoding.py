@@ -29,17 +29,24 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise UserError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}"
+        ) from None
     return chosen
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 on a GPU that has it, else float32."""
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return (
+        torch.bfloat16
+        if device.type == "cuda" and torch.cuda.is_bf16_supported()
+        else torch.float32
+    )
 
 
 def longest_first(token_ids: Sequence[np.ndarray]) -> list[int]:
-    """The order to encode texts in: equal lengths side by side, and if memory is short, it shows at once."""
+    """The order to encode texts in: equal lengths side by side, and if memory is short, it shows at
+    once."""
     return sorted(range(len(token_ids)), key=lambda i: -len(token_ids[i]))
 
 
@@ -55,7 +62,8 @@ def pooled_vectors(
     Args:
         encoder: on the device to compute on.
         token_ids: N arrays of ids, best sorted by `longest_first`.
-        batch_tokens: most tokens in a batch, save for a single longer text; None is the device's default.
+        batch_tokens: most tokens in a batch, save for a single longer text; None is the device's
+            default.
         rank: leading components of the token factors to use; None is all.
     Yields:
         (E, n, H) float32 on the encoder's device, for the next n texts.
@@ -71,7 +79,9 @@ def pooled_vectors(
         batch = token_ids[start:end]
         input_ids = torch.from_numpy(np.concatenate(batch))  # (T,) int32
         if device.type == "cuda":
-            input_ids = input_ids.pin_memory()  # so that the copy does not wait for the batch before it
+            input_ids = (
+                input_ids.pin_memory()
+            )  # so that the copy does not wait for the batch before it
         packed = PackedSequences.from_lengths([len(ids) for ids in batch], device)
         yield encoder(input_ids.to(device, non_blocking=True).long(), packed, rank)
         start = end

@@ -1,4 +1,5 @@
-"""Any model that gives texts vectors: a folder of ours, a plain Qwen3 backbone, or what sentence-transformers reads."""
+"""Any model that gives texts vectors: a folder of ours, a plain Qwen3 backbone, or what
+sentence-transformers reads."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -23,11 +24,15 @@ class TextModel(Protocol):
     device: torch.device
 
     def encode(self, texts: Sequence[str], normalize: bool = True) -> np.ndarray:
-        """(len(texts), dim) float32: rows of unit length, or what the model gives before it normalises at its end."""
+        """(len(texts), dim) float32: rows of unit length, or what the model gives before it
+        normalises at its end."""
 
 
 def check_finite(
-    vectors: np.ndarray, title: str, start: int, problem: str = "the model gives NaN or infinity there; is it damaged?"
+    vectors: np.ndarray,
+    title: str,
+    start: int,
+    problem: str = "the model gives NaN or infinity there; is it damaged?",
 ) -> None:
     """Raise UserError for the first vector, (n, D), that has NaN or infinity.
 
@@ -53,20 +58,27 @@ class OwnModel:
 
 
 class SentenceTransformersModel:
-    """Any folder or hub name that sentence-transformers reads; code that comes with a model is not run."""
+    """Any folder or hub name that sentence-transformers reads; code that comes with a model is not
+    run."""
 
     def __init__(self, name: str, device: str | None, batch_size: int):
         if importlib.util.find_spec("sentence_transformers") is None:
             raise UserError(
-                f"{name} is not a model folder of this project (no {RECORD_FILE}); other models are read with "
-                "sentence-transformers, which is not installed: pip install 'ml-embed[sentence-transformers]'"
+                f"{name} is not a model folder of this project (no {RECORD_FILE}); other models "
+                "are read with "
+                "sentence-transformers, which is not installed: pip install "
+                "'ml-embed[sentence-transformers]'"
             )
         from sentence_transformers import SentenceTransformer
 
         self.name, self.device = name, choose_device(device)
         try:
-            self._model = SentenceTransformer(name, device=str(self.device), trust_remote_code=False)
-        except Exception as error:  # it reads many kinds of models, whose mistakes fail in as many ways
+            self._model = SentenceTransformer(
+                name, device=str(self.device), trust_remote_code=False
+            )
+        except (
+            Exception
+        ) as error:  # it reads many kinds of models, whose mistakes fail in as many ways
             raise UserError(f"{name} cannot be read as a model: {one_line(error)}") from None
         if type(self._model[-1]).__name__ == "Normalize":
             del self._model[-1]  # `encode` does it, where it is wanted
@@ -85,12 +97,13 @@ class SentenceTransformersModel:
 
 
 def load_text_model(name: str | Path, device: str | None = None, batch_size: int = 32) -> TextModel:
-    """A model of ours if the folder says so, or a plain Qwen3 backbone, read like those; otherwise one that
-    sentence-transformers reads.
+    """A model of ours if the folder says so, or a plain Qwen3 backbone, read like those; otherwise
+    one that sentence-transformers reads.
 
     Args:
         device: None is the first GPU if there is one, else the CPU.
-        batch_size: texts in a forward pass of sentence-transformers; a model of ours packs texts by their tokens.
+        batch_size: texts in a forward pass of sentence-transformers; a model of ours packs texts by
+            their tokens.
     Raises:
         UserError: there is no such folder, or it cannot be read.
     """
@@ -103,6 +116,6 @@ def load_text_model(name: str | Path, device: str | None = None, batch_size: int
 
 
 def _is_backbone(folder: Path) -> bool:
-    """Whether it is a Qwen3 folder that does not say how to pool: sentence-transformers would take the mean of all
-    tokens, where training and a live teacher take the last."""
+    """Whether it is a Qwen3 folder that does not say how to pool: sentence-transformers would take
+    the mean of all tokens, where training and a live teacher take the last."""
     return model_type(folder) == "qwen3" and not (folder / "modules.json").is_file()

@@ -8,10 +8,12 @@ _KEEP = {_M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 2**28, _M_MMAP_THRESHOLD: 2**
 
 
 def keep_freed_memory(on: bool = True) -> bool:
-    """Let this process keep the memory of freed tensors for the next ones; False gives glibc's defaults back.
+    """Let this process keep the memory of freed tensors for the next ones; False gives glibc's
+    defaults back.
 
-    By default each large tensor is mapped anew from the kernel, which fills it with zeros page by page: 110,000 page
-    faults in a training step of the CPU benchmark, and none with this on. Resident memory stays at its peak instead
+    By default each large tensor is mapped anew from the kernel, which fills it with zeros page by
+    page: 110,000 page faults in a training step of the CPU benchmark, and none with this on.
+        Resident memory stays at its peak instead
     of falling after each step.
 
     Returns:
@@ -22,4 +24,6 @@ def keep_freed_memory(on: bool = True) -> bool:
     except (OSError, AttributeError):  # not Linux, or another C library
         return False
     settings = _KEEP if on else _DEFAULTS
-    return sum(mallopt(name, value) for name, value in settings.items()) == len(settings)  # 1 for each that was set
+    return sum(mallopt(name, value) for name, value in settings.items()) == len(
+        settings
+    )  # 1 for each that was set

@@ -1,7 +1,9 @@
 """Causal attention over packed sequences, registered with transformers under one name.
 
-A batch is one row of T real tokens; sequence i owns tokens cu_seqlens[i] .. cu_seqlens[i + 1]. There is no padding
-and no mask: only this file knows where sequences end, and `bucketed_attention`, which it calls for training on CPUs.
+A batch is one row of T real tokens; sequence i owns tokens cu_seqlens[i] .. cu_seqlens[i + 1].
+There is no padding
+and no mask: only this file knows where sequences end, and `bucketed_attention`, which it calls for
+training on CPUs.
 
 Letters: T tokens, N sequences, A query heads, G key/value heads, D head size.
 """
@@ -43,7 +45,8 @@ def _torch_varlen() -> Callable[..., Any] | None:
 
 @cache
 def _takes_grouped_heads(attend: Callable[..., Any]) -> bool:
-    """Whether this torch's `varlen_attn` shares key/value heads among query heads by itself, without copies."""
+    """Whether this torch's `varlen_attn` shares key/value heads among query heads by itself,
+    without copies."""
     return "enable_gqa" in inspect.signature(attend).parameters
 
 
@@ -69,20 +72,28 @@ def choose_kernel(requested: str, device: torch.device, dtype: torch.dtype) -> K
         return kernels[0]
     if requested not in kernels:
         raise UserError(
-            f"attention: {requested!r} cannot run on {device.type} in {dtype} here (possible: {', '.join(kernels)}); "
+            f"attention: {requested!r} cannot run on {device.type} in {dtype} here (possible: "
+            f"{', '.join(kernels)}); "
             "use 'auto'"
         )
     return requested
 
 
 def _takes_buckets(query: Tensor) -> bool:
-    """Whether `bucketed_attention` is faster here: where it runs at all, for what a backward pass follows."""
+    """Whether `bucketed_attention` is faster here: where it runs at all, for what a backward pass
+    follows."""
     return in_full_precision_on_cpu(query) and torch.is_grad_enabled()
 
 
-def _by_length(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
-    """(1, A, T, D) x (1, G, T, D) -> (1, T, A, D): short sequences in buckets, long ones by `_sdpa`."""
-    parts = [(short, tuple(run)) for short, run in itertools.groupby(lengths, key=lambda length: length <= LONGEST)]
+def _by_length(
+    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float
+) -> Tensor:
+    """(1, A, T, D) x (1, G, T, D) -> (1, T, A, D): short sequences in buckets, long ones by
+    `_sdpa`."""
+    parts = [
+        (short, tuple(run))
+        for short, run in itertools.groupby(lengths, key=lambda length: length <= LONGEST)
+    ]
     sections = [sum(run) for _, run in parts]
     outputs = []
     queries, keys, values = (x.split(sections, dim=2) for x in (query, key, value))
@@ -92,13 +103,17 @@ def _by_length(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ..
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
-    """(1, A, T, D) x (1, G, T, D) -> (1, T, A, D): one call for each run of sequences of equal length.
+def _sdpa(
+    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float
+) -> Tensor:
+    """(1, A, T, D) x (1, G, T, D) -> (1, T, A, D): one call for each run of sequences of equal
+    length.
 
-    The batch builder sorts sequences by length, so runs are long. `split` and not slices: the gradient of a split is
-    one concatenation, that of a slice is a zero-filled tensor of T tokens for every sequence. Measured on 2 CPU cores
-    (72 sequences of 20 to 200 tokens, 16 heads of 128, forward and backward): 0.58 s this way, 0.77 s with the
-    key/value heads repeated, 1.2 s in padded buckets of 8 or 16.
+    The batch builder sorts sequences by length, so runs are long. `split` and not slices: the
+    gradient of a split is one concatenation, that of a slice is a zero-filled tensor of T tokens
+    for every sequence. Measured on 2 CPU cores (72 sequences of 20 to 200 tokens, 16 heads of 128,
+    forward and backward): 0.58 s this way, 0.77 s with the key/value heads repeated, 1.2 s in
+    padded buckets of 8 or 16.
     """
     runs = _runs(lengths)
     sections = [length * count for length, count in runs]
@@ -106,9 +121,14 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], s
     queries, keys, values = (x.squeeze(0).split(sections, dim=1) for x in (query, key, value))
     outputs = []
     for (length, count), *qkv in zip(runs, queries, keys, values, strict=True):
-        q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in qkv)  # (count, heads, length, D)
-        # On CUDA without a half-precision kernel, grouped heads would fall back to the slow math path: still exact.
-        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        q, k, v = (
+            x.unflatten(1, (count, length)).transpose(0, 1) for x in qkv
+        )  # (count, heads, length, D)
+        # On CUDA without a half-precision kernel, grouped heads would fall back to the slow math
+        # path: still exact.
+        out = scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
         outputs.append(out.transpose(1, 2).flatten(0, 1))  # (count * length, A, D)
     return torch.cat(outputs).unsqueeze(0)
 
@@ -118,17 +138,28 @@ def _runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
     return [(length, len(list(group))) for length, group in itertools.groupby(lengths)]
 
 
-def _sdpa_of_last_queries(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float) -> Tensor:
-    """As `_sdpa`, for each sequence's last token alone, which sees all of its sequence; 0 for the other tokens."""
+def _sdpa_of_last_queries(
+    query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float
+) -> Tensor:
+    """As `_sdpa`, for each sequence's last token alone, which sees all of its sequence; 0 for the
+    other tokens."""
     runs = _runs(packed.lengths)
     last_tokens = packed.last_tokens
-    queries = query.squeeze(0).index_select(1, last_tokens).split([count for _, count in runs], dim=1)
-    keys, values = (x.squeeze(0).split([length * count for length, count in runs], dim=1) for x in (key, value))
+    queries = (
+        query.squeeze(0).index_select(1, last_tokens).split([count for _, count in runs], dim=1)
+    )
+    keys, values = (
+        x.squeeze(0).split([length * count for length, count in runs], dim=1) for x in (key, value)
+    )
     outputs = []
     for (length, count), q, k, v in zip(runs, queries, keys, values, strict=True):
         q = q.transpose(0, 1).unsqueeze(2)  # (count, A, 1, D)
-        k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in (k, v))  # (count, G, length, D)
-        out = scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        k, v = (
+            x.unflatten(1, (count, length)).transpose(0, 1) for x in (k, v)
+        )  # (count, G, length, D)
+        out = scaled_dot_product_attention(
+            q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
         outputs.append(out.squeeze(2))  # (count, A, D)
     rows = torch.cat(outputs)  # (N, A, D)
     whole = rows.new_zeros((query.shape[2], *rows.shape[1:]))
@@ -138,7 +169,8 @@ def _sdpa_of_last_queries(query: Tensor, key: Tensor, value: Tensor, packed: Pac
 def _variable_length(
     query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float, kernel: Kernel
 ) -> Tensor:
-    """(1, A, T, D) x (1, G, T, D) -> (1, T, A, D) with one fused kernel on CUDA in half precision."""
+    """(1, A, T, D) x (1, G, T, D) -> (1, T, A, D) with one fused kernel on CUDA in half
+    precision."""
     dtype = value.dtype if value.dtype in HALF_DTYPES else torch.get_autocast_dtype("cuda")
     # Under autocast the query and key norms return float32, the value projection half precision.
     q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # (T, heads, D)
@@ -154,12 +186,16 @@ def _variable_length(
         if grouped and not _takes_grouped_heads(attend):
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
             grouped = False
-        # The scale is 1 / sqrt(D) for Qwen3, which is the kernel's default (older versions have no argument for it).
-        out = attend(q, k, v, *lengths, window_size=(-1, 0), **({"enable_gqa": True} if grouped else {}))
+        # The scale is 1 / sqrt(D) for Qwen3, which is the kernel's default (older versions have no
+        # argument for it).
+        out = attend(
+            q, k, v, *lengths, window_size=(-1, 0), **({"enable_gqa": True} if grouped else {})
+        )
     return out.unsqueeze(0)
 
 
-@torch.compiler.disable  # the lengths differ in every batch: compiled, it would be compiled anew each time
+# the lengths differ in every batch: compiled, it would be compiled anew each time
+@torch.compiler.disable
 def packed_attention(
     module: "Qwen3Attention",
     query: Tensor,
@@ -174,9 +210,11 @@ def packed_attention(
     last_queries_only: bool = False,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """transformers' attention signature: (1, A, T, D) queries, (1, G, T, D) keys and values -> (1, T, A, D).
+    """transformers' attention signature: (1, A, T, D) queries, (1, G, T, D) keys and values -> (1,
+    T, A, D).
 
-    `packed` and `kernel` arrive through the keyword arguments that Qwen3's forward passes down. No mask is used.
+    `packed` and `kernel` arrive through the keyword arguments that Qwen3's forward passes down. No
+    mask is used.
     """
     assert attention_mask is None
     assert dropout == 0.0, "attention dropout is refused when the model is built"

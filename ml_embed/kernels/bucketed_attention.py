@@ -1,10 +1,12 @@
 """Causal attention of short sequences on the CPU, in buckets of about equal length.
 
-torch's fused CPU kernel works on one small block of queries at a time, which leaves a second core idle and its backward
-pass at a fraction of the speed of matrix products. Here each bucket is a few batched products. The probabilities are
-kept for the backward pass, T A x length numbers, so this is for sequences up to `LONGEST` only.
+torch's fused CPU kernel works on one small block of queries at a time, which leaves a second core
+idle and its backward pass at a fraction of the speed of matrix products. Here each bucket is a few
+batched products. The probabilities are kept for the backward pass, T A x length numbers, so this is
+for sequences up to `LONGEST` only.
 
-Letters: T tokens, N sequences, A query heads, G key/value heads, R = A / G query heads that share one, D head size.
+Letters: T tokens, N sequences, A query heads, G key/value heads, R = A / G query heads that share
+    one, D head size.
 A sequence padded to its bucket's length P owns G blocks of P rows, one for each key/value head.
 """
 
@@ -17,14 +19,17 @@ import torch
 from torch import Tensor
 
 LONGEST = 256
-"""Tokens. Longer sequences gain less in speed, and the probabilities take as much memory as the rest of a layer."""
+"""Tokens. Longer sequences gain less in speed, and the probabilities take as much memory as the
+rest of a layer."""
 SHORTEST_IN_BUCKET = 0.9
-"""Least length of a sequence, as a share of its bucket's: at most a tenth of the rows are padding."""
+"""Least length of a sequence, as a share of its bucket's: at most a tenth of the rows are
+padding."""
 
 
 @dataclass(frozen=True)
 class Buckets:
-    """Where each row of T x G (token, key/value head) goes when sequences are padded to their bucket's length."""
+    """Where each row of T x G (token, key/value head) goes when sequences are padded to their
+    bucket's length."""
 
     shapes: tuple[tuple[int, int], ...]
     """Sequences and padded length of each bucket."""
@@ -47,13 +52,15 @@ class Buckets:
         """(rows of all buckets, any) -> for each bucket a view (count G, its rows, width)"""
         sections = rows.split([count * groups * length for count, length in self.shapes])
         return [
-            section.view(count * groups, -1, width) for section, (count, _) in zip(sections, self.shapes, strict=True)
+            section.view(count * groups, -1, width)
+            for section, (count, _) in zip(sections, self.shapes, strict=True)
         ]
 
 
 @lru_cache(maxsize=4)  # every layer of a model asks for the same
 def make_buckets(lengths: tuple[int, ...], groups: int) -> Buckets:
-    """Sequences in order of their lengths, cut into buckets; they may stand in any order in the batch."""
+    """Sequences in order of their lengths, cut into buckets; they may stand in any order in the
+    batch."""
     all_lengths = np.asarray(lengths, np.int64)
     starts = np.cumsum(all_lengths) - all_lengths
     order = np.argsort(-all_lengths, kind="stable")
@@ -64,7 +71,9 @@ def make_buckets(lengths: tuple[int, ...], groups: int) -> Buckets:
         members, order = order[:count], order[count:]
         positions = np.arange(length)
         tokens = starts[members, None, None] + positions  # (count, 1, length)
-        inside = np.broadcast_to(positions < all_lengths[members, None, None], (count, groups, length))
+        inside = np.broadcast_to(
+            positions < all_lengths[members, None, None], (count, groups, length)
+        )
         sources.append(np.where(inside, tokens * groups + np.arange(groups)[:, None], 0).ravel())
         is_token.append(inside.ravel())
         shapes.append((count, int(length)))
@@ -72,12 +81,18 @@ def make_buckets(lengths: tuple[int, ...], groups: int) -> Buckets:
     target = np.empty(int(all_lengths.sum()) * groups, np.int64)
     target[source[inside]] = np.flatnonzero(inside)
     return Buckets(
-        tuple(shapes), torch.from_numpy(source), torch.from_numpy(np.flatnonzero(~inside)), torch.from_numpy(target)
+        tuple(shapes),
+        torch.from_numpy(source),
+        torch.from_numpy(np.flatnonzero(~inside)),
+        torch.from_numpy(target),
     )
 
 
-def bucketed_attention(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
-    """(1, A, T, D) queries, (1, G, T, D) keys and values -> (1, T, A, D), all in float32 or float64 on the CPU."""
+def bucketed_attention(
+    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float
+) -> Tensor:
+    """(1, A, T, D) queries, (1, G, T, D) keys and values -> (1, T, A, D), all in float32 or float64
+    on the CPU."""
     _, heads, tokens, size = query.shape
     groups = key.shape[1]
     rows = [x.transpose(1, 2).reshape(tokens * groups, -1) for x in (query, key, value)]
@@ -93,7 +108,13 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, buckets: Buckets, groups: int, scale: float
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        buckets: Buckets,
+        groups: int,
+        scale: float,
     ) -> Tensor:
         """(T G, R D) queries, (T G, D) keys and values -> (T G, R D)"""
         size = key.shape[1]
@@ -103,7 +124,9 @@ class _Attention(torch.autograd.Function):
         probabilities = []
         parts = (buckets.split(x, groups, size) for x in (query, key, value, out))
         for q, k, v, o in zip(*parts, strict=True):
-            scores = torch.baddbmm(mask[: q.shape[1], : k.shape[1]], q, k.transpose(1, 2), alpha=scale)
+            scores = torch.baddbmm(
+                mask[: q.shape[1], : k.shape[1]], q, k.transpose(1, 2), alpha=scale
+            )
             probabilities.append(torch.softmax(scores, dim=-1))  # (count G, P R, P)
             torch.bmm(probabilities[-1], v, out=o)
         ctx.save_for_backward(query, key, value, out, *probabilities)
@@ -112,7 +135,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """With P = softmax(S), O = P V and G = dL/dO: dV = P^T G, dS = P * (G V^T - rowsum(G * O))."""
+        """With P = softmax(S), O = P V and G = dL/dO: dV = P^T G, dS = P * (G V^T - rowsum(G *
+        O))."""
         query, key, value, out, *probabilities = ctx.saved_tensors
         buckets, scale, size = ctx.buckets, ctx.scale, key.shape[1]
         grad = buckets.pad(gradients[0])
@@ -131,6 +155,7 @@ class _Attention(torch.autograd.Function):
 
 @cache
 def _causal_mask(shared: int, dtype: torch.dtype) -> Tensor:
-    """(LONGEST R, LONGEST): 0 where a query may look, minus infinity where not. Its corners serve shorter sequences."""
+    """(LONGEST R, LONGEST): 0 where a query may look, minus infinity where not. Its corners serve
+    shorter sequences."""
     mask = torch.full((LONGEST, LONGEST), -torch.inf, dtype=dtype).triu_(1)
     return mask.repeat_interleave(shared, dim=0)

@@ -1,4 +1,5 @@
-"""torch.compile of decoder layers (`compile_layers`): what is compiled, and whether it works here."""
+"""torch.compile of decoder layers (`compile_layers`): what is compiled, and whether it works
+here."""
 
 from collections.abc import Iterable
 
@@ -15,7 +16,8 @@ COMPILES_SINCE = "5.23.0"
 def compile_in_place(layers: Iterable[nn.Module]) -> None:
     """Fuse what stands around attention in each layer; parameters keep their names.
 
-    Nothing is compiled before a layer is first called; other lengths of a batch need no other compilation.
+    Nothing is compiled before a layer is first called; other lengths of a batch need no other
+    compilation.
 
     Raises:
         UserError: this transformers cannot be compiled layer by layer.
@@ -28,18 +30,20 @@ def compile_in_place(layers: Iterable[nn.Module]) -> None:
 def check_transformers() -> None:
     """
     Raises:
-        UserError: this transformers loses sight of the hidden states of compiled layers (5.3 does, 5.23 does not;
-            those between were not tried).
+        UserError: this transformers loses sight of the hidden states of compiled layers (5.3 does,
+            5.23 does not; those between were not tried).
     """
     if Version(transformers.__version__) < Version(COMPILES_SINCE):
         raise UserError(
-            f"compile_layers: needs transformers {COMPILES_SINCE} or newer (here: {transformers.__version__}); "
+            f"compile_layers: needs transformers {COMPILES_SINCE} or newer (here: "
+            f"{transformers.__version__}); "
             "update it, or set compile_layers to false"
         )
 
 
 def check_compiler(device: torch.device) -> None:
-    """Compile something small for `device`: a few seconds, once a machine (torch caches what it compiled).
+    """Compile something small for `device`: a few seconds, once a machine (torch caches what it
+    compiled).
 
     Raises:
         UserError: torch.compile does not work here, for want of a C++ compiler, say.
@@ -47,10 +51,16 @@ def check_compiler(device: torch.device) -> None:
     numbers = torch.ones(8, device=device)
     try:
         torch.compile(lambda x: x.sigmoid() * x + 1)(numbers)
-    except Exception as error:  # of any kind: compilers, their headers, caches and drivers are all asked for
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    except (
+        Exception
+    ) as error:  # of any kind: compilers, their headers, caches and drivers are all asked for
+        reason = next(
+            (line for line in str(error).splitlines() if line.strip()), type(error).__name__
+        )
         raise UserError(
-            f"compile_layers: torch.compile does not work on this machine's {device.type} ({reason}); "
-            "it needs a C++ compiler (g++, or the one that CXX names) and, on GPUs, Triton; install them, "
+            f"compile_layers: torch.compile does not work on this machine's {device.type} "
+            f"({reason}); "
+            "it needs a C++ compiler (g++, or the one that CXX names) and, on GPUs, Triton; "
+            "install them, "
             "or set compile_layers to false"
         ) from error

@@ -1,7 +1,8 @@
 """RMSNorm (arXiv 1910.07467) on the CPU in few passes over memory.
 
-transformers' norm is six operations, and torch's backward pass of them about twenty, each of which reads and writes
-all rows. Here they are five and nine; what is summed over a dimension is a matrix product.
+transformers' norm is six operations, and torch's backward pass of them about twenty, each of which
+reads and writes all rows. Here they are five and nine; what is summed over a dimension is a matrix
+product.
 
     y = w x / s,  s = sqrt(mean(x^2) + eps)
     dx = (w dy - x mean(x w dy) / s^2) / s,  dw = sum of dy x / s over rows
@@ -54,9 +55,13 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, inverse = ctx.saved_tensors
-        buffer = torch.mul(grad, x, out=torch.empty(x.shape, dtype=x.dtype))  # rows in order, whatever those of grad
+        buffer = torch.mul(
+            grad, x, out=torch.empty(x.shape, dtype=x.dtype)
+        )  # rows in order, whatever those of grad
         products = buffer.view(-1, x.shape[-1])
-        grad_weight = (inverse.reshape(1, -1) @ products).squeeze(0) if ctx.needs_input_grad[1] else None
+        grad_weight = (
+            (inverse.reshape(1, -1) @ products).squeeze(0) if ctx.needs_input_grad[1] else None
+        )
         mean = (products @ weight.unsqueeze(1)).view(inverse.shape).div_(x.shape[-1])  # of x w dy
         torch.mul(grad, weight, out=buffer).mul_(inverse)
         return buffer.addcmul_(x, mean.mul_(inverse**3), value=-1), grad_weight, None

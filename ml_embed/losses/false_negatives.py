@@ -1,6 +1,7 @@
 """Which logits of a batch are left out, because what stands there is or may be a right answer.
 
-Two rules: the sample's own positive document, standing somewhere else (DESIGN 4.9; `BatchBuilder` finds these); and, as
+Two rules: the sample's own positive document, standing somewhere else (DESIGN 4.9; `BatchBuilder`
+    finds these); and, as
 an option, whatever lies nearer to the query than the positive does, by more than a margin.
 
 Letters: R rows of this process, K negatives, n passages of the global batch, H hidden size.
@@ -16,13 +17,15 @@ from ml_embed.data.batch import ContrastiveBatch
 from ml_embed.losses.nested import LOGITS_AT_ONCE
 
 ROUNDING = 1e-6
-"""By how much equal cosines may differ in float32: a copy of the positive is not nearer than the positive."""
+"""By how much equal cosines may differ in float32: a copy of the positive is not nearer than the
+positive."""
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """The logits that a share's losses do without, and how many there are. A query and a document count once, not for
-    each exit and dim; fillers and negatives that a sample does not have do not count."""
+    """The logits that a share's losses do without, and how many there are. A query and a document
+    count once, not for each exit and dim; fillers and negatives that a sample does not have do not
+    count."""
 
     candidates: Tensor
     """(R, 1 + K) bool: fillers too"""
@@ -36,18 +39,25 @@ class LeftOut:
 
 @torch.no_grad()
 def leave_out(
-    query: Tensor, candidates: Tensor, passages: Tensor | None, batch: ContrastiveBatch, margin: float | None
+    query: Tensor,
+    candidates: Tensor,
+    passages: Tensor | None,
+    batch: ContrastiveBatch,
+    margin: float | None,
 ) -> LeftOut:
     """One decision for all losses, exits and dims, by the whole vectors of the deepest exit.
 
-    Those are the best that the model knows of two texts. A cut of few components takes many documents for near that
-    are not; if each cut decided for itself, it would leave out its own mistakes, which are what it should learn from.
+    Those are the best that the model knows of two texts. A cut of few components takes many
+    documents for near that are not; if each cut decided for itself, it would leave out its own
+    mistakes, which are what it should learn from.
 
     Args:
         query: (R, H), candidates: (R, 1 + K, H), the positive first, both of the deepest exit.
-        passages: (n, H) of the global batch, of the deepest exit; None where there is no in-batch loss.
+        passages: (n, H) of the global batch, of the deepest exit; None where there is no in-batch
+            loss.
         batch: what is left out by document.
-        margin: a document is left out too if its cosine is above the positive's by more than this; None = none is.
+        margin: a document is left out too if its cosine is above the positive's by more than this;
+            None = none is.
     """
     real, present = batch.sample_weights > 0, batch.negative_weights > 0
     of_candidates = batch.excluded_candidates
@@ -76,7 +86,11 @@ def leave_out(
 
 
 def _above(query: Tensor, passages: Tensor, limit: Tensor) -> Tensor:
-    """(R, n) bool: which cosines are above a row's limit; so many at a time as the in-batch loss holds."""
+    """(R, n) bool: which cosines are above a row's limit; so many at a time as the in-batch loss
+    holds."""
     rows = max(1, LOGITS_AT_ONCE // len(passages))
-    blocks = [own @ passages.T > allowed for own, allowed in zip(query.split(rows), limit.split(rows), strict=True)]
+    blocks = [
+        own @ passages.T > allowed
+        for own, allowed in zip(query.split(rows), limit.split(rows), strict=True)
+    ]
     return torch.cat(blocks)

@@ -1,10 +1,13 @@
 """Contrastive and distillation losses over nested vectors: pure functions of tensors.
 
-One loop over the nested dims (`nested_cosines`) serves all of them. Rows may be weighted, so that a mean over the
-samples of a global batch is a sum of shares, exact for uneven batches and any number of processes.
+One loop over the nested dims (`nested_cosines`) serves all of them. Rows may be weighted, so that a
+mean over the samples of a global batch is a sum of shares, exact for uneven batches and any number
+of processes.
 
-Letters: B samples of this process, C candidates of a sample (its positive and its K negatives), G passages of the
-global batch, H hidden size, D nested dims. Sources: MRL (arXiv 2205.13147), ML-Embed (arXiv 2605.15081).
+Letters: B samples of this process, C candidates of a sample (its positive and its K negatives), G
+    passages of the
+global batch, H hidden size, D nested dims. Sources: MRL (arXiv 2205.13147), ML-Embed (arXiv
+2605.15081).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +19,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 LOGITS_AT_ONCE = 2**18
-"""In-batch cosines of one exit and dim held at a time, in rows of the batch; some 40 float32 values live for each."""
+"""In-batch cosines of one exit and dim held at a time, in rows of the batch; some 40 float32 values
+live for each."""
 SMALLEST_SQUARED_NORM = 1e-24  # of a vector, squared: the 1e-12 of torch.nn.functional.normalize
 
 
@@ -29,11 +33,13 @@ class MatryoshkaSpec:
     temperature: float
 
 
-def nested_cosines(left: Tensor, right: Tensor, dims: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+def nested_cosines(
+    left: Tensor, right: Tensor, dims: Sequence[int]
+) -> Iterator[tuple[int, Tensor]]:
     """Cosines of the vectors cut to each dim, smallest first, in one pass over the components.
 
-    A dot product over d components is the one over the next smaller dim plus a block, and so are the squared norms;
-    so all dims together cost what the largest costs alone.
+    A dot product over d components is the one over the next smaller dim plus a block, and so are
+    the squared norms; so all dims together cost what the largest costs alone.
 
     Args:
         left: (..., M, H), right: (..., N, H), not normalised.
@@ -59,15 +65,19 @@ LossOfRows = Callable[[Tensor, Tensor, slice], Tensor]
 
 
 class _BlockwiseLoss(torch.autograd.Function):
-    """A loss of (B, H) and (N, H) that is a sum over rows, in blocks of rows, each with its gradients at once.
+    """A loss of (B, H) and (N, H) that is a sum over rows, in blocks of rows, each with its
+    gradients at once.
 
-    A block's gradients are known as soon as its value is, and the D x B x N cosines of every exit need not wait for
-    the backward pass. (Checkpointing each block instead did it twice, and its small leftovers between freed blocks kept
+    A block's gradients are known as soon as its value is, and the D x B x N cosines of every exit
+    need not wait for the backward pass. (Checkpointing each block instead did it twice, and its
+    small leftovers between freed blocks kept
     glibc from reusing them: 1.5 GiB at B = N = 4,096, three exits.)
     """
 
     @staticmethod
-    def forward(ctx: Any, left: Tensor, right: Tensor, loss_of_rows: LossOfRows, rows: int) -> Tensor:
+    def forward(
+        ctx: Any, left: Tensor, right: Tensor, loss_of_rows: LossOfRows, rows: int
+    ) -> Tensor:
         left, right = left.detach(), right.detach().requires_grad_()
         total = left.new_zeros(())
         left_gradient, right_gradient = torch.empty_like(left), torch.zeros_like(right)
@@ -90,7 +100,8 @@ class _BlockwiseLoss(torch.autograd.Function):
 
 
 def _sum_over_rows(left: Tensor, right: Tensor, loss_of_rows: LossOfRows) -> Tensor:
-    """The loss of all rows of `left` (B, H) against `right` (N, H), in as few blocks as LOGITS_AT_ONCE allows."""
+    """The loss of all rows of `left` (B, H) against `right` (N, H), in as few blocks as
+    LOGITS_AT_ONCE allows."""
     rows = max(1, LOGITS_AT_ONCE // len(right))
     if len(left) > rows:
         return _BlockwiseLoss.apply(left, right, loss_of_rows, rows)
@@ -109,14 +120,22 @@ def _sum_over_dims(
     weight_of = dict(zip(spec.dims, spec.weights, strict=True))
     total = left.new_zeros(())
     for dim, cosines in nested_cosines(left, right, spec.dims):
-        total = total + weight_of[dim] * loss_of_cosines(cosines.squeeze(1) if own_candidates else cosines)
+        total = total + weight_of[dim] * loss_of_cosines(
+            cosines.squeeze(1) if own_candidates else cosines
+        )
     return total
 
 
 def _nested_cross_entropy(
-    left: Tensor, right: Tensor, target: Tensor, excluded: Tensor | None, sample_weights: Tensor, spec: MatryoshkaSpec
+    left: Tensor,
+    right: Tensor,
+    target: Tensor,
+    excluded: Tensor | None,
+    sample_weights: Tensor,
+    spec: MatryoshkaSpec,
 ) -> Tensor:
-    """sum_n c_n sum_i w_i CE(cos_n(left_i, right) / tau, target_i), a scalar, without the `excluded` (B, N)."""
+    """sum_n c_n sum_i w_i CE(cos_n(left_i, right) / tau, target_i), a scalar, without the
+    `excluded` (B, N)."""
 
     def loss(cosines: Tensor) -> Tensor:
         logits = cosines / spec.temperature
@@ -130,15 +149,23 @@ def _nested_cross_entropy(
 def _nested_squared_error(
     left: Tensor, right: Tensor, wanted: Tensor, entry_weights: Tensor, spec: MatryoshkaSpec
 ) -> Tensor:
-    """sum_n c_n / (sum_n c_n) sum_ij w_ij (cos_n(left_i, right_j) - wanted_ij)^2, a scalar; all (B, N)."""
-    error = _sum_over_dims(left, right, spec, lambda cosines: (entry_weights * (cosines - wanted).square()).sum())
+    """sum_n c_n / (sum_n c_n) sum_ij w_ij (cos_n(left_i, right_j) - wanted_ij)^2, a scalar; all (B,
+    N)."""
+    error = _sum_over_dims(
+        left, right, spec, lambda cosines: (entry_weights * (cosines - wanted).square()).sum()
+    )
     return error / sum(spec.weights)
 
 
 def hard_loss(
-    query: Tensor, candidates: Tensor, excluded: Tensor, sample_weights: Tensor, spec: MatryoshkaSpec
+    query: Tensor,
+    candidates: Tensor,
+    excluded: Tensor,
+    sample_weights: Tensor,
+    spec: MatryoshkaSpec,
 ) -> Tensor:
-    """Cross-entropy of the positive among itself and the sample's own negatives (F2LLM, arXiv 2510.02294).
+    """Cross-entropy of the positive among itself and the sample's own negatives (F2LLM, arXiv
+    2510.02294).
 
     Args:
         query: (B, H).
@@ -162,12 +189,14 @@ def in_batch_loss(
     sample_weights: Tensor,
     spec: MatryoshkaSpec,
 ) -> Tensor:
-    """Cross-entropy of the positive among all positives of the global batch; no hard negatives in it.
+    """Cross-entropy of the positive among all positives of the global batch; no hard negatives in
+    it.
 
     Args:
         query: (B, H), passages: (G, H), gathered with gradients.
         target: (B,) index of each sample's positive in `passages`.
-        excluded: (B, G) bool, true where a passage is the sample's own document standing in another row; or None.
+        excluded: (B, G) bool, true where a passage is the sample's own document standing in another
+            row; or None.
         sample_weights: (B,).
     Returns:
         scalar, float32.
@@ -181,7 +210,8 @@ def in_batch_loss(
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, row_weights: Tensor) -> Tensor:
-    """Weighted mean squared error between student vectors and as many leading components of the teacher's.
+    """Weighted mean squared error between student vectors and as many leading components of the
+    teacher's.
 
     Args:
         student: (N, H), teacher: (N, H_teacher >= H), neither normalised.
@@ -216,11 +246,13 @@ def in_batch_similarity_loss(
     sample_weights: Tensor,
     spec: MatryoshkaSpec,
 ) -> Tensor:
-    """How far the cosines of each query with all positives of the global batch are from a teacher's.
+    """How far the cosines of each query with all positives of the global batch are from a
+    teacher's.
 
     Args:
         query: (B, H), passages: (G, H), gathered with gradients, the student's.
-        teacher_query: (B, H'), teacher_passages: (G, H'), unit vectors of any width, without gradients.
+        teacher_query: (B, H'), teacher_passages: (G, H'), unit vectors of any width, without
+            gradients.
         sample_weights: (B,).
     Returns:
         scalar: sum_n c_n / (sum_n c_n) sum_i w_i mean_j (cos_n(q_i, p_j) - t_i . t_j)^2.
@@ -228,6 +260,8 @@ def in_batch_similarity_loss(
 
     def of_rows(own: Tensor, shared: Tensor, rows: slice) -> Tensor:
         wanted = teacher_query[rows] @ teacher_passages.T
-        return _nested_squared_error(own, shared, wanted, sample_weights[rows].unsqueeze(1) / len(passages), spec)
+        return _nested_squared_error(
+            own, shared, wanted, sample_weights[rows].unsqueeze(1) / len(passages), spec
+        )
 
     return _sum_over_rows(query, passages, of_rows)

@@ -1,6 +1,7 @@
 """The whole training objective of one batch, from the vectors of its texts.
 
-Letters: E exits, N texts, R rows of this process, K negatives, n rows of the global batch, H hidden size. A teacher's
+Letters: E exits, N texts, R rows of this process, K negatives, n rows of the global batch, H hidden
+    size. A teacher's
 are E' and H'.
 """
 
@@ -26,7 +27,8 @@ from ml_embed.losses.nested import (
 
 @dataclass(frozen=True)
 class LossTerms:
-    """Shares of this process: their mean over processes is the value for the global batch. Scalars, float32."""
+    """Shares of this process: their mean over processes is the value for the global batch. Scalars,
+    float32."""
 
     hard: Tensor
     """mean over exits"""
@@ -37,7 +39,8 @@ class LossTerms:
     total: Tensor
     """hard + in_batch + kd_weight * distillation"""
     left_out: LeftOut
-    """which logits the contrastive losses did without; its counts are sums, not means, over processes"""
+    """which logits the contrastive losses did without; its counts are sums, not means, over
+    processes"""
 
 
 def batch_objective(
@@ -49,7 +52,8 @@ def batch_objective(
     kd_weight: float = 1.0,
     false_negative_margin: float | None = None,
 ) -> LossTerms:
-    """Total = mean over exits of (hard + in-batch) + kd_weight * mean over exits of distillation (DESIGN 3).
+    """Total = mean over exits of (hard + in-batch) + kd_weight * mean over exits of distillation
+    (DESIGN 3).
 
     Args:
         vectors: (E, N, H) of the batch's distinct texts.
@@ -63,21 +67,30 @@ def batch_objective(
     student = PartVectors.of_texts(vectors, batch)
     # One collective for all exits, and only where some loss looks at other rows' passages.
     similarities = teacher is not None and kd_loss == "similarity"
-    passages = _of_all(student.passage, batch) if batch.task == "retrieval" or similarities else None  # (n, E, H)
+    passages = (
+        _of_all(student.passage, batch) if batch.task == "retrieval" or similarities else None
+    )  # (n, E, H)
     candidates = student.candidates()  # (E, R, 1 + K, H)
-    hard, in_batch, left_out = _contrastive(student.query, candidates, passages, batch, spec, false_negative_margin)
+    hard, in_batch, left_out = _contrastive(
+        student.query, candidates, passages, batch, spec, false_negative_margin
+    )
     if teacher is None:
         distillation = vectors.new_zeros(())
     elif kd_loss == "similarity":
         assert passages is not None
-        distillation = _similarity_distillation(student.query, candidates, passages, teacher, batch, spec)
+        distillation = _similarity_distillation(
+            student.query, candidates, passages, teacher, batch, spec
+        )
     else:
         distillation = _vector_distillation(student, teacher, batch)
-    return LossTerms(hard, in_batch, distillation, hard + in_batch + kd_weight * distillation, left_out)
+    return LossTerms(
+        hard, in_batch, distillation, hard + in_batch + kd_weight * distillation, left_out
+    )
 
 
 def _of_all(passage: Tensor, batch: ContrastiveBatch) -> Tensor:
-    """(E, R, H) of each process -> (n, E, H): the rows of the global batch in its own order, without fillers."""
+    """(E, R, H) of each process -> (n, E, H): the rows of the global batch in its own order,
+    without fillers."""
     return gather_rows(passage.transpose(0, 1)).index_select(0, batch.gathered_rows)
 
 
@@ -96,14 +109,24 @@ def _contrastive(
     left_out = leave_out(query[-1], candidates[-1], deepest_passages, batch, margin)
     nothing = query.new_zeros(())
     hard = sum(
-        (hard_loss(query[e], candidates[e], left_out.candidates, batch.sample_weights, spec) for e in range(exits)),
+        (
+            hard_loss(query[e], candidates[e], left_out.candidates, batch.sample_weights, spec)
+            for e in range(exits)
+        ),
         start=nothing,
     )
     if passages is None:
         return hard / exits, nothing, left_out
     in_batch = sum(
         (
-            in_batch_loss(query[e], passages[:, e], batch.target, left_out.passages, batch.sample_weights, spec)
+            in_batch_loss(
+                query[e],
+                passages[:, e],
+                batch.target,
+                left_out.passages,
+                batch.sample_weights,
+                spec,
+            )
             for e in range(exits)
         ),
         start=nothing,
@@ -111,21 +134,31 @@ def _contrastive(
     return hard / exits, in_batch / exits, left_out
 
 
-def _vector_distillation(student: PartVectors, teacher: PartVectors, batch: ContrastiveBatch) -> Tensor:
-    """Sum over query, passage and negatives of the mean squared error to the teacher's leading components.
+def _vector_distillation(
+    student: PartVectors, teacher: PartVectors, batch: ContrastiveBatch
+) -> Tensor:
+    """Sum over query, passage and negatives of the mean squared error to the teacher's leading
+    components.
 
-    Mean over the exits, paired from the deepest: student exits beyond the teacher's have no part in it.
+    Mean over the exits, paired from the deepest: student exits beyond the teacher's have no part in
+    it.
     """
     pairs = min(len(student.query), len(teacher.query))
     parts = (
         (student.query, teacher.query, batch.sample_weights),
         (student.passage, teacher.passage, batch.sample_weights),
-        (student.negatives.flatten(1, 2), teacher.negatives.flatten(1, 2), batch.negative_weights.flatten()),
+        (
+            student.negatives.flatten(1, 2),
+            teacher.negatives.flatten(1, 2),
+            batch.negative_weights.flatten(),
+        ),
     )
     total = student.query.new_zeros(())
     for own, wanted, weights in parts:
         of_pairs = weights.repeat(pairs) / pairs
-        total = total + distillation_loss(own[-pairs:].flatten(0, 1), wanted[-pairs:].flatten(0, 1), of_pairs)
+        total = total + distillation_loss(
+            own[-pairs:].flatten(0, 1), wanted[-pairs:].flatten(0, 1), of_pairs
+        )
     return total
 
 
@@ -139,13 +172,16 @@ def _similarity_distillation(
 ) -> Tensor:
     """Squared differences of cosines, so that a teacher's width does not matter.
 
-    With s the student's cosines, t the teacher's, of its deepest exit and whole vectors, for a sample i with its
-    positive and k_i negatives as candidates c, and the n positives p of the global batch:
+    With s the student's cosines, t the teacher's, of its deepest exit and whole vectors, for a
+    sample i with its positive and k_i negatives as candidates c, and the n positives p of the
+    global batch:
 
-        1/n sum_i [ 1/(1 + k_i) sum_c (s(q_i, c) - t(q_i, c))^2  +  1/n sum_j (s(q_i, p_j) - t(q_i, p_j))^2 ]
+        1/n sum_i [ 1/(1 + k_i) sum_c (s(q_i, c) - t(q_i, c))^2  +  1/n sum_j (s(q_i, p_j) - t(q_i,
+        p_j))^2 ]
 
-    With nested dims, (s - t)^2 is the mean of the dims' weighted by c_n. The mean over all exits of the student: each
-    learns from the teacher's best. What the contrastive losses leave out counts here: a teacher knows how near it is.
+    With nested dims, (s - t)^2 is the mean of the dims' weighted by c_n. The mean over all exits of
+    the student: each learns from the teacher's best. What the contrastive losses leave out counts
+        here: a teacher knows how near it is.
     """
     teacher_query = normalize(teacher.query[-1].float(), dim=-1)  # (R, H')
     own = normalize(teacher.candidates()[-1].float(), dim=-1)  # (R, 1 + K, H')
@@ -154,10 +190,14 @@ def _similarity_distillation(
 
     negatives_present = (batch.negative_weights > 0).float()
     present = torch.cat([torch.ones_like(wanted[:, :1]), negatives_present], dim=1)  # (R, 1 + K)
-    entry_weights = batch.sample_weights.unsqueeze(1) * present / present.sum(1, keepdim=True)  # (R, 1 + K)
+    entry_weights = (
+        batch.sample_weights.unsqueeze(1) * present / present.sum(1, keepdim=True)
+    )  # (R, 1 + K)
     total = query.new_zeros(())
     for e in range(len(query)):
-        total = total + candidate_similarity_loss(query[e], candidates[e], wanted, entry_weights, spec)
+        total = total + candidate_similarity_loss(
+            query[e], candidates[e], wanted, entry_weights, spec
+        )
         total = total + in_batch_similarity_loss(
             query[e], passages[:, e], teacher_query, teacher_passages, batch.sample_weights, spec
         )

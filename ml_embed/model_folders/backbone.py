@@ -1,7 +1,9 @@
-"""Fresh Qwen3 backbones: preset shapes with random weights, and byte-level BPE tokenizers trained on the user's text.
+"""Fresh Qwen3 backbones: preset shapes with random weights, and byte-level BPE tokenizers trained
+on the user's text.
 
-A backbone folder is a plain `Qwen3Model` (safetensors) with its tokenizer: `AutoModel.from_pretrained` and
-`AutoTokenizer.from_pretrained` load it, and so does `run.py` as `model_path`.
+A backbone folder is a plain `Qwen3Model` (safetensors) with its tokenizer:
+`AutoModel.from_pretrained` and `AutoTokenizer.from_pretrained` load it, and so does `run.py` as
+`model_path`.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ class Preset:
     head_dim: int = 128
 
 
-# 80M to 14B: F2LLM-v2 (arXiv 2603.19223), table 1; those names count the embedding table of Qwen3's 151,936 tokens.
-# "tiny" is ours, for laptops and tests: 1.2 million parameters beside the table.
+# 80M to 14B: F2LLM-v2 (arXiv 2603.19223), table 1; those names count the embedding table of Qwen3's
+# 151,936 tokens. "tiny" is ours, for laptops and tests: 1.2 million parameters beside the table.
 PRESETS = {
     "tiny": Preset(128, 384, 6, 4, 2, head_dim=32),
     "80M": Preset(320, 2048, 8, 16, 8),
@@ -49,7 +51,9 @@ PRESETS = {
 }
 
 
-def backbone_config(preset: str, vocab_size: int, eos_token_id: int, pad_token_id: int | None) -> Qwen3Config:
+def backbone_config(
+    preset: str, vocab_size: int, eos_token_id: int, pad_token_id: int | None
+) -> Qwen3Config:
     """The Qwen3 configuration of a preset, with an embedding table of exactly `vocab_size` rows."""
     from transformers import Qwen3Config
 
@@ -77,14 +81,18 @@ def init_backbone(
     vocab_size: int | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a backbone folder: random weights of the preset's shape (from `seed`), and the tokenizer.
+    """Write a backbone folder: random weights of the preset's shape (from `seed`), and the
+    tokenizer.
 
-    The table has one row a token id, rounded up to a multiple of 64; `vocab_size` asks for more rows. Memory needed
-    is the weights in `dtype` and half a gigabyte (measured: 2.8 GB for 0.6B in float32, 3.9 GB for 1.7B in bfloat16).
+    The table has one row a token id, rounded up to a multiple of 64; `vocab_size` asks for more
+    rows. Memory needed
+    is the weights in `dtype` and half a gigabyte (measured: 2.8 GB for 0.6B in float32, 3.9 GB for
+    1.7B in bfloat16).
     The folder appears whole or not at all.
 
-    Raises UserError if the preset or dtype is unknown, the tokenizer has no EOS token, `vocab_size` is less than
-    the tokenizer needs, or `output` holds something already (`overwrite` replaces a model folder, nothing else).
+    Raises UserError if the preset or dtype is unknown, the tokenizer has no EOS token, `vocab_size`
+    is less than the tokenizer needs, or `output` holds something already (`overwrite` replaces a
+    model folder, nothing else).
     """
     import torch
     from transformers import Qwen3Model
@@ -95,7 +103,8 @@ def init_backbone(
         raise UserError(f"dtype {dtype!r} is not known; take one of {', '.join(DTYPES)}")
     if tokenizer.eos_token_id is None:
         raise UserError(
-            "the tokenizer has no EOS token, where a text's vector is read; set `eos_token` in tokenizer_config.json"
+            "the tokenizer has no EOS token, where a text's vector is read; set `eos_token` in "
+            "tokenizer_config.json"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -113,10 +122,12 @@ def init_backbone(
 
 
 def table_rows(tokenizer: PreTrainedTokenizerFast, vocab_size: int | None = None) -> int:
-    """Rows of the embedding table: enough for every token id and for `vocab_size`, a multiple of 64."""
+    """Rows of the embedding table: enough for every token id and for `vocab_size`, a multiple of
+    64."""
     needed = max(tokenizer.get_vocab().values()) + 1
     if vocab_size is not None and vocab_size < needed:
         raise UserError(
-            f"vocab size {vocab_size} is less than the tokenizer's {needed} ids; leave it out, or give at least that"
+            f"vocab size {vocab_size} is less than the tokenizer's {needed} ids; leave it out, or "
+            "give at least that"
         )
     return -(-max(needed, vocab_size or 0) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE

@@ -25,9 +25,11 @@ class Cut:
     """rank of the token factors; 0 is a whole token table"""
 
 
-def read_record(folder: Path, config: Qwen3Config, tokenizer: PreTrainedTokenizerBase) -> ModelRecord:
-    """What was trained. A plain backbone counts as trained at its whole depth and length, with the prompts that
-    sentence-transformers would use.
+def read_record(
+    folder: Path, config: Qwen3Config, tokenizer: PreTrainedTokenizerBase
+) -> ModelRecord:
+    """What was trained. A plain backbone counts as trained at its whole depth and length, with the
+    prompts that sentence-transformers would use.
 
     Raises:
         UserError: the record is damaged.
@@ -65,12 +67,18 @@ def choose_cut(
     """The wanted part of a model; None is the whole of an axis.
 
     Raises:
-        UserError: values that the model does not have or, without `allow_untrained`, was not trained at; all
-            problems at once, with the trained values.
+        UserError: values that the model does not have or, without `allow_untrained`, was not
+            trained at; all problems at once, with the trained values.
     """
-    depth, dim, rank = (_whole_number(name, value) for name, value in (("depth", depth), ("dim", dim), ("rank", rank)))
+    depth, dim, rank = (
+        _whole_number(name, value)
+        for name, value in (("depth", depth), ("dim", dim), ("rank", rank))
+    )
     if rank is not None and not record.ranks:
-        raise UserError(f"rank {rank}: this model has a whole token table, which has no rank to cut; leave rank out")
+        raise UserError(
+            f"rank {rank}: this model has a whole token table, which has no rank to cut; leave "
+            "rank out"
+        )
     whole = Cut(config.num_hidden_layers, record.dims[0], record.ranks[-1] if record.ranks else 0)
     axes = (
         ("depth", depth, (*record.exits, whole.depth), whole.depth),
@@ -92,15 +100,24 @@ def _whole_number(name: str, value: Any) -> int | None:
     try:
         return None if value is None else operator.index(value)
     except TypeError:
-        raise UserError(f"{name} {value!r} must be a whole number, not of type {type(value).__name__}") from None
+        raise UserError(
+            f"{name} {value!r} must be a whole number, not of type {type(value).__name__}"
+        ) from None
 
 
-def _problem(name: str, value: int | None, trained: Sequence[int], largest: int, allow_untrained: bool) -> str | None:
+def _problem(
+    name: str, value: int | None, trained: Sequence[int], largest: int, allow_untrained: bool
+) -> str | None:
     if value is None or value in trained:
         return None
     listed = ", ".join(map(str, sorted(set(trained))))
     if not 1 <= value <= largest:
-        return f"{name} {value!r} is not possible: it must be from 1 to {largest} (trained: {listed})"
+        return (
+            f"{name} {value!r} is not possible: it must be from 1 to {largest} (trained: {listed})"
+        )
     if allow_untrained:
         return None
-    return f"{name} {value} was not trained (trained: {listed}); take one of these, or allow untrained values"
+    return (
+        f"{name} {value} was not trained (trained: {listed}); take one of these, or allow "
+        "untrained values"
+    )

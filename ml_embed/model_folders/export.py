@@ -1,4 +1,5 @@
-"""Cutting a trained model: a smaller model folder, complete in itself, from a part of a larger one."""
+"""Cutting a trained model: a smaller model folder, complete in itself, from a part of a larger
+one."""
 
 import dataclasses
 from pathlib import Path
@@ -10,7 +11,13 @@ from ml_embed.errors import UserError
 from ml_embed.files.atomic import atomic_folder
 from ml_embed.files.paths import check_model_output, home_path, model_place
 from ml_embed.model_folders.cut import Cut, choose_cut
-from ml_embed.model_folders.model_folder import RECORD_FILE, ModelRecord, load_config, load_encoder, save_model_folder
+from ml_embed.model_folders.model_folder import (
+    RECORD_FILE,
+    ModelRecord,
+    load_config,
+    load_encoder,
+    save_model_folder,
+)
 from ml_embed.prepare.tokenizer import load_tokenizer
 
 
@@ -26,9 +33,10 @@ def export_model(
 ) -> Cut:
     """Write the part of a model that is wanted as a model folder of its own.
 
-    It has the first `depth` layers with the norm trained for that exit, the leading `rank` components of the token
-    factors, and gives vectors of the leading `dim` components. It stays nested: smaller exits, dims and ranks that
-    were trained are still listed, and values allowed though untrained are listed from then on.
+    It has the first `depth` layers with the norm trained for that exit, the leading `rank`
+    components of the token factors, and gives vectors of the leading `dim` components. It stays
+    nested: smaller exits, dims and ranks that were trained are still listed, and values allowed
+        though untrained are listed from then on.
 
     Args:
         checkpoint: a trained model folder.
@@ -42,20 +50,25 @@ def export_model(
         what was written.
 
     Raises:
-        UserError: `checkpoint` is not a trained model folder, a value was not trained, or `output` must not or cannot
-            be written.
+        UserError: `checkpoint` is not a trained model folder, a value was not trained, or `output`
+            must not or cannot be written.
     """
     output = home_path(output)
     check_model_output(output, overwrite, home_path(checkpoint))
     folder = model_place(checkpoint)
     record = ModelRecord.load(folder)
     if record is None:  # nor is a name on the hub, which need not be asked
-        raise UserError(f"{checkpoint} is not a trained model folder: it has no {RECORD_FILE}; give one from training")
+        raise UserError(
+            f"{checkpoint} is not a trained model folder: it has no {RECORD_FILE}; give one from "
+            "training"
+        )
     config = load_config(folder)
     cut = choose_cut(record, config, depth, dim, rank, allow_untrained)
     left = cut_record(record, cut)
     dtype = dtype or stored_dtype(config)
-    encoder = load_encoder(folder, depth=cut.depth, rank=cut.rank or None, exits=left.exits, dtype=dtype)
+    encoder = load_encoder(
+        folder, depth=cut.depth, rank=cut.rank or None, exits=left.exits, dtype=dtype
+    )
     with atomic_folder(output) as new:
         tokenizer = load_tokenizer(folder)
         save_model_folder(new, encoder.state_dict(), encoder.config, tokenizer, left, cut.dim)
@@ -68,7 +81,9 @@ def cut_record(record: ModelRecord, cut: Cut) -> ModelRecord:
         record,
         exits=tuple(sorted({layer for layer in record.exits if layer < cut.depth} | {cut.depth})),
         dims=tuple(sorted({dim for dim in record.dims if dim < cut.dim} | {cut.dim}, reverse=True)),
-        ranks=tuple(sorted({rank for rank in record.ranks if rank < cut.rank} | {cut.rank})) if record.ranks else (),
+        ranks=tuple(sorted({rank for rank in record.ranks if rank < cut.rank} | {cut.rank}))
+        if record.ranks
+        else (),
     )
 
 

@@ -1,7 +1,9 @@
 """A trained model on disk: a plain Qwen3 folder that also holds the nested parts.
 
-`transformers`, `sentence_transformers` and servers read the standard files (the token table multiplied out);
-`load_encoder` reads the factors. Safetensors and JSON only: nothing in a model folder is ever unpickled.
+`transformers`, `sentence_transformers` and servers read the standard files (the token table
+multiplied out);
+`load_encoder` reads the factors. Safetensors and JSON only: nothing in a model folder is ever
+unpickled.
 
 Letters: V vocabulary, r rank, H hidden size, L layers.
 """
@@ -80,13 +82,16 @@ class ModelRecord:
             values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             version = values.pop("format_version")
             known = {f.name for f in dataclasses.fields(cls)}
-            own: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
+            own: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known
+            }
             record = cls(**own)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{path} is damaged ({error}); copy the model folder again") from None
         if version != FORMAT_VERSION:
             raise UserError(
-                f"{path} has format version {version}, this version reads {FORMAT_VERSION}; update ml-embed"
+                f"{path} has format version {version}, this version reads {FORMAT_VERSION}; update "
+                "ml-embed"
             )
         return record
 
@@ -119,7 +124,10 @@ def save_model_folder(
         factors = {name: state[f"embedding.{name}"].contiguous() for name in ("A", "B")}
         save_file(factors, folder / FACTORS_FILE)
     if record.norm_sharing == "per_layer":
-        norms = {str(layer): state[f"norms.{i}.weight"].contiguous() for i, layer in enumerate(record.exits)}
+        norms = {
+            str(layer): state[f"norms.{i}.weight"].contiguous()
+            for i, layer in enumerate(record.exits)
+        }
         save_file(norms, folder / EXIT_NORMS_FILE)
     _save_config(folder, config, plain["norm.weight"].dtype, tokenizer, record, dim)
     _save_tokenizer(folder, tokenizer, record)
@@ -136,12 +144,14 @@ def backbone_state(state: Mapping[str, Tensor], record: ModelRecord) -> dict[str
         if name.startswith("backbone.")
     }
     if record.ranks:
-        plain["embed_tokens.weight"] = (state["embedding.A"].float() @ state["embedding.B"].float()).to(
-            state["embedding.A"].dtype
-        )
+        plain["embed_tokens.weight"] = (
+            state["embedding.A"].float() @ state["embedding.B"].float()
+        ).to(state["embedding.A"].dtype)
     else:
         plain["embed_tokens.weight"] = state["embedding.weight"]
-    plain["norm.weight"] = state[f"norms.{0 if record.norm_sharing == 'shared' else len(record.exits) - 1}.weight"]
+    plain["norm.weight"] = state[
+        f"norms.{0 if record.norm_sharing == 'shared' else len(record.exits) - 1}.weight"
+    ]
     return plain
 
 
@@ -154,8 +164,11 @@ def _save_config(
     dim: int | None,
 ) -> None:
     config = copy.deepcopy(config)
-    config.dtype = dtype  # of the weights beside it, which readers load them in; the backbone's may have been another
-    config.architectures = ["Qwen3ForCausalLM"]  # the name that embedding servers know this layout of files by
+    # of the weights beside it, which readers load them in; the backbone's may have been another
+    config.dtype = dtype
+    config.architectures = [
+        "Qwen3ForCausalLM"
+    ]  # the name that embedding servers know this layout of files by
     config.tie_word_embeddings = True
     config.eos_token_id = tokenizer.eos_token_id
     config.pad_token_id = tokenizer.pad_token_id
@@ -171,28 +184,46 @@ def _save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, record: Mo
     tokenizer.save_pretrained(folder)
 
 
-def _save_sentence_transformers_files(folder: Path, hidden_size: int, record: ModelRecord, dim: int | None) -> None:
-    """Last-token pooling, an optional cut to `dim`, normalisation, in the files that all its versions read."""
+def _save_sentence_transformers_files(
+    folder: Path, hidden_size: int, record: ModelRecord, dim: int | None
+) -> None:
+    """Last-token pooling, an optional cut to `dim`, normalisation, in the files that all its
+    versions read."""
     module = "sentence_transformers.models."
     modules = [("", f"{module}Transformer"), ("1_Pooling", f"{module}Pooling")]
-    write_json(folder / "sentence_bert_config.json", {"max_seq_length": record.max_seq_length, "do_lower_case": False})
+    write_json(
+        folder / "sentence_bert_config.json",
+        {"max_seq_length": record.max_seq_length, "do_lower_case": False},
+    )
     pooling = {"word_embedding_dimension": hidden_size, "include_prompt": True}
-    pooling |= {f"pooling_mode_{mode}": False for mode in ("cls_token", "mean_tokens", "max_tokens")}
+    pooling |= {
+        f"pooling_mode_{mode}": False for mode in ("cls_token", "mean_tokens", "max_tokens")
+    }
     (folder / "1_Pooling").mkdir(exist_ok=True)
     write_json(folder / "1_Pooling" / "config.json", pooling | {"pooling_mode_lasttoken": True})
     if dim is not None and dim < hidden_size:
-        # A projection onto the leading components: unlike `truncate_dim` it stands before the normalisation.
+        # A projection onto the leading components: unlike `truncate_dim` it stands before the
+        # normalisation.
         cut: dict[str, Any] = {"in_features": hidden_size, "out_features": dim, "bias": False}
         cut["activation_function"] = "torch.nn.modules.linear.Identity"
         (folder / "2_Dense").mkdir(exist_ok=True)
         write_json(folder / "2_Dense" / "config.json", cut)
-        save_file({"linear.weight": torch.eye(dim, hidden_size)}, folder / "2_Dense" / "model.safetensors")
+        save_file(
+            {"linear.weight": torch.eye(dim, hidden_size)}, folder / "2_Dense" / "model.safetensors"
+        )
         modules.append(("2_Dense", f"{module}Dense"))
     modules.append((f"{len(modules)}_Normalize", f"{module}Normalize"))
     (folder / modules[-1][0]).mkdir(exist_ok=True)
-    listing = [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(modules)]
+    listing = [
+        {"idx": i, "name": str(i), "path": path, "type": kind}
+        for i, (path, kind) in enumerate(modules)
+    ]
     write_json(folder / "modules.json", listing)
-    settings = {"prompts": record.prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"}
+    settings = {
+        "prompts": record.prompts,
+        "default_prompt_name": None,
+        "similarity_fn_name": "cosine",
+    }
     write_json(folder / "config_sentence_transformers.json", settings)
 
 
@@ -205,8 +236,12 @@ def load_config(folder: str | Path) -> Qwen3Config:
     path = model_place(folder)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # one that was edited by hand fails in a dozen ways, and the hub's client in others
-        raise UserError(f"{folder} is not a model folder with a valid config.json: {one_line(error)}") from None
+    except (
+        Exception
+    ) as error:  # one that was edited by hand fails in a dozen ways, and the hub's client in others
+        raise UserError(
+            f"{folder} is not a model folder with a valid config.json: {one_line(error)}"
+        ) from None
     check_supported(config)
     problems = _impossible_sizes(config)
     if problems:
@@ -215,7 +250,8 @@ def load_config(folder: str | Path) -> Qwen3Config:
 
 
 def _impossible_sizes(config: Qwen3Config) -> list[str]:
-    """What transformers lets pass: all zeros, and before it checked types also what is no number."""
+    """What transformers lets pass: all zeros, and before it checked types also what is no
+    number."""
     values = {name: getattr(config, name) for name in SIZES}
     problems = [
         f"{name} {value!r} must be a whole number of at least 1"
@@ -223,11 +259,16 @@ def _impossible_sizes(config: Qwen3Config) -> list[str]:
         if not isinstance(value, int) or value < 1
     ]
     if len(config.layer_types or ()) != config.num_hidden_layers:
-        problems.append(f"layer_types must have as many entries as num_hidden_layers, {config.num_hidden_layers}")
+        problems.append(
+            "layer_types must have as many entries as num_hidden_layers, "
+            f"{config.num_hidden_layers}"
+        )
     return problems
 
 
-def load_backbone(folder: str | Path, config: Qwen3Config, dtype: torch.dtype = torch.float32) -> Qwen3Model:
+def load_backbone(
+    folder: str | Path, config: Qwen3Config, dtype: torch.dtype = torch.float32
+) -> Qwen3Model:
     """Qwen3 weights, safetensors only.
 
     Raises:
@@ -235,24 +276,32 @@ def load_backbone(folder: str | Path, config: Qwen3Config, dtype: torch.dtype = 
     """
     try:
         loaded: Any = Qwen3Model.from_pretrained(  # a pair, because of output_loading_info
-            folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"the weights in {folder} cannot be loaded: {one_line(error)}; safetensors files that fit config.json are "
+            f"the weights in {folder} cannot be loaded: {one_line(error)}; safetensors files that "
+            "fit config.json are "
             "needed"
         ) from None
     model, report = loaded
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise UserError(
-            f"the weights in {folder} lack {len(missing)} tensors, e.g. {missing[0]}; copy the folder again"
+            f"the weights in {folder} lack {len(missing)} tensors, e.g. {missing[0]}; copy the "
+            "folder again"
         )
     return model
 
 
 def weights_digest(folder: str | Path) -> str:
-    """Tells the weights of a backbone (a folder, or else a hub name) apart by content, wherever they lie."""
+    """Tells the weights of a backbone (a folder, or else a hub name) apart by content, wherever
+    they lie."""
     if not Path(folder).is_dir():
         folder = snapshot_download(str(folder), allow_patterns="*.safetensors")
     files = sorted(Path(folder).glob("*.safetensors"))
@@ -274,19 +323,24 @@ def _load_layers(folder: Path, config: Qwen3Config, dtype: torch.dtype) -> Qwen3
         with torch.device("meta"):
             backbone = Qwen3Model(config)
         backbone.register_module("embed_tokens", None)
-        backbone.rotary_emb = type(backbone.rotary_emb)(config)  # its buffers are computed, not stored
+        backbone.rotary_emb = type(backbone.rotary_emb)(
+            config
+        )  # its buffers are computed, not stored
         for path, names in _files_of(folder, backbone.state_dict().keys()).items():
             with safe_open(path, "pt") as file:
                 state |= {name: file.get_tensor(name).to(dtype) for name in names}
         backbone.load_state_dict(state, assign=True)
     except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError) as error:
         reason = one_line(error)
-        raise UserError(f"the weights in {folder} cannot be loaded: {reason}; copy the model folder again") from None
+        raise UserError(
+            f"the weights in {folder} cannot be loaded: {reason}; copy the model folder again"
+        ) from None
     return backbone
 
 
 def _files_of(folder: Path, names: Iterable[str]) -> dict[Path, list[str]]:
-    """The safetensors file that holds each tensor, whether the folder has one file or shards with an index."""
+    """The safetensors file that holds each tensor, whether the folder has one file or shards with
+    an index."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return {folder / "model.safetensors": list(names)}
@@ -309,13 +363,16 @@ def load_encoder(
     """An encoder from a model folder or a plain backbone, cut to a depth and a rank.
 
     Args:
-        folder: a model folder (its factors are read, not the multiplied-out table) or any Qwen3 backbone.
+        folder: a model folder (its factors are read, not the multiplied-out table) or any Qwen3
+            backbone.
         depth: decoder layers to keep; None is all.
         rank: rank of the factors; None is all of them. Ignored where the folder has a whole table.
         exits: layers to read vectors at; None is the last one kept.
         kernel, dtype: as in MatryoshkaEncoder; weights are held in `dtype`.
     """
-    config = load_config(str(folder))  # a caller may have made a Path of a hub name, after its own load_config
+    config = load_config(
+        str(folder)
+    )  # a caller may have made a Path of a hub name, after its own load_config
     folder = Path(folder)
     record = ModelRecord.load(folder)
     depth = config.num_hidden_layers if depth is None else depth
@@ -329,7 +386,9 @@ def load_encoder(
         backbone, factors = load_backbone(folder, config, dtype), None
     exits = (depth,) if exits is None else exits
     per_layer = record is not None and record.norm_sharing == "per_layer"
-    encoder = MatryoshkaEncoder(backbone, exits, factors, "per_layer" if per_layer else "shared", kernel)
+    encoder = MatryoshkaEncoder(
+        backbone, exits, factors, "per_layer" if per_layer else "shared", kernel
+    )
     if per_layer:
         norms = read_exit_norms(folder, dtype)
         encoder.norms.to(dtype)
@@ -340,18 +399,29 @@ def load_encoder(
     return encoder.eval()
 
 
-def read_factors(folder: Path, rank: int | None = None, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """A (V, rank) and B (rank, H) of a model folder, only the leading `rank` components read from disk."""
+def read_factors(
+    folder: Path, rank: int | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """A (V, rank) and B (rank, H) of a model folder, only the leading `rank` components read from
+    disk."""
     try:
         with safe_open(folder / FACTORS_FILE, "pt") as file:
             return file.get_slice("A")[:, :rank].to(dtype), file.get_slice("B")[:rank].to(dtype)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / FACTORS_FILE} cannot be read ({error}); copy the model folder again") from None
+        raise UserError(
+            f"{folder / FACTORS_FILE} cannot be read ({error}); copy the model folder again"
+        ) from None
 
 
 def read_exit_norms(folder: Path, dtype: torch.dtype = torch.float32) -> dict[int, Tensor]:
-    """Exit layer -> (H,) weight of its final norm, for a folder trained with `mll_norm: per_layer`."""
+    """Exit layer -> (H,) weight of its final norm, for a folder trained with `mll_norm:
+    per_layer`."""
     try:
-        return {int(layer): weight.to(dtype) for layer, weight in load_file(folder / EXIT_NORMS_FILE).items()}
+        return {
+            int(layer): weight.to(dtype)
+            for layer, weight in load_file(folder / EXIT_NORMS_FILE).items()
+        }
     except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{folder / EXIT_NORMS_FILE} cannot be read ({error}); copy the model folder again") from None
+        raise UserError(
+            f"{folder / EXIT_NORMS_FILE} cannot be read ({error}); copy the model folder again"
+        ) from None

@@ -1,7 +1,9 @@
-"""Anybody's data as raw contrastive data: a file or hub dataset with columns of other names, or labelled text.
+"""Anybody's data as raw contrastive data: a file or hub dataset with columns of other names, or
+labelled text.
 
-`query=question,passage=answer` renames columns. `text=review,label=stars` makes triples of labelled text: with two
-labels classification (a text, its label, the other label), with more clustering (a text, another of its label, texts
+`query=question,passage=answer` renames columns. `text=review,label=stars` makes triples of labelled
+text: with two labels classification (a text, its label, the other label), with more clustering (a
+    text, another of its label, texts
 of other labels). What comes out is one raw .parquet file a dataset, which everything else reads.
 """
 
@@ -19,11 +21,23 @@ from tqdm import tqdm
 
 from ml_embed.config import Task
 from ml_embed.errors import UserError
-from ml_embed.files.atomic import commit, disk_errors_are_user_errors, partial_path, write_text_atomically
+from ml_embed.files.atomic import (
+    commit,
+    disk_errors_are_user_errors,
+    partial_path,
+    write_text_atomically,
+)
 from ml_embed.files.paths import expand_home, is_hub_name
 from ml_embed.prepare.raw import NEGATIVE_COLUMN, SCHEMA, TASK_METADATA
 
-BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
+BUILDERS = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 ROLES = ("query", "passage", "negatives", "text", "label")
 MOST_NEGATIVES = 24  # as in the published data
@@ -46,7 +60,11 @@ class Source:
     def name(self) -> str:
         """What the dataset is called."""
         stem, suffix = _stem_and_suffix(Path(self.path))
-        return stem if suffix in BUILDERS else "_".join(filter(None, [*self.path.split("/"), self.subset]))
+        return (
+            stem
+            if suffix in BUILDERS
+            else "_".join(filter(None, [*self.path.split("/"), self.subset]))
+        )
 
     @property
     def origin(self) -> str:
@@ -57,7 +75,8 @@ class Source:
 
 
 def _stem_and_suffix(path: Path) -> tuple[str, str]:
-    """ "a.en.CSV.gz" -> ("a.en", ".csv"): what is before and after, without a packed file's last suffix."""
+    """ "a.en.CSV.gz" -> ("a.en", ".csv"): what is before and after, without a packed file's last
+    suffix."""
     inner = Path(path.stem) if path.suffix.lower() in PACKED else path
     return inner.stem, inner.suffix.lower()
 
@@ -79,7 +98,8 @@ def parse_columns(text: str) -> dict[str, str]:
         column = column or role
         if role not in ROLES and not NEGATIVE_COLUMN.fullmatch(role):
             raise UserError(
-                f"--columns: {role!r} is no role; take query, passage, negatives, negative_1, ..., or text and label, "
+                f"--columns: {role!r} is no role; take query, passage, negatives, negative_1, ..., "
+                "or text and label, "
                 "e.g. query=question,passage=answer"
             )
         if role in columns:
@@ -94,14 +114,19 @@ def parse_columns(text: str) -> dict[str, str]:
 
 
 def list_sources(given: str, split: str, subset: str | None) -> list[Source]:
-    """The data sets that `--input` means: a file, all readable files of a folder, or a name on the hub.
+    """The data sets that `--input` means: a file, all readable files of a folder, or a name on the
+    hub.
 
     Raises:
         UserError: nothing there, or two files of one name.
     """
     path = Path(given)
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.is_file() and p.name[0] != "." and _builder(p) is not None)
+        files = sorted(
+            p
+            for p in path.iterdir()
+            if p.is_file() and p.name[0] != "." and _builder(p) is not None
+        )
         if not files:
             raise UserError(f"{path} holds no {', '.join(BUILDERS)} file")
         sources = [Source(str(file)) for file in files]
@@ -112,7 +137,9 @@ def list_sources(given: str, split: str, subset: str | None) -> list[Source]:
         return sources
     if path.is_file():
         if _builder(path) is None:
-            raise UserError(f"{path} is of a kind that is not read; take one of {', '.join(BUILDERS)}")
+            raise UserError(
+                f"{path} is of a kind that is not read; take one of {', '.join(BUILDERS)}"
+            )
         return [Source(given)]
     if _builder(path) is not None or _is_missing_path(given):
         raise UserError(f"--input {given} does not exist")
@@ -129,10 +156,11 @@ def raw_folder(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
-    """The folder of raw data that `--input` means, made in `output/raw` if it is anything else than that.
+    """The folder of raw data that `--input` means, made in `output/raw` if it is anything else than
+    that.
 
-    Several calls with the same `output` collect their datasets there. One never takes the place of another source's,
-    unless `overwrite` says so.
+    Several calls with the same `output` collect their datasets there. One never takes the place of
+    another source's, unless `overwrite` says so.
 
     Raises:
         UserError: as `list_sources` and `import_source`.
@@ -162,7 +190,8 @@ def import_source(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Write `folder/<name>.parquet` in the raw layout; the same source and seed give the same bytes.
+    """Write `folder/<name>.parquet` in the raw layout; the same source and seed give the same
+    bytes.
 
     Pairs stream. Labelled text is held in memory, and its task is written into the file.
 
@@ -176,19 +205,23 @@ def import_source(
     Returns:
         the file.
     Raises:
-        UserError: the source cannot be read, a column is missing, a text is empty or no text, or the file there came
-            from another source.
+        UserError: the source cannot be read, a column is missing, a text is empty or no text, or
+            the file there came from another source.
     """
     target = folder / f"{source.name}.parquet"
     if columns is None:
         columns = _columns_by_name(source)
-    rows = tqdm(_read(source, columns), unit=" row", desc=f"reading {source.name}", disable=not progress)
+    rows = tqdm(
+        _read(source, columns), unit=" row", desc=f"reading {source.name}", disable=not progress
+    )
     task: Task | None = None
     if "label" in columns:
         by_label = _texts_by_label(rows, columns, source.path)
         task = "classification" if len(by_label) == 2 else "clustering"
         triples = (
-            _classification_rows(by_label) if task == "classification" else _clustering_rows(by_label, source, seed)
+            _classification_rows(by_label)
+            if task == "classification"
+            else _clustering_rows(by_label, source, seed)
         )
     else:
         triples = _pair_rows(rows, columns, source.path)
@@ -204,13 +237,15 @@ def import_source(
 
 
 def _note_origin(target: Path, source: Source, overwrite: bool) -> None:
-    """Record where the finished partial file of `target` comes from; refuse to replace other data from elsewhere."""
+    """Record where the finished partial file of `target` comes from; refuse to replace other data
+    from elsewhere."""
     record = target.with_name(f".{source.name}{ORIGIN_SUFFIX}")
     former = record.read_text(encoding="utf-8") if record.exists() else source.origin
     differs = target.exists() and not filecmp.cmp(target, partial_path(target), shallow=False)
     if differs and former != source.origin and not overwrite:
         raise UserError(
-            f"{target} came from {former}, and {source.origin} gives a dataset of the same name, {source.name!r}. "
+            f"{target} came from {former}, and {source.origin} gives a dataset of the same name, "
+            f"{source.name!r}. "
             "Rename the file, take another --output, or --overwrite to make that folder anew"
         )
     write_text_atomically(record, source.origin)
@@ -223,10 +258,15 @@ def _columns_by_name(source: Source) -> dict[str, str]:
         raise UserError(f"{source.path} has no rows")
     named = {name: name for name in row if name in ROLES or NEGATIVE_COLUMN.fullmatch(name)}
     pair = {name: name for name in named if name not in ("text", "label")}
-    columns = pair if {"query", "passage"} <= pair.keys() else {n: n for n in named if n in ("text", "label")}
+    columns = (
+        pair
+        if {"query", "passage"} <= pair.keys()
+        else {n: n for n in named if n in ("text", "label")}
+    )
     if len(columns) < 2:
         raise UserError(
-            f"{source.path} has the columns {', '.join(map(repr, row))}; say which are what with --columns, e.g. "
+            f"{source.path} has the columns {', '.join(map(repr, row))}; say which are what with "
+            "--columns, e.g. "
             "--columns query=question,passage=answer or --columns text=review,label=stars"
         )
     return columns
@@ -239,11 +279,20 @@ def _read(source: Source, columns: Mapping[str, str]) -> Iterator[dict[str, Any]
     builder = _builder(Path(source.path))
     try:
         if builder is None:
-            stream = datasets.load_dataset(source.path, source.subset, split=source.split, streaming=True)
+            stream = datasets.load_dataset(
+                source.path, source.subset, split=source.split, streaming=True
+            )
         else:
-            options: dict[str, Any] = {"data_files": [source.path], "split": "train", "streaming": True}
+            options: dict[str, Any] = {
+                "data_files": [source.path],
+                "split": "train",
+                "streaming": True,
+            }
             if builder == "csv":  # a text may look like a number, or read "NA"
-                options |= {"converters": dict.fromkeys(columns.values(), str), "keep_default_na": False}
+                options |= {
+                    "converters": dict.fromkeys(columns.values(), str),
+                    "keep_default_na": False,
+                }
                 options |= {"sep": "\t"} if _stem_and_suffix(Path(source.path))[1] == ".tsv" else {}
             stream = datasets.load_dataset(builder, **options)
         features = stream.features or {}
@@ -256,15 +305,20 @@ def _read(source: Source, columns: Mapping[str, str]) -> Iterator[dict[str, Any]
     except UserError:
         raise
     except Exception as error:  # datasets has its own classes, and those of every file format
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-        remedy = "" if builder else ". It is no file here either: without network access, give a file"
+        reason = (
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        )
+        remedy = (
+            "" if builder else ". It is no file here either: without network access, give a file"
+        )
         raise UserError(f"{source.path} cannot be read ({reason}){remedy}") from error
 
 
 def _value(row: Mapping[str, Any], column: str, where: str) -> Any:
     if column not in row:
         raise UserError(
-            f"{where}: no column {column!r}; its columns are {', '.join(map(repr, row))}. Name it in --columns"
+            f"{where}: no column {column!r}; its columns are {', '.join(map(repr, row))}. Name it "
+            "in --columns"
         )
     return row[column]
 
@@ -278,7 +332,9 @@ def _text(row: Mapping[str, Any], column: str, where: str) -> str:
     return value
 
 
-def _pair_rows(rows: Iterable[dict], columns: Mapping[str, str], path: str) -> Iterator[tuple[str, str, list[str]]]:
+def _pair_rows(
+    rows: Iterable[dict], columns: Mapping[str, str], path: str
+) -> Iterator[tuple[str, str, list[str]]]:
     numbered = [column for role, column in columns.items() if NEGATIVE_COLUMN.fullmatch(role)]
     for number, row in enumerate(rows):
         where = f"{path}, row {number}"
@@ -288,12 +344,16 @@ def _pair_rows(rows: Iterable[dict], columns: Mapping[str, str], path: str) -> I
             negatives += [listed] if isinstance(listed, str) else list(listed or ())
         for negative in negatives:
             if negative is not None and not isinstance(negative, str):
-                raise UserError(f"{where}: a negative is {type(negative).__name__} instead of a string")
+                raise UserError(
+                    f"{where}: a negative is {type(negative).__name__} instead of a string"
+                )
         query, passage = (_text(row, columns[role], where) for role in ("query", "passage"))
         yield query, passage, [negative for negative in negatives if negative]
 
 
-def _texts_by_label(rows: Iterable[dict], columns: Mapping[str, str], path: str) -> dict[str, list[str]]:
+def _texts_by_label(
+    rows: Iterable[dict], columns: Mapping[str, str], path: str
+) -> dict[str, list[str]]:
     """Label -> its texts, each text once: under the first label it came with."""
     by_label: dict[str, list[str]] = defaultdict(list)
     seen: set[str] = set()
@@ -307,7 +367,8 @@ def _texts_by_label(rows: Iterable[dict], columns: Mapping[str, str], path: str)
             by_label[str(label)].append(text)
     if len(by_label) < 2:
         raise UserError(
-            f"{path}: column {columns['label']!r} has {len(by_label)} different labels; at least 2 are needed"
+            f"{path}: column {columns['label']!r} has {len(by_label)} different labels; at least 2 "
+            "are needed"
         )
     return dict(sorted(by_label.items()))
 
@@ -323,12 +384,15 @@ def _classification_rows(by_label: Mapping[str, list[str]]) -> Iterator[tuple[st
 def _clustering_rows(
     by_label: Mapping[str, list[str]], source: Source, seed: int
 ) -> Iterator[tuple[str, str, list[str]]]:
-    """A text, another of its label, and texts of other labels, drawn anew for each; labels of one text are left out."""
+    """A text, another of its label, and texts of other labels, drawn anew for each; labels of one
+    text are left out."""
     rng = random.Random(f"{seed}/{source.name}")
     everything = [text for texts in by_label.values() for text in texts]
     start = 0
     for texts in by_label.values():
-        strangers = range(len(everything) - len(texts))  # all but this label's block, which begins at `start`
+        strangers = range(
+            len(everything) - len(texts)
+        )  # all but this label's block, which begins at `start`
         for i, text in enumerate(texts if len(texts) > 1 else ()):
             other = rng.randrange(len(texts) - 1)
             drawn = rng.sample(strangers, min(MOST_NEGATIVES, len(strangers)))
@@ -353,5 +417,8 @@ def _write(target: Path, rows: Iterable[tuple[str, str, list[str]]], task: Task 
 
 def _write_block(writer: pq.ParquetWriter, block: list[tuple[str, str, list[str]]]) -> None:
     if block:
-        arrays = [pa.array(column, field.type) for column, field in zip(zip(*block, strict=True), SCHEMA, strict=True)]
+        arrays = [
+            pa.array(column, field.type)
+            for column, field in zip(zip(*block, strict=True), SCHEMA, strict=True)
+        ]
         writer.write_table(pa.Table.from_arrays(arrays, schema=writer.schema))

@@ -1,4 +1,5 @@
-"""Instructions in front of texts: put there when data is tokenized, and remembered for whoever uses the model.
+"""Instructions in front of texts: put there when data is tokenized, and remembered for whoever uses
+the model.
 
 A prompt is the exact text in front, e.g. "Instruct: Given a question, find its answer.\\nQuery: ".
 """
@@ -27,7 +28,9 @@ class Prompts:
 
     @classmethod
     def of_settings(cls, settings: DatasetConfig) -> "Prompts":
-        return cls(settings.prompt or "", settings.passage_prompt or "", settings.passage_prompt_share)
+        return cls(
+            settings.prompt or "", settings.passage_prompt or "", settings.passage_prompt_share
+        )
 
     @classmethod
     def of_manifest(cls, entry: Mapping[str, Any]) -> "Prompts":
@@ -41,19 +44,23 @@ class Prompts:
             )
             return cls(query + "", passage + "", float(share))
         except (AttributeError, TypeError, ValueError) as error:
-            raise UserError(f"manifest.json: the prompts {prompts!r} are damaged ({error}); tokenize again") from None
+            raise UserError(
+                f"manifest.json: the prompts {prompts!r} are damaged ({error}); tokenize again"
+            ) from None
 
     def to_json(self) -> dict[str, Any]:
         """For the manifest; nothing where there is no prompt."""
         return {"prompts": vars(self)} if self.query or self.passage else {}
 
     def choose(self, documents: Sequence[bytes | memoryview], seed: int) -> np.ndarray:
-        """(documents,) bool: which get the passage prompt. It depends on the document's UTF-8 and the seed alone, so
-        that a document stays one document wherever it stands."""
+        """(documents,) bool: which get the passage prompt. It depends on the document's UTF-8 and
+        the seed alone, so that a document stays one document wherever it stands."""
         if not self.passage or self.passage_share in (0, 1):
             return np.full(len(documents), bool(self.passage) and self.passage_share == 1)
         key = seed.to_bytes(16, "little", signed=True)
-        digests = [hashlib.blake2b(document, digest_size=8, key=key).digest() for document in documents]
+        digests = [
+            hashlib.blake2b(document, digest_size=8, key=key).digest() for document in documents
+        ]
         limit = self.passage_share * 2**64
         return np.array([int.from_bytes(digest, "little") < limit for digest in digests], bool)
 
@@ -74,28 +81,39 @@ def check_prompts(config: TrainConfig, store: Store) -> None:
             ("passage_prompt", settings.passage_prompt, used.passage),
         ]
         if settings.passage_prompt:
-            compared.append(("passage_prompt_share", settings.passage_prompt_share, used.passage_share))
+            compared.append(
+                ("passage_prompt_share", settings.passage_prompt_share, used.passage_share)
+            )
         for key, wanted, given in compared:
             if wanted is not None and wanted != given:
-                problems.append(f"datasets.{name}.{key}: the config says {wanted!r}, the data was made with {given!r}")
+                problems.append(
+                    f"datasets.{name}.{key}: the config says {wanted!r}, the data was made with "
+                    f"{given!r}"
+                )
     if problems:
         listing = "\n".join(f"  - {problem}" for problem in problems)
         raise UserError(
-            f"prompts are part of the tokenized data; run tokenize_data_qwen.py with --config and --overwrite again:\n"
+            "prompts are part of the tokenized data; run tokenize_data_qwen.py with --config and "
+            "--overwrite again:\n"
             f"{listing}"
         )
 
 
-def prompts_to_record(config: TrainConfig, store: Store, former: Mapping[str, str]) -> dict[str, str]:
+def prompts_to_record(
+    config: TrainConfig, store: Store, former: Mapping[str, str]
+) -> dict[str, str]:
     """What the model folder offers its users: prompt name -> the text put in front.
 
-    Each dataset's query prompt under the dataset's name. Where all datasets share one, also as "query", which
-    sentence-transformers' `encode_query` takes; likewise "document" for a prompt that all documents have.
+    Each dataset's query prompt under the dataset's name. Where all datasets share one, also as
+    "query", which sentence-transformers' `encode_query` takes; likewise "document" for a prompt
+    that all documents have.
 
     Args:
-        config: its prompts count where the data does not say which it was made with (the released layout).
+        config: its prompts count where the data does not say which it was made with (the released
+            layout).
         store: tokenized data.
-        former: the prompts of the model that training starts from, kept where no new one has the name.
+        former: the prompts of the model that training starts from, kept where no new one has the
+            name.
     """
     entries = store.manifest["datasets"] if store.manifest is not None else {}
     prompts = {

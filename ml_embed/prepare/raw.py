@@ -1,9 +1,12 @@
-"""Raw contrastive data: a folder of .parquet or .jsonl files, one dataset a file, read in bounded memory.
+"""Raw contrastive data: a folder of .parquet or .jsonl files, one dataset a file, read in bounded
+memory.
 
-Columns: `query`, `passage`, and negatives as `negative_1 ... negative_K` or as one list `negatives`. A null, absent or
-empty negative means "none in that place"; an empty query or passage is an error, because nothing can be learned from
-it and it is a sign of a column that was filled wrongly. Rows of parquet files are counted from 0; in a .jsonl file
-blank lines are no rows, and errors give the line, counted from 1. Suffixes may be in capitals.
+Columns: `query`, `passage`, and negatives as `negative_1 ... negative_K` or as one list
+    `negatives`. A null, absent or
+empty negative means "none in that place"; an empty query or passage is an error, because nothing
+can be learned from it and it is a sign of a column that was filled wrongly. Rows of parquet files
+are counted from 0; in a .jsonl file blank lines are no rows, and errors give the line, counted from
+1. Suffixes may be in capitals.
 """
 
 import json
@@ -23,7 +26,9 @@ from ml_embed.errors import UserError
 from ml_embed.files.parquet import open_parquet, read_batches, require_columns
 
 SUFFIXES = (".parquet", ".jsonl")
-SCHEMA = pa.schema([("query", pa.string()), ("passage", pa.string()), ("negatives", pa.list_(pa.string()))])
+SCHEMA = pa.schema(
+    [("query", pa.string()), ("passage", pa.string()), ("negatives", pa.list_(pa.string()))]
+)
 """Of the raw files that this project writes."""
 BATCH_ROWS = 256  # texts of 25 documents of 10 kB each: 64 MB
 NEGATIVE_COLUMN = re.compile(r"negative_(\d+)")
@@ -60,7 +65,8 @@ class RowBatch:
     queries: list[str]
     """(rows,)"""
     documents: Sequence[bytes | memoryview]
-    """UTF-8 of each row's passage and then its negatives, of all rows joined; checked when it is decoded"""
+    """UTF-8 of each row's passage and then its negatives, of all rows joined; checked when it is
+    decoded"""
     characters: np.ndarray
     """(documents,) characters of each"""
     counts: np.ndarray
@@ -74,7 +80,8 @@ class RowBatch:
 
 
 def list_raw_datasets(folder: Path) -> list[RawDataset]:
-    """The datasets of a folder, by name; hidden files and other file types are passed over. Raises UserError."""
+    """The datasets of a folder, by name; hidden files and other file types are passed over. Raises
+    UserError."""
     if not folder.is_dir():
         raise UserError(f"raw data folder {folder} does not exist or is no folder.")
     datasets: dict[str, RawDataset] = {}
@@ -83,12 +90,14 @@ def list_raw_datasets(folder: Path) -> list[RawDataset]:
             continue
         if path.stem in datasets:
             raise UserError(
-                f"{datasets[path.stem].path} and {path} are both dataset {path.stem!r}: rename one of them."
+                f"{datasets[path.stem].path} and {path} are both dataset {path.stem!r}: rename one "
+                "of them."
             )
         datasets[path.stem] = RawDataset(path.stem, path)
     if not datasets:
         raise UserError(
-            f"{folder} holds no .parquet or .jsonl file. Put one file a dataset there; of .csv, .tsv, .json or .arrow "
+            f"{folder} holds no .parquet or .jsonl file. Put one file a dataset there; of .csv, "
+            ".tsv, .json or .arrow "
             "files, tokenize_data_qwen.py --columns query=...,passage=... makes such ones."
         )
     return sorted(datasets.values(), key=lambda dataset: dataset.name)
@@ -120,7 +129,8 @@ def declared_task(dataset: RawDataset) -> Task | None:
 
 
 def read_rows(dataset: RawDataset, selected: np.ndarray | None = None) -> Iterator[RawRow]:
-    """The rows whose numbers are in `selected` (sorted; None = all), in file order. Raises UserError on a bad row."""
+    """The rows whose numbers are in `selected` (sorted; None = all), in file order. Raises
+    UserError on a bad row."""
     if not dataset.is_parquet:
         yield from _read_jsonl(dataset.path, selected)
         return
@@ -151,8 +161,14 @@ def read_row_batches(dataset: RawDataset, selected: np.ndarray | None = None) ->
 def _read_parquet(path: Path, selected: np.ndarray | None) -> Iterator[RowBatch]:
     with open_parquet(path) as file:
         names = file.schema_arrow.names
-        group_rows = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
-    columns = ["query", "passage", *(["negatives"] if "negatives" in names else _numbered_negatives(names))]
+        group_rows = [
+            file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)
+        ]
+    columns = [
+        "query",
+        "passage",
+        *(["negatives"] if "negatives" in names else _numbered_negatives(names)),
+    ]
     start = 0
     for group, rows in enumerate(group_rows):
         if selected is None or _chosen(selected, start, rows).size:
@@ -161,7 +177,11 @@ def _read_parquet(path: Path, selected: np.ndarray | None) -> Iterator[RowBatch]
                 numbers = np.arange(first, first + batch.num_rows)
                 chosen = numbers if selected is None else _chosen(selected, first, batch.num_rows)
                 if len(chosen):
-                    part = batch if len(chosen) == len(numbers) else batch.take(pa.array(chosen - first))
+                    part = (
+                        batch
+                        if len(chosen) == len(numbers)
+                        else batch.take(pa.array(chosen - first))
+                    )
                     yield _row_batch(path, part.select(columns), chosen)
                 first += batch.num_rows
         start += rows
@@ -185,7 +205,9 @@ def _row_batch(path: Path, batch: pa.RecordBatch, numbers: np.ndarray) -> RowBat
         row = int(np.argmax(empty))
         _raise_empty(f"{path}, row {numbers[row]}", queries[row].as_py(), columns[0][row].as_py())
     there = np.flatnonzero(_lengths(documents))
-    order = there[np.argsort(owner[there], kind="stable")]  # each row's passage, then its negatives as they stand
+    order = there[
+        np.argsort(owner[there], kind="stable")
+    ]  # each row's passage, then its negatives as they stand
     where = f"{path}: text that is not UTF-8 in rows {numbers[0]} to {numbers[-1]}"
     return RowBatch(
         queries=_decoded(_views(queries, rows), where),
@@ -205,7 +227,10 @@ def _views(texts: pa.LargeStringArray, places: np.ndarray) -> list[memoryview]:
     """The bytes of some of the texts, without copying."""
     offsets = np.frombuffer(texts.buffers()[1], np.int64)[texts.offset :]
     view = memoryview(texts.buffers()[2])
-    return [view[start:end] for start, end in zip(offsets[places].tolist(), offsets[places + 1].tolist(), strict=True)]
+    return [
+        view[start:end]
+        for start, end in zip(offsets[places].tolist(), offsets[places + 1].tolist(), strict=True)
+    ]
 
 
 def _decoded(texts: Iterable[bytes | memoryview], where: str) -> list[str]:
@@ -232,9 +257,13 @@ def _parse_line(line: bytes, where: str) -> RawRow:
     try:
         record = json.loads(line)
     except ValueError as error:  # invalid JSON, or bytes that are not UTF-8
-        raise UserError(f"{where}: not valid JSON ({error}). Every line must be one object.") from error
+        raise UserError(
+            f"{where}: not valid JSON ({error}). Every line must be one object."
+        ) from error
     if not isinstance(record, dict):
-        raise UserError(f"{where}: {type(record).__name__} instead of an object with 'query' and 'passage'.")
+        raise UserError(
+            f"{where}: {type(record).__name__} instead of an object with 'query' and 'passage'."
+        )
     for column in ("query", "passage"):
         if column not in record:
             raise UserError(f"{where}: no {column!r}; its keys are {', '.join(map(repr, record))}.")
@@ -243,9 +272,13 @@ def _parse_line(line: bytes, where: str) -> RawRow:
         raise UserError(f"{where}: both 'negatives' and {numbered[0]!r}. Keep one form.")
     negatives = record.get("negatives")
     if not isinstance(negatives, list | None):
-        raise UserError(f"{where}: 'negatives' is {type(negatives).__name__}; it must be a list of strings.")
+        raise UserError(
+            f"{where}: 'negatives' is {type(negatives).__name__}; it must be a list of strings."
+        )
     named = [("query", record["query"]), ("passage", record["passage"])]
-    named += [("negatives", text) for text in negatives or ()] + [(name, record[name]) for name in numbered]
+    named += [("negatives", text) for text in negatives or ()] + [
+        (name, record[name]) for name in numbered
+    ]
     query, passage, *rest = (_checked_text(text, column, where) for column, text in named)
     if not query or not passage:
         _raise_empty(where, query, passage)
@@ -283,29 +316,43 @@ def _check_schema(path: Path, schema: pa.Schema) -> None:
         raise UserError(f"{path} has both 'negatives' and {numbered[0]!r}. Keep one form.")
     for name in ("query", "passage", *numbered):
         if not _is_text(schema.field(name).type, may_be_null=name in numbered):
-            raise UserError(f"{path}: column {name!r} is {schema.field(name).type}; it must be string.")
+            raise UserError(
+                f"{path}: column {name!r} is {schema.field(name).type}; it must be string."
+            )
     if "negatives" in schema.names and not _is_text_list(schema.field("negatives").type):
-        raise UserError(f"{path}: column 'negatives' is {schema.field('negatives').type}; it must be list<string>.")
+        raise UserError(
+            f"{path}: column 'negatives' is {schema.field('negatives').type}; it must be "
+            "list<string>."
+        )
 
 
 def _is_text(kind: pa.DataType, may_be_null: bool) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    text = (
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    )
     return text or (may_be_null and pa.types.is_null(kind))
 
 
 def _is_text_list(kind: pa.DataType) -> bool:
-    return pa.types.is_null(kind) or (_is_list(kind) and _is_text(kind.value_type, may_be_null=True))
+    return pa.types.is_null(kind) or (
+        _is_list(kind) and _is_text(kind.value_type, may_be_null=True)
+    )
 
 
 def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return (
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    )
 
 
 def _numbered_negatives(names: list[str]) -> list[str]:
     """negative_1, negative_2, ... in the order of their numbers."""
-    return sorted(filter(NEGATIVE_COLUMN.fullmatch, names), key=lambda name: int(name.removeprefix("negative_")))
+    return sorted(
+        filter(NEGATIVE_COLUMN.fullmatch, names),
+        key=lambda name: int(name.removeprefix("negative_")),
+    )
 
 
 def _chosen(selected: np.ndarray, start: int, rows: int) -> np.ndarray:
@@ -315,4 +362,6 @@ def _chosen(selected: np.ndarray, start: int, rows: int) -> np.ndarray:
 
 def _raise_empty(where: str, query: str | None, passage: str | None) -> NoReturn:
     column, text = ("passage", passage) if query else ("query", query)
-    raise UserError(f"{where}: {column!r} is {'null' if text is None else 'empty'}. Fill it or remove the row.")
+    raise UserError(
+        f"{where}: {column!r} is {'null' if text is None else 'empty'}. Fill it or remove the row."
+    )

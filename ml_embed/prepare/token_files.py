@@ -28,7 +28,11 @@ class TokenFile:
         self._schema = schema
         # Token ids are nearly random bits: dictionaries and statistics cost time and save nothing.
         self._writer = pq.ParquetWriter(
-            partial_path(path), schema, compression="zstd", use_dictionary=False, write_statistics=False
+            partial_path(path),
+            schema,
+            compression="zstd",
+            use_dictionary=False,
+            write_statistics=False,
         )
 
     def write(self, columns: Sequence[pa.Array]) -> None:

@@ -1,8 +1,9 @@
 """Raw contrastive rows to token ids: what tokenize_data_qwen.py does.
 
-One pass over each dataset in blocks of rows. The main thread reads, numbers documents by first occurrence, and writes;
-meanwhile the tokenizers library works on the next blocks (Rust, on all cores, without the GIL). Blocks depend on the
-content alone, so files are byte-identical whatever the number of workers.
+One pass over each dataset in blocks of rows. The main thread reads, numbers documents by first
+occurrence, and writes; meanwhile the tokenizers library works on the next blocks (Rust, on all
+cores, without the GIL). Blocks depend on the content alone, so files are byte-identical whatever
+the number of workers.
 """
 
 import hashlib
@@ -30,8 +31,20 @@ from ml_embed.files.locks import lock_folder
 from ml_embed.prepare.ledger import Ledger
 from ml_embed.prepare.numbering import TextNumbers, text_digest
 from ml_embed.prepare.prompts import Prompts
-from ml_embed.prepare.raw import RowBatch, check_and_count_rows, declared_task, list_raw_datasets, read_row_batches
-from ml_embed.prepare.token_files import CORPUS_SCHEMA, QUERY_SCHEMA, TokenFile, list_array, text_array
+from ml_embed.prepare.raw import (
+    RowBatch,
+    check_and_count_rows,
+    declared_task,
+    list_raw_datasets,
+    read_row_batches,
+)
+from ml_embed.prepare.token_files import (
+    CORPUS_SCHEMA,
+    QUERY_SCHEMA,
+    TokenFile,
+    list_array,
+    text_array,
+)
 from ml_embed.prepare.tokenizer import TextEncoder, fingerprint, load_tokenizer
 
 # A block's texts take about 150 bytes a token while they are tokenized; three blocks are in flight.
@@ -61,7 +74,8 @@ class TokenizeOptions:
     overwrite: bool = False
     """make everything anew, or go on with doing so after an interruption, instead of refusing"""
     datasets: Mapping[str, DatasetConfig] = field(default_factory=dict)
-    """task and prompts by dataset name or shell-style pattern; the first match in the order given counts"""
+    """task and prompts by dataset name or shell-style pattern; the first match in the order given
+    counts"""
 
     def check(self) -> None:
         """Raise UserError for a value out of range."""
@@ -123,14 +137,20 @@ class Totals:
     def entry(self) -> dict[str, Any]:
         """As it stands in the manifest."""
         negatives = dict(zip(("min", "max", "total"), self.negative_counts, strict=True))
-        return {"rows": self.rows, "documents": self.documents, "tokens": self.tokens, "negatives": negatives}
+        return {
+            "rows": self.rows,
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "negatives": negatives,
+        }
 
 
 def tokenize_folder(options: TokenizeOptions, progress: bool = True) -> dict[str, Any]:
-    """Tokenize every dataset of a raw folder; return the manifest. Continues what an interrupted run left.
+    """Tokenize every dataset of a raw folder; return the manifest. Continues what an interrupted
+    run left.
 
-    Raises UserError, before anything is written, for input that cannot be read and for an output folder that holds
-    something else than a part of the same result.
+    Raises UserError, before anything is written, for input that cannot be read and for an output
+    folder that holds something else than a part of the same result.
     """
     options.check()
     datasets = list_raw_datasets(options.input)
@@ -144,29 +164,44 @@ def tokenize_folder(options: TokenizeOptions, progress: bool = True) -> dict[str
     prompts = {name: Prompts.of_settings(settings[name]) for name in names}
     with _exclusive(options.output):
         ledger = Ledger(options.output, _settings(tokenizer, options), options.overwrite)
-        known = {dataset.name: describe_source(dataset.path) for dataset in datasets if dataset.name in ledger.datasets}
+        known = {
+            dataset.name: describe_source(dataset.path)
+            for dataset in datasets
+            if dataset.name in ledger.datasets
+        }
         recorded = {name: used.to_json().get("prompts", {}) for name, used in prompts.items()}
         ledger.check(names, known, recorded)
         todo = [dataset for dataset in datasets if not ledger.is_complete(dataset.name)]
         if progress and len(todo) < len(datasets):
-            tqdm.write(f"{len(datasets) - len(todo)} of {len(datasets)} datasets are complete already")
-        with disk_errors_are_user_errors(options.output, "Then run the same command again: it continues."):
+            tqdm.write(
+                f"{len(datasets) - len(todo)} of {len(datasets)} datasets are complete already"
+            )
+        with disk_errors_are_user_errors(
+            options.output, "Then run the same command again: it continues."
+        ):
             for dataset in tqdm(todo, unit=" file", desc="files", disable=not progress):
                 ledger.begin(dataset.name)
                 source = _in_background(describe_source, dataset.path)
-                selected = select_rows(dataset.name, rows[dataset.name], options.max_samples, options.seed)
+                selected = select_rows(
+                    dataset.name, rows[dataset.name], options.max_samples, options.seed
+                )
                 used = prompts[dataset.name]
                 blocks = read_blocks(read_row_batches(dataset, selected), used, options.seed)
                 total = rows[dataset.name] if selected is None else len(selected)
                 entry = _tokenize_dataset(dataset.name, blocks, total, encoder, ledger, progress)
-                task = settings[dataset.name].task or declared_task(dataset) or task_of(dataset.name)
-                ledger.record(dataset.name, entry | used.to_json() | {"source": source.result(), "task": task})
+                task = (
+                    settings[dataset.name].task or declared_task(dataset) or task_of(dataset.name)
+                )
+                ledger.record(
+                    dataset.name, entry | used.to_json() | {"source": source.result(), "task": task}
+                )
             ledger.remove_replaced(names)
             return ledger.finish()
 
 
 def select_rows(name: str, num_rows: int, max_samples: int, seed: int) -> np.ndarray | None:
-    """Sorted numbers of the rows to keep, chosen uniformly as a function of (seed, dataset); None = all."""
+    """Sorted numbers of the rows to keep, chosen uniformly as a function of (seed, dataset); None =
+    all."""
     if max_samples == 0 or num_rows <= max_samples:
         return None
     name_key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
@@ -186,20 +221,31 @@ def describe_source(path: Path) -> dict[str, Any]:
 
 
 def read_blocks(batches: Iterator[RowBatch], prompts: Prompts, seed: int) -> Iterator[Block]:
-    """Rows, prompts in front, as blocks of about BLOCK_CHARACTERS; documents are numbered by first occurrence."""
+    """Rows, prompts in front, as blocks of about BLOCK_CHARACTERS; documents are numbered by first
+    occurrence."""
     numbers = TextNumbers()
     front = prompts.passage.encode()
     block = Block()
     for batch in batches:
         prompted = prompts.choose(batch.documents, seed)
         fronts = [front if yes else b"" for yes in prompted]
-        digests = [text_digest(text, front) for text, front in zip(batch.documents, fronts, strict=True)]
+        digests = [
+            text_digest(text, front) for text, front in zip(batch.documents, fronts, strict=True)
+        ]
         documents, new = numbers.number(digests)
-        new_texts = [fronts[i].decode() + text for i, text in zip(new, batch.decode(new), strict=True)]
-        bounds = np.concatenate([[0], np.cumsum(batch.counts)])  # of each row's documents, and of the new ones in them
+        new_texts = [
+            fronts[i].decode() + text for i, text in zip(new, batch.decode(new), strict=True)
+        ]
+        bounds = np.concatenate(
+            [[0], np.cumsum(batch.counts)]
+        )  # of each row's documents, and of the new ones in them
         rows = pairwise(zip(bounds.tolist(), np.searchsorted(new, bounds).tolist(), strict=True))
-        characters = np.add.reduceat(batch.characters + prompted * len(prompts.passage), bounds[:-1]).tolist()
-        for query, size, ((start, first_new), (end, end_new)) in zip(batch.queries, characters, rows, strict=True):
+        characters = np.add.reduceat(
+            batch.characters + prompted * len(prompts.passage), bounds[:-1]
+        ).tolist()
+        for query, size, ((start, first_new), (end, end_new)) in zip(
+            batch.queries, characters, rows, strict=True
+        ):
             block.queries.append(prompts.query + query)
             block.documents += new_texts[first_new:end_new]
             block.passages.append(documents[start])
@@ -226,11 +272,15 @@ def _tokenize_dataset(
     files = [TokenFile(paths["query"], QUERY_SCHEMA), TokenFile(paths["corpus"], CORPUS_SCHEMA)]
     totals = Totals()
     try:
-        with tqdm(total=total_rows, unit=" row", desc=name, leave=False, disable=not progress) as bar:
+        with tqdm(
+            total=total_rows, unit=" row", desc=name, leave=False, disable=not progress
+        ) as bar:
             for block, ids in _encode_blocks(blocks, encoder):
                 _write_block(block, ids, *files)
                 totals.add(block, ids)
-                bar.set_postfix(texts=totals.rows + totals.documents, tokens=totals.tokens, refresh=False)
+                bar.set_postfix(
+                    texts=totals.rows + totals.documents, tokens=totals.tokens, refresh=False
+                )
                 bar.update(len(block.passages))
     except BaseException:
         for file in files:
@@ -241,14 +291,18 @@ def _tokenize_dataset(
     return totals.entry()
 
 
-def _encode_blocks(blocks: Iterator[Block], encoder: TextEncoder) -> Iterator[tuple[Block, list[np.ndarray]]]:
+def _encode_blocks(
+    blocks: Iterator[Block], encoder: TextEncoder
+) -> Iterator[tuple[Block, list[np.ndarray]]]:
     """Blocks with their texts' ids, in order; the next blocks are read and tokenized meanwhile."""
     waiting: deque[tuple[Block, Future]] = deque()
-    # One thread, which itself uses all cores: two batches at once contend for the tokenizer's cache (measured: a third
-    # more CPU time for the same texts).
+    # One thread, which itself uses all cores: two batches at once contend for the tokenizer's cache
+    # (measured: a third more CPU time for the same texts).
     with ThreadPoolExecutor(1) as thread:
         for block in blocks:
-            waiting.append((block, thread.submit(encoder.tokenize, block.queries + block.documents)))
+            waiting.append(
+                (block, thread.submit(encoder.tokenize, block.queries + block.documents))
+            )
             if len(waiting) == BLOCKS_IN_FLIGHT:
                 done, encodings = waiting.popleft()
                 yield done, encoder.token_ids(encodings.result())
@@ -257,7 +311,9 @@ def _encode_blocks(blocks: Iterator[Block], encoder: TextEncoder) -> Iterator[tu
             yield done, encoder.token_ids(encodings.result())
 
 
-def _write_block(block: Block, ids: list[np.ndarray], query_file: TokenFile, corpus_file: TokenFile) -> None:
+def _write_block(
+    block: Block, ids: list[np.ndarray], query_file: TokenFile, corpus_file: TokenFile
+) -> None:
     rows = len(block.passages)
     negatives = list_array(block.negative_counts, np.array(block.negatives, np.int64))
     query_file.write([text_array(ids[:rows]), pa.array(block.passages, pa.int64()), negatives])
@@ -277,7 +333,8 @@ def _settings(tokenizer: PreTrainedTokenizerBase, options: TokenizeOptions) -> d
 
 
 def _use_threads(num_workers: int | None) -> None:
-    """Set the size of the tokenizers library's thread pool, which is fixed by its first batch in this process.
+    """Set the size of the tokenizers library's thread pool, which is fixed by its first batch in
+    this process.
 
     By itself the pool takes the cores that affinity and container limits leave.
     """
@@ -286,7 +343,9 @@ def _use_threads(num_workers: int | None) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
 
 
-def _in_background(function: Callable[[Path], dict[str, Any]], path: Path) -> Future[dict[str, Any]]:
+def _in_background(
+    function: Callable[[Path], dict[str, Any]], path: Path
+) -> Future[dict[str, Any]]:
     """Call a function in a thread that an interruption does not wait for."""
     result: Future[dict[str, Any]] = Future()
 

@@ -1,11 +1,14 @@
 """Loading a tokenizer, giving it exactly one EOS, and turning texts into token ids.
 
-Two paths lead from a text to ids: `TextEncoder`, which prepares training data, and the tokenizer that is saved beside
+Two paths lead from a text to ids: `TextEncoder`, which prepares training data, and the tokenizer
+that is saved beside
 a model, which servers call. `append_eos_template` makes the second give the same ids as the first.
 
-A text whose own characters spell a special token ("<|im_end|>") is read as that token, as the tokenizer does
-everywhere else; EOS is then appended all the same. So a text that ends in the EOS string ends in two EOS ids, here and
-in the saved tokenizer: the last position is always ours, and what a text says never changes where it is pooled.
+A text whose own characters spell a special token ("<|im_end|>") is read as that token, as the
+tokenizer does everywhere else; EOS is then appended all the same. So a text that ends in the EOS
+string ends in two EOS ids, here and
+in the saved tokenizer: the last position is always ours, and what a text says never changes where
+it is pooled.
 """
 
 import hashlib
@@ -24,22 +27,35 @@ from ml_embed.files.paths import home_path, is_hub_name
 if TYPE_CHECKING:
     pass
 
-# The public Qwen2/Qwen3 pre-tokenization: contractions, words, single digits, punctuation, line ends, spaces.
+# The public Qwen2/Qwen3 pre-tokenization: contractions, words, single digits, punctuation, line
+# ends, spaces.
 QWEN_SPLIT_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# A folder with none of these has no vocabulary; transformers would make an empty tokenizer from config.json alone.
-VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
-BEGINNING_CHARACTERS = 8  # a token; twice what English takes, so that one beginning is nearly always enough
+# A folder with none of these has no vocabulary; transformers would make an empty tokenizer from
+# config.json alone.
+VOCABULARY_FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+BEGINNING_CHARACTERS = (
+    8  # a token; twice what English takes, so that one beginning is nearly always enough
+)
 _CUT = re.compile(r"(?<=\S)(?= )|(?<=\n)(?=\S)|(?<=[0-9])")  # see `_can_be_cut`
 
 
 def load_tokenizer(path: str | Path, needs_padding: bool = True) -> PreTrainedTokenizerBase:
-    """The fast tokenizer in a folder, or of a model on the hub if `path` is no folder but a name ("Qwen/Qwen3-0.6B").
+    """The fast tokenizer in a folder, or of a model on the hub if `path` is no folder but a name
+    ("Qwen/Qwen3-0.6B").
 
-    Code that comes with a tokenizer is never run. Raises UserError if there is none, if it has no fast
-    (`tokenizers`) version, or if its EOS token, or with `needs_padding` its padding token, is not set.
+    Code that comes with a tokenizer is never run. Raises UserError if there is none, if it has no
+    fast (`tokenizers`) version, or if its EOS token, or with `needs_padding` its padding token, is
+    not set.
     """
     folder = home_path(path)
     if folder.is_dir():
@@ -50,28 +66,40 @@ def load_tokenizer(path: str | Path, needs_padding: bool = True) -> PreTrainedTo
             )
         source = str(folder)
     elif folder.exists():
-        raise UserError(f"{folder} is a file; give the folder that holds the tokenizer, or a name on the hub.")
+        raise UserError(
+            f"{folder} is a file; give the folder that holds the tokenizer, or a name on the hub."
+        )
     elif not is_hub_name(path):
-        raise UserError(f"tokenizer folder {folder} does not exist. Give a folder that holds tokenizer.json.")
+        raise UserError(
+            f"tokenizer folder {folder} does not exist. Give a folder that holds tokenizer.json."
+        )
     else:
         source = str(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises bare Exception for a broken file; the hub has a dozen classes
+    except (
+        Exception
+    ) as error:  # tokenizers raises bare Exception for a broken file; the hub has a dozen classes
         remedy = (
             "Check that its files are whole."
             if folder.is_dir()
-            else "It is not a folder here either: without network access, download the model and give its folder."
+            else "It is not a folder here either: without network access, download the model and "
+            "give its folder."
         )
-        raise UserError(f"cannot load a tokenizer from {source!r}: {one_line(error).rstrip('.')}. {remedy}") from error
-    _check_usable(tokenizer, source, ("eos_token", "pad_token") if needs_padding else ("eos_token",))
+        raise UserError(
+            f"cannot load a tokenizer from {source!r}: {one_line(error).rstrip('.')}. {remedy}"
+        ) from error
+    _check_usable(
+        tokenizer, source, ("eos_token", "pad_token") if needs_padding else ("eos_token",)
+    )
     return tokenizer
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 (hex) of all that decides the ids of a text.
 
-    The post-processor, truncation and padding are left out: they add to ids or cut them but do not change them. So a
+    The post-processor, truncation and padding are left out: they add to ids or cut them but do not
+    change them. So a
     tokenizer keeps its fingerprint when it is saved with an EOS-appending post-processor.
     """
     description = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -81,11 +109,13 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def append_eos_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make the tokenizer end every text with exactly one EOS of its own, after truncation too. In place, idempotent.
+    """Make the tokenizer end every text with exactly one EOS of its own, after truncation too. In
+    place, idempotent.
 
-    Afterwards `tokenizer(text, truncation=True, max_length=n).input_ids` are the ids `TextEncoder(tokenizer, n)`
-    gives. A post-processor that adds anything else (a BOS, a [CLS]) is replaced, because training ids have no such
-    token; one that adds nothing (byte-level offsets) is kept in front.
+    Afterwards `tokenizer(text, truncation=True, max_length=n).input_ids` are the ids
+    `TextEncoder(tokenizer, n)` gives. A post-processor that adds anything else (a BOS, a [CLS]) is
+    replaced, because training ids have no such token; one that adds nothing (byte-level offsets) is
+    kept in front.
     """
     backend = tokenizer.backend_tokenizer
     added = _added_ids(tokenizer)
@@ -93,22 +123,30 @@ def append_eos_template(tokenizer: PreTrainedTokenizerBase) -> None:
         return
     eos = tokenizer.eos_token
     template = processors.TemplateProcessing(
-        single=f"$A {eos}", pair=f"$A {eos} $B:1 {eos}:1", special_tokens=[(eos, tokenizer.eos_token_id)]
+        single=f"$A {eos}",
+        pair=f"$A {eos} $B:1 {eos}:1",
+        special_tokens=[(eos, tokenizer.eos_token_id)],
     )
     keep_existing = backend.post_processor is not None and added == []
-    backend.post_processor = processors.Sequence([backend.post_processor, template]) if keep_existing else template
+    backend.post_processor = (
+        processors.Sequence([backend.post_processor, template]) if keep_existing else template
+    )
 
 
 class TextEncoder:
     """Texts to token ids for training: truncated to max_length - 1, then exactly one EOS.
 
-    Works on a copy of the tokenizer without truncation, padding or post-processing; the caller's is not touched. Of a
-    text that is much longer than `max_length`, only a beginning is tokenized where that gives the same ids.
+    Works on a copy of the tokenizer without truncation, padding or post-processing; the caller's is
+    not touched. Of a text that is much longer than `max_length`, only a beginning is tokenized
+    where that gives the same ids.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int):
         if max_length < 2:
-            raise UserError(f"maximum sequence length is {max_length}: it must be at least 2 (one token and EOS).")
+            raise UserError(
+                f"maximum sequence length is {max_length}: it must be at least 2 (one token and "
+                "EOS)."
+            )
         self.max_length = max_length
         self.eos_id: int = tokenizer.eos_token_id
         description = tokenizer.backend_tokenizer.to_str()
@@ -117,15 +155,20 @@ class TextEncoder:
         self._backend.no_truncation()
         self._backend.no_padding()
         # Not part of the tokenizer's JSON, but transformers sets it before each of its own calls.
-        self._backend.encode_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))
+        self._backend.encode_special_tokens = bool(
+            getattr(tokenizer, "split_special_tokens", False)
+        )
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
-        """One int32 array of 1..max_length ids per text; before the EOS they are the ids of that text alone."""
+        """One int32 array of 1..max_length ids per text; before the EOS they are the ids of that
+        text alone."""
         return self.token_ids(self.tokenize(texts))
 
     def tokenize(self, texts: list[str]) -> list[Encoding]:
         """The first half of a call, for pipelines: Rust, on all cores, without the GIL."""
-        beginnings = [self._beginning(text, BEGINNING_CHARACTERS * self.max_length) for text in texts]
+        beginnings = [
+            self._beginning(text, BEGINNING_CHARACTERS * self.max_length) for text in texts
+        ]
         encodings = self._encode(beginnings)
         for i, text in enumerate(texts):
             while len(beginnings[i]) < len(text) and len(encodings[i]) < self.max_length - 1:
@@ -137,34 +180,40 @@ class TextEncoder:
         return self._backend.encode_batch_fast(texts, add_special_tokens=False)
 
     def _beginning(self, text: str, characters: int) -> str:
-        """At least so many characters of a text, up to where it can be cut; all of it if that is not near."""
+        """At least so many characters of a text, up to where it can be cut; all of it if that is
+        not near."""
         if len(text) <= characters or not self._can_be_cut:
             return text
         place = _CUT.search(text, characters, 2 * characters)
         return text if place is None else text[: place.start()]
 
     def token_ids(self, encodings: list[Encoding]) -> list[np.ndarray]:
-        """The second half of a call: Python, less than a tenth of the first half's CPU time (measured)."""
+        """The second half of a call: Python, less than a tenth of the first half's CPU time
+        (measured)."""
         return [self._finish(encoding.ids) for encoding in encodings]
 
     def _finish(self, ids: list[int]) -> np.ndarray:
         del ids[self.max_length - 1 :]
         ids.append(self.eos_id)
-        return np.fromiter(ids, np.int32, len(ids))  # measured: faster than np.array for lists of ints
+        return np.fromiter(
+            ids, np.int32, len(ids)
+        )  # measured: faster than np.array for lists of ints
 
 
 def _can_be_cut(description: dict[str, Any]) -> bool:
-    """Whether the ids of a text's beginning up to a `_CUT` are the first ids of the whole text, for every text and the
-    tokenizer that tokenizer.json describes so.
+    """Whether the ids of a text's beginning up to a `_CUT` are the first ids of the whole text, for
+    every text and the tokenizer that tokenizer.json describes so.
 
     They are with Qwen's pre-tokenization, because of each of its steps:
-    - Added tokens are found first, from the left. None holds such a place within, so none lies across one, and none is
-      looked for with regard to what stands beside it.
-    - NFC changes nothing across the place: neither a space nor a line end nor a digit composes with what follows, and
-      a space composes with nothing before it.
-    - QWEN_SPLIT_PATTERN begins a new piece there. None of its alternatives matches a space after anything but white
-      space, or a digit with anything beside it; a run of white space that ends in a line end is matched whole. Only
-      the last two look ahead, from within a run of white space: it ends before the place, or at it in a line end, and
+    - Added tokens are found first, from the left. None holds such a place within, so none lies
+      across one, and none is looked for with regard to what stands beside it.
+    - NFC changes nothing across the place: neither a space nor a line end nor a digit composes with
+      what follows, and a space composes with nothing before it.
+    - QWEN_SPLIT_PATTERN begins a new piece there. None of its alternatives matches a space after
+      anything but white space, or a digit with anything beside it; a run of white space that ends
+      in a line end is matched whole. Only
+      the last two look ahead, from within a run of white space: it ends before the place, or at it
+      in a line end, and
       then an earlier alternative takes it.
     - The model then sees each piece alone, and draws no lots (dropout).
     """
@@ -173,7 +222,8 @@ def _can_be_cut(description: dict[str, Any]) -> bool:
     return (
         description["normalizer"] in (None, {"type": "NFC"})
         and [step["type"] for step in steps] == ["Split", "ByteLevel"]
-        and (pattern[0], steps[0]["behavior"], steps[0]["invert"]) == ({"Regex": QWEN_SPLIT_PATTERN}, "Isolated", False)
+        and (pattern[0], steps[0]["behavior"], steps[0]["invert"])
+        == ({"Regex": QWEN_SPLIT_PATTERN}, "Isolated", False)
         and not (steps[1]["use_regex"] or steps[1]["add_prefix_space"])
         and not description["model"].get("dropout")
         and not any(_looks_beside(token) for token in description["added_tokens"])
@@ -181,12 +231,15 @@ def _can_be_cut(description: dict[str, Any]) -> bool:
 
 
 def _looks_beside(token: dict[str, Any]) -> bool:
-    within = any(0 < place.start() < len(token["content"]) for place in _CUT.finditer(token["content"]))
+    within = any(
+        0 < place.start() < len(token["content"]) for place in _CUT.finditer(token["content"])
+    )
     return within or token["lstrip"] or token["single_word"]
 
 
 def _added_ids(tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
-    """The ids that the post-processor puts after a text; None if it puts any before it or changes it."""
+    """The ids that the post-processor puts after a text; None if it puts any before it or changes
+    it."""
     backend = tokenizer.backend_tokenizer
     if backend.post_processor is None:
         return []
@@ -197,10 +250,13 @@ def _added_ids(tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
 
 def _check_usable(tokenizer: Any, source: str, needed: tuple[str, ...]) -> None:
     if not getattr(tokenizer, "is_fast", False):
-        raise UserError(f"the tokenizer of {source!r} has no fast version. Give one that has a tokenizer.json.")
+        raise UserError(
+            f"the tokenizer of {source!r} has no fast version. Give one that has a tokenizer.json."
+        )
     for name in needed:
         if getattr(tokenizer, f"{name}_id") is None:
             raise UserError(
-                f"the tokenizer of {source!r} has no {name}. Set {name!r} in its tokenizer_config.json "
+                f"the tokenizer of {source!r} has no {name}. Set {name!r} in its "
+                "tokenizer_config.json "
                 "to a token of its vocabulary."
             )

@@ -22,21 +22,34 @@ SMALLEST_VOCAB_SIZE = 256 + 2  # every byte, and the two special tokens
 TEXT_SUFFIXES = (".txt", ".parquet", ".jsonl")
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int = DEFAULT_VOCAB_SIZE) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int = DEFAULT_VOCAB_SIZE
+) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer with Qwen3's normalisation (NFC) and pre-tokenization.
 
-    Any text can be written with it, because all 256 bytes are tokens. It has at most `vocab_size` tokens (fewer where
-    the texts do not offer that many merges), `<|im_end|>` as EOS and `<|endoftext|>` as padding. It appends nothing by
-    itself. The same texts in the same order give the same tokenizer.
+    Any text can be written with it, because all 256 bytes are tokens. It has at most `vocab_size`
+    tokens (fewer where the texts do not offer that many merges), `<|im_end|>` as EOS and
+    `<|endoftext|>` as padding. It appends nothing by itself. The same texts in the same order give
+    the same tokenizer.
 
     Raises UserError if `vocab_size` is under 258 or there is no text.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import (
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
     from transformers import PreTrainedTokenizerFast
 
     if vocab_size < SMALLEST_VOCAB_SIZE:
         raise UserError(
-            f"vocab size {vocab_size} is too small: 256 bytes and 2 special tokens need at least {SMALLEST_VOCAB_SIZE}"
+            f"vocab size {vocab_size} is too small: 256 bytes and 2 special tokens need at least "
+            f"{SMALLEST_VOCAB_SIZE}"
         )
     texts = _at_least_one(texts)
     tokenizer = Tokenizer(models.BPE())
@@ -66,11 +79,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = DEFAULT_VOCAB_SIZE) 
 
 
 def read_texts(paths: Iterable[str | Path]) -> Iterator[str]:
-    """Every distinct text of some files, or of folders of such files, once, in the order of the (sorted) files.
+    """Every distinct text of some files, or of folders of such files, once, in the order of the
+    (sorted) files.
 
-    `.txt` has one text a line; of `.parquet` and `.jsonl` all string columns and lists of strings are read, so that a
-    folder of raw data can be given as it is. A text that occurs often counts once: labels and repeated documents
-    would otherwise drown the rest. Raises UserError for a path that is missing, unknown or broken, before any is read.
+    `.txt` has one text a line; of `.parquet` and `.jsonl` all string columns and lists of strings
+    are read, so that a folder of raw data can be given as it is. A text that occurs often counts
+    once: labels and repeated documents would otherwise drown the rest. Raises UserError for a path
+        that is missing, unknown or broken, before any is read.
     """
     files = [file for path in paths for file in text_files(Path(path))]
     readers = {".txt": _read_txt, ".parquet": _read_parquet, ".jsonl": _read_jsonl}
@@ -91,7 +106,9 @@ def _at_least_one(texts: Iterable[str]) -> Iterator[str]:
     iterator = iter(texts)
     first = next(iterator, None)
     if first is None:
-        raise UserError("there is no text to train a tokenizer on: the files are empty or hold no strings")
+        raise UserError(
+            "there is no text to train a tokenizer on: the files are empty or hold no strings"
+        )
 
     def chained() -> Iterator[str]:
         yield first
@@ -103,14 +120,22 @@ def _at_least_one(texts: Iterable[str]) -> Iterator[str]:
 def text_files(path: Path) -> list[Path]:
     """The file itself, or the text files of a folder. Raises UserError if there are none."""
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.is_file() and file.suffix in TEXT_SUFFIXES)
+        files = sorted(
+            file for file in path.iterdir() if file.is_file() and file.suffix in TEXT_SUFFIXES
+        )
         if not files:
-            raise UserError(f"{path} holds no {', '.join(TEXT_SUFFIXES)} file to train a tokenizer on")
+            raise UserError(
+                f"{path} holds no {', '.join(TEXT_SUFFIXES)} file to train a tokenizer on"
+            )
         return files
     if not path.is_file():
-        raise UserError(f"{path} does not exist; give files or folders of {', '.join(TEXT_SUFFIXES)}")
+        raise UserError(
+            f"{path} does not exist; give files or folders of {', '.join(TEXT_SUFFIXES)}"
+        )
     if path.suffix not in TEXT_SUFFIXES:
-        raise UserError(f"{path} is of a kind that is not read; take one of {', '.join(TEXT_SUFFIXES)}")
+        raise UserError(
+            f"{path} is of a kind that is not read; take one of {', '.join(TEXT_SUFFIXES)}"
+        )
     return [path]
 
 
@@ -134,7 +159,11 @@ def _read_jsonl(file: Path) -> Iterator[str]:
         if not isinstance(row, dict):
             raise UserError(f"{file} line {number} is not a JSON object with named columns")
         for value in row.values():
-            yield from (text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str))
+            yield from (
+                text
+                for text in (value if isinstance(value, list) else [value])
+                if isinstance(text, str)
+            )
 
 
 def _read_parquet(file: Path) -> Iterator[str]:

@@ -1,8 +1,10 @@
-"""Approximate nearest-neighbour search for large corpora, with faiss; what it finds has its exact score.
+"""Approximate nearest-neighbour search for large corpora, with faiss; what it finds has its exact
+score.
 
-The documents are sorted into about 4 sqrt(N) cells (k-means over a sample), each document as a code of a few bits per
-dimension. A query looks into the `nprobe` nearest cells and ranks what lies there by code; the best of it are scored
-again with their float32 vectors, which stay on disk. So a document may be missed, but no score is wrong.
+The documents are sorted into about 4 sqrt(N) cells (k-means over a sample), each document as a code
+of a few bits per dimension. A query looks into the `nprobe` nearest cells and ranks what lies there
+by code; the best of it are scored again with their float32 vectors, which stay on disk. So a
+document may be missed, but no score is wrong.
 
 Letters: Q queries of a block, N documents, K neighbours, C candidates, D vector length, P pairs.
 """
@@ -29,8 +31,8 @@ FEWEST_DOCUMENTS = 100_000
 CODES = {8: "SQ8", 4: "SQ4", 2: "PQ{quarter}"}
 """faiss's name for the codes of so many bits per dimension; PQ takes a byte for four dimensions."""
 CANDIDATES_PER_NEIGHBOUR = 3
-"""Scored again for each neighbour asked for. Measured (100,000 clustered vectors, D = 256, 4 bits): with 2, 0.2 % of
-the neighbours in the probed cells are lost, with 4 none."""
+"""Scored again for each neighbour asked for. Measured (100,000 clustered vectors, D = 256, 4 bits):
+with 2, 0.2 % of the neighbours in the probed cells are lost, with 4 none."""
 SAMPLE_PER_CELL = 64  # faiss asks for 39 to 256; k-means takes most of the time of building
 BLOCK = 65536  # documents encoded at a time: with D = 1,024, 256 MB
 SCORED_FLOATS = 2**25  # candidate vectors in memory at a time: 128 MB
@@ -46,7 +48,8 @@ class Approximation:
     """How exact the approximate search is."""
 
     nprobe: int = 64
-    """cells that a query looks into; time grows with it, and so does the share of true neighbours that is found"""
+    """cells that a query looks into; time grows with it, and so does the share of true neighbours
+    that is found"""
     code_bits: int = 4
     """8, 4 or 2 bits per dimension of a document in memory"""
 
@@ -55,9 +58,14 @@ class Approximation:
         if self.nprobe < 1:
             raise UserError(f"--nprobe is {self.nprobe}; it must be at least 1")
         if self.code_bits not in CODES:
-            raise UserError(f"--code-bits is {self.code_bits}; it must be one of {', '.join(map(str, CODES))}")
+            raise UserError(
+                f"--code-bits is {self.code_bits}; it must be one of {', '.join(map(str, CODES))}"
+            )
         if importlib.util.find_spec("faiss") is None:
-            raise UserError("the approximate search needs faiss, which is not installed: pip install 'ml-embed[ann]'")
+            raise UserError(
+                "the approximate search needs faiss, which is not installed: pip install "
+                "'ml-embed[ann]'"
+            )
 
 
 def cell_count(documents: int) -> int:
@@ -68,19 +76,26 @@ def cell_count(documents: int) -> int:
 class ApproximateIndex:
     """The documents of a memory map, searchable.
 
-    Memory: N (code_bits D / 8 + 8) bytes, blocks of vectors, and while it finds the cells 256 sqrt(N) sampled vectors.
+    Memory: N (code_bits D / 8 + 8) bytes, blocks of vectors, and while it finds the cells 256
+        sqrt(N) sampled vectors.
 
-    What was built lies in a folder and is used again, at the block where an interruption stopped it. The same
-    documents and settings give the same index.
+    What was built lies in a folder and is used again, at the block where an interruption stopped
+    it. The same documents and settings give the same index.
     """
 
     def __init__(
-        self, folder: Path, documents: np.ndarray, approximation: Approximation, title: str = "", progress: bool = True
+        self,
+        folder: Path,
+        documents: np.ndarray,
+        approximation: Approximation,
+        title: str = "",
+        progress: bool = True,
     ):
         """Build, or read what was built.
 
         Args:
-            folder: for the index's files; whoever changes the documents or `code_bits` calls `remove_index` first.
+            folder: for the index's files; whoever changes the documents or `code_bits` calls
+                `remove_index` first.
             documents: (N, D) float32, rows of unit length; may be a memory map.
             title, progress: of the bars on stderr.
         Raises:
@@ -92,8 +107,14 @@ class ApproximateIndex:
         cells, codes = _files(folder)
         if not cells.is_file():
             codes.unlink(missing_ok=True)
-            with tqdm(desc=f"{title}finding {cell_count(len(documents))} cells", leave=False, disable=not progress):
-                _write_atomically(cells, faiss.serialize_index(_trained(documents, approximation.code_bits)))
+            with tqdm(
+                desc=f"{title}finding {cell_count(len(documents))} cells",
+                leave=False,
+                disable=not progress,
+            ):
+                _write_atomically(
+                    cells, faiss.serialize_index(_trained(documents, approximation.code_bits))
+                )
         self._index = faiss.deserialize_index(np.fromfile(cells, np.uint8))
         file = RowFile(codes, np.uint8, self._index.sa_code_size())
 
@@ -106,8 +127,11 @@ class ApproximateIndex:
         self.cells = self._index.nlist
         self._index.nprobe = min(approximation.nprobe, self.cells)
 
-    def nearest(self, queries: Tensor, documents: np.ndarray, count: int, excluded: Tensor) -> tuple[Tensor, Tensor]:
-        """Like `search.nearest`, over the documents that the index was built from; some neighbours may be missed."""
+    def nearest(
+        self, queries: Tensor, documents: np.ndarray, count: int, excluded: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Like `search.nearest`, over the documents that the index was built from; some neighbours
+        may be missed."""
         count = min(count, len(documents))
         candidates = CANDIDATES_PER_NEIGHBOUR * count
         most_excluded = int(excluded[:, 0].bincount().max()) if len(excluded) else 0
@@ -115,7 +139,10 @@ class ApproximateIndex:
         _, found = self._index.search(queries.cpu().numpy(), asked)
         found = _without(found, excluded.cpu().numpy(), len(documents))[:, :candidates]
         block = max(1, SCORED_FLOATS // (found.shape[1] * queries.shape[1]))
-        parts = [_score(queries[rows], documents, found[rows], count) for rows in blocks(len(queries), block)]
+        parts = [
+            _score(queries[rows], documents, found[rows], count)
+            for rows in blocks(len(queries), block)
+        ]
         scores, rows = zip(*parts, strict=True)
         return torch.cat(scores), torch.cat(rows)
 
@@ -127,18 +154,26 @@ def remove_index(folder: Path) -> None:
 
 
 def sample_queries(queries: int) -> np.ndarray:
-    """(at most MEASURED_QUERIES,) which of so many queries the recall is measured with, in order."""
-    chosen = np.random.default_rng(SEED).choice(queries, min(queries, MEASURED_QUERIES), replace=False)
+    """(at most MEASURED_QUERIES,) which of so many queries the recall is measured with, in
+    order."""
+    chosen = np.random.default_rng(SEED).choice(
+        queries, min(queries, MEASURED_QUERIES), replace=False
+    )
     return np.sort(chosen)
 
 
-def recall(search: Search, queries: Tensor, documents: np.ndarray, count: int, excluded: Tensor) -> float:
-    """Share of the exact nearest `count` documents of the queries that a search finds; arguments as of `nearest`."""
+def recall(
+    search: Search, queries: Tensor, documents: np.ndarray, count: int, excluded: Tensor
+) -> float:
+    """Share of the exact nearest `count` documents of the queries that a search finds; arguments as
+    of `nearest`."""
     exact_scores, exact = nearest(queries, documents, count, excluded)
     scores, found = search(queries, documents, count, excluded)
     found = found.masked_fill(scores == -torch.inf, -1)
     there = exact_scores > -torch.inf
-    hits = [torch.isin(row, other) & real for row, other, real in zip(exact, found, there, strict=True)]
+    hits = [
+        torch.isin(row, other) & real for row, other, real in zip(exact, found, there, strict=True)
+    ]
     return float(torch.stack(hits).sum() / there.sum())
 
 
@@ -152,12 +187,16 @@ def _trained(documents: np.ndarray, code_bits: int) -> Any:
 
     width, cells = documents.shape[1], cell_count(len(documents))
     if width % 4 and code_bits == 2:
-        raise UserError(f"--code-bits 2 needs a vector length that 4 divides, not {width}; take 4 or 8")
+        raise UserError(
+            f"--code-bits 2 needs a vector length that 4 divides, not {width}; take 4 or 8"
+        )
     name = f"IVF{cells},{CODES[code_bits].format(quarter=width // 4)}"
     index = faiss.index_factory(width, name, faiss.METRIC_INNER_PRODUCT)
     index.cp.seed = SEED
     if code_bits == 2:
-        index.do_polysemous_training = False  # minutes of it, for a search by Hamming distance that is not used
+        index.do_polysemous_training = (
+            False  # minutes of it, for a search by Hamming distance that is not used
+        )
         index.pq.cp.seed, index.pq.cp.max_points_per_centroid = SEED, SAMPLE_PER_CELL
     sampled = min(len(documents), cells * SAMPLE_PER_CELL)
     rows = np.random.default_rng(SEED).choice(len(documents), sampled, replace=False)
@@ -171,18 +210,26 @@ def _write_atomically(path: Path, content: np.ndarray) -> None:
 
 
 def _without(found: np.ndarray, excluded: np.ndarray, documents: int) -> np.ndarray:
-    """(Q, C) document rows with those of the (P, 2) excluded pairs, and faiss's -1 for none, moved to the end as -1."""
+    """(Q, C) document rows with those of the (P, 2) excluded pairs, and faiss's -1 for none, moved
+    to the end as -1."""
     pairs = np.arange(len(found))[:, None] * documents + found
     dropped = (found < 0) | np.isin(pairs, excluded[:, 0] * documents + excluded[:, 1])
     order = dropped.argsort(axis=1, kind="stable")
     return np.take_along_axis(np.where(dropped, -1, found), order, axis=1)
 
 
-def _score(queries: Tensor, documents: np.ndarray, candidates: np.ndarray, count: int) -> tuple[Tensor, Tensor]:
-    """The best (Q, K) of (Q, C) candidates by their exact scores, as `search.nearest` returns them."""
-    distinct, places = np.unique(candidates, return_inverse=True)  # sorted: the memory map is read from front to back
+def _score(
+    queries: Tensor, documents: np.ndarray, candidates: np.ndarray, count: int
+) -> tuple[Tensor, Tensor]:
+    """The best (Q, K) of (Q, C) candidates by their exact scores, as `search.nearest` returns
+    them."""
+    distinct, places = np.unique(
+        candidates, return_inverse=True
+    )  # sorted: the memory map is read from front to back
     vectors = torch.from_numpy(documents[distinct.clip(0)]).to(queries.device)
-    scores = torch.einsum("qd,qcd->qc", queries, vectors[torch.from_numpy(places).to(queries.device)])
+    scores = torch.einsum(
+        "qd,qcd->qc", queries, vectors[torch.from_numpy(places).to(queries.device)]
+    )
     rows = torch.from_numpy(candidates).to(queries.device)
     best, order = scores.masked_fill(rows < 0, -torch.inf).topk(count, dim=1)
     return best, rows.gather(1, order).clamp(min=0)

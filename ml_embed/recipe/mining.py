@@ -1,9 +1,13 @@
-"""Hard negatives: for each query, documents of its dataset that a model takes for near, but not for too near.
+"""Hard negatives: for each query, documents of its dataset that a model takes for near, but not for
+too near.
 
-The published filter (F2LLM-v2, arXiv 2603.19223): of the 100 nearest documents drop the first 5, which are often right
-answers too; keep those that score below 0.8 and below 95 % of the positive's score; take the best 24 of them.
+The published filter (F2LLM-v2, arXiv 2603.19223): of the 100 nearest documents drop the first 5,
+which are often right
+answers too; keep those that score below 0.8 and below 95 % of the positive's score; take the best
+24 of them.
 
-The search is exact, or approximate for large corpora (ann.py); the scores that the filter sees are exact in both.
+The search is exact, or approximate for large corpora (ann.py); the scores that the filter sees are
+exact in both.
 
 Letters: Q queries of a block, N documents, K neighbours, M negatives, D vector length.
 """
@@ -49,7 +53,8 @@ WORK_SUFFIX = ".mining"
 ENCODED_BLOCK = 8192  # texts between two writes to disk; what an interruption costs at most
 QUERY_BLOCK = 1024
 VECTOR_SETTINGS = ("model", "query_prompt", "passage_prompt", "source")
-"""what the vectors of an unfinished dataset depend on; other settings can change without encoding again"""
+"""what the vectors of an unfinished dataset depend on; other settings can change without encoding
+again"""
 INDEX_SETTINGS = (*VECTOR_SETTINGS, "code_bits")
 
 
@@ -73,17 +78,23 @@ class Filter:
         if self.count < 1:
             raise UserError(f"--count is {self.count}; it must be at least 1")
         if not 0 <= self.skip < self.top:
-            raise UserError(f"--skip {self.skip} must be from 0 to less than --top {self.top}, or nothing is left")
+            raise UserError(
+                f"--skip {self.skip} must be from 0 to less than --top {self.top}, or nothing is "
+                "left"
+            )
         for name in ("max_score", "max_ratio"):
             if not 0 < (value := getattr(self, name)) <= 2:
-                raise UserError(f"--{name.replace('_', '-')} is {value}; it must be above 0 and at most 2")
+                raise UserError(
+                    f"--{name.replace('_', '-')} is {value}; it must be above 0 and at most 2"
+                )
 
 
 def filter_neighbours(scores: Tensor, documents: Tensor, positive: Tensor, rule: Filter) -> Tensor:
     """Apply a filter.
 
     Args:
-        scores, documents: (Q, K) cosines and document rows of the nearest, best first; -inf is none.
+        scores, documents: (Q, K) cosines and document rows of the nearest, best first; -inf is
+            none.
         positive: (Q,) cosine of each query's own passage.
     Returns:
         (Q, M) int64 document rows, nearest first, -1 where there are fewer than M.
@@ -106,7 +117,8 @@ class Corpus:
     query_of_row: np.ndarray  # (rows,) int64
     passage_of_row: np.ndarray  # (rows,) int64
     own_documents: list[list[int]]
-    """for each query, the documents that are no negatives of it: all its passages, and its own text"""
+    """for each query, the documents that are no negatives of it: all its passages, and its own
+    text"""
 
 
 def read_corpus(dataset: RawDataset) -> Corpus:
@@ -117,7 +129,9 @@ def read_corpus(dataset: RawDataset) -> Corpus:
     own: list[list[int]] = []
     for row in read_rows(dataset):
         query = queries.setdefault(row.query, len(queries))
-        places = [documents.setdefault(text, len(documents)) for text in (row.passage, *row.negatives)]
+        places = [
+            documents.setdefault(text, len(documents)) for text in (row.passage, *row.negatives)
+        ]
         if query == len(own):
             own.append([])
         if places[0] not in own[query]:
@@ -127,7 +141,9 @@ def read_corpus(dataset: RawDataset) -> Corpus:
     for text, query in queries.items():
         if text in documents and documents[text] not in own[query]:
             own[query].append(documents[text])
-    return Corpus(list(queries), list(documents), np.array(query_of_row), np.array(passage_of_row), own)
+    return Corpus(
+        list(queries), list(documents), np.array(query_of_row), np.array(passage_of_row), own
+    )
 
 
 def mine_folder(
@@ -141,11 +157,13 @@ def mine_folder(
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Write every dataset of a raw folder again with mined negatives in place of its own. Continues what was begun.
+    """Write every dataset of a raw folder again with mined negatives in place of its own. Continues
+    what was begun.
 
     Classification datasets, whose passages are labels, keep the negatives they have.
 
-    Memory: one dataset's texts, and blocks of vectors; all vectors of a dataset lie on disk while it is mined. The
+    Memory: one dataset's texts, and blocks of vectors; all vectors of a dataset lie on disk while
+        it is mined. The
     approximate search adds its codes (see ann.py).
 
     Args:
@@ -154,16 +172,19 @@ def mine_folder(
         output: folder to write; each file appears whole or not at all.
         rule: which neighbours to keep.
         query_prompt, passage_prompt: put before the texts for the model; not written.
-        approximation: search large datasets approximately; None is exactly. Datasets with fewer than
-            `ann.FEWEST_DOCUMENTS` documents are searched exactly all the same.
-        overwrite: make datasets anew that were mined otherwise, and remove those that the input no longer has.
+        approximation: search large datasets approximately; None is exactly. Datasets with fewer
+            than `ann.FEWEST_DOCUMENTS` documents are searched exactly all the same.
+        overwrite: make datasets anew that were mined otherwise, and remove those that the input no
+            longer has.
         progress: bars on stderr.
     Returns:
-        the summary that is also written as mining.json: settings, and for each dataset rows and negatives found; with
-        an approximation also how it was searched, and the share of the exact nearest that was found.
+        the summary that is also written as mining.json: settings, and for each dataset rows and
+        negatives found; with
+        an approximation also how it was searched, and the share of the exact nearest that was
+        found.
     Raises:
-        UserError: data that cannot be read, a vector that is not finite, an output folder that holds something else,
-            or faiss is missing.
+        UserError: data that cannot be read, a vector that is not finite, an output folder that
+            holds something else, or faiss is missing.
     """
     rule.check()
     if approximation is not None:
@@ -173,31 +194,47 @@ def mine_folder(
         check_and_count_rows(dataset)
     if source.resolve() == output.resolve():
         raise UserError(f"--input and --output are both {source}: write to another folder")
-    settings = {"model": model.name, "query_prompt": query_prompt, "passage_prompt": passage_prompt, **asdict(rule)}
-    settings |= {"search": "exact"} if approximation is None else {"search": "ann", **asdict(approximation)}
+    settings = {
+        "model": model.name,
+        "query_prompt": query_prompt,
+        "passage_prompt": passage_prompt,
+        **asdict(rule),
+    }
+    settings |= (
+        {"search": "exact"} if approximation is None else {"search": "ann", **asdict(approximation)}
+    )
     with disk_errors_are_user_errors(output, "Then run the same command again: it continues."):
         output.mkdir(parents=True, exist_ok=True)
         with lock_folder(output / LOCK, "mining into"):
-            summary = _read_summary(output, settings, {dataset.name for dataset in datasets}, overwrite)
+            summary = _read_summary(
+                output, settings, {dataset.name for dataset in datasets}, overwrite
+            )
             for dataset in tqdm(datasets, unit=" file", desc="files", disable=not progress):
                 target, digest = output / f"{dataset.name}.parquet", describe_source(dataset.path)
                 done = summary["datasets"].get(dataset.name)
                 if done is not None and done["source"] == digest and target.is_file():
                     continue
                 if target.exists() and done is None and not overwrite:
-                    raise UserError(f"{target} exists and is not of this mining; use another --output, or --overwrite")
+                    raise UserError(
+                        f"{target} exists and is not of this mining; use another --output, or "
+                        "--overwrite"
+                    )
                 if (declared_task(dataset) or task_of(dataset.name)) == "classification":
                     entry = _keep_as_it_is(dataset, target)
                 else:
                     work = output / f".{dataset.name}{WORK_SUFFIX}"
-                    mining = _Mining(model, rule, (query_prompt, passage_prompt), approximation, work, progress)
+                    mining = _Mining(
+                        model, rule, (query_prompt, passage_prompt), approximation, work, progress
+                    )
                     entry = mining.run(dataset, target, settings | {"source": digest})
                 summary["datasets"][dataset.name] = entry | {"source": digest}
                 write_json(output / SUMMARY, summary)
     return summary
 
 
-def _read_summary(output: Path, settings: dict[str, Any], names: set[str], overwrite: bool) -> dict[str, Any]:
+def _read_summary(
+    output: Path, settings: dict[str, Any], names: set[str], overwrite: bool
+) -> dict[str, Any]:
     """What a former call left, or an empty summary; `names` are the input's datasets.
 
     With `overwrite`, the files of recorded datasets that are none of them are removed.
@@ -211,19 +248,29 @@ def _read_summary(output: Path, settings: dict[str, Any], names: set[str], overw
         differing = [key for key, value in settings.items() if former["settings"].get(key) != value]
         gone = former["datasets"].keys() - names
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error}); use another --output, or remove that file") from None
+        raise UserError(
+            f"{path} is damaged ({error}); use another --output, or remove that file"
+        ) from None
     if differing and not overwrite:
-        said = "; ".join(f"{key} was {former['settings'].get(key)!r}, now {settings[key]!r}" for key in differing)
-        raise UserError(f"{output} was mined otherwise: {said}. Use another --output, or --overwrite to make it anew")
+        said = "; ".join(
+            f"{key} was {former['settings'].get(key)!r}, now {settings[key]!r}" for key in differing
+        )
+        raise UserError(
+            f"{output} was mined otherwise: {said}. Use another --output, or --overwrite to make "
+            "it anew"
+        )
     if gone:
         if not overwrite:
             listing = ", ".join(map(repr, sorted(gone)))
             raise UserError(
-                f"{output} holds what the input does not have: {listing}. Use another --output, or --overwrite to "
+                f"{output} holds what the input does not have: {listing}. Use another --output, or "
+                "--overwrite to "
                 "remove it there"
             )
         _remove_datasets(output, gone)
-        former["datasets"] = {name: entry for name, entry in former["datasets"].items() if name in names}
+        former["datasets"] = {
+            name: entry for name, entry in former["datasets"].items() if name in names
+        }
         write_json(path, former)
     return fresh if differing else former
 
@@ -310,20 +357,34 @@ class _Mining:
             reason = f"{len(documents)} documents are fewer than {ann.FEWEST_DOCUMENTS}"
             self._say(f"{name}: searched exactly: {reason}")
             return nearest, {"search": "exact", "why_exact": reason}
-        index = ann.ApproximateIndex(self.work, documents, self.approximation, f"{name}: ", self.progress)
+        index = ann.ApproximateIndex(
+            self.work, documents, self.approximation, f"{name}: ", self.progress
+        )
         sample = ann.sample_queries(len(queries))
-        vectors, own = torch.from_numpy(queries[sample]).to(self.model.device), _own_pairs(corpus, sample)
+        vectors, own = (
+            torch.from_numpy(queries[sample]).to(self.model.device),
+            _own_pairs(corpus, sample),
+        )
         share = ann.recall(index.nearest, vectors, documents, self.rule.top, own)
         self._say(
-            f"{name}: finds {share:.1%} of the exact {self.rule.top} nearest ({len(sample)} queries, "
+            f"{name}: finds {share:.1%} of the exact {self.rule.top} nearest ({len(sample)} "
+            "queries, "
             f"--nprobe {self.approximation.nprobe} of {index.cells} cells); more cells find more"
         )
         return index.nearest, {
-            "search": "ann", "cells": index.cells, "recall": round(share, 4), "recall_queries": len(sample)
-        }  # fmt: skip
+            "search": "ann",
+            "cells": index.cells,
+            "recall": round(share, 4),
+            "recall_queries": len(sample),
+        }
 
     def _search(
-        self, search: ann.Search, corpus: Corpus, queries: np.ndarray, documents: np.ndarray, rows: slice
+        self,
+        search: ann.Search,
+        corpus: Corpus,
+        queries: np.ndarray,
+        documents: np.ndarray,
+        rows: slice,
     ) -> np.ndarray:
         """(Q, M) negatives of some rows."""
         numbers = corpus.query_of_row[rows]
@@ -341,7 +402,9 @@ class _Mining:
 
 def _own_pairs(corpus: Corpus, queries: np.ndarray) -> Tensor:
     """(P, 2) places in `queries` and the documents that are no negatives of the query there."""
-    return torch.tensor([(place, own) for place, query in enumerate(queries) for own in corpus.own_documents[query]])
+    return torch.tensor(
+        [(place, own) for place, query in enumerate(queries) for own in corpus.own_documents[query]]
+    )
 
 
 def _write(target: Path, corpus: Corpus, negatives: np.ndarray, task: Task | None) -> np.ndarray:
@@ -353,9 +416,14 @@ def _write(target: Path, corpus: Corpus, negatives: np.ndarray, task: Task | Non
             columns = [
                 [corpus.queries[query] for query in corpus.query_of_row[rows]],
                 [corpus.documents[passage] for passage in corpus.passage_of_row[rows]],
-                [[corpus.documents[number] for number in row if number >= 0] for row in negatives[rows]],
+                [
+                    [corpus.documents[number] for number in row if number >= 0]
+                    for row in negatives[rows]
+                ],
             ]
-            arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
+            arrays = [
+                pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)
+            ]
             writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
     commit(target)
     return counts
@@ -367,7 +435,9 @@ def _keep_as_it_is(dataset: RawDataset, target: Path) -> dict[str, Any]:
     columns = [[getattr(row, name) for row in rows] for name in ("query", "passage", "negatives")]
     arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
     schema = SCHEMA.with_metadata({TASK_METADATA: "classification"})
-    pq.write_table(pa.Table.from_arrays(arrays, schema=schema), partial_path(target), compression="zstd")
+    pq.write_table(
+        pa.Table.from_arrays(arrays, schema=schema), partial_path(target), compression="zstd"
+    )
     commit(target)
     counts = [len(row.negatives) for row in rows]
     return {"rows": len(rows), "negatives": sum(counts), "rows_without_negatives": counts.count(0)}

@@ -1,7 +1,9 @@
-"""A smaller backbone out of a larger one: its first layers, and the most active hidden and MLP dimensions.
+"""A smaller backbone out of a larger one: its first layers, and the most active hidden and MLP
+dimensions.
 
-As F2LLM-v2 (arXiv 2603.19223) makes its 80M, 160M and 330M models: the importance of a dimension is the norm of its
-activations on calibration text. The attention heads stay as they are. The result is a plain Qwen3 folder to train on.
+As F2LLM-v2 (arXiv 2603.19223) makes its 80M, 160M and 330M models: the importance of a dimension is
+the norm of its activations on calibration text. The attention heads stay as they are. The result is
+a plain Qwen3 folder to train on.
 
 Letters: L layers, H hidden size, I MLP (intermediate) size, T tokens.
 """
@@ -93,14 +95,16 @@ def prune_backbone(
 ) -> dict[str, int]:
     """Write a backbone with the first `layers` layers and the most active dimensions of `folder`'s.
 
-    Which dimensions are kept is measured on the layers that are kept. Every norm's gain is scaled by how much the
-    mean square of its input changes, so that its output keeps its size. At the full shape nothing changes.
+    Which dimensions are kept is measured on the layers that are kept. Every norm's gain is scaled
+    by how much the mean square of its input changes, so that its output keeps its size. At the full
+    shape nothing changes.
 
     Args:
         folder: any Qwen3 backbone, or a model folder (its factors are multiplied out and not kept).
         output: the new folder; it appears whole or not at all.
         layers, hidden, intermediate: sizes to keep; None is all.
-        texts: calibration text, in the languages and kinds that will be trained on; read only if a width is cut.
+        texts: calibration text, in the languages and kinds that will be trained on; read only if a
+            width is cut.
         max_seq_length: tokens read of a text.
         device: None is the first GPU if there is one, else the CPU.
         overwrite: replace a model folder at `output`.
@@ -108,7 +112,8 @@ def prune_backbone(
     Returns:
         sizes, calibration tokens, and parameters before and after.
     Raises:
-        UserError: a size is not possible, there is no calibration text, or `output` must not be written.
+        UserError: a size is not possible, there is no calibration text, or `output` must not be
+            written.
     """
     output = home_path(output)
     check_model_output(output, overwrite, home_path(folder))
@@ -122,21 +127,33 @@ def prune_backbone(
     config = cut_config(config, sizes)
     state, tokens = backbone.state_dict(), 0
     if (sizes.hidden, sizes.intermediate) != (whole.hidden, whole.intermediate):
-        activations, tokens = measure(backbone, TextEncoder(tokenizer, max_seq_length), texts, device, progress)
+        activations, tokens = measure(
+            backbone, TextEncoder(tokenizer, max_seq_length), texts, device, progress
+        )
         state = cut_width(state, activations, sizes)
     with torch.device("meta"):
         pruned = Qwen3Model(config)
-    pruned.load_state_dict({name: tensor.to(stored_dtype(config)) for name, tensor in state.items()}, assign=True)
+    pruned.load_state_dict(
+        {name: tensor.to(stored_dtype(config)) for name, tensor in state.items()}, assign=True
+    )
     with atomic_folder(output) as new:
         pruned.save_pretrained(new, max_shard_size=MAX_SHARD_SIZE)
         tokenizer.save_pretrained(new)
         give_usual_permissions(new)
     after = sum(parameter.numel() for parameter in pruned.parameters())
-    return {**vars(sizes), "calibration_tokens": tokens, "parameters_before": before, "parameters": after}
+    return {
+        **vars(sizes),
+        "calibration_tokens": tokens,
+        "parameters_before": before,
+        "parameters": after,
+    }
 
 
-def choose_sizes(config: Qwen3Config, layers: int | None, hidden: int | None, intermediate: int | None) -> Sizes:
-    """The wanted shape; None is all of it. Raises UserError, for all sizes that are not possible at once."""
+def choose_sizes(
+    config: Qwen3Config, layers: int | None, hidden: int | None, intermediate: int | None
+) -> Sizes:
+    """The wanted shape; None is all of it. Raises UserError, for all sizes that are not possible at
+    once."""
     asked = {
         "layers": (layers, config.num_hidden_layers),
         "hidden size": (hidden, config.hidden_size),
@@ -164,9 +181,14 @@ def cut_config(config: Qwen3Config, sizes: Sizes) -> Qwen3Config:
 
 
 def measure(
-    backbone: Qwen3Model, encoder: TextEncoder, texts: Iterable[str], device: str | None, progress: bool
+    backbone: Qwen3Model,
+    encoder: TextEncoder,
+    texts: Iterable[str],
+    device: str | None,
+    progress: bool,
 ) -> tuple[Activations, int]:
-    """Run calibration text through a backbone, which is taken over; its activations and how many tokens there were.
+    """Run calibration text through a backbone, which is taken over; its activations and how many
+    tokens there were.
 
     Raises:
         UserError: there is no text.
@@ -179,7 +201,10 @@ def measure(
     model = model.to(chosen, dtype).eval()
     tokens = 0
     iterator = iter(texts)
-    with recorded(model) as activations, tqdm(desc="calibrating", unit=" texts", disable=not progress) as bar:
+    with (
+        recorded(model) as activations,
+        tqdm(desc="calibrating", unit=" texts", disable=not progress) as bar,
+    ):
         while window := list(itertools.islice(iterator, WINDOW)):
             ids = encoder(window)
             for _ in pooled_vectors(model, [ids[i] for i in longest_first(ids)]):
@@ -209,10 +234,15 @@ def recorded(model: MatryoshkaEncoder) -> Iterator[Activations]:
 
     for number, layer in enumerate(model.backbone.layers):
         record_norm(f"layers.{number}.input_layernorm", layer.get_submodule("input_layernorm"))
-        record_norm(f"layers.{number}.post_attention_layernorm", layer.get_submodule("post_attention_layernorm"))
+        record_norm(
+            f"layers.{number}.post_attention_layernorm",
+            layer.get_submodule("post_attention_layernorm"),
+        )
         moments = activations.mlp.setdefault(number, Moments())
         down = layer.get_submodule("mlp.down_proj")
-        handles.append(down.register_forward_pre_hook(lambda _, inputs, m=moments: m.add(inputs[0])))
+        handles.append(
+            down.register_forward_pre_hook(lambda _, inputs, m=moments: m.add(inputs[0]))
+        )
     record_norm("norm", model.norms[0])
     try:
         yield activations
@@ -226,10 +256,15 @@ def most_important(importance: Tensor, count: int) -> Tensor:
     return torch.sort(torch.argsort(importance, descending=True, stable=True)[:count]).values.cpu()
 
 
-def cut_width(state: dict[str, Tensor], activations: Activations, sizes: Sizes) -> dict[str, Tensor]:
+def cut_width(
+    state: dict[str, Tensor], activations: Activations, sizes: Sizes
+) -> dict[str, Tensor]:
     """The state dict of a backbone with only its most active hidden and MLP dimensions."""
     kept = most_important(activations.hidden_importance(), sizes.hidden)
-    kept_mlp = {layer: most_important(moments.mean, sizes.intermediate) for layer, moments in activations.mlp.items()}
+    kept_mlp = {
+        layer: most_important(moments.mean, sizes.intermediate)
+        for layer, moments in activations.mlp.items()
+    }
     cut = {}
     for name, tensor in state.items():
         tensor = tensor.cpu().float()
@@ -237,7 +272,9 @@ def cut_width(state: dict[str, Tensor], activations: Activations, sizes: Sizes) 
         part = path.rpartition(".")[2]
         if path in activations.norm_inputs:
             tensor = tensor[kept] * _gain(activations.norm_inputs[path], kept)
-        elif part == "embed_tokens" or (part in ("q_proj", "k_proj", "v_proj") and tensor.dim() == 2):
+        elif part == "embed_tokens" or (
+            part in ("q_proj", "k_proj", "v_proj") and tensor.dim() == 2
+        ):
             tensor = tensor[:, kept]
         elif part == "o_proj":
             tensor = tensor[kept]
@@ -250,14 +287,18 @@ def cut_width(state: dict[str, Tensor], activations: Activations, sizes: Sizes) 
 
 
 def _gain(entering: Moments, kept: Tensor) -> float:
-    """What the root mean square of a norm's input is multiplied by when only `kept` dimensions enter."""
+    """What the root mean square of a norm's input is multiplied by when only `kept` dimensions
+    enter."""
     mean = entering.mean.cpu()
     return (mean[kept].mean() / mean.mean()).sqrt().item()
 
 
 def calibration_texts(paths: Iterable[str | Path], count: int) -> list[str]:
-    """Up to `count` texts, taken from all files in turn. Raises UserError for a file that cannot be read."""
+    """Up to `count` texts, taken from all files in turn. Raises UserError for a file that cannot be
+    read."""
     files = [file for path in paths for file in text_files(Path(path))]
     readers = [read_texts([file]) for file in files]
-    in_turn = (text for texts in itertools.zip_longest(*readers) for text in texts if text is not None)
+    in_turn = (
+        text for texts in itertools.zip_longest(*readers) for text in texts if text is not None
+    )
     return list(itertools.islice(in_turn, count))

@@ -12,7 +12,11 @@ DOCUMENT_CHUNK = 65536
 
 
 def nearest(
-    queries: Tensor, documents: np.ndarray, count: int, excluded: Tensor, chunk: int = DOCUMENT_CHUNK
+    queries: Tensor,
+    documents: np.ndarray,
+    count: int,
+    excluded: Tensor,
+    chunk: int = DOCUMENT_CHUNK,
 ) -> tuple[Tensor, Tensor]:
     """The best documents of each query, best first, by dot product.
 
@@ -21,9 +25,11 @@ def nearest(
         documents: (N, D) float32; may be a memory map, which is read chunk by chunk.
         count: K.
         excluded: (P, 2) pairs of query and document rows that are not found.
-        chunk: documents scored at a time; it does not change the result but for the order of equal scores.
+        chunk: documents scored at a time; it does not change the result but for the order of equal
+            scores.
     Returns:
-        scores (Q, min(K, N)) float32, -inf where there are fewer documents, and their rows (Q, min(K, N)) int64.
+        scores (Q, min(K, N)) float32, -inf where there are fewer documents, and their rows (Q,
+        min(K, N)) int64.
     """
     device, count = queries.device, min(count, len(documents))
     best = torch.full((len(queries), count), -torch.inf, device=device)

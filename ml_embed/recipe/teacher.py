@@ -1,8 +1,10 @@
-"""A teacher's vectors of tokenized data, computed once beforehand, so that training does not run the teacher.
+"""A teacher's vectors of tokenized data, computed once beforehand, so that training does not run
+the teacher.
 
-The texts come back from their token ids. So a vector belongs to the very query or document that training reads, and
-data in the released layout, of which no raw text exists, can be taught too. A byte-level tokenizer (Qwen3's) gives back
-every character, after its Unicode normalisation (NFC); a text that was cut inside a character ends in U+FFFD. Other
+The texts come back from their token ids. So a vector belongs to the very query or document that
+training reads, and data in the released layout, of which no raw text exists, can be taught too. A
+byte-level tokenizer (Qwen3's) gives back every character, after its Unicode normalisation (NFC); a
+text that was cut inside a character ends in U+FFFD. Other
 tokenizers give back what they kept: lower-case letters, single spaces.
 
 Letters: n texts of a block, H' the teacher's vector length.
@@ -72,7 +74,8 @@ class TeacherOptions:
     """take away the prompts that the data was tokenized with, if its manifest names any"""
     dtype: str = "float16"
     cache_dir: Path | None = None
-    """folder of the memory-mapped form of the data, as in a training config; None = made in `output`, then removed"""
+    """folder of the memory-mapped form of the data, as in a training config; None = made in
+    `output`, then removed"""
     overwrite: bool = False
     """make everything anew if the folder holds vectors made otherwise"""
 
@@ -88,11 +91,15 @@ class TextDecoder:
         """n arrays of ids -> n texts, without the EOS that tokenization appended."""
         ids = [text[:-1] if text[-1] == self._eos_id else text for text in texts]
         # Special tokens stay: one that is left stood in the text itself.
-        return self._backend.decode_batch([text.tolist() for text in ids], skip_special_tokens=False)
+        return self._backend.decode_batch(
+            [text.tolist() for text in ids], skip_special_tokens=False
+        )
 
     def as_decoded(self, text: str) -> str:
         """How a text reads that went through ids and back."""
-        return self._backend.decode(self._backend.encode(text, add_special_tokens=False).ids, skip_special_tokens=False)
+        return self._backend.decode(
+            self._backend.encode(text, add_special_tokens=False).ids, skip_special_tokens=False
+        )
 
 
 @dataclass(frozen=True)
@@ -119,16 +126,21 @@ def tokenizer_of_data(options: TeacherOptions) -> PreTrainedTokenizerBase:
     tokenizer = load_tokenizer(options.tokenizer)
     if manifest is not None and manifest["tokenizer_fingerprint"] != fingerprint(tokenizer):
         raise UserError(
-            f"--tokenizer: {options.tokenizer} is not the tokenizer that {options.data} was made with; "
+            f"--tokenizer: {options.tokenizer} is not the tokenizer that {options.data} was made "
+            "with; "
             "its texts could not be read back"
         )
     return tokenizer
 
 
-def embed_teacher(model: TextModel, options: TeacherOptions, progress: bool = True) -> dict[str, Any]:
-    """Write the teacher's vectors of every dataset. Continues what was begun; adds datasets that are new in the data.
+def embed_teacher(
+    model: TextModel, options: TeacherOptions, progress: bool = True
+) -> dict[str, Any]:
+    """Write the teacher's vectors of every dataset. Continues what was begun; adds datasets that
+    are new in the data.
 
-    Vectors are as the model gives them before any normalisation at its end. Memory: a block of texts and vectors.
+    Vectors are as the model gives them before any normalisation at its end. Memory: a block of
+    texts and vectors.
 
     Args:
         model: the teacher.
@@ -137,11 +149,15 @@ def embed_teacher(model: TextModel, options: TeacherOptions, progress: bool = Tr
     Returns:
         the folder's teacher.json.
     Raises:
-        UserError: the tokenizer is not the data's, a vector is not finite, or the folder holds something else.
+        UserError: the tokenizer is not the data's, a vector is not finite, or the folder holds
+            something else.
     """
     tokenizer = tokenizer_of_data(options)
     probe = model.encode(PROBES, normalize=False)
-    width, normalized = probe.shape[1], bool(np.allclose(np.linalg.norm(probe, axis=1), 1, atol=UNIT_TOLERANCE))
+    width, normalized = (
+        probe.shape[1],
+        bool(np.allclose(np.linalg.norm(probe, axis=1), 1, atol=UNIT_TOLERANCE)),
+    )
     settings = {
         "model": model.name,
         "weights": weights_digest(model.name) if Path(model.name).is_dir() else None,
@@ -149,37 +165,58 @@ def embed_teacher(model: TextModel, options: TeacherOptions, progress: bool = Tr
         "passage_prompt": options.passage_prompt,
         "strip_prompts": options.strip_prompts,
     }
-    with disk_errors_are_user_errors(options.output, "Then run the same command again: it continues."):
+    with disk_errors_are_user_errors(
+        options.output, "Then run the same command again: it continues."
+    ):
         options.output.mkdir(parents=True, exist_ok=True)
         with lock_folder(options.output / LOCK, "embedding into"):
             former = _claim(options, settings | {"dtype": options.dtype, "width": width})
             datasets = former | _embed_datasets(model, tokenizer, options, width, progress)
-            folder = TeacherVectors(options.output, settings, options.dtype, width, normalized, datasets)
+            folder = TeacherVectors(
+                options.output, settings, options.dtype, width, normalized, datasets
+            )
             write_json(options.output / RECORD, folder.to_json())
             _remove_leftovers(folder)
     return folder.to_json()
 
 
 def _embed_datasets(
-    model: TextModel, tokenizer: PreTrainedTokenizerBase, options: TeacherOptions, width: int, progress: bool
+    model: TextModel,
+    tokenizer: PreTrainedTokenizerBase,
+    options: TeacherOptions,
+    width: int,
+    progress: bool,
 ) -> dict[str, TaughtDataset]:
     """Make the files of all datasets whole; their entries."""
     store = open_store(options.data, options.cache_dir or options.output / OWN_CACHE, progress)
     decoder = TextDecoder(tokenizer)
     if store.manifest is None:
         _check_by_texts(store, tokenizer, decoder, options)
-    with tqdm(unit="B", unit_scale=True, desc="reading all tokens", leave=False, disable=not progress) as bar:
+    with tqdm(
+        unit="B", unit_scale=True, desc="reading all tokens", leave=False, disable=not progress
+    ) as bar:
         digests = digest_texts(store, partial(digest_of_all, progress=bar.update))
-    parts = {name: _parts(dataset, digests[name], store, decoder, options) for name, dataset in store.datasets.items()}
-    by_path = {part.path: part for pair in parts.values() for part in pair}  # a shared corpus is one
+    parts = {
+        name: _parts(dataset, digests[name], store, decoder, options)
+        for name, dataset in store.datasets.items()
+    }
+    by_path = {
+        part.path: part for pair in parts.values() for part in pair
+    }  # a shared corpus is one
     for part in tqdm(by_path.values(), unit=" file", desc="files", disable=not progress):
         _embed(part, model, decoder, options.dtype, width, progress)
     described = describe_texts(store)
-    return {name: _entry(described[name], digests[name], parts[name], options.dtype, width) for name in parts}
+    return {
+        name: _entry(described[name], digests[name], parts[name], options.dtype, width)
+        for name in parts
+    }
 
 
-def digest_of_all(lengths: np.ndarray, tokens: np.ndarray, progress: Callable[[int], object]) -> str:
-    """Of texts by their lengths, (n,) int32, and tokens, (T,) int32: equal only for the same texts in the same order.
+def digest_of_all(
+    lengths: np.ndarray, tokens: np.ndarray, progress: Callable[[int], object]
+) -> str:
+    """Of texts by their lengths, (n,) int32, and tokens, (T,) int32: equal only for the same texts
+    in the same order.
 
     Args:
         progress: is told the bytes of tokens read, one piece after another.
@@ -193,8 +230,8 @@ def digest_of_all(lengths: np.ndarray, tokens: np.ndarray, progress: Callable[[i
 
 
 def _claim(options: TeacherOptions, settings: dict[str, Any]) -> dict[str, TaughtDataset]:
-    """The entries of a former call whose vectors were made in the same way; none if there was no call, or it is to be
-    replaced.
+    """The entries of a former call whose vectors were made in the same way; none if there was no
+    call, or it is to be replaced.
 
     Raises:
         UserError: the folder holds something else.
@@ -202,7 +239,10 @@ def _claim(options: TeacherOptions, settings: dict[str, Any]) -> dict[str, Taugh
     folder = options.output
     if (folder / RECORD).is_file() and not options.overwrite:
         former = TeacherVectors.read(folder)
-        made, datasets = former.settings | {"dtype": former.dtype, "width": former.width}, former.datasets
+        made, datasets = (
+            former.settings | {"dtype": former.dtype, "width": former.width},
+            former.datasets,
+        )
     elif (folder / UNFINISHED).is_file() and not options.overwrite:
         made, datasets = _read_unfinished(folder / UNFINISHED), {}
     else:
@@ -217,11 +257,14 @@ def _claim(options: TeacherOptions, settings: dict[str, Any]) -> dict[str, Taugh
         write_json(folder / UNFINISHED, settings)
         return {}
     differing = [
-        f"{key} was {made.get(key)!r}, now {value!r}" for key, value in settings.items() if made.get(key) != value
+        f"{key} was {made.get(key)!r}, now {value!r}"
+        for key, value in settings.items()
+        if made.get(key) != value
     ]
     if differing:
         raise UserError(
-            f"{folder} was made otherwise: {'; '.join(differing)}. Use another --output, or --overwrite to make it anew"
+            f"{folder} was made otherwise: {'; '.join(differing)}. Use another --output, or "
+            "--overwrite to make it anew"
         )
     return datasets
 
@@ -236,9 +279,11 @@ def _read_unfinished(path: Path) -> dict[str, Any]:
 def _check_by_texts(
     store: Store, tokenizer: PreTrainedTokenizerBase, decoder: TextDecoder, options: TeacherOptions
 ) -> None:
-    """For data that does not say what it was made with: texts that are read back must give their ids again.
+    """For data that does not say what it was made with: texts that are read back must give their
+    ids again.
 
-    But for the ends of texts that were cut: what is left of a word may be other ids than its first ones were.
+    But for the ends of texts that were cut: what is left of a word may be other ids than its first
+    ones were.
     """
     dataset = next(iter(store.datasets.values()))
     ids = [dataset.document(number) for number in range(min(CHECKED_TEXTS, dataset.num_documents))]
@@ -249,7 +294,8 @@ def _check_by_texts(
         fits = same >= SAME_IDS * sum(map(len, ids))
     if not fits:
         raise UserError(
-            f"--tokenizer: {options.tokenizer} does not read the data in {options.data}: texts that it gives back are "
+            f"--tokenizer: {options.tokenizer} does not read the data in {options.data}: texts "
+            "that it gives back are "
             "other ids when tokenized again. Give the tokenizer that the data was made with"
         )
 
@@ -262,36 +308,57 @@ def _common_start(one: np.ndarray, other: np.ndarray) -> int:
 
 
 def _parts(
-    dataset: TokenizedDataset, digests: tuple[str, str], store: Store, decoder: TextDecoder, options: TeacherOptions
+    dataset: TokenizedDataset,
+    digests: tuple[str, str],
+    store: Store,
+    decoder: TextDecoder,
+    options: TeacherOptions,
 ) -> tuple[_Part, _Part]:
     """A dataset's queries and documents, told apart from others by their digests."""
     queries, documents = digests
     entry = store.manifest["datasets"][dataset.name] if store.manifest is not None else {}
     former = Prompts.of_manifest(entry) if options.strip_prompts else Prompts()
 
-    def part(kind: str, digest: str, total: int, ids: Callable, former_prompt: str, prompt: str) -> _Part:
+    def part(
+        kind: str, digest: str, total: int, ids: Callable, former_prompt: str, prompt: str
+    ) -> _Part:
         former_prompt = decoder.as_decoded(former_prompt)
         name = hashlib.blake2b(f"{digest} {former_prompt}".encode(), digest_size=16).hexdigest()
         path = options.output / f"{kind}-{name}{VECTORS_SUFFIX}"
         return _Part(f"{dataset.name}: {kind}", path, total, ids, former_prompt, prompt)
 
     return (
-        part("queries", queries, dataset.num_rows, dataset.query, former.query, options.query_prompt),
-        part("documents", documents, dataset.num_documents, dataset.document, former.passage, options.passage_prompt),
+        part(
+            "queries", queries, dataset.num_rows, dataset.query, former.query, options.query_prompt
+        ),
+        part(
+            "documents",
+            documents,
+            dataset.num_documents,
+            dataset.document,
+            former.passage,
+            options.passage_prompt,
+        ),
     )
 
 
-def _embed(part: _Part, model: TextModel, decoder: TextDecoder, dtype: str, width: int, progress: bool) -> None:
+def _embed(
+    part: _Part, model: TextModel, decoder: TextDecoder, dtype: str, width: int, progress: bool
+) -> None:
     """Make a file whole."""
 
     def make(start: int, stop: int) -> np.ndarray:
         texts = decoder([part.ids(number) for number in range(start, stop)])
         texts = [part.prompt + text.removeprefix(part.former_prompt) for text in texts]
-        vectors = model.encode(texts, normalize=False)  # sorts a call's texts by length, so that little is padded
+        vectors = model.encode(
+            texts, normalize=False
+        )  # sorts a call's texts by length, so that little is padded
         check_finite(vectors, part.title, start)
         with np.errstate(over="ignore"):
             stored = vectors.astype(DTYPES[dtype])
-        check_finite(stored, part.title, start, f"a component is too large for {dtype}; use --dtype float32")
+        check_finite(
+            stored, part.title, start, f"a component is too large for {dtype}; use --dtype float32"
+        )
         return stored
 
     RowFile(part.path, DTYPES[dtype], width).fill(part.total, BLOCK, make, part.title, progress)
@@ -300,15 +367,24 @@ def _embed(part: _Part, model: TextModel, decoder: TextDecoder, dtype: str, widt
 
 
 def _entry(
-    texts: DatasetTexts, digests: tuple[str, str], parts: tuple[_Part, _Part], dtype: str, width: int
+    texts: DatasetTexts,
+    digests: tuple[str, str],
+    parts: tuple[_Part, _Part],
+    dtype: str,
+    width: int,
 ) -> TaughtDataset:
     files = (VectorFile.describe(part.path, dtype, width) for part in parts)
     return TaughtDataset(texts.rows, texts.documents, "-".join(digests), texts.check, *files)
 
 
 def _remove_leftovers(folder: TeacherVectors) -> None:
-    """What the finished folder does not need: former data's vectors, the mark of unfinished work, its own cache."""
-    used = {file.file for entry in folder.datasets.values() for file in (entry.query_vectors, entry.document_vectors)}
+    """What the finished folder does not need: former data's vectors, the mark of unfinished work,
+    its own cache."""
+    used = {
+        file.file
+        for entry in folder.datasets.values()
+        for file in (entry.query_vectors, entry.document_vectors)
+    }
     for path in folder.folder.glob(f"*{VECTORS_SUFFIX}"):
         if path.name not in used:
             path.unlink()

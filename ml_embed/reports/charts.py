@@ -1,4 +1,5 @@
-"""Line and scatter charts as inline SVG: no dependency, sharp at any size, in colours that all eyes tell apart.
+"""Line and scatter charts as inline SVG: no dependency, sharp at any size, in colours that all eyes
+tell apart.
 
 Letters: x, y data. A picture is WIDTH x HEIGHT units and is scaled to the room there is.
 """
@@ -9,7 +10,15 @@ from dataclasses import dataclass
 from html import escape
 
 Point = tuple[float, float]
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+)  # Okabe and Ito
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
 WIDTH, HEIGHT = 640, 300
 LEFT, RIGHT, TOP, BOTTOM = 64, 22, 12, 40
@@ -28,20 +37,27 @@ class Scale:
     logarithmic: bool = False
 
     def __call__(self, value: float) -> float:
-        low, high, value = (math.log10(v) if self.logarithmic else v for v in (self.low, self.high, value))
+        low, high, value = (
+            math.log10(v) if self.logarithmic else v for v in (self.low, self.high, value)
+        )
         return self.start + (value - low) / ((high - low) or 1) * (self.end - self.start)
 
 
-def line_chart(lines: Mapping[str, Sequence[Point]], x_label: str, y_label: str, logarithmic: bool = False) -> str:
+def line_chart(
+    lines: Mapping[str, Sequence[Point]], x_label: str, y_label: str, logarithmic: bool = False
+) -> str:
     """An SVG of named lines with a legend; "" if no line has a point.
 
     Args:
-        lines: name -> points, x ascending; points that are not finite are left out, and long lines are averaged in
-            bins of neighbours.
+        lines: name -> points, x ascending; points that are not finite are left out, and long lines
+            are averaged in bins of neighbours.
         x_label, y_label: below and beside.
         logarithmic: the y axis; lines with values of 0 or less are drawn on a linear one.
     """
-    drawn = {name: thinned([p for p in points if all(map(math.isfinite, p))]) for name, points in lines.items()}
+    drawn = {
+        name: thinned([p for p in points if all(map(math.isfinite, p))])
+        for name, points in lines.items()
+    }
     drawn = {name: points for name, points in drawn.items() if points}
     if not drawn:
         return ""
@@ -55,7 +71,8 @@ def line_chart(lines: Mapping[str, Sequence[Point]], x_label: str, y_label: str,
         colour = COLOURS[number % len(COLOURS)]
         last = f"{name}: {number_text(points[-1][1])} at {number_text(points[-1][0])}"
         parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8" stroke-dasharray="{dash}">'
+            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8" '
+            f'stroke-dasharray="{dash}">'
             f"<title>{escape(last)}</title></polyline>"
         )
         if len(points) == 1:
@@ -63,8 +80,11 @@ def line_chart(lines: Mapping[str, Sequence[Point]], x_label: str, y_label: str,
     return _picture(parts, across, up, x_label, y_label) + _legend(list(drawn))
 
 
-def scatter_chart(groups: Mapping[str, Sequence[tuple[float, float, str]]], x_label: str, y_label: str) -> str:
-    """An SVG of named groups of points (x > 0 on a logarithmic axis, y, what it is); "" if there is none."""
+def scatter_chart(
+    groups: Mapping[str, Sequence[tuple[float, float, str]]], x_label: str, y_label: str
+) -> str:
+    """An SVG of named groups of points (x > 0 on a logarithmic axis, y, what it is); "" if there is
+    none."""
     everything = [(x, y) for points in groups.values() for x, y, _ in points]
     if not everything:
         return ""
@@ -78,12 +98,15 @@ def scatter_chart(groups: Mapping[str, Sequence[tuple[float, float, str]]], x_la
 
 
 def thinned(points: Sequence[Point]) -> list[Point]:
-    """At most MOST_POINTS points: means of neighbours, so that no peak is shown that was not there."""
+    """At most MOST_POINTS points: means of neighbours, so that no peak is shown that was not
+    there."""
     size = math.ceil(len(points) / MOST_POINTS)
     if size <= 1:
         return list(points)
     bins = [points[i : i + size] for i in range(0, len(points), size)]
-    return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in bins]
+    return [
+        (sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in bins
+    ]
 
 
 def number_text(value: float) -> str:
@@ -109,15 +132,24 @@ def log_ticks(low: float, high: float) -> list[float]:
     """1, 2 and 5 times the powers of ten from low to high; only the powers if there are many."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     steps = (1, 2, 5) if len(powers) <= 3 else (1,)
-    return [m * 10.0**p for p in powers for m in steps if low * (1 - 1e-9) <= m * 10.0**p <= high * (1 + 1e-9)]
+    return [
+        m * 10.0**p
+        for p in powers
+        for m in steps
+        if low * (1 - 1e-9) <= m * 10.0**p <= high * (1 + 1e-9)
+    ]
 
 
 def _ticks_of(scale: Scale) -> list[float]:
     found = log_ticks(scale.low, scale.high) if scale.logarithmic else []
-    return found if len(found) > 2 else ticks(scale.low, scale.high)  # less than a decade has few round powers
+    return (
+        found if len(found) > 2 else ticks(scale.low, scale.high)
+    )  # less than a decade has few round powers
 
 
-def _scales(points: Sequence[Point], x_logarithmic: bool, y_logarithmic: bool) -> tuple[Scale, Scale]:
+def _scales(
+    points: Sequence[Point], x_logarithmic: bool, y_logarithmic: bool
+) -> tuple[Scale, Scale]:
     xs, ys = [x for x, _ in points], [y for _, y in points]
     x_low, x_high = min(xs), max(xs)
     if x_logarithmic:
@@ -138,28 +170,43 @@ def _picture(parts: list[str], across: Scale, up: Scale, x_label: str, y_label: 
     for tick in _ticks_of(across):
         x = across(tick)
         axes.append(f'<line x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{bottom}" class="grid"/>')
-        axes.append(f'<text x="{x:.1f}" y="{bottom + 15}" text-anchor="middle">{number_text(tick)}</text>')
+        axes.append(
+            f'<text x="{x:.1f}" y="{bottom + 15}" text-anchor="middle">{number_text(tick)}</text>'
+        )
     for tick in _ticks_of(up):
         y = up(tick)
-        axes.append(f'<line x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}" class="grid"/>')
-        axes.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{number_text(tick)}</text>')
+        axes.append(
+            f'<line x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}" class="grid"/>'
+        )
+        axes.append(
+            f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{number_text(tick)}</text>'
+        )
     middle = (TOP + bottom) / 2
-    axes.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
     axes.append(
-        f'<text x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">{escape(y_label)}</text>'
+        f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 6}" text-anchor="middle">'
+        f"{escape(x_label)}</text>"
+    )
+    axes.append(
+        f'<text x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">'
+        f"{escape(y_label)}</text>"
     )
     label = escape(f"{y_label} over {x_label}", quote=True)
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(axes + parts)}</svg>'
+    content = "".join(axes + parts)
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{content}</svg>'
 
 
 def _dot(x: float, y: float, colour: str, text: str) -> str:
-    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"><title>{escape(text)}</title></circle>'
+    title = f"<title>{escape(text)}</title>"
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}">{title}</circle>'
 
 
 def _legend(names: list[str]) -> str:
     items = []
     for number, name in enumerate(names):
         dash, colour = DASHES[number // len(COLOURS) % len(DASHES)], COLOURS[number % len(COLOURS)]
-        sample = f'<line x1="0" y1="5" x2="22" y2="5" stroke="{colour}" stroke-width="3" stroke-dasharray="{dash}"/>'
-        items.append(f'<span><svg class="key" viewBox="0 0 22 10">{sample}</svg>{escape(name)}</span>')
+        stroke = f'stroke="{colour}" stroke-width="3" stroke-dasharray="{dash}"'
+        sample = f'<line x1="0" y1="5" x2="22" y2="5" {stroke}/>'
+        items.append(
+            f'<span><svg class="key" viewBox="0 0 22 10">{sample}</svg>{escape(name)}</span>'
+        )
     return f'<p class="legend">{"".join(items)}</p>'

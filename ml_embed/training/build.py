@@ -61,8 +61,11 @@ def build_encoder(
     return encoder.to(device)
 
 
-def initial_factors(config: TrainConfig, backbone: Qwen3Model, store: Store) -> tuple[Tensor, Tensor]:
-    """A (V, r), B (r, H): a model folder's own factors where it has them at this rank, else factors of its table."""
+def initial_factors(
+    config: TrainConfig, backbone: Qwen3Model, store: Store
+) -> tuple[Tensor, Tensor]:
+    """A (V, r), B (r, H): a model folder's own factors where it has them at this rank, else factors
+    of its table."""
     record = ModelRecord.load(Path(config.model_path))
     if record is not None and record.ranks and config.r == record.ranks[-1]:
         return read_factors(Path(config.model_path))
@@ -102,8 +105,11 @@ def build_optimizer(encoder: MatryoshkaEncoder, config: TrainConfig) -> torch.op
     )
 
 
-def build_teacher(config: TrainConfig, device: torch.device, compute_dtype: torch.dtype) -> MatryoshkaEncoder | None:
-    """The distillation teacher: whole, at its own full rank, without gradients; None without `teacher_model_path`.
+def build_teacher(
+    config: TrainConfig, device: torch.device, compute_dtype: torch.dtype
+) -> MatryoshkaEncoder | None:
+    """The distillation teacher: whole, at its own full rank, without gradients; None without
+    `teacher_model_path`.
 
     Raises:
         UserError: the folder is no Qwen3 model.
@@ -117,7 +123,9 @@ def build_teacher(config: TrainConfig, device: torch.device, compute_dtype: torc
     teacher = load_encoder(
         config.teacher_model_path,
         # similarities are learned from the deepest alone
-        exits=tuple(exits) if config.use_mll and config.kd_loss == "vectors" else (teacher_config.num_hidden_layers,),
+        exits=tuple(exits)
+        if config.use_mll and config.kd_loss == "vectors"
+        else (teacher_config.num_hidden_layers,),
         kernel=kernel,
         dtype=compute_dtype if device.type == "cuda" else torch.float32,
     )

@@ -1,7 +1,9 @@
-"""Forward and backward of one batch, whole or in chunks of a token budget (GradCache, arXiv 2101.06983).
+"""Forward and backward of one batch, whole or in chunks of a token budget (GradCache, arXiv
+2101.06983).
 
-In chunks, vectors are first computed without a graph; the loss gives the gradient of each vector; then each chunk is
-encoded again with a graph and that gradient is sent through it. The gradients are the same, the memory is a chunk's.
+In chunks, vectors are first computed without a graph; the loss gives the gradient of each vector;
+then each chunk is encoded again with a graph and that gradient is sent through it. The gradients
+are the same, the memory is a chunk's.
 """
 
 import contextlib
@@ -41,8 +43,8 @@ def forward_backward(
         the loss terms of this process.
     """
     own = split_texts(texts, max_tokens)
-    # All processes go one way, whole or in chunks: DDP's second synchronising forward communicates, and must stand on
-    # the same side of the objective's own communication everywhere.
+    # All processes go one way, whole or in chunks: DDP's second synchronising forward communicates,
+    # and must stand on the same side of the objective's own communication everywhere.
     rounds = all_reduce_max(len(own), accelerator.device) if max_tokens else 1
     if rounds == 1:
         vectors = model(texts.input_ids, texts.packed, rank)
@@ -51,22 +53,36 @@ def forward_backward(
         return terms
 
     pieces = own + _fillers(texts, rounds - len(own), accelerator)
-    vectors = _encode(model, pieces, rank)[:, : len(texts.packed.lengths)].requires_grad_()  # (E, N, H)
+    vectors = _encode(model, pieces, rank)[
+        :, : len(texts.packed.lengths)
+    ].requires_grad_()  # (E, N, H)
     terms = objective(vectors)
-    _reaching(terms.total, vectors).backward()  # up to the vectors only: a plain backward, no engine is involved
+    _reaching(
+        terms.total, vectors
+    ).backward()  # up to the vectors only: a plain backward, no engine is involved
     assert vectors.grad is not None
     gradients = list(vectors.grad.split([len(piece.packed.lengths) for piece in own], dim=1))
     gradients += [torch.zeros_like(gradients[0][:, :1])] * (len(pieces) - len(own))
     for number, (piece, gradient) in enumerate(zip(pieces, gradients, strict=True), start=1):
         last = number == len(pieces)
-        with contextlib.nullcontext() if last or zero2.is_engine(model) else accelerator.no_sync(model):
+        with (
+            contextlib.nullcontext()
+            if last or zero2.is_engine(model)
+            else accelerator.no_sync(model)
+        ):
             again = model(piece.input_ids, piece.packed, rank)
-            _backward(model, accelerator, (again * gradient).sum(), last)  # its gradient at `again` is `gradient`
+            _backward(
+                model, accelerator, (again * gradient).sum(), last
+            )  # its gradient at `again` is `gradient`
     return terms
 
 
 def encode_in_chunks(
-    model: nn.Module, accelerator: Accelerator, texts: PackedBatch, rank: int | None, max_tokens: int
+    model: nn.Module,
+    accelerator: Accelerator,
+    texts: PackedBatch,
+    rank: int | None,
+    max_tokens: int,
 ) -> Tensor:
     """(E, N, H) vectors without gradients, with `forward_backward`'s arguments. A collective."""
     own = split_texts(texts, max_tokens)
@@ -76,15 +92,16 @@ def encode_in_chunks(
 
 
 def split_texts(texts: PackedBatch, max_tokens: int) -> list[PackedBatch]:
-    """The texts in order, in chunks of at most `max_tokens` tokens (or one text that has more); 0 = all in one."""
+    """The texts in order, in chunks of at most `max_tokens` tokens (or one text that has more); 0 =
+    all in one."""
     if not max_tokens:
         return [texts]
     return [slice_texts(texts, *chunk) for chunk in token_chunks(texts.packed, max_tokens)]
 
 
 def _fillers(texts: PackedBatch, count: int, accelerator: Accelerator) -> list[PackedBatch]:
-    """What to encode beside the own chunks, for nothing: sharded engines communicate in each forward or backward, so
-    that all processes must make as many as the one with most chunks."""
+    """What to encode beside the own chunks, for nothing: sharded engines communicate in each
+    forward or backward, so that all processes must make as many as the one with most chunks."""
     return [slice_texts(texts, 0, 1)] * count if accelerator.distributed_type in SHARDED else []
 
 
@@ -104,6 +121,7 @@ def _backward(model: nn.Module, accelerator: Accelerator, loss: Tensor, last: bo
 def _reaching(total: Tensor, vectors: Tensor) -> Tensor:
     """`total` with a path back to `vectors`, of gradient 0 where nothing was to be learned.
 
-    A share without any negatives has no loss, but its process must take part in the engine's averaging all the same.
+    A share without any negatives has no loss, but its process must take part in the engine's
+    averaging all the same.
     """
     return total if total.requires_grad else total + 0 * vectors.sum()

@@ -68,7 +68,8 @@ class Run:
         return step / self.resolved.steps_per_epoch
 
     def encode(self, batch: ContrastiveBatch, rank: int) -> Tensor:
-        """(E, N, H) vectors of a batch's texts at a rank, without gradients; 0 is a whole token table."""
+        """(E, N, H) vectors of a batch's texts at a rank, without gradients; 0 is a whole token
+        table."""
         budget = self.config.max_tokens_per_forward
         return encode_in_chunks(self.model, self.accelerator, batch.texts, rank or None, budget)
 
@@ -79,7 +80,9 @@ class Run:
 
         def objective(vectors: Tensor) -> LossTerms:
             distillation = (teacher, config.kd_loss, config.kd_weight)
-            return batch_objective(vectors, batch, self.spec, *distillation, config.false_negative_margin)
+            return batch_objective(
+                vectors, batch, self.spec, *distillation, config.false_negative_margin
+            )
 
         return objective
 
@@ -90,7 +93,9 @@ class Run:
         teacher = self.teacher
         pieces = split_texts(batch.texts, self.config.max_tokens_per_forward)
         with self.accelerator.autocast():
-            vectors = torch.cat([teacher(piece.input_ids, piece.packed).float() for piece in pieces], dim=1)
+            vectors = torch.cat(
+                [teacher(piece.input_ids, piece.packed).float() for piece in pieces], dim=1
+            )
         return PartVectors.of_texts(vectors, batch)
 
 
@@ -105,7 +110,9 @@ class StopRequest:
         def request(number: int, frame: FrameType | None) -> None:
             self.requested = True
 
-        previous = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+        previous = {
+            number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)
+        }
         try:
             yield self
         finally:
@@ -117,7 +124,8 @@ def train(run: Run) -> int:
     """Train from `run.start_step` to the end, with logs, validation and checkpoints on the way.
 
     Returns:
-        0, or PREEMPTED_EXIT_CODE if a signal ended it early; everything needed to continue is saved then.
+        0, or PREEMPTED_EXIT_CODE if a signal ended it early; everything needed to continue is saved
+        then.
     Raises:
         UserError: the loss is not finite, or the disk is full.
     """
@@ -125,8 +133,17 @@ def train(run: Run) -> int:
     last = resolved.total_steps
     run.model.train()
     steps = range(run.start_step, last)
-    bar = tqdm(total=last, initial=run.start_step, desc="training", disable=not run.accelerator.is_main_process)
-    with StopRequest().listening() as stop, bar, contextlib.closing(run.loader.training_batches(steps)) as batches:
+    bar = tqdm(
+        total=last,
+        initial=run.start_step,
+        desc="training",
+        disable=not run.accelerator.is_main_process,
+    )
+    with (
+        StopRequest().listening() as stop,
+        bar,
+        contextlib.closing(run.loader.training_batches(steps)) as batches,
+    ):
         counted = time.perf_counter()
         for done, batch in enumerate(batches, start=run.start_step + 1):
             lr = learning_rate(done, config, last)
@@ -142,35 +159,55 @@ def train(run: Run) -> int:
                 }
                 line = run.log.train(done, run.epoch_of(done), lr, run.window, **optional)
                 run.window = Window()
-                bar.set_postfix(loss=f"{line['loss']:.3f}", lr=f"{lr:.1e}", tok_s=f"{line['tokens_per_second']:,.0f}")
+                bar.set_postfix(
+                    loss=f"{line['loss']:.3f}",
+                    lr=f"{lr:.1e}",
+                    tok_s=f"{line['tokens_per_second']:,.0f}",
+                )
             if _is_due(done, config.validation_steps) or done == last:
                 validate_and_log(run, done)
                 counted = time.perf_counter()  # that was not training
             epoch_ends = done % resolved.steps_per_epoch == 0
-            if _is_due(done, config.checkpointing_steps) or epoch_ends or done == last or values.stop_requested:
+            if (
+                _is_due(done, config.checkpointing_steps)
+                or epoch_ends
+                or done == last
+                or values.stop_requested
+            ):
                 save_checkpoint(run, done, epoch_ends)
             if values.stop_requested and done < last:
-                run.accelerator.print(f"stopped by a signal after step {done}; continue with --resume auto")
+                run.accelerator.print(
+                    f"stopped by a signal after step {done}; continue with --resume auto"
+                )
                 return PREEMPTED_EXIT_CODE
     return 0
 
 
-def training_step(run: Run, batch: ContrastiveBatch, step: int, lr: float, stop_requested: bool) -> StepValues:
+def training_step(
+    run: Run, batch: ContrastiveBatch, step: int, lr: float, stop_requested: bool
+) -> StepValues:
     """One optimizer step; `step` counts from 1.
 
     Raises:
-        UserError: loss or gradient is not finite on some process; on all of them alike, before the weights move.
+        UserError: loss or gradient is not finite on some process; on all of them alike, before the
+            weights move.
     """
     config, resolved = run.config, run.resolved
     batch = batch.to(run.accelerator.device)
     rank = draw_rank(resolved.ranks, config.seed, step) if config.use_mel else None
     run.optimizer.zero_grad()
     terms = forward_backward(
-        run.model, run.accelerator, batch.texts, rank, run.objective_of(batch), config.max_tokens_per_forward
+        run.model,
+        run.accelerator,
+        batch.texts,
+        rank,
+        run.objective_of(batch),
+        config.max_tokens_per_forward,
     )
     grad_norm = gradient_norm(run, config.max_grad_norm)
-    # One small sum over processes and one wait for the device in each step: so that every process sees the same
-    # numbers, and all stop together, before the update, when one is not finite or one was told to stop.
+    # One small sum over processes and one wait for the device in each step: so that every process
+    # sees the same numbers, and all stop together, before the update, when one is not finite or one
+    # was told to stop.
     values = _sum_over_processes(terms, batch, grad_norm, stop_requested, run.accelerator)
     if not values.finite:
         raise UserError(_not_finite_message(run, values, step, batch.dataset))
@@ -182,39 +219,58 @@ def training_step(run: Run, batch: ContrastiveBatch, step: int, lr: float, stop_
 
 
 def gradient_norm(run: Run, max_norm: float) -> Tensor:
-    """The total norm before clipping, scalar; gradients are scaled down to `max_norm` if that is not 0.
+    """The total norm before clipping, scalar; gradients are scaled down to `max_norm` if that is
+    not 0.
 
     DeepSpeed scales them in its step, by the same factor.
     """
     if zero2.is_engine(run.model):
         return zero2.gradient_norm(run.model)
     norm = run.accelerator.clip_grad_norm_(run.model.parameters(), max_norm or float("inf"))
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded gradients have a sharded norm
+    return (
+        norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    )  # sharded gradients have a sharded norm
 
 
 def _sum_over_processes(
-    terms: LossTerms, batch: ContrastiveBatch, grad_norm: Tensor, stop_requested: bool, accelerator: Accelerator
+    terms: LossTerms,
+    batch: ContrastiveBatch,
+    grad_norm: Tensor,
+    stop_requested: bool,
+    accelerator: Accelerator,
 ) -> StepValues:
-    losses = torch.stack([terms.total, terms.hard, terms.in_batch, terms.distillation]).detach().double()
-    losses = losses / accelerator.num_processes  # shares average to the global value, see ContrastiveBatch
+    losses = (
+        torch.stack([terms.total, terms.hard, terms.in_batch, terms.distillation]).detach().double()
+    )
+    losses = (
+        losses / accelerator.num_processes
+    )  # shares average to the global value, see ContrastiveBatch
     masked = torch.stack([terms.left_out.by_document, terms.left_out.by_margin]).double()
     counts = losses.new_tensor([batch.num_tokens, batch.num_encoded_tokens, stop_requested])
-    total, hard, in_batch, distillation, *summed = all_reduce_sum(torch.cat([losses, counts, masked])).tolist()
+    total, hard, in_batch, distillation, *summed = all_reduce_sum(
+        torch.cat([losses, counts, masked])
+    ).tolist()
     tokens, encoded, stop, by_document, by_margin = map(int, summed)
     norm = float(grad_norm)
-    return StepValues(total, hard, in_batch, distillation, tokens, encoded, by_document, by_margin, norm, stop > 0)
+    return StepValues(
+        total, hard, in_batch, distillation, tokens, encoded, by_document, by_margin, norm, stop > 0
+    )
 
 
 def _not_finite_message(run: Run, values: StepValues, step: int, dataset: str) -> str:
     return (
-        f"step {step}, dataset {dataset!r}: the loss is {values.total} and the gradient norm {values.grad_norm}; "
-        f"stopped before the update, and {_last_good(run)}. Lower learning_rate, or look at the data of {dataset!r}"
+        f"step {step}, dataset {dataset!r}: the loss is {values.total} and the gradient norm "
+        f"{values.grad_norm}; "
+        f"stopped before the update, and {_last_good(run)}. Lower learning_rate, or look at the "
+        f"data of {dataset!r}"
     )
 
 
 def _last_good(run: Run) -> str:
     states = numbered_folders(run.config.run_dir / "resume")
-    return f"the last good checkpoint is {states[-1][1]}" if states else "there is no checkpoint yet"
+    return (
+        f"the last good checkpoint is {states[-1][1]}" if states else "there is no checkpoint yet"
+    )
 
 
 def validate_and_log(run: Run, step: int) -> None:
@@ -227,13 +283,17 @@ def validate_and_log(run: Run, step: int) -> None:
     values = validate(run.encode, run.loader, run.spec, run.resolved, run.accelerator.device)
     run.model.train()
     if not all(map(math.isfinite, values.values())):  # alike on all processes
-        raise UserError(f"validation after step {step}: a loss is not finite; {_last_good(run)}. Lower learning_rate")
+        raise UserError(
+            f"validation after step {step}: a loss is not finite; {_last_good(run)}. Lower "
+            "learning_rate"
+        )
     if values:
         run.log.valid(step, run.epoch_of(step), values)
 
 
 def save_checkpoint(run: Run, step: int, epoch_ends: bool) -> None:
-    """Write the model folder and the resume state of a step. A collective; the first process writes.
+    """Write the model folder and the resume state of a step. A collective; the first process
+    writes.
 
     Raises:
         UserError: the disk is full; on all processes alike.
@@ -265,7 +325,8 @@ def _write_checkpoint(run: Run, step: int, epoch_ends: bool, state: dict, moment
     }
     save_state(run_dir / "resume", state, moments, progress, step)
     if run.config.save_total_limit is not None:
-        # Folders of later steps, from before the run went back to an earlier state, do not push this one out.
+        # Folders of later steps, from before the run went back to an earlier state, do not push
+        # this one out.
         done = [path for number, path in numbered_folders(run_dir) if number <= step]
         for old in done[: -run.config.save_total_limit]:
             remove_folder(old)

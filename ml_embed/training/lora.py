@@ -1,9 +1,12 @@
-"""LoRA (arXiv 2106.09685) through peft: adapters train in place of the decoder layers' matrices, merged when saved.
+"""LoRA (arXiv 2106.09685) through peft: adapters train in place of the decoder layers' matrices,
+merged when saved.
 
-y = W x + s C D x, with W frozen and s = lora_alpha / lora_r. The token factors (or the table) and the exits' norms,
-which are no part of a layer, train whole; the small norms within layers stay as they are, as is usual with LoRA.
+y = W x + s C D x, with W frozen and s = lora_alpha / lora_r. The token factors (or the table) and
+the exits' norms, which are no part of a layer, train whole; the small norms within layers stay as
+they are, as is usual with LoRA.
 
-Letters: O, I outputs and inputs of a matrix, k the adapters' rank, D (k, I) and C (O, k) an adapter's two parts (LoRA's
+Letters: O, I outputs and inputs of a matrix, k the adapters' rank, D (k, I) and C (O, k) an
+    adapter's two parts (LoRA's
 own A and B, which here are the token factors').
 """
 
@@ -35,7 +38,8 @@ def check_installed() -> None:
         found = "none"
     if found == "none" or Version(found) < Version(OLDEST_PEFT):
         raise UserError(
-            f"lora_r: needs peft {OLDEST_PEFT} or newer (here: {found}); pip install 'peft>={OLDEST_PEFT}', or set "
+            f"lora_r: needs peft {OLDEST_PEFT} or newer (here: {found}); pip install "
+            f"'peft>={OLDEST_PEFT}', or set "
             "lora_r to 0"
         )
 
@@ -46,7 +50,8 @@ def scale(config: TrainConfig) -> float:
 
 
 def add_adapters(encoder: MatryoshkaEncoder, config: TrainConfig) -> None:
-    """Freeze the decoder layers of an encoder on the CPU and give each of their matrices an adapter.
+    """Freeze the decoder layers of an encoder on the CPU and give each of their matrices an
+    adapter.
 
     They change nothing at first, because C starts as 0; D is random, a function of the seed alone.
     """
@@ -63,7 +68,9 @@ def add_adapters(encoder: MatryoshkaEncoder, config: TrainConfig) -> None:
         inject_adapter_in_model(adapters, encoder.backbone)
     for module in encoder.modules():
         if isinstance(module, LoraLayer):
-            module.cast_input_dtype_enabled = False  # under bf16 it would make a float32 copy of every input
+            module.cast_input_dtype_enabled = (
+                False  # under bf16 it would make a float32 copy of every input
+            )
 
 
 def merged(state: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
@@ -73,9 +80,13 @@ def merged(state: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
         state: of the encoder, whole; it is left as it is.
         factor: s.
     """
-    plain = {name: tensor for name, tensor in state.items() if not name.endswith((_FROZEN, _DOWN, _UP))}
+    plain = {
+        name: tensor for name, tensor in state.items() if not name.endswith((_FROZEN, _DOWN, _UP))
+    }
     for name, frozen in state.items():
         if name.endswith(_FROZEN):
             matrix = name.removesuffix(_FROZEN)
-            plain[f"{matrix}.weight"] = torch.addmm(frozen, state[matrix + _UP], state[matrix + _DOWN], alpha=factor)
+            plain[f"{matrix}.weight"] = torch.addmm(
+                frozen, state[matrix + _UP], state[matrix + _DOWN], alpha=factor
+            )
     return plain

@@ -17,12 +17,14 @@ from ml_embed.files.atomic import append_whole
 
 @dataclass
 class Window:
-    """Sums over the optimizer steps since the last log line; saved with a resume state, so that none is lost."""
+    """Sums over the optimizer steps since the last log line; saved with a resume state, so that
+    none is lost."""
 
     steps: int = 0
     seconds: float = 0.0
-    """of training, checkpoints included, without validation and without a pause between two launches; states of earlier
-    versions lack it, so that the first rate after resuming one is too high"""
+    """of training, checkpoints included, without validation and without a pause between two
+    launches; states of earlier versions lack it, so that the first rate after resuming one is too
+    high"""
     loss: float = 0.0
     grad_norm: float = 0.0
     distillation: float = 0.0
@@ -52,7 +54,8 @@ class Window:
             self.in_batch[dataset] = self.in_batch.get(dataset, 0.0) + step.in_batch
 
     def summary(self, distilled: bool, margin_used: bool) -> dict[str, float]:
-        """Means over the window, sums of what is counted; a dataset that did not appear in it has no entry.
+        """Means over the window, sums of what is counted; a dataset that did not appear in it has
+        no entry.
 
         "Avg/<task>/…" are means over the task's datasets, each counting the same.
         """
@@ -69,7 +72,10 @@ class Window:
             values["masked_by_margin"] = self.masked_by_margin
         if distilled:
             values["distillation_loss"] = self.distillation / self.steps
-        for metric, totals in (("training_loss_hard", self.hard), ("training_loss_in_batch", self.in_batch)):
+        for metric, totals in (
+            ("training_loss_hard", self.hard),
+            ("training_loss_in_batch", self.in_batch),
+        ):
             means = {name: total / self.dataset_steps[name] for name, total in totals.items()}
             values |= {f"{name}/{metric}": mean for name, mean in means.items()}
             for task in dict.fromkeys(self.tasks.values()):
@@ -104,15 +110,17 @@ class StepValues:
 
 
 class MetricsLog:
-    """Appends lines to metrics.jsonl (first process only) and sends the same numbers to the trackers.
+    """Appends lines to metrics.jsonl (first process only) and sends the same numbers to the
+    trackers.
 
-    A train line's rate is its "tokens" over its "seconds" (`Window.seconds`). These have passed since the line before
-    it, so that anyone can check it from "time" (unless a validation came between two train lines: its line does not say
-    when it began).
+    A train line's rate is its "tokens" over its "seconds" (`Window.seconds`). These have passed
+    since the line before it, so that anyone can check it from "time" (unless a validation came
+    between two train lines: its line does not say when it began).
     """
 
     def __init__(self, path: Path, accelerator: Accelerator, keep_bytes: int = 0):
-        """`keep_bytes`: length of the file when the state that is resumed from was saved; what follows is dropped."""
+        """`keep_bytes`: length of the file when the state that is resumed from was saved; what
+        follows is dropped."""
         self._accelerator = accelerator
         self._path = path
         if accelerator.is_main_process:
@@ -126,15 +134,28 @@ class MetricsLog:
             return os.fstat(file.fileno()).st_size
 
     def train(
-        self, step: int, epoch: float, learning_rate: float, window: Window, distilled: bool, margin_used: bool
+        self,
+        step: int,
+        epoch: float,
+        learning_rate: float,
+        window: Window,
+        distilled: bool,
+        margin_used: bool,
     ) -> dict[str, Any]:
         """Write the line of a window; returns its values.
 
-        `distilled`, `margin_used`: whether the run has a teacher and a false_negative_margin, whose numbers are left
+        `distilled`, `margin_used`: whether the run has a teacher and a false_negative_margin, whose
+            numbers are left
         out otherwise.
         """
         summary = window.summary(distilled, margin_used)
-        line = {"split": "train", "step": step, "epoch": epoch, "learning_rate": learning_rate, **summary}
+        line = {
+            "split": "train",
+            "step": step,
+            "epoch": epoch,
+            "learning_rate": learning_rate,
+            **summary,
+        }
         self._write(line)
         return line
 
@@ -144,7 +165,11 @@ class MetricsLog:
     def _write(self, line: dict[str, Any]) -> None:
         if self._accelerator.is_main_process:
             stamped = line | {"time": time.time()}
-            append_whole(self._path, json.dumps(stamped, ensure_ascii=False, allow_nan=False) + "\n")
+            append_whole(
+                self._path, json.dumps(stamped, ensure_ascii=False, allow_nan=False) + "\n"
+            )
         prefix = "valid/" if line["split"] == "valid" else ""
-        values = {k if "/" in k else prefix + k: v for k, v in line.items() if k not in ("split", "step")}
+        values = {
+            k if "/" in k else prefix + k: v for k, v in line.items() if k not in ("split", "step")
+        }
         self._accelerator.log(values, step=line["step"])

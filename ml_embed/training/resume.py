@@ -16,16 +16,32 @@ from ml_embed.model_folders.model_folder import weights_digest
 from ml_embed.training.checkpoint import STATE_FILE, find_state
 from ml_embed.training.resolve import Resolved
 
-# Keys that may differ between a run and its continuation: they decide where things are and how they are computed or
-# reported, not what is computed.
+# Keys that may differ between a run and its continuation: they decide where things are and how they
+# are computed or reported, not what is computed.
 _FREE_KEYS = frozenset(
-    {"model_path", "experiment_id", "output_dir", "tb_dir", "cache_dir", "train_data_path", "train_batch_size"}
-    | {"log_interval", "validation_steps", "checkpointing_steps", "save_total_limit", "report_to", "num_processes"}
+    {
+        "model_path",
+        "experiment_id",
+        "output_dir",
+        "tb_dir",
+        "cache_dir",
+        "train_data_path",
+        "train_batch_size",
+    }
+    | {
+        "log_interval",
+        "validation_steps",
+        "checkpointing_steps",
+        "save_total_limit",
+        "report_to",
+        "num_processes",
+    }
     | {"valid_ranks", "valid_layers", "valid_dims"}
     | {"attention", "gradient_checkpointing", "max_tokens_per_forward", "compile_layers"}
 )
 
-# What says better than a key whether anything has changed. States of earlier versions have only the key.
+# What says better than a key whether anything has changed. States of earlier versions have only the
+# key.
 _INSTEAD = {"teacher_model_path": "teacher_weights", "datasets": "dataset_plans"}
 _MEANINGS = {
     "global_batch_size": "train_batch_size times the number of processes",
@@ -48,22 +64,31 @@ def run_fingerprint(
     teacher_vectors: TeacherVectors | None,
     mixed_precision: str,
 ) -> dict[str, Any]:
-    """Everything that decides the weights, under the name of the key the user would change it by."""
+    """Everything that decides the weights, under the name of the key the user would change it
+    by."""
     kept = {key: value for key, value in vars(config).items() if key not in _FREE_KEYS}
     kept["datasets"] = {name: vars(settings) for name, settings in config.datasets.items()}
     kept["dataset_plans"] = {plan.name: vars(plan) for plan in resolved.datasets}
-    kept["teacher_weights"] = weights_digest(config.teacher_model_path) if config.teacher_model_path else None
-    kept |= {"train_data_path": _data_digest(store), "global_batch_size": resolved.global_batch_size}
+    kept["teacher_weights"] = (
+        weights_digest(config.teacher_model_path) if config.teacher_model_path else None
+    )
+    kept |= {
+        "train_data_path": _data_digest(store),
+        "global_batch_size": resolved.global_batch_size,
+    }
     if teacher_vectors is not None:
         kept["teacher_vectors_path"] = teacher_vectors.fingerprint(list(store.datasets))
     kept["mixed_precision"] = mixed_precision
     if config.lora_r:
-        kept["model_path"] = weights_digest(config.model_path)  # its layers are frozen, and in no resume state
+        kept["model_path"] = weights_digest(
+            config.model_path
+        )  # its layers are frozen, and in no resume state
     return json.loads(json.dumps(kept))  # as it reads back from disk
 
 
 def _data_digest(store: Store) -> str:
-    """Tells data apart by content, wherever it lies: manifest, rows, and how often each token occurs."""
+    """Tells data apart by content, wherever it lies: manifest, rows, and how often each token
+    occurs."""
     digest = hashlib.blake2b(json.dumps(store.manifest, sort_keys=True).encode(), digest_size=16)
     for name, dataset in store.datasets.items():
         digest.update(f"{name}:{dataset.num_rows}:{dataset.num_documents}".encode())
@@ -82,7 +107,8 @@ def check_unchanged(before: dict, now: dict, allow_changes: bool) -> list[str]:
     ]
     if changes and not allow_changes:
         raise UserError(
-            "--resume: these have changed since the state was saved, so the run would not be the same:\n"
+            "--resume: these have changed since the state was saved, so the run would not be the "
+            "same:\n"
             + "\n".join(changes)
             + "\nrestore them, or give --allow-changes to continue all the same"
         )
@@ -92,11 +118,17 @@ def check_unchanged(before: dict, now: dict, allow_changes: bool) -> list[str]:
 def _change(key: str, before: Any, now: Any) -> str:
     if isinstance(before, dict) and isinstance(now, dict):  # there may be hundreds of datasets
         changed = [name for name in before | now if before.get(name) != now.get(name)]
-        before, now = ({name: side[name] for name in changed if name in side} for side in (before, now))
-    return f"  - {key}: {before!r} -> {now!r}" + (f" ({_MEANINGS[key]})" if key in _MEANINGS else "")
+        before, now = (
+            {name: side[name] for name in changed if name in side} for side in (before, now)
+        )
+    return f"  - {key}: {before!r} -> {now!r}" + (
+        f" ({_MEANINGS[key]})" if key in _MEANINGS else ""
+    )
 
 
-def continuation_notice(state_path: Path, progress: dict, resolved: Resolved, changes: list[str]) -> str:
+def continuation_notice(
+    state_path: Path, progress: dict, resolved: Resolved, changes: list[str]
+) -> str:
     """What a continued run takes over, and what is no longer as it was."""
     step, before = progress["step"], progress["processes"]
     lines = [f"continuing after step {step} from {state_path}"]
@@ -105,13 +137,17 @@ def continuation_notice(state_path: Path, progress: dict, resolved: Resolved, ch
     if progress["fingerprint"]["global_batch_size"] != resolved.global_batch_size:
         epoch = step / resolved.steps_per_epoch
         lines.append(
-            f"an epoch is {resolved.steps_per_epoch} steps now, so step {step} stands at epoch {epoch:.2f}: "
-            "what is left of the epoch is another order of the data, and rows may be repeated or left out"
+            f"an epoch is {resolved.steps_per_epoch} steps now, so step {step} stands at epoch "
+            f"{epoch:.2f}: "
+            "what is left of the epoch is another order of the data, and rows may be repeated or "
+            "left out"
         )
     elif before != resolved.world_size:
         lines.append(
-            f"saved by {before} processes, continued by {resolved.world_size}: the same global batches in the same "
-            "order; sums are formed in another order, so the weights will agree to rounding, not to the bit"
+            f"saved by {before} processes, continued by {resolved.world_size}: the same global "
+            "batches in the same "
+            "order; sums are formed in another order, so the weights will agree to rounding, not "
+            "to the bit"
         )
     return "\n".join(lines)
 
@@ -123,12 +159,14 @@ def state_to_resume(run_dir: Path, resume: str) -> Path | None:
         run_dir: the run's folder.
         resume: "no", "auto" or a path.
     Raises:
-        UserError: the folder already holds a run, no state of it is whole, or the path is no state or another run's.
+        UserError: the folder already holds a run, no state of it is whole, or the path is no state
+            or another run's.
     """
     if resume == "no":
         if (run_dir / "metrics.jsonl").exists() or (run_dir / "resume").exists():
             raise UserError(
-                f"{run_dir} already holds a run; continue it with --resume auto, or choose another experiment_id"
+                f"{run_dir} already holds a run; continue it with --resume auto, or choose another "
+                "experiment_id"
             )
         return None
     if resume == "auto":
@@ -137,7 +175,10 @@ def state_to_resume(run_dir: Path, resume: str) -> Path | None:
     if not (path / STATE_FILE).is_file():
         raise UserError(f"--resume: {_not_a_state(path)}")
     if (run_dir / "resume").exists() and path.resolve().parent != (run_dir / "resume").resolve():
-        raise UserError(f"--resume: {resume} is not of this run, {run_dir}; choose another experiment_id to branch off")
+        raise UserError(
+            f"--resume: {resume} is not of this run, {run_dir}; choose another experiment_id to "
+            "branch off"
+        )
     return path
 
 
@@ -146,4 +187,7 @@ def _not_a_state(path: Path) -> str:
     if (state / STATE_FILE).is_file():
         return f"{path} is a model folder; the state of its step is {state}"
     what = f"{path} is not a resume state" if path.exists() else f"there is no {path}"
-    return f"{what}; give auto (the newest state of this run), a state (a folder like RUN/resume/step_100) or no"
+    return (
+        f"{what}; give auto (the newest state of this run), a state (a folder like "
+        "RUN/resume/step_100) or no"
+    )

@@ -30,14 +30,19 @@ from ml_embed.training.checkpoint import drop_newer, load_state, read_progress
 from ml_embed.training.loop import Run
 from ml_embed.training.metrics_log import MetricsLog, Window
 from ml_embed.training.resolve import Resolved, loss_spec, make_schedule, resolve
-from ml_embed.training.resume import check_unchanged, continuation_notice, run_fingerprint, state_to_resume
+from ml_embed.training.resume import (
+    check_unchanged,
+    continuation_notice,
+    run_fingerprint,
+    state_to_resume,
+)
 
 
 def open_inputs(
     config: TrainConfig, world_size: int, progress: bool
 ) -> tuple[Any, Any, Store, TeacherVectors | None, Resolved]:
-    """Backbone config, tokenizer, data, a teacher's vectors if there are any, and derived numbers; nothing is written
-    but the data's cached form.
+    """Backbone config, tokenizer, data, a teacher's vectors if there are any, and derived numbers;
+    nothing is written but the data's cached form.
 
     Raises:
         UserError: something is missing, damaged, or does not fit together.
@@ -54,8 +59,16 @@ def open_inputs(
     teacher_vectors = None
     if config.teacher_vectors_path is not None:
         folder = Path(config.teacher_vectors_path)
-        teacher_vectors = open_teacher_vectors(folder, store, backbone_config.hidden_size, config.kd_loss)
-    return backbone_config, tokenizer, store, teacher_vectors, resolve(config, backbone_config, store, world_size)
+        teacher_vectors = open_teacher_vectors(
+            folder, store, backbone_config.hidden_size, config.kd_loss
+        )
+    return (
+        backbone_config,
+        tokenizer,
+        store,
+        teacher_vectors,
+        resolve(config, backbone_config, store, world_size),
+    )
 
 
 def _check_tokenizer(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, store: Store) -> None:
@@ -63,28 +76,41 @@ def _check_tokenizer(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, st
         return
     if store.manifest["tokenizer_fingerprint"] != tokenizer_fingerprint(tokenizer):
         raise UserError(
-            f"train_data_path: {config.train_data_path} was tokenized with another tokenizer than the one in "
+            f"train_data_path: {config.train_data_path} was tokenized with another tokenizer than "
+            "the one in "
             f"model_path {config.model_path}; run tokenize_data_qwen.py again with --overwrite"
         )
 
 
-def _check_teacher(config: TrainConfig, student_config: Qwen3Config, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_teacher(
+    config: TrainConfig, student_config: Qwen3Config, tokenizer: PreTrainedTokenizerBase
+) -> None:
     assert config.teacher_model_path is not None
     teacher_config = load_config(config.teacher_model_path)
     if config.kd_loss == "vectors" and teacher_config.hidden_size < student_config.hidden_size:
         raise UserError(
-            f"teacher_model_path: the teacher's vectors have {teacher_config.hidden_size} components, fewer than the "
+            f"teacher_model_path: the teacher's vectors have {teacher_config.hidden_size} "
+            "components, fewer than the "
             f"student's {student_config.hidden_size}; {KD_REMEDY}"
         )
-    if tokenizer_fingerprint(load_tokenizer(config.teacher_model_path)) != tokenizer_fingerprint(tokenizer):
+    if tokenizer_fingerprint(load_tokenizer(config.teacher_model_path)) != tokenizer_fingerprint(
+        tokenizer
+    ):
         raise UserError(
-            "teacher_model_path: the teacher has another tokenizer than model_path; it cannot read the data. "
-            "Compute its vectors with scripts/embed_teacher.py, and give them as teacher_vectors_path"
+            "teacher_model_path: the teacher has another tokenizer than model_path; it cannot read "
+            "the data. "
+            "Compute its vectors with scripts/embed_teacher.py, and give them as "
+            "teacher_vectors_path"
         )
 
 
 def set_up(
-    config: TrainConfig, given: dict, accelerator: Accelerator, inputs: tuple, resume: str, allow_changes: bool
+    config: TrainConfig,
+    given: dict,
+    accelerator: Accelerator,
+    inputs: tuple,
+    resume: str,
+    allow_changes: bool,
 ) -> Run:
     """Build a run that is ready to train, new or continued.
 
@@ -100,7 +126,9 @@ def set_up(
     former = ModelRecord.load(Path(config.model_path))
     dtype = _compute_dtype(accelerator)
     fingerprint = asked_of_first(
-        lambda: run_fingerprint(config, resolved, store, teacher_vectors, accelerator.mixed_precision)
+        lambda: run_fingerprint(
+            config, resolved, store, teacher_vectors, accelerator.mixed_precision
+        )
     )
 
     def prepare() -> tuple[Path | None, dict | None]:
@@ -114,7 +142,9 @@ def set_up(
         return state_path, progress
 
     state_path, progress = asked_of_first(prepare)
-    set_seed(config.seed % 2**32)  # NumPy takes no larger one; nothing here draws from it, but libraries may
+    set_seed(
+        config.seed % 2**32
+    )  # NumPy takes no larger one; nothing here draws from it, but libraries may
     encoder = build_encoder(config, resolved, backbone_config, store, accelerator.device, dtype)
     teacher = build_teacher(config, accelerator.device, dtype)
     model, optimizer = _prepare(accelerator, encoder, build_optimizer(encoder, config), config)
@@ -129,7 +159,9 @@ def set_up(
         optimizer=optimizer,
         teacher=teacher,
         loader=Loader(
-            schedule=make_schedule(resolved.datasets, store, resolved.global_batch_size, config.seed),
+            schedule=make_schedule(
+                resolved.datasets, store, resolved.global_batch_size, config.seed
+            ),
             store=store,
             builder=BatchBuilder(
                 seed=config.seed,
@@ -154,7 +186,9 @@ def set_up(
             prompts=prompts_to_record(config, store, former.prompts if former is not None else {}),
         ),
         log=MetricsLog(
-            config.run_dir / "metrics.jsonl", accelerator, keep_bytes=progress["metrics_bytes"] if progress else 0
+            config.run_dir / "metrics.jsonl",
+            accelerator,
+            keep_bytes=progress["metrics_bytes"] if progress else 0,
         ),
         window=Window(**progress["window"]) if progress else Window(),
         start_step=progress["step"] if progress else 0,
@@ -163,18 +197,28 @@ def set_up(
 
 
 def _prepare(
-    accelerator: Accelerator, encoder: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig
+    accelerator: Accelerator,
+    encoder: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
 ) -> tuple:
     if zero2.uses_zero2(accelerator):
-        return zero2.prepare(accelerator, encoder, optimizer, config.train_batch_size, config.max_grad_norm)
+        return zero2.prepare(
+            accelerator, encoder, optimizer, config.train_batch_size, config.max_grad_norm
+        )
     with warnings.catch_warnings():
         # accelerate has no other name yet for the option that torch renames
-        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        warnings.filterwarnings(
+            "ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning
+        )
         return accelerator.prepare(encoder, optimizer)
 
 
-def _prepare_run_dir(config: TrainConfig, given: dict, resolved: Resolved, continued_step: int | None) -> None:
-    """Make the run folder and clear it of what interrupted writes left, and of states that are gone back behind."""
+def _prepare_run_dir(
+    config: TrainConfig, given: dict, resolved: Resolved, continued_step: int | None
+) -> None:
+    """Make the run folder and clear it of what interrupted writes left, and of states that are gone
+    back behind."""
     run_dir = config.run_dir
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -186,5 +230,6 @@ def _prepare_run_dir(config: TrainConfig, given: dict, resolved: Resolved, conti
         write_json(run_dir / "resolved.json", resolved.to_json())
     except OSError as error:
         raise UserError(
-            f"output_dir: {run_dir} cannot be written ({error.strerror}); see to that or choose another output_dir"
+            f"output_dir: {run_dir} cannot be written ({error.strerror}); see to that or choose "
+            "another output_dir"
         ) from None

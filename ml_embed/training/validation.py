@@ -1,6 +1,8 @@
-"""Validation: losses on held-out rows at full rank, and how well the whole vectors, and cut ones, retrieve.
+"""Validation: losses on held-out rows at full rank, and how well the whole vectors, and cut ones,
+retrieve.
 
-Letters: E exits, N texts of a batch, R rows of this process, K negatives, H hidden size, Q queries and P distinct
+Letters: E exits, N texts of a batch, R rows of this process, K negatives, H hidden size, Q queries
+    and P distinct
 passages of a dataset.
 """
 
@@ -25,7 +27,8 @@ from ml_embed.training.resolve import Resolved
 Encode = Callable[[ContrastiveBatch, int], Tensor]
 """batch, rank (0 is a whole token table) -> (E, N, H) vectors, in evaluation mode"""
 Batches = Callable[[], Iterator[tuple[int, ContrastiveBatch]]]
-"""goes once more through (rows of the global batch, this process's share of it) of a dataset's held-out rows"""
+"""goes once more through (rows of the global batch, this process's share of it) of a dataset's
+held-out rows"""
 Vectors = Mapping[int, Tensor]
 """exit layer -> (N, H), of one rank"""
 
@@ -40,8 +43,10 @@ def validate(
 ) -> dict[str, float]:
     """Losses and retrieval metrics of every dataset that has held-out rows. A collective.
 
-    Texts are encoded once a rank; all exits and vector lengths come from that. The losses leave out what is the same
-    document, but nothing by false_negative_margin: what the margin drops depends on the model, and models could not
+    Texts are encoded once a rank; all exits and vector lengths come from that. The losses leave out
+    what is the same
+    document, but nothing by false_negative_margin: what the margin drops depends on the model, and
+    models could not
     be compared.
 
     Args:
@@ -50,10 +55,11 @@ def validate(
         spec: the losses' dims, weights and temperature.
         resolved: sizes of the model, and the grid of cells to measure beside the whole of it.
     Returns:
-        "<dataset>/valid_loss_hard", "<dataset>/ndcg@10" and so on; with a grid also "<dataset>/ndcg@10/<cell_name>"
-        and so on; the means of all these over the datasets of a task as "Avg/<task>/…"; and "loss", the mean over
-        datasets. The same on every process; empty if nothing is held out. A dataset of clustering or classification
-        of which no held-out row has a negative has losses only.
+        "<dataset>/valid_loss_hard", "<dataset>/ndcg@10" and so on; with a grid also
+        "<dataset>/ndcg@10/<cell_name>" and so on; the means of all these over the datasets of a
+        task as "Avg/<task>/…"; and "loss", the mean over datasets. The same on every process; empty
+        if nothing is held out. A dataset of clustering or classification of which no held-out row
+        has a negative has losses only.
     """
     values: dict[str, float] = {}
     by_task: dict[str, list[float]] = defaultdict(list)
@@ -77,9 +83,18 @@ def validate(
 
 
 def _validate_dataset(
-    encode: Encode, batches: Batches, task: Task, spec: MatryoshkaSpec, resolved: Resolved, device: torch.device
+    encode: Encode,
+    batches: Batches,
+    task: Task,
+    spec: MatryoshkaSpec,
+    resolved: Resolved,
+    device: torch.device,
 ) -> dict[str, float]:
-    whole: Cell = (resolved.ranks[-1] if resolved.ranks else 0, resolved.exits[-1], resolved.dims[0])
+    whole: Cell = (
+        resolved.ranks[-1] if resolved.ranks else 0,
+        resolved.exits[-1],
+        resolved.dims[0],
+    )
     grid = resolved.valid_grid.cells if resolved.valid_grid else ()
     wanted = {whole, *grid}
     search_of_task = _PoolSearch if task == "retrieval" else _CandidateSearch
@@ -93,7 +108,10 @@ def _validate_dataset(
             if rank == whole[0]:
                 losses.add(vectors, batch, rows)
             search.add(dict(zip(resolved.exits, vectors, strict=True)), batch)
-        found |= {cell: metrics_of_ranks(ranks.cpu()) if len(ranks) else {} for cell, ranks in search.ranks()}
+        found |= {
+            cell: metrics_of_ranks(ranks.cpu()) if len(ranks) else {}
+            for cell, ranks in search.ranks()
+        }
     values = losses.means(with_in_batch=task == "retrieval") | found[whole]
     for cell in grid:
         values |= {f"{metric}/{cell_name(*cell)}": value for metric, value in found[cell].items()}
@@ -116,12 +134,14 @@ class _Losses:
 
     def means(self, with_in_batch: bool) -> dict[str, float]:
         hard, in_batch = (all_reduce_sum(self._sums) / (world_size() * self._rows)).tolist()
-        return {"valid_loss_hard": hard} | ({"valid_loss_in_batch": in_batch} if with_in_batch else {})
+        return {"valid_loss_hard": hard} | (
+            {"valid_loss_in_batch": in_batch} if with_in_batch else {}
+        )
 
 
 class _PoolSearch:
-    """Retrieval: each query among all distinct documents of the dataset's held-out rows. Held: the queries and
-    documents of this process at the exits that are measured."""
+    """Retrieval: each query among all distinct documents of the dataset's held-out rows. Held: the
+    queries and documents of this process at the exits that are measured."""
 
     def __init__(self, cells: Collection[Cell]):
         self._cells = sorted(cells)
@@ -141,21 +161,30 @@ class _PoolSearch:
 
     def ranks(self) -> Iterator[tuple[Cell, Tensor]]:
         """Each cell with the (Q,) ranks of the positives."""
-        number, wanted = (gather_uneven(torch.cat(parts)) for parts in (self._documents, self._wanted))
+        number, wanted = (
+            gather_uneven(torch.cat(parts)) for parts in (self._documents, self._wanted)
+        )
         distinct, place = torch.unique(number, return_inverse=True)  # sorted
         positive = torch.searchsorted(distinct, wanted)
         for depth, cells in groupby(self._cells, key=lambda cell: cell[1]):
-            query, passage = (gather_uneven(torch.cat(parts.pop(depth))) for parts in (self._queries, self._passages))
+            query, passage = (
+                gather_uneven(torch.cat(parts.pop(depth)))
+                for parts in (self._queries, self._passages)
+            )
             pool = passage.new_zeros((len(distinct), passage.shape[1]))
             pool[place] = passage  # the same document has the same vector
             for cell in cells:
                 dim = cell[2]
-                cut_query, cut_pool = normalize(query[:, :dim], dim=-1), normalize(pool[:, :dim], dim=-1)
+                cut_query, cut_pool = (
+                    normalize(query[:, :dim], dim=-1),
+                    normalize(pool[:, :dim], dim=-1),
+                )
                 yield cell, ranks_of_positives(cut_query, cut_pool, positive)
 
 
 class _CandidateSearch:
-    """Clustering and classification: each query chooses among its passage and its own negatives. Rows that have none
+    """Clustering and classification: each query chooses among its passage and its own negatives.
+    Rows that have none
     are left out: they have nothing to be told apart from, and would always be right."""
 
     def __init__(self, cells: Collection[Cell]):

@@ -1,6 +1,8 @@
-"""Short forms of the benchmarks: the two versions agree, and no ratio falls below two thirds of the recorded one.
+"""Short forms of the benchmarks: the two versions agree, and no ratio falls below two thirds of the
+recorded one.
 
-Fast and naive take turns, so that a busy machine slows both. Recorded ratios: benchmark_baselines.json.
+Fast and naive take turns, so that a busy machine slows both. Recorded ratios:
+benchmark_baselines.json.
 """
 
 import importlib.machinery
@@ -36,7 +38,9 @@ RECORDED = json.loads(Path(__file__).with_name("benchmark_baselines.json").read_
 
 def assert_not_slower(name: str, measured: float) -> None:
     floor = 2 / 3 * RECORDED[name]
-    assert measured >= floor, f"{name}: {measured:.2f}, recorded {RECORDED[name]}, allowed {floor:.2f}"
+    assert measured >= floor, (
+        f"{name}: {measured:.2f}, recorded {RECORDED[name]}, allowed {floor:.2f}"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +54,8 @@ def best_ratio(timing: dict, slow: str, fast: str) -> float:
 
 
 def test_training_step(sample, tmp_path):
-    """The whole table's 151,936 rows, but two layers and short texts: seconds instead of minutes."""
+    """The whole table's 151,936 rows, but two layers and short texts: seconds instead of
+    minutes."""
     compiled = Version(transformers.__version__) >= Version(COMPILES_SINCE)
     shape = TrainingShape(4, 4, 64, 64, 2, 128)
     result = compare_training(tmp_path, shape, 2, compiled, num_attention_heads=2, head_dim=32)
@@ -63,7 +68,12 @@ def test_training_step(sample, tmp_path):
 
 def test_batches(sample, tmp_path):
     timing = measure_batches(
-        sample.tokenized, tmp_path, "udhr_retrieval", sample.tokenizer.eos_token_id, BatchShape(), repeats=5
+        sample.tokenized,
+        tmp_path,
+        "udhr_retrieval",
+        sample.tokenizer.eos_token_id,
+        BatchShape(),
+        repeats=5,
     )
     assert_not_slower("batches", best_ratio(timing, "naive", "fast"))
 
@@ -78,14 +88,18 @@ def test_opening_a_converted_corpus_takes_no_time_and_no_memory(tmp_path):
 def test_encoding(tmp_path):
     pytest.importorskip("sentence_transformers")
     texts, articles = mixed_texts(25)
-    write_model(tmp_path, train_tokenizer(articles[:200], 2000), 64, num_hidden_layers=2, vocab_size=4096)
+    write_model(
+        tmp_path, train_tokenizer(articles[:200], 2000), 64, num_hidden_layers=2, vocab_size=4096
+    )
     result = compare_encoding(tmp_path, texts, repeats=3)
     assert_not_slower("encode", best_ratio(result["seconds"], "sentence-transformers", "Embedder"))
 
 
 def test_gradcache_needs_the_memory_of_a_chunk(sample, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    chunks, whole = measure_batch(sample.tokenized, tmp_path, sample.tokenizer.eos_token_id, 192, [1024, 0])
+    chunks, whole = measure_batch(
+        sample.tokenized, tmp_path, sample.tokenizer.eos_token_id, 192, [1024, 0]
+    )
     assert chunks["tokens"] == whole["tokens"] > 8 * 1024
     assert chunks["peak_mib"] < whole["peak_mib"] - 100
 
@@ -95,12 +109,15 @@ def test_the_gpu_benchmark_says_when_it_cannot_run():
 
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    run = subprocess.run([sys.executable, SCRIPTS / "bench_gpu.py"], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, SCRIPTS / "bench_gpu.py"], capture_output=True, text=True, check=True
+    )
     assert json.loads(run.stdout.splitlines()[-1])["skipped"]
 
 
 def test_ligers_kernels_are_compared_and_put_back(monkeypatch):
-    """With a stand-in for liger-kernel (it needs a GPU) that replaces what it replaces, as it does."""
+    """With a stand-in for liger-kernel (it needs a GPU) that replaces what it replaces, as it
+    does."""
     from transformers.models.qwen3 import modeling_qwen3
 
     norm, rotary, uses = modeling_qwen3.Qwen3RMSNorm, modeling_qwen3.apply_rotary_pos_emb, []
@@ -113,7 +130,9 @@ def test_ligers_kernels_are_compared_and_put_back(monkeypatch):
     def replace(**options):
         assert not options["fused_linear_cross_entropy"]
         modeling_qwen3.Qwen3RMSNorm = OtherNorm
-        modeling_qwen3.apply_rotary_pos_emb = lambda *arguments: uses.append("rotary") or rotary(*arguments)
+        modeling_qwen3.apply_rotary_pos_emb = lambda *arguments: (
+            uses.append("rotary") or rotary(*arguments)
+        )
 
     stand_in = types.ModuleType("liger_kernel")
     stand_in.__spec__ = importlib.machinery.ModuleSpec("liger_kernel", None)
@@ -129,13 +148,16 @@ def test_ligers_kernels_are_compared_and_put_back(monkeypatch):
 
 
 def test_tokenizing(sample, tmp_path):
-    """End to end against the library's own batches, without the start of new processes that the script has."""
+    """End to end against the library's own batches, without the start of new processes that the
+    script has."""
     _, articles = mixed_texts(1)
     write_raw(articles, tmp_path / "raw" / "texts.parquet", rows=150)
     rows = pq.read_table(tmp_path / "raw" / "texts.parquet").to_pylist()
     texts = [text for row in rows for text in (row["query"], row["passage"], *row["negatives"])]
     library = sample.tokenizer.backend_tokenizer
-    options = TokenizeOptions(str(sample.tokenizer_folder), tmp_path / "raw", tmp_path / "out", overwrite=True)
+    options = TokenizeOptions(
+        str(sample.tokenizer_folder), tmp_path / "raw", tmp_path / "out", overwrite=True
+    )
     timing = measure(
         {
             "raw": lambda: library.encode_batch_fast(texts, add_special_tokens=False),

@@ -1,4 +1,5 @@
-"""The comparison of starts: its figures against the definitions, and a real pretrained table where there is one."""
+"""The comparison of starts: its figures against the definitions, and a real pretrained table where
+there is one."""
 
 import importlib.util
 
@@ -20,7 +21,9 @@ from ml_embed.errors import UserError
 from ml_embed.model import factorize_table
 from ml_embed.sample_data.corpus import load_articles
 
-installed = pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason=f"{PACKAGE} is not installed")
+installed = pytest.mark.skipif(
+    importlib.util.find_spec(PACKAGE) is None, reason=f"{PACKAGE} is not installed"
+)
 
 
 def test_the_error_counts_each_token_as_often_as_it_occurs():
@@ -50,7 +53,9 @@ def test_at_the_full_rank_nothing_is_lost(tmp_path):
     pytest.importorskip("sentence_transformers")
     model = write_model(tmp_path / "model", make_tokenizer(), factorized=False)
     rows = compare_starts(model, [8, 64], progress=False)
-    assert [(row.start, row.rank) for row in rows[1:]] == [(s, r) for s in ("svd", "frequency") for r in (8, 64)]
+    assert [(row.start, row.rank) for row in rows[1:]] == [
+        (s, r) for s in ("svd", "frequency") for r in (8, 64)
+    ]
     whole = rows[0].recall
     for row in rows[1:]:
         if row.rank == 64:
@@ -80,9 +85,14 @@ def test_frequency_loses_less_of_a_real_table_on_text_that_was_not_counted():
         (name,) = [n for n in file.keys() if n.endswith("word_embeddings.weight")]  # noqa: SIM118
         table = file.get_tensor(name)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    texts = {row["article"]: row["text"] for row in load_articles().to_pylist() if row["code"] == "eng"}
+    texts = {
+        row["article"]: row["text"] for row in load_articles().to_pylist() if row["code"] == "eng"
+    }
     counts = [
-        torch.bincount(torch.tensor([i for a in numbers for i in tokenizer(texts[a]).input_ids]), minlength=len(table))
+        torch.bincount(
+            torch.tensor([i for a in numbers for i in tokenizer(texts[a]).input_ids]),
+            minlength=len(table),
+        )
         for numbers in (range(1, 31, 2), range(2, 31, 2))
     ]
     for rank in (64, 128):

@@ -42,7 +42,9 @@ def test_indices_point_to_the_rows_own_texts(store, config):
     texts = texts_of(batch)
     for row in range(8):
         assert texts[batch.query[row]] == dataset.query(row).tolist()
-        assert texts[batch.passage[row]] == dataset.document(dataset.passage_documents[row]).tolist()
+        assert (
+            texts[batch.passage[row]] == dataset.document(dataset.passage_documents[row]).tolist()
+        )
         own = {tuple(dataset.document(d)) for d in dataset.negatives(row)}
         used = batch.negatives[row][batch.negative_weights[row] > 0]
         assert len(used) == min(2, len(dataset.negatives(row)))
@@ -60,7 +62,9 @@ def test_texts_are_distinct_and_sorted_by_length(store, config):
 def test_tokens_are_counted_with_and_without_repetition(store, config):
     dataset, batch = build(store, config, "sentiment", range(10))
     labels = [
-        len(dataset.document(d)) for row in range(10) for d in (dataset.passage_documents[row], *dataset.negatives(row))
+        len(dataset.document(d))
+        for row in range(10)
+        for d in (dataset.passage_documents[row], *dataset.negatives(row))
     ]
     assert batch.num_tokens == sum(len(dataset.query(row)) for row in range(10)) + sum(labels)
     assert batch.num_encoded_tokens == len(batch.texts.input_ids) < batch.num_tokens
@@ -88,7 +92,10 @@ def test_the_same_document_in_another_row_is_left_out(store, config):
 @pytest.mark.parametrize("num_rows", [1, 3, 8])
 def test_shares_put_together_are_the_batch_of_one_process(store, config, num_rows, processes):
     dataset, whole = build(store, config, rows=range(num_rows))
-    shares = [build(store, config, rows=range(num_rows), process=p, processes=processes)[1] for p in range(processes)]
+    shares = [
+        build(store, config, rows=range(num_rows), process=p, processes=processes)[1]
+        for p in range(processes)
+    ]
     assert len({len(share.query) for share in shares}) == 1, "collectives need equal shapes"
     assert sum(share.sample_weights.sum() for share in shares) / processes == pytest.approx(1)
     assert sum(share.negative_weights.sum() for share in shares) / processes == pytest.approx(
@@ -111,7 +118,9 @@ def test_shares_put_together_are_the_batch_of_one_process(store, config, num_row
 def test_cut_texts_end_in_eos():
     def cut(*ids: int) -> list[int]:
         as_bytes = np.array(ids, np.int32).tobytes()
-        return np.frombuffer(cut_to_length(as_bytes, 3 * ID_BYTES, np.int32(EOS).tobytes()), np.int32).tolist()
+        return np.frombuffer(
+            cut_to_length(as_bytes, 3 * ID_BYTES, np.int32(EOS).tobytes()), np.int32
+        ).tolist()
 
     assert cut(5, 6, 7, EOS) == [5, 6, EOS]
     assert cut(5, 6, EOS) == [5, 6, EOS]

@@ -1,4 +1,5 @@
-"""From step numbers to batches: the same ones however many are built together, in order, and ahead of their use."""
+"""From step numbers to batches: the same ones however many are built together, in order, and ahead
+of their use."""
 
 import contextlib
 import threading
@@ -20,13 +21,17 @@ from ml_embed.data.store import open_store
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     folder = tmp_path_factory.mktemp("loader")
-    return open_store(write_tokenized(folder / "tokenized", make_tokenizer()), folder / "cache", progress=False)
+    return open_store(
+        write_tokenized(folder / "tokenized", make_tokenizer()), folder / "cache", progress=False
+    )
 
 
 def make_loader(store, process=0, processes=1, max_length=12) -> Loader:
-    """Six datasets, two of them smaller than a batch; rows with no negatives up to more than are drawn."""
+    """Six datasets, two of them smaller than a batch; rows with no negatives up to more than are
+    drawn."""
     plans = [
-        DatasetPlan(name, DATASETS[name][0], 3, d.num_rows, 0, 2 * d.num_rows) for name, d in store.datasets.items()
+        DatasetPlan(name, DATASETS[name][0], 3, d.num_rows, 0, 2 * d.num_rows)
+        for name, d in store.datasets.items()
     ]
     schedule = Schedule(plans, {name: d.num_rows for name, d in store.datasets.items()}, 4, seed=0)
     return Loader(schedule, store, BatchBuilder(0, max_length, 1, True, process, processes), None)
@@ -71,7 +76,9 @@ def test_a_block_is_bounded_by_rows_and_by_tokens(store):
     """Of four rows of at most five texts."""
     assert make_loader(store, max_length=12).steps_of_a_block == 512 // 4
     assert make_loader(store, max_length=4096).steps_of_a_block == 2**21 // (4 * 5 * 4096)
-    assert make_loader(store, processes=2, max_length=4096).steps_of_a_block == 2**21 // (2 * 5 * 4096)
+    assert make_loader(store, processes=2, max_length=4096).steps_of_a_block == 2**21 // (
+        2 * 5 * 4096
+    )
     assert make_loader(store, max_length=10**6).steps_of_a_block == 1
 
 

@@ -1,4 +1,5 @@
-"""The order of rows, negatives and ranks: functions of (seed, epoch, step), whatever the number of processes."""
+"""The order of rows, negatives and ranks: functions of (seed, epoch, step), whatever the number of
+processes."""
 
 from collections import Counter
 
@@ -7,7 +8,13 @@ import pytest
 
 from ml_embed.config import DatasetConfig, check_dataset_names, match_settings
 from ml_embed.data.random import Permutation
-from ml_embed.data.schedule import DatasetPlan, Schedule, draw_negatives, draw_rank, share_of_process
+from ml_embed.data.schedule import (
+    DatasetPlan,
+    Schedule,
+    draw_negatives,
+    draw_rank,
+    share_of_process,
+)
 from ml_embed.errors import UserError
 
 ROWS = {"big": 57, "small": 3, "middle": 20}
@@ -42,8 +49,12 @@ def test_permutations_of_four_are_about_equally_likely():
 def test_an_epoch_has_every_training_row_once_and_no_held_out_row():
     schedule = make_schedule()
     for epoch in range(2):
-        seen = Counter((b.dataset, int(row)) for b in epoch_batches(schedule, epoch) for row in b.rows)
-        held_out = {(name, int(r)) for name in ROWS for rows in schedule.valid_batches(name) for r in rows}
+        seen = Counter(
+            (b.dataset, int(row)) for b in epoch_batches(schedule, epoch) for row in b.rows
+        )
+        held_out = {
+            (name, int(r)) for name in ROWS for rows in schedule.valid_batches(name) for r in rows
+        }
         assert set(seen.values()) == {1}
         assert len(seen) == sum(ROWS.values()) - sum(VALID.values())
         assert len(held_out) == sum(VALID.values())
@@ -64,20 +75,29 @@ def test_weights_multiply_how_often_rows_are_drawn():
     for batch in epoch_batches(schedule, 0):
         drawn[batch.dataset] += len(batch.rows)
     assert drawn == {"big": 26, "small": 9, "middle": 18}
-    small = Counter(int(r) for b in epoch_batches(schedule, 0) if b.dataset == "small" for r in b.rows)
+    small = Counter(
+        int(r) for b in epoch_batches(schedule, 0) if b.dataset == "small" for r in b.rows
+    )
     assert set(small.values()) == {3}
 
 
 def test_max_samples_is_one_fixed_choice():
     schedule = make_schedule(max_samples={"big": 10})
-    chosen = [{int(r) for b in epoch_batches(schedule, e) if b.dataset == "big" for r in b.rows} for e in range(3)]
+    chosen = [
+        {int(r) for b in epoch_batches(schedule, e) if b.dataset == "big" for r in b.rows}
+        for e in range(3)
+    ]
     assert len(chosen[0]) == 10
     assert chosen[0] == chosen[1] == chosen[2]
 
 
 def test_a_dataset_smaller_than_a_batch_trains():
     schedule = make_schedule(global_batch=64)
-    assert {b.dataset: len(b.rows) for b in epoch_batches(schedule, 0)} == {"big": 52, "small": 3, "middle": 18}
+    assert {b.dataset: len(b.rows) for b in epoch_batches(schedule, 0)} == {
+        "big": 52,
+        "small": 3,
+        "middle": 18,
+    }
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])
@@ -93,7 +113,9 @@ def test_negatives_are_drawn_without_replacement_and_by_row():
     drawn = draw_negatives(counts, rows, 4, key=1)
     assert (drawn >= 0).sum(axis=1).tolist() == [4, 3, 0, 4]
     assert drawn[1].tolist() == [0, 1, 2, -1]
-    assert all(0 <= a < b < c < d < 10 for a, b, c, d in drawn[[0, 3]].tolist()), "ascending, so none twice"
+    assert all(0 <= a < b < c < d < 10 for a, b, c, d in drawn[[0, 3]].tolist()), (
+        "ascending, so none twice"
+    )
     alone = draw_negatives(counts[3:], rows[3:], 4, key=1)
     assert alone[0].tolist() == drawn[3].tolist(), "a row's draw does not depend on its batch"
     assert draw_negatives(counts, rows, 4, key=2)[0].tolist() != drawn[0].tolist()

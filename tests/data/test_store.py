@@ -34,18 +34,30 @@ def write_own(folder: Path, name: str = "toy", **changes) -> Path:
     }
     query |= {key: value for key, value in changes.items() if key in query}
     corpus = {"input_ids": changes.get("input_ids", pa.array(DOCUMENTS, pa.list_(pa.int32())))}
-    pq.write_table(pa.table({k: v for k, v in query.items() if v is not None}), folder / f"{name}_query.parquet")
+    pq.write_table(
+        pa.table({k: v for k, v in query.items() if v is not None}),
+        folder / f"{name}_query.parquet",
+    )
     pq.write_table(pa.table(corpus), folder / f"{name}_corpus.parquet")
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text()) if path.exists() else {"datasets": {}}
-    manifest |= {"format_version": 1, "eos_id": 9, "vocab_size": 20, "tokenizer_fingerprint": "f" * 64}
-    manifest["datasets"][name] = {"rows": len(query["query_input_ids"]), "documents": len(corpus["input_ids"])}
+    manifest |= {
+        "format_version": 1,
+        "eos_id": 9,
+        "vocab_size": 20,
+        "tokenizer_fingerprint": "f" * 64,
+    }
+    manifest["datasets"][name] = {
+        "rows": len(query["query_input_ids"]),
+        "documents": len(corpus["input_ids"]),
+    }
     path.write_text(json.dumps(manifest | changes.get("manifest", {})))
     return folder
 
 
 def write_released(folder: Path, names=("toy",), shared: bool = True) -> Path:
-    """The same data in the layout of the original release: documents in another order, ids as strings."""
+    """The same data in the layout of the original release: documents in another order, ids as
+    strings."""
     folder.mkdir()
     order = [3, 0, 4, 2, 1]
     corpus = pa.table(
@@ -133,10 +145,17 @@ def test_released_layout_equals_own_layout(tmp_path, shared):
 
 def test_counts_leave_out_documents_of_other_datasets(tmp_path):
     folder = write_released(tmp_path / "data", names=("a", "b"))
-    table = pq.read_table(folder / "a_query.parquet").slice(1, 1)  # query [3, 9], passage [11, 12, 9], no negatives
+    table = pq.read_table(folder / "a_query.parquet").slice(
+        1, 1
+    )  # query [3, 9], passage [11, 12, 9], no negatives
     pq.write_table(table, folder / "a_query.parquet")
     store = open_store(folder, tmp_path / "cache", progress=False)
-    assert {i: n for i, n in enumerate(store.datasets["a"].token_counts) if n} == {3: 1, 9: 2, 11: 1, 12: 1}
+    assert {i: n for i, n in enumerate(store.datasets["a"].token_counts) if n} == {
+        3: 1,
+        9: 2,
+        11: 1,
+        12: 1,
+    }
     assert len(store.datasets["a"].token_counts) == 16
 
 
@@ -190,7 +209,10 @@ def test_two_conversions_at_once(tmp_path):
     folder, cache = write_own(tmp_path / "data"), tmp_path / "cache"
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(3), context.Queue()
-    processes = [context.Process(target=_open_and_sum, args=(folder, cache, barrier, results)) for _ in range(3)]
+    processes = [
+        context.Process(target=_open_and_sum, args=(folder, cache, barrier, results))
+        for _ in range(3)
+    ]
     for process in processes:
         process.start()
     answers = {results.get(timeout=30) for _ in processes}
@@ -239,19 +261,40 @@ int64_lists = pa.list_(pa.int64())
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"query_input_ids": pa.array([[1], [2], [], [3]], int32_lists)}, r"'query_input_ids' has no tokens in row 2"),
-        ({"query_input_ids": pa.array([[1], [2, 3], [4, -7], [3]], int32_lists)}, r"token id -7 in row 2"),
+        (
+            {"query_input_ids": pa.array([[1], [2], [], [3]], int32_lists)},
+            r"'query_input_ids' has no tokens in row 2",
+        ),
+        (
+            {"query_input_ids": pa.array([[1], [2, 3], [4, -7], [3]], int32_lists)},
+            r"token id -7 in row 2",
+        ),
         ({"query_input_ids": pa.array([[1], None, [2], [3]], int32_lists)}, r"null in row 1"),
-        ({"query_input_ids": pa.array([[1], [2], [3], [4, None]], int32_lists)}, r"null in the list of row 3"),
+        (
+            {"query_input_ids": pa.array([[1], [2], [3], [4, None]], int32_lists)},
+            r"null in the list of row 3",
+        ),
         ({"query_input_ids": pa.array(["a", "b", "c", "d"])}, r"'query_input_ids' is string"),
-        ({"input_ids": pa.array([[1], [2], [1 << 30], [3], [4]], int32_lists)}, r"token id 1073741824 in row 2"),
+        (
+            {"input_ids": pa.array([[1], [2], [1 << 30], [3], [4]], int32_lists)},
+            r"token id 1073741824 in row 2",
+        ),
         ({"passage_doc_id": pa.array([0, 1, 5, 2])}, r"'passage_doc_id' names document 5 in row 2"),
         ({"passage_doc_id": pa.array([0, None, 1, 2])}, r"'passage_doc_id' is null in row 1"),
-        ({"negative_doc_ids": pa.array([[], [1], [0, -1], []], int64_lists)}, r"names document -1 in row 2"),
-        ({"negative_doc_ids": None}, r"no column 'negative_doc_ids'; its columns are 'query_input_ids'"),
+        (
+            {"negative_doc_ids": pa.array([[], [1], [0, -1], []], int64_lists)},
+            r"names document -1 in row 2",
+        ),
+        (
+            {"negative_doc_ids": None},
+            r"no column 'negative_doc_ids'; its columns are 'query_input_ids'",
+        ),
         ({"input_ids": pa.array([], int32_lists)}, r"toy_corpus.parquet has no rows"),
         ({"manifest": {"format_version": 7}}, r"format version 7"),
-        ({"manifest": {"datasets": {"toy": {"rows": 3, "documents": 5}}}}, r"has 4 rows, but the manifest promises 3"),
+        (
+            {"manifest": {"datasets": {"toy": {"rows": 3, "documents": 5}}}},
+            r"has 4 rows, but the manifest promises 3",
+        ),
         ({"manifest": {"datasets": {}}}, r"does not list toy_query.parquet"),
     ],
 )
@@ -308,13 +351,17 @@ def test_repeated_document_ids(tmp_path, same):
         assert rows(dataset) == EXPECTED
         assert dataset.passage_documents[0] == 1
     else:
-        with pytest.raises(UserError, match="rows 1 and 5 have the same 'doc_id' but different tokens"):
+        with pytest.raises(
+            UserError, match="rows 1 and 5 have the same 'doc_id' but different tokens"
+        ):
             open_store(folder, tmp_path / "cache", progress=False)
 
 
 def test_document_ids_against_a_dictionary():
     rng = np.random.default_rng(0)
-    names = ["", "a", "a\0", "\0", "é", "a" * 300] + [f"{rng.integers(1 << 40):x}" for _ in range(5000)]
+    names = ["", "a", "a\0", "\0", "é", "a" * 300] + [
+        f"{rng.integers(1 << 40):x}" for _ in range(5000)
+    ]
     ids = DocumentIds()
     ids.add(pa.array(names[:7]))
     ids.add(pa.array(names, pa.large_string()).slice(7))

@@ -13,7 +13,9 @@ def test_listed_names_and_all_others():
 
 
 def test_every_listed_name_has_one_task_and_the_source_is_kept():
-    listed = json.loads((Path(ml_embed.__file__).parent / "data" / "dataset_tasks.json").read_text())
+    listed = json.loads(
+        (Path(ml_embed.__file__).parent / "data" / "dataset_tasks.json").read_text()
+    )
     assert "2603.19223" in listed.pop("about")
     assert listed.keys() <= set(TASKS)
     names = [name for task in listed for name in listed[task]]

@@ -1,4 +1,5 @@
-"""Training on a teacher's vectors that were computed beforehand: the same as with the teacher beside it, or refused."""
+"""Training on a teacher's vectors that were computed beforehand: the same as with the teacher
+beside it, or refused."""
 
 import json
 import shutil
@@ -35,7 +36,13 @@ def write_teacher(folder, tokenizer, hidden: int):
     backbone = random_model(hidden, 3, seed=hidden)
     config = backbone.config
     encoder = MatryoshkaEncoder(backbone, (3,))
-    save_model_folder(folder, encoder.state_dict(), config, tokenizer, ModelRecord((3,), (hidden,), (), 0.05, UNCUT))
+    save_model_folder(
+        folder,
+        encoder.state_dict(),
+        config,
+        tokenizer,
+        ModelRecord((3,), (hidden,), (), 0.05, UNCUT),
+    )
     return folder
 
 
@@ -44,13 +51,16 @@ def own(world, tmp_path_factory):
     """(a teacher of ours with the data's tokenizer, its vectors in float32)"""
     folder = tmp_path_factory.mktemp("own")
     model = write_teacher(folder / "model", AutoTokenizer.from_pretrained(world.backbone), 80)
-    embed_teacher(load_text_model(model, "cpu"), teacher_options(world, folder / "vectors"), progress=False)
+    embed_teacher(
+        load_text_model(model, "cpu"), teacher_options(world, folder / "vectors"), progress=False
+    )
     return model, folder / "vectors"
 
 
 @pytest.fixture(scope="module")
 def stranger(world, tmp_path_factory):
-    """Vectors of a sentence-transformers model with another tokenizer, and narrower than the student."""
+    """Vectors of a sentence-transformers model with another tokenizer, and narrower than the
+    student."""
     pytest.importorskip("sentence_transformers")
     folder = tmp_path_factory.mktemp("stranger")
     model = write_teacher(folder / "model", make_tokenizer(), 48)
@@ -62,33 +72,67 @@ def stranger(world, tmp_path_factory):
 
 @pytest.mark.parametrize("kd_loss", ["vectors", "similarity"])
 def test_losses_are_those_of_the_live_teacher(world, own, tmp_path, kd_loss):
-    """All tasks and axes, over several steps. Of the student's exits, "vectors" teaches the one the teacher has."""
+    """All tasks and axes, over several steps. Of the student's exits, "vectors" teaches the one the
+    teacher has."""
     lines = {}
-    for name, teacher in (("live", {"teacher_model_path": own[0]}), ("before", {"teacher_vectors_path": own[1]})):
+    for name, teacher in (
+        ("live", {"teacher_model_path": own[0]}),
+        ("before", {"teacher_vectors_path": own[1]}),
+    ):
         changes = {key: str(path) for key, path in teacher.items()}
-        settings = {"train_steps": 6, "max_seq_length": UNCUT, "validation_steps": 0, "kd_weight": 3.0}
+        settings = {
+            "train_steps": 6,
+            "max_seq_length": UNCUT,
+            "validation_steps": 0,
+            "kd_weight": 3.0,
+        }
         code, lines[name] = train(world, tmp_path, name, kd_loss=kd_loss, **settings, **changes)
         assert code == 0
     for live, before in zip(lines["live"], lines["before"], strict=True):
         assert live.keys() == before.keys()
         for key in live.keys() & {"loss", "distillation_loss", "grad_norm"}:
             assert before[key] == pytest.approx(live[key], rel=1e-5), key
-    assert all(line["distillation_loss"] > 1e-3 for line in lines["before"] if line["split"] == "train")
-    seen = {key.split("/")[0] for line in lines["before"] for key in line if "training_loss_hard" in key}
+    assert all(
+        line["distillation_loss"] > 1e-3 for line in lines["before"] if line["split"] == "train"
+    )
+    seen = {
+        key.split("/")[0] for line in lines["before"] for key in line if "training_loss_hard" in key
+    }
     assert seen >= set(TASKS)
 
 
 def test_another_tokenizer_and_width_teach(world, stranger, tmp_path):
-    """The student's cosines come nearer to the teacher's; chunks change nothing; the folder is only read."""
+    """The student's cosines come nearer to the teacher's; chunks change nothing; the folder is only
+    read."""
     before = {path.name: path.read_bytes() for path in stranger.iterdir()}
-    changes = {"teacher_vectors_path": str(stranger), "kd_loss": "similarity", "validation_steps": 0}
-    _, lines = train(world, tmp_path, train_steps=24, log_interval=6, learning_rate=3e-3, kd_weight=100.0, **changes)
+    changes = {
+        "teacher_vectors_path": str(stranger),
+        "kd_loss": "similarity",
+        "validation_steps": 0,
+    }
+    _, lines = train(
+        world,
+        tmp_path,
+        train_steps=24,
+        log_interval=6,
+        learning_rate=3e-3,
+        kd_weight=100.0,
+        **changes,
+    )
     losses = [line["distillation_loss"] for line in lines if line["split"] == "train"]
     assert losses[-1] < 0.5 * losses[0]
     assert {path.name: path.read_bytes() for path in stranger.iterdir()} == before
     weights = []
     for name, budget in (("whole", 0), ("chunks", 64)):
-        train(world, tmp_path, name, max_tokens_per_forward=budget, train_steps=3, learning_rate=1e-4, **changes)
+        train(
+            world,
+            tmp_path,
+            name,
+            max_tokens_per_forward=budget,
+            train_steps=3,
+            learning_rate=1e-4,
+            **changes,
+        )
         weights.append(load_file(tmp_path / name / "resume" / "step_3" / "model.safetensors"))
     for parameter, whole in weights[0].items():
         assert (whole - weights[1][parameter]).abs().max() < 2e-5, parameter
@@ -99,14 +143,21 @@ def test_a_continued_run_is_bit_equal_wherever_the_vectors_lie_and_only_with_the
 ):
     folder = tmp_path / "vectors"
     shutil.copytree(own[1], folder)
-    settings = {"teacher_vectors_path": str(folder), "kd_loss": "similarity", "checkpointing_steps": 2}
+    settings = {
+        "teacher_vectors_path": str(folder),
+        "kd_loss": "similarity",
+        "checkpointing_steps": 2,
+    }
     train(world, tmp_path, **settings)
     whole = (tmp_path / "run" / "resume" / "step_4" / "model.safetensors").read_bytes()
     for path in tmp_path.glob("run/**/step_4"):
         shutil.rmtree(path)
     folder.rename(tmp_path / "moved")
     code, _ = train(
-        world, tmp_path, arguments=["--resume", "auto"], **settings | {"teacher_vectors_path": str(stranger)}
+        world,
+        tmp_path,
+        arguments=["--resume", "auto"],
+        **settings | {"teacher_vectors_path": str(stranger)},
     )
     assert code == 2
     assert "  - teacher_vectors_path: " in capsys.readouterr().err
@@ -129,16 +180,22 @@ def test_a_batch_has_the_vectors_of_its_texts_by_role(world, own, name, processe
     live = load_text_model(own[0], "cpu")
     rows = np.array([5, 3, 8, 0, 11])
     for process in range(processes):
-        builder = BatchBuilder(0, UNCUT, eos, mask_false_negatives=True, process=process, processes=processes)
+        builder = BatchBuilder(
+            0, UNCUT, eos, mask_false_negatives=True, process=process, processes=processes
+        )
         batch = builder.build(dataset, plan, rows, epoch=0)
         found = teacher.of_batch(batch, builder.own_rows(rows))
         texts = [ids.tolist() for ids in batch.texts.input_ids.split(batch.texts.packed.lengths)]
-        decoded = AutoTokenizer.from_pretrained(world.backbone).batch_decode([text[:-1] for text in texts])
+        decoded = AutoTokenizer.from_pretrained(world.backbone).batch_decode(
+            [text[:-1] for text in texts]
+        )
         expected = torch.from_numpy(live.encode(decoded, normalize=False))
         torch.testing.assert_close(found.query[0], expected[batch.query], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(found.passage[0], expected[batch.passage], rtol=1e-5, atol=1e-5)
         used = batch.negative_documents >= 0
-        torch.testing.assert_close(found.negatives[0][used], expected[batch.negatives][used], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            found.negatives[0][used], expected[batch.negatives][used], rtol=1e-5, atol=1e-5
+        )
         assert found.negatives.shape == (1, *batch.negatives.shape, 80)
         assert found.negatives.isfinite().all()
 
@@ -170,7 +227,9 @@ def test_vectors_of_other_data_are_refused_all_at_once(world, tmp_path, capsys):
     assert "dataset 'sentiment' is not there" in errors
 
 
-def test_teachers_whose_vectors_cannot_be_learned_are_told_of_similarities(world, stranger, tmp_path, capsys):
+def test_teachers_whose_vectors_cannot_be_learned_are_told_of_similarities(
+    world, stranger, tmp_path, capsys
+):
     errors = refused(world, tmp_path, capsys, stranger)
     assert '48 components, fewer than the student\'s 64; set kd_loss to "similarity"' in errors
 
@@ -190,14 +249,24 @@ def test_teachers_whose_vectors_cannot_be_learned_are_told_of_similarities(world
     [
         (lambda folder: (folder / RECORD).unlink(), "holds no teacher.json"),
         (lambda folder: (folder / RECORD).write_text("{"), "is damaged or of another version"),
-        (lambda folder: (folder / RECORD).write_text('{"format_version": 99}'), "format version 99"),
+        (
+            lambda folder: (folder / RECORD).write_text('{"format_version": 99}'),
+            "format version 99",
+        ),
         (
             lambda folder: (folder / RECORD).write_text('{"format_version": 1}'),
-            "by an earlier version, which did not compare every token of the texts; run scripts/embed_teacher.py again",
+            "by an earlier version, which did not compare every token of the texts; run "
+            "scripts/embed_teacher.py again",
         ),
         (lambda folder: next(folder.glob("queries-*")).unlink(), "is missing"),
-        (lambda folder: next(folder.glob("documents-*")).write_bytes(b"half"), "does not have the size of"),
-        (lambda folder: flip_last_byte(next(folder.glob("documents-*"))), "is damaged; run scripts/embed_teacher.py"),
+        (
+            lambda folder: next(folder.glob("documents-*")).write_bytes(b"half"),
+            "does not have the size of",
+        ),
+        (
+            lambda folder: flip_last_byte(next(folder.glob("documents-*"))),
+            "is damaged; run scripts/embed_teacher.py",
+        ),
         (shutil.rmtree, "holds no teacher.json"),
     ],
 )

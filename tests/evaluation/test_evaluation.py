@@ -12,7 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers.scripts import load_script
-from helpers.tiny_models import DIMS, EXITS, RANKS, TEXTS, make_tokenizer, random_backbone, write_model
+from helpers.tiny_models import (
+    DIMS,
+    EXITS,
+    RANKS,
+    TEXTS,
+    make_tokenizer,
+    random_backbone,
+    write_model,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import naive_metrics
@@ -21,14 +29,22 @@ from ml_embed import Embedder
 from ml_embed.errors import UserError
 from ml_embed.evaluation.cube import evaluate_baseline, evaluate_cube
 from ml_embed.evaluation.data import read_test_sets
-from ml_embed.evaluation.metrics import METRICS, chance_metrics, metrics_of_ranks, ranks_of_positives, ranks_of_scores
+from ml_embed.evaluation.metrics import (
+    METRICS,
+    chance_metrics,
+    metrics_of_ranks,
+    ranks_of_positives,
+    ranks_of_scores,
+)
 from ml_embed.reports.plots import plot_cube
 from ml_embed.reports.tables import MEANING, cube_tables
 from ml_embed.reports.tables import test_set_table as table_of_test_sets
 
 
 def unit(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.nn.functional.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+    return torch.nn.functional.normalize(
+        torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1
+    )
 
 
 @settings(max_examples=50, deadline=None)
@@ -74,7 +90,9 @@ def test_chunks_do_not_change_ranks(chunk):
 def test_excluded_pairs_do_not_compete():
     queries, documents = unit(5, 8), unit(30, 8, seed=1)
     positive = torch.tensor([3, 4, 5, 6, 7])
-    pairs = torch.tensor([(q, d) for q in range(5) for d in range(0, 30, 1 + q) if d != positive[q]])
+    pairs = torch.tensor(
+        [(q, d) for q in range(5) for d in range(0, 30, 1 + q) if d != positive[q]]
+    )
     scores = queries @ documents.T
     scores[pairs[:, 0], pairs[:, 1]] = -torch.inf
     expected = ranks_of_scores(scores, positive)
@@ -95,9 +113,19 @@ def test_no_queries_give_nan():
 
 
 ROWS = [
-    {"split": "seen", "query": TEXTS[0], "passage": TEXTS[1], "candidates": [TEXTS[3], TEXTS[1], TEXTS[4]]},
+    {
+        "split": "seen",
+        "query": TEXTS[0],
+        "passage": TEXTS[1],
+        "candidates": [TEXTS[3], TEXTS[1], TEXTS[4]],
+    },
     {"split": "unseen", "query": TEXTS[3], "passage": TEXTS[0], "candidates": [TEXTS[0], TEXTS[5]]},
-    {"split": "seen", "query": TEXTS[5], "passage": TEXTS[3], "candidates": [TEXTS[1], TEXTS[3], TEXTS[3]]},
+    {
+        "split": "seen",
+        "query": TEXTS[5],
+        "passage": TEXTS[3],
+        "candidates": [TEXTS[1], TEXTS[3], TEXTS[3]],
+    },
     {"split": "seen", "query": TEXTS[4], "passage": TEXTS[6], "candidates": [*TEXTS[:4], TEXTS[6]]},
 ]
 
@@ -129,9 +157,15 @@ def test_every_cell_is_what_the_cut_model_achieves(folders, sharing):
             candidates = sorted(set(case["candidates"]))
             scores.append((model.encode(candidates) @ model.encode(case["query"])[0]).tolist())
             positive.append(candidates.index(case["passage"]))
-        assert {name: row[name] for name in ("recall@1", "mrr@10", "ndcg@10")} == naive_metrics(scores, positive)
+        assert {name: row[name] for name in ("recall@1", "mrr@10", "ndcg@10")} == naive_metrics(
+            scores, positive
+        )
         assert row["parameters"] == model.num_parameters
-        assert (row["bytes_per_vector"], row["trained"], row["queries"]) == (4 * model.dim, True, len(cases))
+        assert (row["bytes_per_vector"], row["trained"], row["queries"]) == (
+            4 * model.dim,
+            True,
+            len(cases),
+        )
     assert len({row["mrr@10"] for row in result["rows"]}) > 3, "the cuts make no difference"
     seen = next(row for row in result["rows"] if row["split"] == "seen")
     assert seen["chance"]["recall@1"] == pytest.approx((1 / 3 + 1 / 2 + 1 / 5) / 3)
@@ -176,13 +210,19 @@ def test_a_plain_baseline_is_read_at_the_same_depths(folders):
     table = table_of_test_sets(result, baseline, "recall@1").splitlines()
     assert table[-1].split()[0] == "mean"
     assert [float(value) for value in table[-1].split()[1:]] == pytest.approx(
-        [np.mean([row[key] for row in table_rows]) for table_rows, key in _columns(result, baseline)], abs=6e-4
+        [
+            np.mean([row[key] for row in table_rows])
+            for table_rows, key in _columns(result, baseline)
+        ],
+        abs=6e-4,
     )
     assert "rank 16" in cube_tables(result, "mrr@10")
 
 
 def _columns(result, baseline):
-    whole = [row for row in result["rows"] if (row["rank"], row["depth"], row["dim"]) == (32, 3, 64)]
+    whole = [
+        row for row in result["rows"] if (row["rank"], row["depth"], row["dim"]) == (32, 3, 64)
+    ]
     before = [row for row in baseline["rows"] if (row["depth"], row["dim"]) == (3, 64)]
     return ([row["chance"] for row in whole], "recall@1"), (before, "recall@1"), (whole, "recall@1")
 
@@ -191,8 +231,12 @@ def test_sizes_the_model_does_not_have(folders):
     with pytest.raises(UserError, match="depth 4 is not possible"):
         evaluate_cube(folders / "shared", folders / "candidates", depths=[1, 4])
     sizes = [[np.int64(value)] for value in (8, 2, 24)]
-    numpy = evaluate_cube(folders / "shared", folders / "candidates", *sizes, device="cpu", progress=False)
-    result = evaluate_cube(folders / "shared", folders / "candidates", [8], [2], [24], device="cpu", progress=False)
+    numpy = evaluate_cube(
+        folders / "shared", folders / "candidates", *sizes, device="cpu", progress=False
+    )
+    result = evaluate_cube(
+        folders / "shared", folders / "candidates", [8], [2], [24], device="cpu", progress=False
+    )
     assert [row["trained"] for row in result["rows"]] == [False, False]
     assert json.loads(json.dumps(numpy)) == result
 
@@ -213,8 +257,20 @@ def test_bad_candidates_are_named(tmp_path, change, message):
 
 def test_the_script_writes_numbers_and_a_picture(folders, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    flags = ["--model", folders / "shared", "--baseline", folders / "plain", "--data", folders / "candidates"]
-    assert load_script("evaluate").main([*map(str, flags), "--output", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    flags = [
+        "--model",
+        folders / "shared",
+        "--baseline",
+        folders / "plain",
+        "--data",
+        folders / "candidates",
+    ]
+    assert (
+        load_script("evaluate").main(
+            [*map(str, flags), "--output", str(tmp_path / "out"), "--device", "cpu"]
+        )
+        == 0
+    )
     written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert written["model"]["rows"]
     assert written["baseline"]["rows"]
@@ -224,8 +280,19 @@ def test_the_script_writes_numbers_and_a_picture(folders, tmp_path, capsys):
 
 def test_without_matplotlib_the_numbers_are_still_written(folders, tmp_path, capsys, monkeypatch):
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
-    flags = ["--model", folders / "shared", "--data", folders / "candidates", "--output", tmp_path, "--dims", 8]
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name)
+    )
+    flags = [
+        "--model",
+        folders / "shared",
+        "--data",
+        folders / "candidates",
+        "--output",
+        tmp_path,
+        "--dims",
+        8,
+    ]
     assert load_script("evaluate").main([*map(str, flags), "--device", "cpu"]) == 0
     assert "ml-embed[plot]" in capsys.readouterr().out
     written = json.loads((tmp_path / "evaluation.json").read_text())
@@ -235,7 +302,16 @@ def test_without_matplotlib_the_numbers_are_still_written(folders, tmp_path, cap
 
 
 def test_no_number_is_lost_to_a_disk_that_fills_up(folders, tmp_path, capsys, monkeypatch):
-    flags = ["--model", folders / "shared", "--data", folders / "candidates", "--output", tmp_path, "--dims", 8]
+    flags = [
+        "--model",
+        folders / "shared",
+        "--data",
+        folders / "candidates",
+        "--output",
+        tmp_path,
+        "--dims",
+        8,
+    ]
     assert load_script("evaluate").main([*map(str, flags), "--device", "cpu"]) == 0
     written = json.loads((tmp_path / "evaluation.json").read_text())
 

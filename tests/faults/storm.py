@@ -1,9 +1,12 @@
-"""Break training runs in every way at hand, continue them, and compare what comes out with an unbroken run, to the bit.
+"""Break training runs in every way at hand, continue them, and compare what comes out with an
+unbroken run, to the bit.
 
     python tests/faults/storm.py --runs 50 --seed 0 [--processes 2] [--folder DIR]
 
-Each run meets a few faults, chosen and timed by the seed: killed at any moment, killed while a checkpoint is being
-written, told to stop, its disk full, its newest checkpoint torn or with a bit flipped. The last line is a JSON object.
+Each run meets a few faults, chosen and timed by the seed: killed at any moment, killed while a
+checkpoint is being
+written, told to stop, its disk full, its newest checkpoint torn or with a bit flipped. The last
+line is a JSON object.
 """
 
 import argparse
@@ -23,7 +26,10 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]  # when run as a script
+sys.path[:0] = [
+    str(Path(__file__).parents[1]),
+    str(Path(__file__).parents[2]),
+]  # when run as a script
 
 from helpers.tiny_runs import TIMEOUT, Inputs, Launch, metrics  # noqa: E402
 
@@ -81,7 +87,9 @@ class Storm:
         self.seconds = time.monotonic() - started
         assert self.outcome("unbroken-again") == self.expected
 
-    def start(self, name: str, main: Callable[[list[str]], int] | None = None, **environment: str) -> Launch:
+    def start(
+        self, name: str, main: Callable[[list[str]], int] | None = None, **environment: str
+    ) -> Launch:
         config = self.inputs.config(
             name,
             train_steps=STEPS,
@@ -104,19 +112,31 @@ class Storm:
         return launch.printed()
 
     def outcome(self, name: str) -> tuple[dict[str, bytes], list[dict], list[str]]:
-        """The bytes of the last state and the last model's weights, the metrics but for the clock, and all files."""
+        """The bytes of the last state and the last model's weights, the metrics but for the clock,
+        and all files."""
         run_dir = self.inputs.run_dir(name)
         last = [run_dir / "resume" / f"step_{STEPS}", run_dir / f"step_{STEPS}"]
-        files = {f"{path.parent.name}/{path.name}": path.read_bytes() for f in last for path in f.glob("*.safetensors")}
-        # A run that was told to stop also keeps the step it stopped after, in the place of an older one.
-        names = [re.sub(r"step_\d+", "step", str(path.relative_to(run_dir))) for path in run_dir.rglob("*")]
+        files = {
+            f"{path.parent.name}/{path.name}": path.read_bytes()
+            for f in last
+            for path in f.glob("*.safetensors")
+        }
+        # A run that was told to stop also keeps the step it stopped after, in the place of an older
+        # one.
+        names = [
+            re.sub(r"step_\d+", "step", str(path.relative_to(run_dir)))
+            for path in run_dir.rglob("*")
+        ]
         return files, metrics(run_dir), sorted(names)
 
     def run(self, faults: int) -> None:
-        """One run with that many faults; raises AssertionError where anything but a clean refusal or end is seen."""
+        """One run with that many faults; raises AssertionError where anything but a clean refusal
+        or end is seen."""
         name = f"broken-{self.seed}-{self.runs}"
         met = 0
-        for _ in range(3 * faults):  # a fault that comes before the first step or after the last one is none
+        for _ in range(
+            3 * faults
+        ):  # a fault that comes before the first step or after the last one is none
             kind = self._kinds[self.random.integers(len(self._kinds))]
             if met < faults and (injected := kind(name)):
                 self.faults[injected] += 1
@@ -129,7 +149,11 @@ class Storm:
             self.bit_equal += 1
             shutil.rmtree(self.inputs.run_dir(name))
         else:
-            print(f"{name} is not as the unbroken run; it is kept if --folder is given", file=sys.stderr, flush=True)
+            print(
+                f"{name} is not as the unbroken run; it is kept if --folder is given",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def killed(self, name: str) -> str | None:
         """SIGKILL to one process at any moment; the others must then end by themselves."""
@@ -147,9 +171,15 @@ class Storm:
         wait_for = self.random.integers(1, 4)  # the how-manieth folder that is begun
         run_dir, begun = self.inputs.run_dir(name), set()
         deadline = time.monotonic() + TIMEOUT
-        while launch.processes[0].is_alive() and len(begun) < wait_for and time.monotonic() < deadline:
+        while (
+            launch.processes[0].is_alive() and len(begun) < wait_for and time.monotonic() < deadline
+        ):
             if has_met(launch):  # what an earlier fault has left is cleared away by then
-                begun |= {path for folder in (run_dir, run_dir / "resume") for path in folder.glob(".step_*.partial")}
+                begun |= {
+                    path
+                    for folder in (run_dir, run_dir / "resume")
+                    for path in folder.glob(".step_*.partial")
+                }
             time.sleep(0.0005)
         time.sleep(self.random.uniform(0, 0.03))
         launch.processes[0].kill()
@@ -157,7 +187,8 @@ class Storm:
         return "killed while writing" if KILLED in codes else None
 
     def told_to_stop(self, name: str) -> str | None:
-        """SIGTERM to one process at any moment: all stop after the same step, with a code of their own."""
+        """SIGTERM to one process at any moment: all stop after the same step, with a code of their
+        own."""
         launch = self.start(name)
         self._wait_a_while()
         launch.processes[self.random.integers(self.processes)].terminate()
@@ -167,7 +198,9 @@ class Storm:
         return "told to stop" if codes[0] == STOPPED else None
 
     def disk_full(self, name: str) -> str | None:
-        launch = self.start(name, main_on_full_disk, **{FILL_VARIABLE: str(self.random.integers(0, 120))})
+        launch = self.start(
+            name, main_on_full_disk, **{FILL_VARIABLE: str(self.random.integers(0, 120))}
+        )
         codes = launch.wait()
         printed = launch.printed()
         assert set(codes) <= {0, REFUSED}, (codes, printed)
@@ -215,16 +248,31 @@ class Storm:
 
     def summary(self) -> dict:
         faults = dict(sorted(self.faults.items()))
-        return {"runs": self.runs, "faults": sum(faults.values()), "by_kind": faults, "bit_equal": self.bit_equal}
+        return {
+            "runs": self.runs,
+            "faults": sum(faults.values()),
+            "by_kind": faults,
+            "bit_equal": self.bit_equal,
+        }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=20, help="runs to break (default: 20)")
-    parser.add_argument("--faults", type=int, default=4, help="faults a run meets at most (default: 4)")
-    parser.add_argument("--seed", type=int, default=0, help="chooses faults and moments (default: 0)")
-    parser.add_argument("--processes", type=int, choices=(1, 2, 4), default=1, help="of each run (default: 1)")
-    parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder, removed at the end")
+    parser.add_argument(
+        "--faults", type=int, default=4, help="faults a run meets at most (default: 4)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="chooses faults and moments (default: 0)"
+    )
+    parser.add_argument(
+        "--processes", type=int, choices=(1, 2, 4), default=1, help="of each run (default: 1)"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="where to work; default: a temporary folder, removed at the end"
+    )
     options = parser.parse_args()
     with contextlib.ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -32,7 +32,10 @@ def full_disk(tmp_path):
     try:
         subprocess.run(command, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
-        pytest.skip("a small file system cannot be mounted here (needs root); simulated in tests/faults/storm.py")
+        pytest.skip(
+            "a small file system cannot be mounted here (needs root); simulated in "
+            "tests/faults/storm.py"
+        )
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
 
@@ -76,7 +79,9 @@ def test_what_a_link_points_to_is_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, os.strerror(errno.EIO)), KeyboardInterrupt()])
-def test_the_old_folder_is_put_back_where_the_new_one_cannot_take_its_place(tmp_path, monkeypatch, error):
+def test_the_old_folder_is_put_back_where_the_new_one_cannot_take_its_place(
+    tmp_path, monkeypatch, error
+):
     with atomic_folder(tmp_path / "target") as folder:
         (folder / "file").write_text("old")
     rename = os.rename
@@ -97,9 +102,11 @@ def test_the_old_folder_is_put_back_where_the_new_one_cannot_take_its_place(tmp_
 def kill_between_the_renames(tmp_path) -> None:
     """What SIGKILL leaves where `target`, which holds "old", was to be replaced."""
     program = (
-        "import os, pathlib, sys\nfrom ml_embed.files.atomic import atomic_folder\nrename = pathlib.Path.rename\n"
+        "import os, pathlib, sys\nfrom ml_embed.files.atomic import atomic_folder\nrename = "
+        "pathlib.Path.rename\n"
         "def rename_or_die(self, target):\n"
-        "    os._exit(9) if self.name.endswith('.partial') and pathlib.Path('.target.replaced').exists() else 0\n"
+        "    os._exit(9) if self.name.endswith('.partial') and "
+        "pathlib.Path('.target.replaced').exists() else 0\n"
         "    return rename(self, target)\n"
         "pathlib.Path.rename = rename_or_die\n"
         "for text in ('old', 'new'):\n"
@@ -107,7 +114,10 @@ def kill_between_the_renames(tmp_path) -> None:
         "        (folder / 'file').write_text(text)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    assert subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment).returncode == 9
+    assert (
+        subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment).returncode
+        == 9
+    )
     assert names(tmp_path) == [".target.partial", ".target.replaced"]
 
 
@@ -134,7 +144,9 @@ def test_a_removed_folder_is_never_half_there(tmp_path, monkeypatch):
     folder = tmp_path / "step_1"
     folder.mkdir()
     (folder / "file").write_text("text")
-    monkeypatch.setattr("shutil.rmtree", lambda *args, **kwargs: None)  # killed before anything is deleted
+    monkeypatch.setattr(
+        "shutil.rmtree", lambda *args, **kwargs: None
+    )  # killed before anything is deleted
     remove_folder(folder)
     monkeypatch.undo()
     assert names(tmp_path) == [".step_1.partial"]
@@ -145,7 +157,10 @@ def test_a_removed_folder_is_never_half_there(tmp_path, monkeypatch):
 def test_a_full_disk_leaves_the_old_folder_and_no_half_one(full_disk):
     with atomic_folder(full_disk / "target") as folder:
         (folder / "file").write_bytes(bytes(400_000))
-    with pytest.raises(UserError, match="no space left on the disk of"), atomic_folder(full_disk / "target") as folder:
+    with (
+        pytest.raises(UserError, match="no space left on the disk of"),
+        atomic_folder(full_disk / "target") as folder,
+    ):
         (folder / "file").write_bytes(bytes(800_000))
     assert names(full_disk) == ["target"]
     assert (full_disk / "target" / "file").stat().st_size == 400_000
@@ -167,14 +182,20 @@ def test_a_full_disk_under_json_and_appended_lines(full_disk):
 
 
 def test_a_failing_disk_is_a_message(tmp_path):
-    with pytest.raises(UserError, match=r"cannot be written .*Input/output"), atomic_folder(tmp_path / "target"):
+    with (
+        pytest.raises(UserError, match=r"cannot be written .*Input/output"),
+        atomic_folder(tmp_path / "target"),
+    ):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
     assert names(tmp_path) == []
 
 
 def test_a_folder_that_cannot_be_made_is_a_message(tmp_path):
     (tmp_path / "file").write_text("precious")
-    with pytest.raises(UserError, match="cannot be written"), atomic_folder(tmp_path / "file" / "target"):
+    with (
+        pytest.raises(UserError, match="cannot be written"),
+        atomic_folder(tmp_path / "file" / "target"),
+    ):
         raise AssertionError("there is no folder to fill")
 
 
@@ -191,7 +212,9 @@ def test_a_file_size_limit_cuts_no_line(tmp_path):
 
 
 def test_safetensors_reports_full_disks_as_text():
-    assert is_disk_full(RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"))
+    assert is_disk_full(
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+    )
     assert is_disk_full(RuntimeError("I/O error: Disk quota exceeded (os error 122)"))
     assert not is_disk_full(RuntimeError("Error while serializing: (os error 2)"))
 

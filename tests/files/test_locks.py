@@ -62,7 +62,10 @@ def test_where_the_system_has_no_such_call_the_run_goes_on(tmp_path, monkeypatch
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     for _ in range(2):
-        with pytest.warns(UserWarning, match="SoftFileLock"), lock_folder(tmp_path / "lock", "mining into") as lock:
+        with (
+            pytest.warns(UserWarning, match="SoftFileLock"),
+            lock_folder(tmp_path / "lock", "mining into") as lock,
+        ):
             assert lock.is_locked
 
 
@@ -70,14 +73,19 @@ def test_other_errors_are_not_taken_for_missing_locks(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError):
         take_lock(tmp_path / "file" / "lock")
-    with pytest.raises(UserError, match=r"output_dir: .* cannot be written"), sole_launch(tmp_path / "file" / "run"):
+    with (
+        pytest.raises(UserError, match=r"output_dir: .* cannot be written"),
+        sole_launch(tmp_path / "file" / "run"),
+    ):
         pass
 
 
 def test_data_is_converted_without_locks_and_another_process_is_left_alone(no_locks, tmp_path):
     ids = pa.array([[5, 6, 1]], pa.list_(pa.int64()))
     pq.write_table(pa.table({"doc_id": ["d"], "input_ids": ids}), tmp_path / "corpus.parquet")
-    pq.write_table(pa.table({"query_input_ids": ids, "passage_input_ids": ["d"]}), tmp_path / "x_query.parquet")
+    pq.write_table(
+        pa.table({"query_input_ids": ids, "passage_input_ids": ["d"]}), tmp_path / "x_query.parquet"
+    )
     store = open_store(tmp_path, tmp_path / "cache", progress=False)
     np.testing.assert_array_equal(store.datasets["x"].query(0), [5, 6, 1])
     of_another = store.folder.with_name(f"{store.folder.name}.partial-of_another")

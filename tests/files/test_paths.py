@@ -1,4 +1,5 @@
-"""What users give as paths: home folders, hub names, runs in place of models, places that cannot be written."""
+"""What users give as paths: home folders, hub names, runs in place of models, places that cannot be
+written."""
 
 import json
 import re
@@ -11,7 +12,13 @@ from helpers.scripts import load_script
 import tokenize_data_qwen
 from ml_embed import Embedder
 from ml_embed.errors import UserError, one_line
-from ml_embed.files.paths import check_model_output, check_writable, expand_home, home_path, is_hub_name
+from ml_embed.files.paths import (
+    check_model_output,
+    check_writable,
+    expand_home,
+    home_path,
+    is_hub_name,
+)
 from ml_embed.inference.text_models import load_text_model
 from ml_embed.model_folders.export import export_model
 from ml_embed.model_folders.model_folder import load_config, load_encoder
@@ -27,7 +34,9 @@ def test_home_is_expanded_and_nothing_else_is_changed(monkeypatch):
 
 def test_home_in_flags_that_a_shell_does_not_expand(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ada")
-    options = tokenize_data_qwen.parse_arguments(["--tokenizer=x", "--input=x", "--output=~/out", "--config=~/c.json"])
+    options = tokenize_data_qwen.parse_arguments(
+        ["--tokenizer=x", "--input=x", "--output=~/out", "--config=~/c.json"]
+    )
     assert (options.output, options.config) == (Path("/home/ada/out"), Path("/home/ada/c.json"))
     for script in (ROOT / "scripts").glob("[!b]*.py"):
         assert "type=Path" not in script.read_text(encoding="utf-8"), script
@@ -37,7 +46,18 @@ def test_hub_names_are_told_from_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "here").mkdir(parents=True)
     assert all(map(is_hub_name, ["Qwen/Qwen3-0.6B", "gpt2", "models/elsewhere"]))
-    paths = ["/nowhere/x", "./x", "../x", ".x", "~/x", "a/b/c", "name/", "models/here", "models", tmp_path]
+    paths = [
+        "/nowhere/x",
+        "./x",
+        "../x",
+        ".x",
+        "~/x",
+        "a/b/c",
+        "name/",
+        "models/here",
+        "models",
+        tmp_path,
+    ]
     assert not any(map(is_hub_name, paths))
 
 
@@ -47,19 +67,28 @@ def offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
-@pytest.mark.parametrize("read", [load_config, load_encoder, load_text_model, Embedder.from_pretrained])
+@pytest.mark.parametrize(
+    "read", [load_config, load_encoder, load_text_model, Embedder.from_pretrained]
+)
 def test_a_path_that_is_missing_is_not_looked_for_on_the_hub(read, tmp_path, monkeypatch, offline):
     monkeypatch.chdir(tmp_path)
-    missing = ["./missing", "models/"] if read is load_encoder else ["./missing", Path("./missing"), Path("a/b")]
+    missing = (
+        ["./missing", "models/"]
+        if read is load_encoder
+        else ["./missing", Path("./missing"), Path("a/b")]
+    )
     for given in missing:
         with pytest.raises(UserError, match=f"model folder {given} does not exist"):
             read(given)
 
 
 @pytest.mark.parametrize(
-    "command", ["export_model.py --output new --checkpoint", "prune_backbone.py --output new --model"]
+    "command",
+    ["export_model.py --output new --checkpoint", "prune_backbone.py --output new --model"],
 )
-def test_scripts_do_not_take_a_missing_path_for_a_hub_name(command, tmp_path, monkeypatch, capsys, offline):
+def test_scripts_do_not_take_a_missing_path_for_a_hub_name(
+    command, tmp_path, monkeypatch, capsys, offline
+):
     monkeypatch.chdir(tmp_path)
     name, *flags = command.split()
     assert load_script(name.removesuffix(".py")).main([*flags, "./missing"]) == 2

@@ -1,4 +1,5 @@
-"""What several test modules share: tiny models, tiny data, tiny runs, and the scripts as modules."""
+"""What several test modules share: tiny models, tiny data, tiny runs, and the scripts as
+modules."""
 
 from pathlib import Path
 

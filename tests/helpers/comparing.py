@@ -8,9 +8,25 @@ MARGIN = {"false_negative_margin": 0.05}
 CASES = {
     "everything": {"valid_fraction": 0.3} | GRID | MARGIN,
     "in_chunks": {"valid_fraction": 0.3} | GRID | MARGIN | {"max_tokens_per_forward": 40},
-    "teacher": {"teacher": True, "kd_weight": 0.5, "mll_norm": "per_layer", "mask_false_negatives": False},
-    "similar": {"teacher_vectors": True, "kd_loss": "similarity", "kd_weight": 5.0, "max_tokens_per_forward": 40},
-    "no_negatives": {"num_hard_neg": 0, "num_hard_neg_clustering": 0, "use_mel": False, "mel_ranks": None, "r": 0},
+    "teacher": {
+        "teacher": True,
+        "kd_weight": 0.5,
+        "mll_norm": "per_layer",
+        "mask_false_negatives": False,
+    },
+    "similar": {
+        "teacher_vectors": True,
+        "kd_loss": "similarity",
+        "kd_weight": 5.0,
+        "max_tokens_per_forward": 40,
+    },
+    "no_negatives": {
+        "num_hard_neg": 0,
+        "num_hard_neg_clustering": 0,
+        "use_mel": False,
+        "mel_ranks": None,
+        "r": 0,
+    },
 }
 GLOBAL_BATCH = 4
 
@@ -23,7 +39,11 @@ def assert_same_metrics(left: list[dict], right: list[dict], relative: float = 1
             assert one[key] == pytest.approx(other[key], rel=relative, abs=1e-7), (key, one["step"])
 
 
-def assert_same_tensors(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], atol: float = 1e-5) -> None:
+def assert_same_tensors(
+    left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], atol: float = 1e-5
+) -> None:
     assert left.keys() == right.keys()
     for name, tensor in left.items():
-        torch.testing.assert_close(tensor, right[name], atol=atol, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            tensor, right[name], atol=atol, rtol=0, msg=lambda m, name=name: f"{name}: {m}"
+        )

@@ -6,7 +6,9 @@ from ml_embed.data.packing import PackedSequences
 
 
 def encode(encoder, sequences, rank=None):
-    return encoder(torch.cat(sequences), PackedSequences.from_lengths([len(ids) for ids in sequences]), rank)
+    return encoder(
+        torch.cat(sequences), PackedSequences.from_lengths([len(ids) for ids in sequences]), rank
+    )
 
 
 def random_loss(vectors):

@@ -22,11 +22,14 @@ def run_sharded(arguments: list[str]) -> int:
 
 
 def shard_on_cpu() -> None:
-    """Make accelerate shard as configs/accelerate_fsdp2.yaml says: left alone, it knows FSDP on GPUs only.
+    """Make accelerate shard as configs/accelerate_fsdp2.yaml says: left alone, it knows FSDP on
+    GPUs only.
 
     All that comes after this choice is accelerate's own code, and torch's, over gloo.
     """
-    settings = yaml.safe_load((ROOT / "configs" / "accelerate_fsdp2.yaml").read_text())["fsdp_config"]
+    settings = yaml.safe_load((ROOT / "configs" / "accelerate_fsdp2.yaml").read_text())[
+        "fsdp_config"
+    ]
     make = run_accelerator.make_accelerator
 
     def make_sharded(config) -> Accelerator:

@@ -1,4 +1,5 @@
-"""Tiny random model folders, and a naive way to compute their vectors: shared by tests of what reads such folders."""
+"""Tiny random model folders, and a naive way to compute their vectors: shared by tests of what
+reads such folders."""
 
 from pathlib import Path
 
@@ -52,20 +53,32 @@ def random_backbone(tokenizer) -> Qwen3Model:
     return Qwen3Model(config).float()
 
 
-def write_model(folder: Path, tokenizer, norm_sharing: str = "shared", factorized: bool = True) -> Path:
+def write_model(
+    folder: Path, tokenizer, norm_sharing: str = "shared", factorized: bool = True
+) -> Path:
     backbone = random_backbone(tokenizer)
     config = backbone.config
     factors = factorize_table(backbone.embed_tokens.weight.data, RANK) if factorized else None
     encoder = MatryoshkaEncoder(backbone, EXITS, factors, norm_sharing)
     for scale, norm in enumerate(encoder.norms, start=1):
         torch.nn.init.uniform_(norm.weight, 0.1 * scale, 2.0)
-    record = ModelRecord(EXITS, DIMS, RANKS if factorized else (), 0.05, MAX_SEQ_LENGTH, norm_sharing, prompts=PROMPTS)
+    record = ModelRecord(
+        EXITS,
+        DIMS,
+        RANKS if factorized else (),
+        0.05,
+        MAX_SEQ_LENGTH,
+        norm_sharing,
+        prompts=PROMPTS,
+    )
     save_model_folder(folder, encoder.state_dict(), config, tokenizer, record)
     return folder
 
 
 @torch.no_grad()
-def naive(folder: Path, texts: list[str], depth: int = LAYERS, dim: int = HIDDEN, rank: int = RANK) -> np.ndarray:
+def naive(
+    folder: Path, texts: list[str], depth: int = LAYERS, dim: int = HIDDEN, rank: int = RANK
+) -> np.ndarray:
     """transformers' model and the saved tokenizer, one text at a time."""
     model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)

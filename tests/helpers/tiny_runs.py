@@ -1,7 +1,9 @@
-"""Whole training runs on tiny inputs, in one or many processes: shared by the tests of distribution and resumption.
+"""Whole training runs on tiny inputs, in one or many processes: shared by the tests of distribution
+and resumption.
 
-Processes come from a fork server that has imported everything once, so a run of four processes starts in a second.
-Each runs `run.py`'s own main with the environment that a launcher would give it.
+Processes come from a fork server that has imported everything once, so a run of four processes
+starts in a second. Each runs `run.py`'s own main with the environment that a launcher would give
+it.
 """
 
 import functools
@@ -26,7 +28,13 @@ from safetensors.torch import load_file
 from helpers import ROOT
 from helpers.tiny_models import make_tokenizer, random_backbone
 from ml_embed.files.atomic import write_checksums, write_json
-from ml_embed.prepare.token_files import CORPUS_SCHEMA, QUERY_SCHEMA, TokenFile, list_array, text_array
+from ml_embed.prepare.token_files import (
+    CORPUS_SCHEMA,
+    QUERY_SCHEMA,
+    TokenFile,
+    list_array,
+    text_array,
+)
 from ml_embed.prepare.tokenizer import fingerprint
 
 STEPS = 9
@@ -55,7 +63,8 @@ def write_backbone(folder: Path, seed: int = 0) -> Path:
 
 
 def write_tokenized(folder: Path, tokenizer, datasets: Mapping[str, tuple] = DATASETS) -> Path:
-    """Random token ids in the layout of tokenize_data_qwen.py; documents repeat within a dataset."""
+    """Random token ids in the layout of tokenize_data_qwen.py; documents repeat within a
+    dataset."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
 
@@ -65,7 +74,10 @@ def write_tokenized(folder: Path, tokenizer, datasets: Mapping[str, tuple] = DAT
 
     described = {}
     for name, (_, rows, documents, (fewest, most)) in datasets.items():
-        negatives = [generator.integers(0, documents, generator.integers(fewest, most + 1)) for _ in range(rows)]
+        negatives = [
+            generator.integers(0, documents, generator.integers(fewest, most + 1))
+            for _ in range(rows)
+        ]
         queries = TokenFile(folder / f"{name}_query.parquet", QUERY_SCHEMA)
         flat = np.concatenate([*negatives, np.empty(0, np.int64)]).astype(np.int64)
         columns = [
@@ -79,8 +91,15 @@ def write_tokenized(folder: Path, tokenizer, datasets: Mapping[str, tuple] = DAT
         corpus.write([text_array([text() for _ in range(documents)])])
         corpus.commit()
         described[name] = {"rows": rows, "documents": documents}
-    manifest = {"format_version": 1, "eos_id": tokenizer.eos_token_id, "vocab_size": 448, "datasets": described}
-    write_json(folder / "manifest.json", manifest | {"tokenizer_fingerprint": fingerprint(tokenizer)})
+    manifest = {
+        "format_version": 1,
+        "eos_id": tokenizer.eos_token_id,
+        "vocab_size": 448,
+        "datasets": described,
+    }
+    write_json(
+        folder / "manifest.json", manifest | {"tokenizer_fingerprint": fingerprint(tokenizer)}
+    )
     return folder
 
 
@@ -99,7 +118,8 @@ class Inputs:
         return cls(folder)
 
     def config(self, name: str, **changes: Any) -> Path:
-        """Write a config for the run `name`: all three nestings, every task, a log line for each step."""
+        """Write a config for the run `name`: all three nestings, every task, a log line for each
+        step."""
         config = {
             "model_path": str(self.folder / "backbone"),
             "experiment_id": name,
@@ -154,7 +174,10 @@ def fork_server():
 
 
 def _child(
-    main: Callable[..., int] | None, arguments: Sequence[str], environment: dict[str, str], output: Path
+    main: Callable[..., int] | None,
+    arguments: Sequence[str],
+    environment: dict[str, str],
+    output: Path,
 ) -> None:
     os.environ.update(environment)
     with output.open("wb") as file:
@@ -178,9 +201,14 @@ class Launch:
         main: Callable[..., int] | None = None,
         environment: Mapping[str, str] | None = None,
     ):
-        """`main` (a module's function) takes the place of run.py's; `output` is a folder for what processes print."""
+        """`main` (a module's function) takes the place of run.py's; `output` is a folder for what
+        processes print."""
         output.mkdir(parents=True, exist_ok=True)
-        shared = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}
+        shared = {
+            "ACCELERATE_USE_CPU": "true",
+            "OMP_NUM_THREADS": "1",
+            "ACCELERATE_MIXED_PRECISION": "no",
+        }
         if processes > 1:
             shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
             shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
@@ -222,15 +250,30 @@ def run_each(configs: list[str]) -> int:
     codes = []
     for config in configs:
         codes.append(main(["--config", config]))
-        AcceleratorState._reset_state(reset_partial_state=True)  # the next run makes a process group of its own
+        AcceleratorState._reset_state(
+            reset_partial_state=True
+        )  # the next run makes a process group of its own
         if "MASTER_PORT" in os.environ:
             os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
     return max(codes)
 
 
-def run(inputs: Inputs, config: Path, *arguments: Any, processes: int = 1, expected: int = 0, **options: Any) -> str:
-    """One run to its end; checks that every process ends in `expected` and returns what they printed."""
-    launch = Launch(inputs.folder / "printed" / config.stem, ["--config", config, *arguments], processes, **options)
+def run(
+    inputs: Inputs,
+    config: Path,
+    *arguments: Any,
+    processes: int = 1,
+    expected: int = 0,
+    **options: Any,
+) -> str:
+    """One run to its end; checks that every process ends in `expected` and returns what they
+    printed."""
+    launch = Launch(
+        inputs.folder / "printed" / config.stem,
+        ["--config", config, *arguments],
+        processes,
+        **options,
+    )
     codes = launch.wait()
     assert codes == [expected] * processes, (codes, launch.printed())
     return launch.printed()
@@ -239,12 +282,17 @@ def run(inputs: Inputs, config: Path, *arguments: Any, processes: int = 1, expec
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("time", "seconds", "tokens_per_second")} for line in lines]
+    return [
+        {k: v for k, v in line.items() if k not in ("time", "seconds", "tokens_per_second")}
+        for line in lines
+    ]
 
 
 def final_state(run_dir: Path, file: str = "model.safetensors") -> dict[str, torch.Tensor]:
     """The tensors of the newest resume state."""
-    newest = max((run_dir / "resume").glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
+    newest = max(
+        (run_dir / "resume").glob("step_*"), key=lambda path: int(path.name.removeprefix("step_"))
+    )
     return load_file(newest / file)
 
 
@@ -259,17 +307,27 @@ def rewrite_state(state: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def config_of(inputs, name: str, **changes):
-    settings = {"train_batch_size": 4, "train_steps": STEPS, "checkpointing_steps": 3, "mrl_dims": [32]}
+    settings = {
+        "train_batch_size": 4,
+        "train_steps": STEPS,
+        "checkpointing_steps": 3,
+        "mrl_dims": [32],
+    }
     return inputs.config(name, **settings | changes)
 
 
 def final_bytes(run_dir, steps: int = STEPS) -> dict[str, bytes]:
     folders = [run_dir / f"step_{steps}", run_dir / "resume" / f"step_{steps}"]
-    return {str(p.relative_to(run_dir)): p.read_bytes() for f in folders for p in f.rglob("*.safetensors")}
+    return {
+        str(p.relative_to(run_dir)): p.read_bytes()
+        for f in folders
+        for p in f.rglob("*.safetensors")
+    }
 
 
 def wait_for_lines(path: Path, count: int, launch: Launch | Path, seconds: float = 60) -> None:
-    """Until metrics.jsonl has so many lines; `launch` or the file of its output is shown if it never has."""
+    """Until metrics.jsonl has so many lines; `launch` or the file of its output is shown if it
+    never has."""
     deadline = time.monotonic() + seconds
     while not path.exists() or path.read_text().count("\n") < count:
         assert time.monotonic() < deadline, printed_by(launch)

@@ -15,7 +15,19 @@ from ml_embed.prepare.tokenizer_training import train_tokenizer
 
 HIDDEN, LAYERS, VOCABULARY = 64, 2, 384
 TASKS = {"facts": "retrieval", "topics": "clustering", "sentiment": "classification"}
-WORDS = ("river", "stone", "light", "moon", "forest", "bread", "music", "winter", "harbour", "candle", "garden")
+WORDS = (
+    "river",
+    "stone",
+    "light",
+    "moon",
+    "forest",
+    "bread",
+    "music",
+    "winter",
+    "harbour",
+    "candle",
+    "garden",
+)
 
 
 @dataclass(frozen=True)
@@ -63,14 +75,19 @@ def sentence(rng: random.Random, words: int) -> str:
 
 
 def raw_rows(name: str, rng: random.Random) -> list[dict]:
-    """Rows with ragged negatives, repeated documents, and for one sample its own positive among the negatives."""
+    """Rows with ragged negatives, repeated documents, and for one sample its own positive among the
+    negatives."""
     if name == "sentiment":
-        return [{"query": sentence(rng, 5), "passage": "good", "negatives": ["bad"]} for _ in range(13)]
+        return [
+            {"query": sentence(rng, 5), "passage": "good", "negatives": ["bad"]} for _ in range(13)
+        ]
     documents = [sentence(rng, rng.randrange(2, 12)) for _ in range(30)]
     rows = []
     for i in range(21):
         negatives = rng.sample(documents, rng.randrange(0, 5) if name == "facts" else 4)
-        rows.append({"query": sentence(rng, 3), "passage": documents[i % 17], "negatives": negatives})
+        rows.append(
+            {"query": sentence(rng, 3), "passage": documents[i % 17], "negatives": negatives}
+        )
     rows[0]["negatives"] = [rows[0]["passage"], documents[-1]]
     return rows
 
@@ -100,7 +117,9 @@ def make_world(folder: Path) -> TinyWorld:
     Qwen3Model(config).save_pretrained(folder / "backbone")
     tokenizer.save_pretrained(folder / "backbone")
     tokenize_folder(
-        TokenizeOptions(tokenizer=str(folder / "backbone"), input=folder / "raw", output=folder / "tokenized"),
+        TokenizeOptions(
+            tokenizer=str(folder / "backbone"), input=folder / "raw", output=folder / "tokenized"
+        ),
         progress=False,
     )
     return TinyWorld(folder / "raw", folder / "backbone", folder / "tokenized", folder)

@@ -16,11 +16,14 @@ CPU = {"DS_ACCELERATOR": "cpu"}
 
 
 def use_zero2(**changes) -> None:
-    """Make accelerate take DeepSpeed as configs/accelerate_deepspeed_zero2.yaml says: left alone, it does on GPUs only.
+    """Make accelerate take DeepSpeed as configs/accelerate_deepspeed_zero2.yaml says: left alone,
+    it does on GPUs only.
 
     All that comes after this choice is this project's own code, and DeepSpeed's, over gloo.
     """
-    settings = yaml.safe_load((ROOT / "configs" / "accelerate_deepspeed_zero2.yaml").read_text())["deepspeed_config"]
+    settings = yaml.safe_load((ROOT / "configs" / "accelerate_deepspeed_zero2.yaml").read_text())[
+        "deepspeed_config"
+    ]
     make = run_accelerator.make_accelerator
 
     def make_with_zero2(config) -> Accelerator:
@@ -45,7 +48,9 @@ def run_zero2(arguments: list[str]) -> int:
         assert zero2.is_engine(engine)
         assert engine.zero_optimization_stage() == 2
         (part,) = optimizer.optimizer.param_groups[0]["params"]
-        whole = sum(parameter.numel() for parameter in engine.module.parameters() if parameter.requires_grad)
+        whole = sum(
+            parameter.numel() for parameter in engine.module.parameters() if parameter.requires_grad
+        )
         assert whole / 2 <= part.numel() < whole * 0.51, "each process has half"
         print("under ZeRO-2")
         return engine, optimizer

@@ -1,4 +1,5 @@
-"""Inference against transformers, one text at a time, and against sentence-transformers, on tiny random models."""
+"""Inference against transformers, one text at a time, and against sentence-transformers, on tiny
+random models."""
 
 import json
 import pickle
@@ -46,7 +47,9 @@ def per_layer(tmp_path_factory, tokenizer):
     return write_model(tmp_path_factory.mktemp("model") / "per_layer", tokenizer, "per_layer")
 
 
-@pytest.mark.parametrize("cut", [{}, {"depth": 1, "dim": 16, "rank": 16}, {"depth": 1, "rank": 32}, {"dim": 8}])
+@pytest.mark.parametrize(
+    "cut", [{}, {"depth": 1, "dim": 16, "rank": 16}, {"depth": 1, "rank": 32}, {"dim": 8}]
+)
 @pytest.mark.parametrize("sharing", ["shared", "per_layer"])
 def test_vectors_are_those_of_transformers(sharing, cut, request):
     folder = request.getfixturevalue(sharing)
@@ -70,8 +73,16 @@ def test_vectors_are_those_of_sentence_transformers(shared):
 
 
 def test_a_cut_model_holds_less(shared):
-    whole, cut = Embedder.from_pretrained(shared), Embedder.from_pretrained(shared, depth=1, rank=16)
-    assert (whole.depth, whole.dim, whole.rank, whole.max_seq_length) == (LAYERS, HIDDEN, RANK, MAX_SEQ_LENGTH)
+    whole, cut = (
+        Embedder.from_pretrained(shared),
+        Embedder.from_pretrained(shared, depth=1, rank=16),
+    )
+    assert (whole.depth, whole.dim, whole.rank, whole.max_seq_length) == (
+        LAYERS,
+        HIDDEN,
+        RANK,
+        MAX_SEQ_LENGTH,
+    )
     assert (cut.depth, cut.dim, cut.rank) == (1, HIDDEN, 16)
     layer = sum(p.numel() for p in whole._encoder.backbone.layers[0].parameters())
     assert whole.num_parameters == 3 * layer + (448 + HIDDEN) * RANK + HIDDEN
@@ -115,14 +126,20 @@ def test_one_string_and_no_string(shared):
 
 @pytest.mark.parametrize(
     ("texts", "message"),
-    [(["a", None], "text 1 .*NoneType"), ([b"a"], "text 0 .*bytes"), (["a", "b", "\ud800"], "text 2 .*surrogate")],
+    [
+        (["a", None], "text 1 .*NoneType"),
+        ([b"a"], "text 0 .*bytes"),
+        (["a", "b", "\ud800"], "text 2 .*surrogate"),
+    ],
 )
 def test_what_is_no_text_is_named_by_its_place(shared, texts, message):
     with pytest.raises(UserError, match=message):
         Embedder.from_pretrained(shared, device="cpu").encode(texts)
 
 
-@pytest.mark.parametrize(("given", "kind"), [(None, "NoneType"), (5, "int"), (b"abc", "bytes"), (bytearray(2), "byte")])
+@pytest.mark.parametrize(
+    ("given", "kind"), [(None, "NoneType"), (5, "int"), (b"abc", "bytes"), (bytearray(2), "byte")]
+)
 def test_what_is_neither_a_string_nor_several_is_named_by_its_type(shared, given, kind):
     model = Embedder.from_pretrained(shared, device="cpu")
     with pytest.raises(UserError, match=f"texts is of type {kind}"):
@@ -140,14 +157,20 @@ def test_unknown_prompt_lists_the_known(shared):
 def test_untrained_cuts_are_refused_with_the_trained_ones(shared):
     with pytest.raises(UserError) as error:
         Embedder.from_pretrained(shared, depth=2, dim=24, rank=8, device="cpu")
-    for part in ("depth 2 was not trained (trained: 1, 3)", "trained: 8, 16, 32, 64", "rank 8 was not"):
+    for part in (
+        "depth 2 was not trained (trained: 1, 3)",
+        "trained: 8, 16, 32, 64",
+        "rank 8 was not",
+    ):
         assert part in str(error.value)
     with pytest.raises(UserError, match=r"depth 4 is not possible.*1 to 3"):
         Embedder.from_pretrained(shared, depth=4, allow_untrained=True)
 
 
 def test_cuts_may_be_numbers_of_numpy_but_must_be_whole(shared):
-    model = Embedder.from_pretrained(shared, depth=np.int64(1), dim=np.int32(16), rank=np.uint8(16), device="cpu")
+    model = Embedder.from_pretrained(
+        shared, depth=np.int64(1), dim=np.int32(16), rank=np.uint8(16), device="cpu"
+    )
     cut = (model.depth, model.dim, model.rank)
     assert cut == (1, 16, 16)
     assert json.loads(json.dumps(cut)) == [1, 16, 16], "plain ints"
@@ -160,7 +183,9 @@ def test_cuts_may_be_numbers_of_numpy_but_must_be_whole(shared):
 @pytest.mark.parametrize("sharing", ["shared", "per_layer"])
 def test_untrained_cuts_can_be_allowed(sharing, request):
     folder = request.getfixturevalue(sharing)
-    model = Embedder.from_pretrained(folder, depth=2, dim=24, rank=8, device="cpu", allow_untrained=True)
+    model = Embedder.from_pretrained(
+        folder, depth=2, dim=24, rank=8, device="cpu", allow_untrained=True
+    )
     vectors = model.encode(TEXTS)
     assert vectors.shape == (len(TEXTS), 24)
     if sharing == "shared":
@@ -179,9 +204,16 @@ def test_sharded_folders(shared, tmp_path):
     folder = shutil.copytree(shared, tmp_path / "model")
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    weight_map = {name: f"model-0000{i % 3 + 1}-of-00003.safetensors" for i, name in enumerate(sorted(weights))}
+    weight_map = {
+        name: f"model-0000{i % 3 + 1}-of-00003.safetensors"
+        for i, name in enumerate(sorted(weights))
+    }
     for file in set(weight_map.values()):
-        save_file({n: t for n, t in weights.items() if weight_map[n] == file}, folder / file, {"format": "pt"})
+        save_file(
+            {n: t for n, t in weights.items() if weight_map[n] == file},
+            folder / file,
+            {"format": "pt"},
+        )
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     assert_equal_vectors(Embedder.from_pretrained(folder).encode(TEXTS), naive(shared, TEXTS))
@@ -200,7 +232,9 @@ def test_plain_backbones(tokenizer, tmp_path):
     ids = torch.cat([ids, torch.tensor([[tokenizer.eos_token_id]])], dim=1)
     with torch.no_grad():
         row = causal.model(ids).last_hidden_state[0, -1]
-    assert_equal_vectors(model.encode("Everyone has the right"), (row / row.norm()).unsqueeze(0).numpy())
+    assert_equal_vectors(
+        model.encode("Everyone has the right"), (row / row.norm()).unsqueeze(0).numpy()
+    )
     with pytest.raises(UserError, match="whole token table"):
         Embedder.from_pretrained(tmp_path, rank=16)
     with pytest.raises(UserError, match="depth 1 was not trained"):
@@ -252,9 +286,13 @@ def test_the_home_folder_and_a_run_in_place_of_a_model(shared, tmp_path, monkeyp
         shutil.copytree(shared, run / f"step_{step}")
     (run / "config.json").write_text(json.dumps({"model_path": "models/x"}))
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert_equal_vectors(Embedder.from_pretrained("~/run/step_9").encode(TEXTS), naive(shared, TEXTS))
+    assert_equal_vectors(
+        Embedder.from_pretrained("~/run/step_9").encode(TEXTS), naive(shared, TEXTS)
+    )
     for load in (Embedder.from_pretrained, load_text_model):
-        with pytest.raises(UserError, match=r"^~/run is a run folder.* the newest is .*/run/step_10$"):
+        with pytest.raises(
+            UserError, match=r"^~/run is a run folder.* the newest is .*/run/step_10$"
+        ):
             load("~/run")
     with pytest.raises(UserError, match="nowhere does not exist"):
         Embedder.from_pretrained("~/nowhere")

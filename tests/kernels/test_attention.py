@@ -26,7 +26,9 @@ def naive(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int] = LE
         for last in range(start, start + length):
             heads = []
             for head in range(num_heads):
-                keys, values = (x[0, head * groups // num_heads, start : last + 1] for x in (key, value))
+                keys, values = (
+                    x[0, head * groups // num_heads, start : last + 1] for x in (key, value)
+                )
                 heads.append((keys @ query[0, head, last] * SCALE).softmax(0) @ values)
             outputs.append(torch.stack(heads))
         start += length
@@ -34,14 +36,22 @@ def naive(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int] = LE
 
 
 def tensors(
-    dtype: torch.dtype = torch.float64, lengths: Sequence[int] = LENGTHS, heads: int = HEADS, groups: int = GROUPS
+    dtype: torch.dtype = torch.float64,
+    lengths: Sequence[int] = LENGTHS,
+    heads: int = HEADS,
+    groups: int = GROUPS,
 ) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, number, sum(lengths), HEAD_DIM) for number in (heads, groups, groups)]
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
+    return [
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        for shape in shapes
+    ]
 
 
-def attended(inputs: list[Tensor], kernel: str, lengths: Sequence[int] = LENGTHS, **options: bool) -> Tensor:
+def attended(
+    inputs: list[Tensor], kernel: str, lengths: Sequence[int] = LENGTHS, **options: bool
+) -> Tensor:
     module = SimpleNamespace(head_dim=HEAD_DIM)
     packed = PackedSequences.from_lengths(lengths)
     return packed_attention(module, *inputs, None, packed=packed, kernel=kernel, **options)[0]
@@ -49,7 +59,9 @@ def attended(inputs: list[Tensor], kernel: str, lengths: Sequence[int] = LENGTHS
 
 def assert_same_with_gradients(found: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(1), dtype=found.dtype)
+    weights = torch.randn(
+        found.shape, generator=torch.Generator().manual_seed(1), dtype=found.dtype
+    )
     gradients = (torch.autograd.grad(x, inputs, weights) for x in (found, expected))
     for a, b in zip(*gradients, strict=True):
         assert b.abs().max() > 0
@@ -67,7 +79,9 @@ def test_sdpa_is_the_formula_in_values_and_gradients(only_fused):
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("lengths", [(1, 2), (5, 5, 5), LENGTHS, (21, 1, 19, 20, 2, 20, 11)])  # the last: 4 buckets
+@pytest.mark.parametrize(
+    "lengths", [(1, 2), (5, 5, 5), LENGTHS, (21, 1, 19, 20, 2, 20, 11)]
+)  # the last: 4 buckets
 def test_buckets_are_the_formula_in_values_and_gradients(lengths, groups):
     inputs = tensors(lengths=lengths, groups=groups)
     found = bucketed_attention(*inputs, lengths, SCALE)
@@ -81,10 +95,14 @@ def test_a_bucket_holds_about_equal_lengths():
 
 
 @pytest.mark.parametrize("lengths", [(2, 5, 6, 9), (9, 2, 7, 5, 5)])
-def test_training_puts_short_sequences_in_buckets_and_leaves_long_ones_to_torch(monkeypatch, lengths):
+def test_training_puts_short_sequences_in_buckets_and_leaves_long_ones_to_torch(
+    monkeypatch, lengths
+):
     seen = []
 
-    def note(query: Tensor, key: Tensor, value: Tensor, own: tuple[int, ...], scale: float) -> Tensor:
+    def note(
+        query: Tensor, key: Tensor, value: Tensor, own: tuple[int, ...], scale: float
+    ) -> Tensor:
         seen.extend(own)
         return bucketed_attention(query, key, value, own, scale)
 
@@ -95,7 +113,9 @@ def test_training_puts_short_sequences_in_buckets_and_leaves_long_ones_to_torch(
     assert sorted(seen) == sorted(length for length in lengths if length <= 5)
     seen.clear()
     with torch.no_grad():
-        torch.testing.assert_close(attended(inputs, "sdpa", lengths), naive(*inputs, lengths), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            attended(inputs, "sdpa", lengths), naive(*inputs, lengths), rtol=1e-12, atol=1e-12
+        )
     assert not seen, "nothing is kept for a backward pass that does not come"
 
 
@@ -116,12 +136,22 @@ def standing_in(takes_grouped_heads: bool):
         assert (max_q, max_k) == (int(cu_q.diff().max()), int(cu_k.diff().max()))
         outputs = []
         for i in range(len(cu_q) - 1):
-            queries, keys, values = q[cu_q[i] : cu_q[i + 1]], k[cu_k[i] : cu_k[i + 1]], v[cu_k[i] : cu_k[i + 1]]
-            keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (keys, values))
+            queries, keys, values = (
+                q[cu_q[i] : cu_q[i + 1]],
+                k[cu_k[i] : cu_k[i + 1]],
+                v[cu_k[i] : cu_k[i + 1]],
+            )
+            keys, values = (
+                x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (keys, values)
+            )
             scores = torch.einsum("qad,kad->aqk", queries, keys) / math.sqrt(q.shape[2])
             assert window_size == (-1, 0), "(before, after): all before, none after"
-            scores = scores.masked_fill(torch.ones(len(queries), len(keys)).triu(1).bool(), -torch.inf)
-            outputs.append(torch.einsum("aqk,kad->qad", scores.float().softmax(-1).to(v.dtype), values))
+            scores = scores.masked_fill(
+                torch.ones(len(queries), len(keys)).triu(1).bool(), -torch.inf
+            )
+            outputs.append(
+                torch.einsum("aqk,kad->qad", scores.float().softmax(-1).to(v.dtype), values)
+            )
         return torch.cat(outputs)
 
     def ungrouped(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size):
@@ -136,4 +166,6 @@ def test_the_variable_length_kernel_is_told_where_sequences_lie(monkeypatch, tak
     monkeypatch.setattr(attention, "_torch_varlen", lambda: kernel)
     inputs = tensors(torch.bfloat16)
     expected = naive(*(x.double() for x in inputs))
-    torch.testing.assert_close(attended(inputs, "varlen").double(), expected, rtol=0, atol=0.03)  # 8 bits
+    torch.testing.assert_close(
+        attended(inputs, "varlen").double(), expected, rtol=0, atol=0.03
+    )  # 8 bits

@@ -1,4 +1,5 @@
-"""compile_layers: the same vectors and gradients, compiled once; where it cannot work, the user is told."""
+"""compile_layers: the same vectors and gradients, compiled once; where it cannot work, the user is
+told."""
 
 import subprocess
 import sys
@@ -19,13 +20,19 @@ EXITS = (1, 2)
 
 def test_compiled_layers_give_the_same_and_are_compiled_once(world, compiled_graphs):
     generator = torch.Generator().manual_seed(1)
-    sequences = [torch.randint(0, 384, (length,), generator=generator) for length in (1, 3, 3, 3, 7, 12)]
+    sequences = [
+        torch.randint(0, 384, (length,), generator=generator) for length in (1, 3, 3, 3, 7, 12)
+    ]
     plain, compiled = (
         MatryoshkaEncoder(AutoModel.from_pretrained(world.backbone), EXITS, compile_layers=choice)
         for choice in (False, True)
     )
     assert plain.state_dict().keys() == compiled.state_dict().keys()
-    for batch in (sequences, sequences[1:], sequences[::-1]):  # other lengths must not mean another compilation
+    for batch in (
+        sequences,
+        sequences[1:],
+        sequences[::-1],
+    ):  # other lengths must not mean another compilation
         with torch._dynamo.config.patch(error_on_recompile=batch is not sequences):
             left, right = encode(plain, batch), encode(compiled, batch)
             torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
@@ -50,7 +57,9 @@ def test_a_machine_without_a_compiler_is_told_before_training(world, tmp_path, m
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     config = world.write_config(tmp_path / "config.json", "no_compiler", compile_layers=True)
-    run = subprocess.run([sys.executable, ROOT / "run.py", "--config", config], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, ROOT / "run.py", "--config", config], capture_output=True, text=True
+    )
     assert run.returncode == 2, run.stderr
     assert "error: compile_layers: torch.compile does not work on this machine's cpu" in run.stderr
     assert str(tmp_path / "no_compiler") in run.stderr

@@ -1,4 +1,5 @@
-"""The last layer works on the rows that are read, and nobody can tell from vectors and gradients."""
+"""The last layer works on the rows that are read, and nobody can tell from vectors and
+gradients."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -38,10 +39,18 @@ def test_the_last_layer_is_narrowed_and_no_other(world, packed_batches):
     ids, packed = packed_batches[1]
 
     def note(name: str):
-        return lambda module, arguments, out: seen.setdefault(name, []).append(arguments[0].shape[1])
+        return lambda module, arguments, out: seen.setdefault(name, []).append(
+            arguments[0].shape[1]
+        )
 
     for layer in encoder.backbone.layers:
-        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj"):
+        for name in (
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "self_attn.o_proj",
+            "mlp.gate_proj",
+        ):
             layer.get_submodule(name).register_forward_hook(note(name))
     encoder(ids, packed)
     tokens, texts = len(ids), len(packed.lengths)
@@ -56,7 +65,8 @@ def test_the_last_layer_is_narrowed_and_no_other(world, packed_batches):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_backward_pass_belongs_to_its_own_forward_pass(world, packed_batches, checkpointing):
-    """Two forward passes before any backward pass: recomputed layers must find their own batch's rows again."""
+    """Two forward passes before any backward pass: recomputed layers must find their own batch's
+    rows again."""
     encoder = load(world, gradient_checkpointing=checkpointing).train()
     apart = []
     for batch in packed_batches:

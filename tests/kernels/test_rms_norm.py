@@ -13,13 +13,18 @@ EPS = 1e-6
 
 
 def naive(x, weight, eps=EPS):
-    rows = [row / (row.square().sum() / len(row) + eps).sqrt() * weight for row in x.reshape(-1, x.shape[-1])]
+    rows = [
+        row / (row.square().sum() / len(row) + eps).sqrt() * weight
+        for row in x.reshape(-1, x.shape[-1])
+    ]
     return torch.stack(rows).view(x.shape)
 
 
 def tensors(shape, dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
-    x, weight, grad = (torch.randn(size, generator=generator, dtype=dtype) for size in (shape, shape[-1:], shape))
+    x, weight, grad = (
+        torch.randn(size, generator=generator, dtype=dtype) for size in (shape, shape[-1:], shape)
+    )
     return x.requires_grad_(), weight.requires_grad_(), grad
 
 
@@ -34,7 +39,9 @@ def gradients(function, x, weight, grad, eps=EPS):
 @pytest.mark.parametrize("shape", [(1, 7, 16), (1, 5, 3, 8), (4, 1), (1, 16)])
 def test_values_and_gradients(shape, eps):
     inputs = tensors(shape)
-    for own, expected in zip(gradients(rms_norm, *inputs, eps), gradients(naive, *inputs, eps), strict=True):
+    for own, expected in zip(
+        gradients(rms_norm, *inputs, eps), gradients(naive, *inputs, eps), strict=True
+    ):
         assert expected.abs().max() > 1e-9
         torch.testing.assert_close(own, expected, rtol=1e-12, atol=1e-12)
 
@@ -64,7 +71,9 @@ def test_frozen_weights_get_no_gradient():
     rms_norm(x, weight.requires_grad_(False), EPS).backward(grad)
     assert weight.grad is None
     weight.requires_grad_()
-    torch.testing.assert_close(x.grad, gradients(naive, *tensors((3, 8)))[1], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        x.grad, gradients(naive, *tensors((3, 8)))[1], rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.fixture
@@ -87,7 +96,9 @@ def test_the_norms_of_all_layers_are_fused(world, fused_rows):
     encoder = MatryoshkaEncoder(backbone, (1, 2))
     encoder(torch.arange(6), packed)
     attended = [(6,), (6, heads), (6, groups)]
-    assert fused_rows == [*attended, (6,), *attended, (2,)], "the last layer's second norm sees last tokens only"
+    assert fused_rows == [*attended, (6,), *attended, (2,)], (
+        "the last layer's second norm sees last tokens only"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

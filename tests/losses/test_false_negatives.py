@@ -1,4 +1,5 @@
-"""False negatives by document and by margin, against loops over samples: values, gradients, counts, log lines."""
+"""False negatives by document and by margin, against loops over samples: values, gradients, counts,
+log lines."""
 
 import numpy as np
 import pytest
@@ -32,7 +33,9 @@ def batch_of(world, store, name: str, mask: bool, rows: int = ROWS):
     config = parse_config(world.config(datasets={"*": {"num_hard_neg": 10}}, valid_fraction=0))
     dataset, eos = store.datasets[name], AutoTokenizer.from_pretrained(world.backbone).eos_token_id
     builder = BatchBuilder(0, MAX_LENGTH, eos, mask_false_negatives=mask, process=0, processes=1)
-    plan = plan_dataset(name, dataset.num_rows, config, task="clustering" if name == "topics" else "retrieval")
+    plan = plan_dataset(
+        name, dataset.num_rows, config, task="clustering" if name == "topics" else "retrieval"
+    )
     return builder.build(dataset, plan, np.arange(rows), epoch=0), eos
 
 
@@ -40,8 +43,11 @@ def batch_of(world, store, name: str, mask: bool, rows: int = ROWS):
     ("name", "mask", "margin"),
     [("facts", True, 0.0), ("facts", False, 0.05), ("facts", True, None), ("topics", True, 0.02)],
 )
-def test_losses_gradients_and_counts_are_the_naive_ones(world, store, monkeypatch, name, mask, margin):
-    """In one block of rows and in several; whatever is left out at the deepest exit is so at every exit and dim."""
+def test_losses_gradients_and_counts_are_the_naive_ones(
+    world, store, monkeypatch, name, mask, margin
+):
+    """In one block of rows and in several; whatever is left out at the deepest exit is so at every
+    exit and dim."""
     batch, eos = batch_of(world, store, name, mask)
     samples, documents = dataset_rows(world, name)
     naive, counts = AutoModel.from_pretrained(world.backbone), {}
@@ -83,7 +89,8 @@ def test_losses_gradients_and_counts_are_the_naive_ones(world, store, monkeypatc
 
 
 def test_the_margin_decides_how_many(world, store):
-    """None at 2, which no cosine can exceed; at 0 whatever is above the positive, and copies of it are not."""
+    """None at 2, which no cosine can exceed; at 0 whatever is above the positive, and copies of it
+    are not."""
     batch, _ = batch_of(world, store, "facts", mask=False, rows=21)
     documents = batch.passage_documents
     copies = (documents[:, None] == documents) & ~torch.eye(21, dtype=torch.bool)
@@ -91,32 +98,57 @@ def test_the_margin_decides_how_many(world, store):
     encoder = MatryoshkaEncoder(AutoModel.from_pretrained(world.backbone), (1, 2))
     with torch.no_grad():
         vectors = encoder(batch.texts.input_ids, batch.texts.packed)
-    terms = {margin: batch_objective(vectors, batch, SPEC, false_negative_margin=margin) for margin in (0.0, 0.1, 2.0)}
+    terms = {
+        margin: batch_objective(vectors, batch, SPEC, false_negative_margin=margin)
+        for margin in (0.0, 0.1, 2.0)
+    }
     masked = {margin: int(term.left_out.by_margin) for margin, term in terms.items()}
     assert masked[0.0] > masked[0.1] > masked[2.0] == 0
     assert not terms[0.0].left_out.passages[copies].any()
     assert terms[0.0].hard < terms[2.0].hard
     assert terms[0.0].in_batch < terms[2.0].in_batch
-    torch.testing.assert_close(terms[2.0].total, batch_objective(vectors, batch, SPEC).total, rtol=0, atol=0)
+    torch.testing.assert_close(
+        terms[2.0].total, batch_objective(vectors, batch, SPEC).total, rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("margin", [0.02, None])
 def test_a_run_logs_what_the_loops_count(world, tmp_path, margin):
-    """A line of two steps, each over all rows of all three datasets' turn, at weights that do not move."""
-    settings = {"max_seq_length": MAX_LENGTH, "use_mel": False, "mel_ranks": None, "r": 0, "valid_fraction": 0}
+    """A line of two steps, each over all rows of all three datasets' turn, at weights that do not
+    move."""
+    settings = {
+        "max_seq_length": MAX_LENGTH,
+        "use_mel": False,
+        "mel_ranks": None,
+        "r": 0,
+        "valid_fraction": 0,
+    }
     steps = {"train_batch_size": 30, "train_steps": 6, "log_interval": 6}
     still = {"learning_rate": 1e-12, "min_lr": 0.0, "weight_decay": 0.0}
     tasks = {"facts": "retrieval", "topics": "clustering", "sentiment": "classification"}
     given = {name: {"task": task, "num_hard_neg": 10} for name, task in tasks.items()}
-    code, lines = train(world, tmp_path, datasets=given, false_negative_margin=margin, **settings, **steps, **still)
+    code, lines = train(
+        world, tmp_path, datasets=given, false_negative_margin=margin, **settings, **steps, **still
+    )
     assert code == 0
-    model, eos = AutoModel.from_pretrained(world.backbone), AutoTokenizer.from_pretrained(world.backbone).eos_token_id
+    model, eos = (
+        AutoModel.from_pretrained(world.backbone),
+        AutoTokenizer.from_pretrained(world.backbone).eos_token_id,
+    )
     expected = {"masked_by_document": 0, "masked_by_margin": 0}
     for name, task in tasks.items():
         counts: dict[str, int] = {}
         with torch.no_grad():
-            rows = {"use_mrl": False, "temperature": 0.05, "max_length": MAX_LENGTH, "eos_id": eos, "exits": [2]}
-            objective(model, *dataset_rows(world, name), task=task, margin=margin, counts=counts, **rows)
+            rows = {
+                "use_mrl": False,
+                "temperature": 0.05,
+                "max_length": MAX_LENGTH,
+                "eos_id": eos,
+                "exits": [2],
+            }
+            objective(
+                model, *dataset_rows(world, name), task=task, margin=margin, counts=counts, **rows
+            )
         expected = {key: expected[key] + 2 * counts[key] for key in expected}  # two epochs
     assert expected["masked_by_document"] > 0
     assert lines[0]["masked_by_document"] == expected["masked_by_document"]

@@ -43,7 +43,9 @@ def assert_same_gradients(fast, naive, leaves):
 
 
 def test_dims_and_weights_follow_the_formula():
-    assert list(zip(default_dims(HIDDEN), dim_weights(default_dims(HIDDEN)), strict=True)) == dims_and_weights(24, True)
+    assert list(
+        zip(default_dims(HIDDEN), dim_weights(default_dims(HIDDEN)), strict=True)
+    ) == dims_and_weights(24, True)
     assert default_dims(64) == (64, 32, 16, 8)
 
 
@@ -69,12 +71,19 @@ def test_a_zero_vector_gives_no_nan():
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("counts", [(3, 3, 3, 3), (0, 1, 3, 2)])
 def test_hard_loss(generator, nested, counts):
-    query, candidates = leaf(4, HIDDEN, generator=generator), leaf(4, 4, HIDDEN, generator=generator)
+    query, candidates = (
+        leaf(4, HIDDEN, generator=generator),
+        leaf(4, 4, HIDDEN, generator=generator),
+    )
     excluded = torch.tensor([[k > count for k in range(4)] for count in counts])
     fast = hard_loss(query, candidates, excluded, torch.full((4,), 0.25), make_spec(nested))
     negatives = [list(candidates[i, 1 : 1 + count]) for i, count in enumerate(counts)]
     naive = naive_hard_loss(
-        list(query), list(candidates[:, 0]), negatives, dims_and_weights(HIDDEN, nested), TEMPERATURE
+        list(query),
+        list(candidates[:, 0]),
+        negatives,
+        dims_and_weights(HIDDEN, nested),
+        TEMPERATURE,
     )
     torch.testing.assert_close(fast, naive, rtol=1e-5, atol=1e-6)
     assert_same_gradients(fast, naive, (query, candidates))
@@ -83,7 +92,9 @@ def test_hard_loss(generator, nested, counts):
 def test_hard_loss_without_negatives_is_zero(generator):
     query = leaf(4, HIDDEN, generator=generator)
     excluded = torch.zeros(4, 1, dtype=torch.bool)
-    assert hard_loss(query, query.unsqueeze(1), excluded, torch.full((4,), 0.25), make_spec(True)) == 0
+    assert (
+        hard_loss(query, query.unsqueeze(1), excluded, torch.full((4,), 0.25), make_spec(True)) == 0
+    )
 
 
 @pytest.mark.parametrize("nested", [True, False])
@@ -92,9 +103,15 @@ def test_in_batch_loss(generator, nested, documents):
     query, passage = leaf(5, HIDDEN, generator=generator), leaf(5, HIDDEN, generator=generator)
     numbers = torch.tensor(documents)
     excluded = (numbers[:, None] == numbers[None, :]) & ~torch.eye(5, dtype=torch.bool)
-    fast = in_batch_loss(query, passage, torch.arange(5), excluded, torch.full((5,), 0.2), make_spec(nested))
+    fast = in_batch_loss(
+        query, passage, torch.arange(5), excluded, torch.full((5,), 0.2), make_spec(nested)
+    )
     naive = naive_in_batch_loss(
-        list(query), list(passage), same_documents(list(documents)), dims_and_weights(HIDDEN, nested), TEMPERATURE
+        list(query),
+        list(passage),
+        same_documents(list(documents)),
+        dims_and_weights(HIDDEN, nested),
+        TEMPERATURE,
     )
     torch.testing.assert_close(fast, naive, rtol=1e-5, atol=1e-6)
     assert_same_gradients(fast, naive, (query, passage))
@@ -105,7 +122,13 @@ def test_blocks_of_rows_give_the_loss_and_gradients_of_all(generator, monkeypatc
     query, passage = leaf(5, HIDDEN, generator=generator), leaf(7, HIDDEN, generator=generator)
     excluded = torch.zeros(5, 7, dtype=torch.bool)
     excluded[1, 5] = excluded[3, 0] = True
-    arguments = (query, passage, torch.tensor([2, 0, 4, 6, 1]), excluded, torch.rand(5, generator=generator))
+    arguments = (
+        query,
+        passage,
+        torch.tensor([2, 0, 4, 6, 1]),
+        excluded,
+        torch.rand(5, generator=generator),
+    )
     whole = in_batch_loss(*arguments, make_spec(True))
     monkeypatch.setattr(losses, "LOGITS_AT_ONCE", logits_at_once)
     blocks = in_batch_loss(*arguments, make_spec(True))
@@ -138,4 +161,6 @@ def test_a_row_without_weight_counts_nothing(generator):
 def test_distillation_reads_the_leading_components(generator):
     student, teacher = leaf(3, 4, generator=generator), torch.randn(3, 6, generator=generator)
     expected = sum((student[i] - teacher[i, :4]).square().mean() for i in range(3)) / 3
-    torch.testing.assert_close(distillation_loss(student, teacher, torch.full((3,), 1 / 3)), expected)
+    torch.testing.assert_close(
+        distillation_loss(student, teacher, torch.full((3,), 1 / 3)), expected
+    )

@@ -61,7 +61,9 @@ def parameters_by_formula(preset: str, vocab_size: int) -> tuple[int, int]:
         "8B": (4096, 12288, 36, 32, 8, 128),
         "14B": (5120, 17408, 40, 40, 8, 128),
     }[preset]
-    attention = 2 * hidden * heads * head_dim + 2 * hidden * kv_heads * head_dim + 2 * head_dim  # q, o; k, v; norms
+    attention = (
+        2 * hidden * heads * head_dim + 2 * hidden * kv_heads * head_dim + 2 * head_dim
+    )  # q, o; k, v; norms
     body = layers * (attention + 3 * hidden * mlp + 2 * hidden) + hidden
     return body + vocab_size * hidden, body
 
@@ -82,7 +84,11 @@ def test_preset_shapes(preset):
 def test_config_is_that_of_qwen3():
     config = backbone_config("0.6B", QWEN3_VOCAB, eos_token_id=5, pad_token_id=4)
     assert config.rope_parameters["rope_theta"] == 1e6
-    assert (config.rms_norm_eps, config.max_position_embeddings, config.tie_word_embeddings) == (1e-6, 40960, True)
+    assert (config.rms_norm_eps, config.max_position_embeddings, config.tie_word_embeddings) == (
+        1e-6,
+        40960,
+        True,
+    )
     assert (config.vocab_size, config.eos_token_id, config.pad_token_id) == (QWEN3_VOCAB, 5, 4)
     assert not config.attention_bias
 
@@ -115,10 +121,14 @@ def test_seed_decides_the_weights_and_nothing_else(folder, tokenizer, tmp_path):
     same = init_backbone("tiny", tokenizer, tmp_path / "same", seed=3)
     assert torch.equal(torch.rand(3), expected), "the caller's random state was moved"
     other = init_backbone("tiny", tokenizer, tmp_path / "other", seed=4)
-    weights, again, others = (load_file(path / "model.safetensors") for path in (folder, same, other))
+    weights, again, others = (
+        load_file(path / "model.safetensors") for path in (folder, same, other)
+    )
     assert weights.keys() == again.keys() == others.keys()
     assert all(torch.equal(weights[name], again[name]) for name in weights)
-    assert not any(torch.equal(weights[name], others[name]) for name in weights if "norm" not in name)
+    assert not any(
+        torch.equal(weights[name], others[name]) for name in weights if "norm" not in name
+    )
 
 
 def test_dtype_and_larger_vocabulary(tokenizer, tmp_path):
@@ -133,7 +143,10 @@ def test_tokenizer_saved_is_tokenizer_in_memory(folder, tokenizer):
     for loaded in (AutoTokenizer.from_pretrained(folder), load_tokenizer(folder)):
         assert loaded.get_vocab() == tokenizer.get_vocab()
         assert (loaded.eos_token, loaded.pad_token) == (EOS_TOKEN, PAD_TOKEN)
-        assert (loaded.eos_token_id, loaded.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+        assert (loaded.eos_token_id, loaded.pad_token_id) == (
+            tokenizer.eos_token_id,
+            tokenizer.pad_token_id,
+        )
         assert loaded.model_max_length == tokenizer.model_max_length == 40960
         for text in TEXTS + HARD_TEXTS:
             assert loaded(text).input_ids == tokenizer(text).input_ids
@@ -144,10 +157,17 @@ def test_tokenizer_writes_any_text(tokenizer):
         ids = tokenizer(text).input_ids
         assert tokenizer.decode(ids) == unicodedata.normalize("NFC", text)
         assert tokenizer.eos_token_id not in ids  # nothing is appended
-    # Apart from each other: of neighbouring marks, NFC's order differs between versions of Unicode (U+07FD, say).
-    characters = map(chr, [*range(0x800), *range(0x800, 0xD800, 0x3FF), *range(0xE000, 0x110000, 0x3FF)])
+    # Apart from each other: of neighbouring marks, NFC's order differs between versions of Unicode
+    # (U+07FD, say).
+    characters = map(
+        chr, [*range(0x800), *range(0x800, 0xD800, 0x3FF), *range(0xE000, 0x110000, 0x3FF)]
+    )
     every_byte = " ".join(c for c in characters if unicodedata.normalize("NFC", c) == c)
-    assert tokenizer.decode(tokenizer(every_byte).input_ids) == every_byte == unicodedata.normalize("NFC", every_byte)
+    assert (
+        tokenizer.decode(tokenizer(every_byte).input_ids)
+        == every_byte
+        == unicodedata.normalize("NFC", every_byte)
+    )
     assert len(tokenizer) == 400
     assert tokenizer.convert_ids_to_tokens([0, 1]) == [PAD_TOKEN, EOS_TOKEN]
 
@@ -172,12 +192,22 @@ def test_read_texts(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\ntwo\r\none\n", encoding="utf-8")
     rows = [{"q": "three", "n": 1, "list": ["two", "four"], "none": None}, {"q": "five\nsix"}]
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n", encoding="utf-8")
-    table = {"q": ["seven", None, "one"], "n": [1, 2, 3], "negatives": [["eight"], None, ["nine", "seven"]]}
+    table = {
+        "q": ["seven", None, "one"],
+        "n": [1, 2, 3],
+        "negatives": [["eight"], None, ["nine", "seven"]],
+    }
     pq.write_table(pa.table(table), tmp_path / "c.parquet")
     (tmp_path / "ignored.csv").write_text("no")
     expected = ["one", "two", "three", "four", "five\nsix", "seven", "eight", "nine"]
     assert list(read_texts([tmp_path])) == expected
-    assert list(read_texts([tmp_path / "b.jsonl", tmp_path / "a.txt"])) == ["three", "two", "four", "five\nsix", "one"]
+    assert list(read_texts([tmp_path / "b.jsonl", tmp_path / "a.txt"])) == [
+        "three",
+        "two",
+        "four",
+        "five\nsix",
+        "one",
+    ]
 
 
 def test_text_mistakes(tmp_path):
@@ -247,29 +277,47 @@ def test_failure_leaves_the_old_folder(tokenizer, tmp_path, monkeypatch):
 
 def test_script_trains_the_same_tokenizer_in_another_process(tokenizer, tmp_path):
     (tmp_path / "texts.txt").write_text("\n".join(dict.fromkeys(TEXTS)), encoding="utf-8")
-    command = [sys.executable, ROOT / "scripts" / "init_backbone.py", "--preset", "tiny", "--output", tmp_path / "out"]
+    command = [
+        sys.executable,
+        ROOT / "scripts" / "init_backbone.py",
+        "--preset",
+        "tiny",
+        "--output",
+        tmp_path / "out",
+    ]
     command += ["--train-tokenizer", tmp_path / "texts.txt", "--vocab-size", "300"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     expected = train_tokenizer(read_texts([tmp_path / "texts.txt"]), 300).backend_tokenizer.to_str()
-    assert json.loads((tmp_path / "out" / "tokenizer.json").read_text(encoding="utf-8")) == json.loads(expected)
+    assert json.loads(
+        (tmp_path / "out" / "tokenizer.json").read_text(encoding="utf-8")
+    ) == json.loads(expected)
     again = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert again.returncode == 2
-    command[command.index("300")], command[command.index(tmp_path / "out")] = "0", tmp_path / "other"
+    command[command.index("300")], command[command.index(tmp_path / "out")] = (
+        "0",
+        tmp_path / "other",
+    )
     none = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert "vocab size 0 is too small" in none.stderr
     assert again.stderr.startswith("error: ")
 
 
-@pytest.mark.skipif(not QWEN3_TOKENIZER, reason="ML_EMBED_QWEN3_TOKENIZER names no folder with Qwen3's tokenizer.json")
+@pytest.mark.skipif(
+    not QWEN3_TOKENIZER,
+    reason="ML_EMBED_QWEN3_TOKENIZER names no folder with Qwen3's tokenizer.json",
+)
 def test_qwen3_tokenizer(tmp_path):
     tokenizer = load_tokenizer(QWEN3_TOKENIZER)
     assert table_rows(tokenizer) == 151_680  # 151,669 ids
     assert table_rows(tokenizer, QWEN3_VOCAB) == QWEN3_VOCAB
     path = init_backbone("tiny", tokenizer, tmp_path / "qwen", dtype="bfloat16")
     loaded = AutoTokenizer.from_pretrained(path)
-    assert (loaded.eos_token_id, loaded.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert (loaded.eos_token_id, loaded.pad_token_id) == (
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+    )
     for text in TEXTS + HARD_TEXTS:
         assert loaded(text).input_ids == tokenizer(text).input_ids
     assert AutoModel.from_pretrained(path).config.vocab_size == 151_680

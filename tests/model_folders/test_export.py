@@ -31,7 +31,9 @@ from ml_embed.model_folders.model_folder import ModelRecord
 
 @pytest.fixture(scope="module", params=["shared", "per_layer"])
 def checkpoint(request, tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("model") / request.param, make_tokenizer(), request.param)
+    return write_model(
+        tmp_path_factory.mktemp("model") / request.param, make_tokenizer(), request.param
+    )
 
 
 def embed(folder: Path, **cut) -> np.ndarray:
@@ -47,9 +49,16 @@ def test_a_cut_folder_gives_the_vectors_of_the_cut(checkpoint, tmp_path):
     assert np.abs(embed(output) - embed(checkpoint, dim=16)).max() > 0.01, "the cut changes nothing"
     # Still nested, and a complete model folder for transformers.
     assert_equal_vectors(embed(output, dim=8), embed(checkpoint, **cut | {"dim": 8}))
-    assert_equal_vectors(naive(output, TEXTS, depth=1), embed(output, dim=HIDDEN, allow_untrained=True))
+    assert_equal_vectors(
+        naive(output, TEXTS, depth=1), embed(output, dim=HIDDEN, allow_untrained=True)
+    )
     record, config = ModelRecord.load(output), json.loads((output / "config.json").read_text())
-    assert (record.exits, record.dims, record.ranks, record.prompts) == ((1,), (16, 8), (16,), PROMPTS)
+    assert (record.exits, record.dims, record.ranks, record.prompts) == (
+        (1,),
+        (16, 8),
+        (16,),
+        PROMPTS,
+    )
     assert (config["num_hidden_layers"], config["matryoshka_dimensions"]) == (1, [8, 16])
     with safe_open(output / "embedding_factors.safetensors", "pt") as file:
         assert (file.get_tensor("A").shape[1], file.get_tensor("B").shape) == (16, (16, HIDDEN))
@@ -68,7 +77,9 @@ def test_sentence_transformers_reads_it(checkpoint, tmp_path, cut):
     other = sentence_transformers.SentenceTransformer(str(tmp_path / "cut"), device="cpu")
     vectors = other.encode(SPOKEN, prompt_name="query")
     assert vectors.shape == (len(SPOKEN), cut.get("dim", HIDDEN))
-    expected = Embedder.from_pretrained(checkpoint, **cut, device="cpu").encode(SPOKEN, prompt="query")
+    expected = Embedder.from_pretrained(checkpoint, **cut, device="cpu").encode(
+        SPOKEN, prompt="query"
+    )
     assert_equal_vectors(vectors, expected)
 
 
@@ -97,13 +108,16 @@ def test_untrained_sizes(checkpoint, tmp_path):
     assert (record.exits, record.dims, record.ranks) == ((1, 2), (24, 16, 8), (8,))
     assert_equal_vectors(embed(tmp_path / "cut"), embed(checkpoint, **cut, allow_untrained=True))
     assert_equal_vectors(
-        embed(tmp_path / "cut", depth=1), embed(checkpoint, **cut | {"depth": 1}, allow_untrained=True)
+        embed(tmp_path / "cut", depth=1),
+        embed(checkpoint, **cut | {"depth": 1}, allow_untrained=True),
     )
 
 
 def test_bfloat16_halves_the_folder(checkpoint, tmp_path):
     export_model(checkpoint, tmp_path / "half", dtype=torch.bfloat16)
-    sizes = [(folder / "model.safetensors").stat().st_size for folder in (checkpoint, tmp_path / "half")]
+    sizes = [
+        (folder / "model.safetensors").stat().st_size for folder in (checkpoint, tmp_path / "half")
+    ]
     assert sizes[1] < 0.55 * sizes[0]
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
     assert (embed(tmp_path / "half") * embed(checkpoint)).sum(1).min() > 0.99
@@ -113,7 +127,11 @@ def stored(folder: Path) -> tuple[str, torch.dtype, torch.dtype]:
     """What a folder's config says, what its weights are, and what transformers makes of them."""
     with safe_open(folder / "model.safetensors", "pt") as file:
         weights = file.get_tensor("norm.weight").dtype
-    return json.loads((folder / "config.json").read_text())["dtype"], weights, AutoModel.from_pretrained(folder).dtype
+    return (
+        json.loads((folder / "config.json").read_text())["dtype"],
+        weights,
+        AutoModel.from_pretrained(folder).dtype,
+    )
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
@@ -133,7 +151,9 @@ def test_folders_trained_from_a_bfloat16_backbone_say_what_they_hold(world, tmp_
     assert stored(half) == ("bfloat16", torch.bfloat16, torch.bfloat16)
     other = sentence_transformers.SentenceTransformer(str(trained), device="cpu")
     np.testing.assert_allclose(
-        other.encode(SPOKEN), Embedder.from_pretrained(trained, device="cpu").encode(SPOKEN), atol=1e-5
+        other.encode(SPOKEN),
+        Embedder.from_pretrained(trained, device="cpu").encode(SPOKEN),
+        atol=1e-5,
     )
 
 
@@ -148,7 +168,10 @@ def test_what_stands_there_is_not_lost(checkpoint, tmp_path):
     documents = tmp_path / "documents"
     documents.mkdir()
     (documents / "thesis.txt").write_text("precious")
-    for place, message in ((documents, "not a model folder"), (checkpoint, "the model that is read")):
+    for place, message in (
+        (documents, "not a model folder"),
+        (checkpoint, "the model that is read"),
+    ):
         with pytest.raises(UserError, match=message):
             export_model(checkpoint, place, overwrite=True)
     assert (documents / "thesis.txt").exists()
@@ -159,13 +182,26 @@ def test_colleagues_can_read_it(checkpoint, tmp_path):
     export_model(checkpoint, tmp_path / "cut")
     (tmp_path / "reference").write_text("")
     usual = stat.S_IMODE((tmp_path / "reference").stat().st_mode)
-    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "cut").rglob("*") if path.is_file()}
+    modes = {
+        path.name: stat.S_IMODE(path.stat().st_mode)
+        for path in (tmp_path / "cut").rglob("*")
+        if path.is_file()
+    }
     assert modes == dict.fromkeys(modes, usual)
 
 
 def test_the_script(checkpoint, tmp_path, capsys):
     script = load_script("export_model")
-    flags = ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "cut"), "--depth", "1", "--dim", "8"]
+    flags = [
+        "--checkpoint",
+        str(checkpoint),
+        "--output",
+        str(tmp_path / "cut"),
+        "--depth",
+        "1",
+        "--dim",
+        "8",
+    ]
     assert script.main(flags) == 0
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (printed["depth"], printed["dim"], printed["rank"]) == (1, 8, 32)

@@ -1,4 +1,5 @@
-"""Own data in one line: files of every kind, renamed columns, labelled text; then tokenized and trained on."""
+"""Own data in one line: files of every kind, renamed columns, labelled text; then tokenized and
+trained on."""
 
 import csv
 import gzip
@@ -15,7 +16,10 @@ from ml_embed.errors import UserError
 from ml_embed.prepare.own_data import Source, import_source, list_sources, parse_columns, raw_folder
 from ml_embed.prepare.raw import RawDataset, declared_task
 
-PAIRS = [{"question": f"what is {i}?", "answer": f"it is {i}, NA", "wrong": f"it is {i + 1}"} for i in range(6)]
+PAIRS = [
+    {"question": f"what is {i}?", "answer": f"it is {i}, NA", "wrong": f"it is {i + 1}"}
+    for i in range(6)
+]
 COLUMNS = "query=question,passage=answer"
 
 
@@ -44,7 +48,9 @@ def write_parquet(path, rows):
 
 
 def imported(path, columns, folder, seed=0):
-    file = import_source(Source(str(path)), columns and parse_columns(columns), folder, seed, progress=False)
+    file = import_source(
+        Source(str(path)), columns and parse_columns(columns), folder, seed, progress=False
+    )
     return pq.read_table(file).to_pylist(), file
 
 
@@ -62,18 +68,25 @@ def imported(path, columns, folder, seed=0):
 def test_pairs_of_every_kind_of_file(tmp_path, name, write):
     rows, file = imported(write(tmp_path / name, PAIRS), COLUMNS, tmp_path / "raw")
     assert file.name == "faq.parquet"
-    assert rows == [{"query": row["question"], "passage": row["answer"], "negatives": []} for row in PAIRS]
+    assert rows == [
+        {"query": row["question"], "passage": row["answer"], "negatives": []} for row in PAIRS
+    ]
 
 
 def test_negatives_in_columns_and_lists(tmp_path):
     rows = [{**row, "more": [row["wrong"] + "!", "", None]} for row in PAIRS]
     path = write_json_lines(tmp_path / "faq.jsonl", rows)
     got, _ = imported(path, f"{COLUMNS},negative_1=wrong,negatives=more", tmp_path / "raw")
-    assert [row["negatives"] for row in got] == [[row["wrong"], row["wrong"] + "!"] for row in PAIRS]
+    assert [row["negatives"] for row in got] == [
+        [row["wrong"], row["wrong"] + "!"] for row in PAIRS
+    ]
 
 
 def test_texts_of_csv_files_stay_as_written(tmp_path):
-    path = write_csv(tmp_path / "n.csv", [{"query": "007", "passage": "NA"}, {"query": "1.50", "passage": "null"}])
+    path = write_csv(
+        tmp_path / "n.csv",
+        [{"query": "007", "passage": "NA"}, {"query": "1.50", "passage": "null"}],
+    )
     rows, _ = imported(path, None, tmp_path / "raw")
     assert [(row["query"], row["passage"]) for row in rows] == [("007", "NA"), ("1.50", "null")]
 
@@ -95,13 +108,17 @@ def test_more_labels_are_clustering(tmp_path):
     rows, file = imported(path, None, tmp_path / "raw")
     assert declared_task(RawDataset("topics", file)) == "clustering"
     label = {row["text"]: row["label"] for row in reversed(texts)}
-    assert {row["query"] for row in rows} == label.keys() - {"alone"}, "a text without company has no positive"
+    assert {row["query"] for row in rows} == label.keys() - {"alone"}, (
+        "a text without company has no positive"
+    )
     for row in rows:
         assert label[row["passage"]] == label[row["query"]]
         assert row["passage"] != row["query"]
         assert len(set(row["negatives"])) == len(row["negatives"]) == 24
         assert label[row["query"]] not in {label[text] for text in row["negatives"]}
-    assert {text for row in rows for text in row["negatives"]} == label.keys(), "negatives come from everywhere"
+    assert {text for row in rows for text in row["negatives"]} == label.keys(), (
+        "negatives come from everywhere"
+    )
     before = file.read_bytes()
     assert imported(path, None, tmp_path / "again")[1].read_bytes() == before
     assert imported(path, None, tmp_path / "other", seed=1)[1].read_bytes() != before
@@ -109,7 +126,9 @@ def test_more_labels_are_clustering(tmp_path):
 
 def test_few_strangers_are_all_negatives(tmp_path):
     texts = [{"text": f"t{i}", "label": min(i // 4, 2)} for i in range(9)]
-    rows, _ = imported(write_json_lines(tmp_path / "t.jsonl", texts), "text,label", tmp_path / "raw")
+    rows, _ = imported(
+        write_json_lines(tmp_path / "t.jsonl", texts), "text,label", tmp_path / "raw"
+    )
     assert {len(row["negatives"]) for row in rows} == {5}
     assert all(len(set(row["negatives"])) == 5 for row in rows)
 
@@ -117,7 +136,9 @@ def test_few_strangers_are_all_negatives(tmp_path):
 def test_names_of_labels_that_the_data_has_are_used(tmp_path):
     import datasets
 
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
+    )
     data = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
     data.to_parquet(tmp_path / "named.parquet")
     rows, _ = imported(tmp_path / "named.parquet", None, tmp_path / "raw")
@@ -125,9 +146,12 @@ def test_names_of_labels_that_the_data_has_are_used(tmp_path):
 
 
 def test_one_line_tokenizes_and_the_result_trains(world, tmp_path, capsys):
-    """Pairs without negatives, then labelled text into the same folder; the task follows from the labels."""
+    """Pairs without negatives, then labelled text into the same folder; the task follows from the
+    labels."""
     faq = write_csv(tmp_path / "faq.csv", PAIRS)
-    topics = write_json_lines(tmp_path / "topic.jsonl", [{"text": f"t {i}", "label": i % 3} for i in range(12)])
+    topics = write_json_lines(
+        tmp_path / "topic.jsonl", [{"text": f"t {i}", "label": i % 3} for i in range(12)]
+    )
     flags = ["--tokenizer", str(world.backbone), "--output", str(tmp_path / "tokens")]
     assert tokenize_data_qwen.main([*flags, "--input", str(faq), "--columns", COLUMNS]) == 0
     before = (tmp_path / "tokens" / "faq_query.parquet").read_bytes()
@@ -138,7 +162,12 @@ def test_one_line_tokenizes_and_the_result_trains(world, tmp_path, capsys):
     code, lines = train(world, tmp_path, train_steps=6, **data)
     assert code == 0
     in_batch = {key.split("/")[0] for line in lines for key in line if key.endswith("in_batch")}
-    hard = {key.split("/")[0] for line in lines for key in line if key.endswith("hard") and line[key] > 0}
+    hard = {
+        key.split("/")[0]
+        for line in lines
+        for key in line
+        if key.endswith("hard") and line[key] > 0
+    }
     assert (in_batch, hard) == ({"faq", "Avg"}, {"topic", "Avg"})
 
 
@@ -149,7 +178,10 @@ def test_one_line_tokenizes_and_the_result_trains(world, tmp_path, capsys):
         ("question=query,passage=answer", "'question' is no role"),
         ("query=a,query=b,passage=c", "'query' is given twice"),
         ("text=a,label=b,query=c", "text and label stand together"),
-        ("query=nothing,passage=answer", "row 0: no column 'nothing'; its columns are 'question', 'answer', 'wrong'"),
+        (
+            "query=nothing,passage=answer",
+            "row 0: no column 'nothing'; its columns are 'question', 'answer', 'wrong'",
+        ),
         (None, "faq.jsonl has the columns 'question', 'answer', 'wrong'; say which"),
         ("text=question,label=same", "'same' has 1 different labels"),
     ],
@@ -170,13 +202,17 @@ def test_columns_that_do_not_fit(tmp_path, columns, message):
     ],
 )
 def test_rows_that_cannot_be_learned_from(tmp_path, row, message):
-    path = write_json_lines(tmp_path / "faq.jsonl", [{k: r[k] for k in ("question", "answer")} for r in PAIRS] + [row])
+    path = write_json_lines(
+        tmp_path / "faq.jsonl", [{k: r[k] for k in ("question", "answer")} for r in PAIRS] + [row]
+    )
     with pytest.raises(UserError, match=re.escape(message)):
         imported(path, COLUMNS, tmp_path / "raw")
 
 
 def test_sources(tmp_path, monkeypatch):
-    assert [source.name for source in list_sources("owner/data", "train", "en")] == ["owner_data_en"]
+    assert [source.name for source in list_sources("owner/data", "train", "en")] == [
+        "owner_data_en"
+    ]
     for name in ("a.csv", "b.jsonl.gz", "notes.md", ".hidden.csv"):
         (tmp_path / name).touch()
     assert [source.name for source in list_sources(str(tmp_path), "train", None)] == ["a", "b"]
@@ -214,11 +250,21 @@ def test_suffixes_in_capitals_are_read_alike(tmp_path):
     assert [row["query"] for row in rows] == [row["question"] for row in PAIRS]
 
 
-def test_a_second_file_of_the_same_name_is_refused_before_it_replaces_the_first(world, tmp_path, capsys):
+def test_a_second_file_of_the_same_name_is_refused_before_it_replaces_the_first(
+    world, tmp_path, capsys
+):
     for folder, rows in (("a", PAIRS), ("b", PAIRS[:3])):
         (tmp_path / folder).mkdir()
         write_csv(tmp_path / folder / "train.csv", rows)
-    flags = ["--tokenizer", str(world.backbone), "--output", str(tmp_path / "tokens"), "--columns", COLUMNS, "--input"]
+    flags = [
+        "--tokenizer",
+        str(world.backbone),
+        "--output",
+        str(tmp_path / "tokens"),
+        "--columns",
+        COLUMNS,
+        "--input",
+    ]
     assert tokenize_data_qwen.main([*flags, str(tmp_path / "a/train.csv")]) == 0
     before = (tmp_path / "tokens/raw/train.parquet").read_bytes()
     assert tokenize_data_qwen.main([*flags, str(tmp_path / "b/train.csv")]) == 2
@@ -228,7 +274,9 @@ def test_a_second_file_of_the_same_name_is_refused_before_it_replaces_the_first(
     assert (tmp_path / "tokens/raw/train.parquet").read_bytes() == before
     (tmp_path / "moved").mkdir()
     (tmp_path / "a/train.csv").rename(tmp_path / "moved/train.csv")
-    assert tokenize_data_qwen.main([*flags, str(tmp_path / "moved/train.csv")]) == 0, "the same rows from elsewhere"
+    assert tokenize_data_qwen.main([*flags, str(tmp_path / "moved/train.csv")]) == 0, (
+        "the same rows from elsewhere"
+    )
     capsys.readouterr()
     assert tokenize_data_qwen.main([*flags, str(tmp_path / "b/train.csv"), "--overwrite"]) == 0
     assert "1 datasets, 3 rows" in capsys.readouterr().out

@@ -1,4 +1,5 @@
-"""Prompts: in the tokenized text, in the manifest, checked in training, and offered by the model folder."""
+"""Prompts: in the tokenized text, in the manifest, checked in training, and offered by the model
+folder."""
 
 import json
 import random
@@ -25,13 +26,20 @@ OTHER = "Instruct: Say which kind.\nQuery: "
 
 @pytest.fixture(scope="module")
 def prompted(world, tmp_path_factory):
-    """(settings of the datasets, tokenized folder): a prompt of its own for facts, another for all that begin with s,
-    which also get it on half of their documents; none for topics."""
+    """(settings of the datasets, tokenized folder): a prompt of its own for facts, another for all
+    that begin with s, which also get it on half of their documents; none for topics."""
     folder = tmp_path_factory.mktemp("prompted")
     symmetric = {"prompt": OTHER, "passage_prompt": OTHER, "passage_prompt_share": 0.5}
     settings = {"facts": {"prompt": FACTS}, "s*": symmetric, "topics": {"task": "clustering"}}
     world.write_config(folder / "config.json", datasets=settings)
-    flags = ["--tokenizer", str(world.backbone), "--input", str(world.raw), "--output", str(folder / "tokens")]
+    flags = [
+        "--tokenizer",
+        str(world.backbone),
+        "--input",
+        str(world.raw),
+        "--output",
+        str(folder / "tokens"),
+    ]
     assert tokenize_data_qwen.main([*flags, "--config", str(folder / "config.json")]) == 0
     return settings, folder / "tokens"
 
@@ -52,7 +60,11 @@ def test_prompts_stand_in_front_of_the_tokenized_texts(world, prompted):
     assert got["sentiment"][0] == [OTHER + text for text in plain["sentiment"][0]]
     manifest = json.loads((folder / "manifest.json").read_text())["datasets"]
     assert manifest["facts"]["prompts"] == {"query": FACTS, "passage": "", "passage_share": 1.0}
-    assert manifest["sentiment"]["prompts"] == {"query": OTHER, "passage": OTHER, "passage_share": 0.5}
+    assert manifest["sentiment"]["prompts"] == {
+        "query": OTHER,
+        "passage": OTHER,
+        "passage_share": 0.5,
+    }
     assert "prompts" not in manifest["topics"]
     assert manifest["topics"]["task"] == "clustering"
 
@@ -69,7 +81,9 @@ def test_a_share_of_documents_gets_the_prompt_always_the_same_ones():
     chosen = used.choose(documents, seed=1)
     assert chosen.mean() == pytest.approx(0.3, abs=0.04)
     assert (chosen != used.choose(documents, seed=2)).any()
-    assert (used.choose(documents[::-1], seed=1) == chosen[::-1]).all(), "wherever a document stands"
+    assert (used.choose(documents[::-1], seed=1) == chosen[::-1]).all(), (
+        "wherever a document stands"
+    )
     assert Prompts("", "> ").choose(documents, 0).all()
     assert not Prompts("", "> ", 0.0).choose(documents, 0).any()
     assert not Prompts("query: ").choose(documents, 0).any()
@@ -86,7 +100,9 @@ def test_a_prompted_document_that_equals_another_is_that_one(monkeypatch):
         RowBatch(
             queries=[row[0] for row in rows[start : start + 70]],
             documents=[text.encode() for row in rows[start : start + 70] for text in row[1:]],
-            characters=np.array([len(text) for row in rows[start : start + 70] for text in row[1:]]),
+            characters=np.array(
+                [len(text) for row in rows[start : start + 70] for text in row[1:]]
+            ),
             counts=np.array([len(row) - 1 for row in rows[start : start + 70]]),
             where="here",
         )
@@ -119,10 +135,15 @@ def test_the_model_folder_offers_the_prompts(world, prompted, tmp_path):
     assert code == 0
     model = tmp_path / "run" / "step_1"
     expected = {"facts": FACTS, "sentiment": OTHER}
-    assert json.loads((model / "config_sentence_transformers.json").read_text())["prompts"] == expected
+    assert (
+        json.loads((model / "config_sentence_transformers.json").read_text())["prompts"] == expected
+    )
     embedder = Embedder.from_pretrained(model)
     assert embedder.prompts == expected
-    with_name, by_hand = embedder.encode(["moon1"], prompt="facts"), embedder.encode([FACTS + "moon1"])
+    with_name, by_hand = (
+        embedder.encode(["moon1"], prompt="facts"),
+        embedder.encode([FACTS + "moon1"]),
+    )
     assert abs(with_name - by_hand).max() < 1e-6
     # A second stage on data without prompts keeps what the model offers.
     code, _ = train(world, tmp_path, "second", model_path=str(model), train_steps=1)
@@ -131,8 +152,17 @@ def test_the_model_folder_offers_the_prompts(world, prompted, tmp_path):
 
 
 def test_a_prompt_that_all_share_is_also_called_query(world, tmp_path):
-    world.write_config(tmp_path / "config.json", datasets={"*": {"prompt": FACTS, "passage_prompt": "D: "}})
-    flags = ["--tokenizer", str(world.backbone), "--input", str(world.raw), "--output", str(tmp_path / "tokens")]
+    world.write_config(
+        tmp_path / "config.json", datasets={"*": {"prompt": FACTS, "passage_prompt": "D: "}}
+    )
+    flags = [
+        "--tokenizer",
+        str(world.backbone),
+        "--input",
+        str(world.raw),
+        "--output",
+        str(tmp_path / "tokens"),
+    ]
     assert tokenize_data_qwen.main([*flags, "--config", str(tmp_path / "config.json")]) == 0
     train(world, tmp_path, train_data_path=str(tmp_path / "tokens"), datasets={}, train_steps=1)
     prompts = Embedder.from_pretrained(tmp_path / "run" / "step_1").prompts
@@ -145,18 +175,29 @@ def test_a_config_with_other_prompts_than_the_data_is_refused(world, prompted, t
     code, _ = train(world, tmp_path, train_data_path=str(folder), **changes)
     assert code == 2
     message = capsys.readouterr().err
-    assert f"datasets.facts.prompt: the config says 'else: ', the data was made with {FACTS!r}" in message
-    assert "datasets.topics.passage_prompt: the config says 'new: ', the data was made with ''" in message
+    assert (
+        f"datasets.facts.prompt: the config says 'else: ', the data was made with {FACTS!r}"
+        in message
+    )
+    assert (
+        "datasets.topics.passage_prompt: the config says 'new: ', the data was made with ''"
+        in message
+    )
     assert not (tmp_path / "run").exists()
 
 
 def test_a_config_with_another_share_than_the_data_is_refused(world, prompted, tmp_path, capsys):
     settings, folder = prompted
-    changed = {"s*": settings["s*"] | {"passage_prompt_share": 0.9}, "facts": {"passage_prompt_share": 0.2}}
+    changed = {
+        "s*": settings["s*"] | {"passage_prompt_share": 0.9},
+        "facts": {"passage_prompt_share": 0.2},
+    }
     code, _ = train(world, tmp_path, train_data_path=str(folder), datasets=changed)
     assert code == 2
     message = capsys.readouterr().err
-    assert "sentiment.passage_prompt_share: the config says 0.9, the data was made with 0.5" in message
+    assert (
+        "sentiment.passage_prompt_share: the config says 0.9, the data was made with 0.5" in message
+    )
     assert "facts" not in message, "no passage prompt, so its share says nothing"
 
 

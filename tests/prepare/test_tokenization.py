@@ -23,7 +23,13 @@ from ml_embed.data.store import open_store
 from ml_embed.errors import UserError
 from ml_embed.prepare import raw, tokenization
 from ml_embed.prepare.numbering import TextNumbers, text_digest
-from ml_embed.prepare.raw import RawDataset, check_and_count_rows, list_raw_datasets, read_row_batches, read_rows
+from ml_embed.prepare.raw import (
+    RawDataset,
+    check_and_count_rows,
+    list_raw_datasets,
+    read_row_batches,
+    read_rows,
+)
 from ml_embed.prepare.token_files import TokenFile
 from ml_embed.prepare.tokenization import TokenizeOptions, select_rows, tokenize_folder
 from ml_embed.prepare.tokenizer import append_eos_template, fingerprint, load_tokenizer
@@ -52,12 +58,17 @@ def tokenizer_folder(tmp_path_factory):
     )
     backend.train_from_iterator(DOCUMENTS, trainer)
     folder = tmp_path_factory.mktemp("tokenizer")
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>"
+    ).save_pretrained(folder)
     return folder
 
 
-def write_raw(folder: Path, name: str = "toy", rows=ROWS, form: str = "list", suffix: str = ".parquet") -> Path:
-    """Rows as one raw file; `form` "list" has a column negatives, "numbered" has negative_1 ... negative_K."""
+def write_raw(
+    folder: Path, name: str = "toy", rows=ROWS, form: str = "list", suffix: str = ".parquet"
+) -> Path:
+    """Rows as one raw file; `form` "list" has a column negatives, "numbered" has negative_1 ...
+    negative_K."""
     folder.mkdir(exist_ok=True)
     records = []
     width = max(len(negatives) for _, _, negatives in rows)
@@ -66,7 +77,10 @@ def write_raw(folder: Path, name: str = "toy", rows=ROWS, form: str = "list", su
         if form == "list":
             record["negatives"] = negatives
         else:
-            record |= {f"negative_{k + 1}": negatives[k] if k < len(negatives) else None for k in range(width)}
+            record |= {
+                f"negative_{k + 1}": negatives[k] if k < len(negatives) else None
+                for k in range(width)
+            }
         records.append(record)
     path = folder / f"{name}{suffix}"
     if suffix == ".parquet":
@@ -78,7 +92,11 @@ def write_raw(folder: Path, name: str = "toy", rows=ROWS, form: str = "list", su
 
 
 def options(tokenizer_folder, tmp_path, **changes) -> TokenizeOptions:
-    values = {"input": tmp_path / "raw", "output": tmp_path / "tokens", "max_seq_length": 32} | changes
+    values = {
+        "input": tmp_path / "raw",
+        "output": tmp_path / "tokens",
+        "max_seq_length": 32,
+    } | changes
     return TokenizeOptions(str(tokenizer_folder), **values)
 
 
@@ -103,7 +121,9 @@ def test_everything_written_is_right(tokenizer_folder, tmp_path):
     assert table.to_pydict() == {
         "query_input_ids": expected([query for query, _, _ in ROWS]),
         "passage_doc_id": [DOCUMENTS.index(passage) for _, passage, _ in ROWS],
-        "negative_doc_ids": [[DOCUMENTS.index(text) for text in negatives] for _, _, negatives in ROWS],
+        "negative_doc_ids": [
+            [DOCUMENTS.index(text) for text in negatives] for _, _, negatives in ROWS
+        ],
     }
     corpus = pq.read_table(tmp_path / "tokens/imdb_corpus.parquet")
     assert corpus.schema.types == [pa.list_(pa.int32())]
@@ -118,8 +138,15 @@ def test_everything_written_is_right(tokenizer_folder, tmp_path):
         "tokens": sum(map(len, expected([query for query, _, _ in ROWS] + DOCUMENTS))),
         "negatives": {"min": 0, "max": 3, "total": 7},
         "task": "classification",
-        "source": {"file": "imdb.parquet", "bytes": len(source), "sha256": hashlib.sha256(source).hexdigest()},
-        "bytes": {kind: (tmp_path / f"tokens/imdb_{kind}.parquet").stat().st_size for kind in ("query", "corpus")},
+        "source": {
+            "file": "imdb.parquet",
+            "bytes": len(source),
+            "sha256": hashlib.sha256(source).hexdigest(),
+        },
+        "bytes": {
+            kind: (tmp_path / f"tokens/imdb_{kind}.parquet").stat().st_size
+            for kind in ("query", "corpus")
+        },
     }
     del manifest["datasets"]
     assert manifest == {
@@ -141,19 +168,28 @@ def test_store_reads_it_back(tokenizer_folder, tmp_path):
     tokenizer = load_tokenizer(tokenizer_folder)
     dataset = store.datasets["toy"]
     read = [
-        (dataset.query(i), dataset.document(dataset.passage_documents[i]), *map(dataset.document, dataset.negatives(i)))
+        (
+            dataset.query(i),
+            dataset.document(dataset.passage_documents[i]),
+            *map(dataset.document, dataset.negatives(i)),
+        )
         for i in range(dataset.num_rows)
     ]
     decoded = [[tokenizer.decode(ids[:-1]) for ids in texts] for texts in read]
     assert decoded == [[query, passage, *negatives] for query, passage, negatives in ROWS]
 
 
-@pytest.mark.parametrize(("form", "suffix"), [("numbered", ".parquet"), ("list", ".jsonl"), ("numbered", ".jsonl")])
+@pytest.mark.parametrize(
+    ("form", "suffix"), [("numbered", ".parquet"), ("list", ".jsonl"), ("numbered", ".jsonl")]
+)
 def test_all_raw_forms_give_the_same_bytes(tokenizer_folder, tmp_path, form, suffix):
     outputs = []
     for i, kind in enumerate([("list", ".parquet"), (form, suffix)]):
         folder = write_raw(tmp_path / f"raw{i}", form=kind[0], suffix=kind[1])
-        tokenize_folder(options(tokenizer_folder, tmp_path, input=folder, output=tmp_path / f"out{i}"), progress=False)
+        tokenize_folder(
+            options(tokenizer_folder, tmp_path, input=folder, output=tmp_path / f"out{i}"),
+            progress=False,
+        )
         outputs.append(contents(tmp_path / f"out{i}"))
         outputs[-1].pop("manifest.json")  # names the source
     assert outputs[0] == outputs[1]
@@ -166,21 +202,33 @@ def test_tokenizer_saved_with_eos_gives_the_same_bytes(tokenizer_folder, tmp_pat
     append_eos_template(tokenizer)
     tokenizer.save_pretrained(tmp_path / "with_eos")
     tokenize_folder(options(tokenizer_folder, tmp_path), progress=False)
-    tokenize_folder(options(tmp_path / "with_eos", tmp_path, output=tmp_path / "again"), progress=False)
+    tokenize_folder(
+        options(tmp_path / "with_eos", tmp_path, output=tmp_path / "again"), progress=False
+    )
     assert contents(tmp_path / "tokens") == contents(tmp_path / "again")
 
 
 def test_script_gives_the_same_bytes_with_one_worker_as_with_all_cores(tokenizer_folder, tmp_path):
-    rows = [(f"query {i}", f"passage {i % 70}", [f"negative {i * k}" for k in range(i % 4)]) for i in range(300)]
+    rows = [
+        (f"query {i}", f"passage {i % 70}", [f"negative {i * k}" for k in range(i % 4)])
+        for i in range(300)
+    ]
     write_raw(tmp_path / "raw", "many", rows)
     flags = {
-        "--tokenizer": tokenizer_folder, "--input": tmp_path / "raw", "--output": tmp_path / "script",
-        "--max-seq-length": 16, "--max-samples": 100, "--num-workers": 1, "--seed": 1,
+        "--tokenizer": tokenizer_folder, "--input": tmp_path / "raw",
+        "--output": tmp_path / "script", "--max-seq-length": 16, "--max-samples": 100,
+        "--num-workers": 1, "--seed": 1,
     }  # fmt: skip
     # A process of its own: the number of threads is fixed by the first batch in a process.
-    command = [sys.executable, "tokenize_data_qwen.py", *(str(part) for flag in flags.items() for part in flag)]
+    command = [
+        sys.executable,
+        "tokenize_data_qwen.py",
+        *(str(part) for flag in flags.items() for part in flag),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert "1 datasets, 100 rows" in done.stdout
     assert "many" in done.stderr  # its progress bar
@@ -189,8 +237,17 @@ def test_script_gives_the_same_bytes_with_one_worker_as_with_all_cores(tokenizer
     assert contents(tmp_path / "tokens") == contents(tmp_path / "script")
 
 
-def test_script_reports_a_user_error_without_traceback(tokenizer_folder, tmp_path, monkeypatch, capsys):
-    flags = ["--tokenizer", tokenizer_folder, "--input", tmp_path / "nowhere", "--output", tmp_path / "out"]
+def test_script_reports_a_user_error_without_traceback(
+    tokenizer_folder, tmp_path, monkeypatch, capsys
+):
+    flags = [
+        "--tokenizer",
+        tokenizer_folder,
+        "--input",
+        tmp_path / "nowhere",
+        "--output",
+        tmp_path / "out",
+    ]
     monkeypatch.setattr(sys, "argv", ["tokenize_data_qwen.py", *map(str, flags)])
     assert runpy.run_path(str(ROOT / "tokenize_data_qwen.py"))["main"]() == 2
     printed = capsys.readouterr().err
@@ -206,7 +263,10 @@ def test_blocks_do_not_change_the_result(tokenizer_folder, tmp_path, monkeypatch
     monkeypatch.setattr(raw, "BATCH_ROWS", 1)
     tokenize_folder(options(tokenizer_folder, tmp_path, output=tmp_path / "small"), progress=False)
     for kind in ("query", "corpus"):
-        one, other = (pq.read_table(tmp_path / folder / f"toy_{kind}.parquet") for folder in ("tokens", "small"))
+        one, other = (
+            pq.read_table(tmp_path / folder / f"toy_{kind}.parquet")
+            for folder in ("tokens", "small")
+        )
         assert one.equals(other)
     assert pq.ParquetFile(tmp_path / "small/toy_query.parquet").num_row_groups == len(ROWS)
 
@@ -218,7 +278,10 @@ def test_max_samples_is_a_seeded_choice_in_file_order(tokenizer_folder, tmp_path
         write_raw(tmp_path / "raw", name, rows, suffix=suffix)
     for seed in (1, 2):
         output = tmp_path / f"seed{seed}"
-        tokenize_folder(options(tokenizer_folder, tmp_path, max_samples=10, seed=seed, output=output), progress=False)
+        tokenize_folder(
+            options(tokenizer_folder, tmp_path, max_samples=10, seed=seed, output=output),
+            progress=False,
+        )
         tokenizer = load_tokenizer(tokenizer_folder)
         for name in ("a", "b"):
             queries = pq.read_table(output / f"{name}_query.parquet")["query_input_ids"].to_pylist()
@@ -244,7 +307,8 @@ def test_interrupted_run_is_continued(tokenizer_folder, tmp_path, monkeypatch):
     def interrupted(name, *arguments):
         made.append(name)
         if made == ["a", "b"]:
-            # As after a kill: one file has its final name, the other is half written, nothing is recorded.
+            # As after a kill: one file has its final name, the other is half written, nothing is
+            # recorded.
             (tmp_path / "tokens/b_query.parquet").write_bytes(b"PAR1")
             (tmp_path / "tokens/b_corpus.parquet.partial").write_bytes(b"PAR1")
             raise KeyboardInterrupt
@@ -268,7 +332,11 @@ def test_bad_row_leaves_no_half_written_file_and_is_continued(tokenizer_folder, 
     write_raw(tmp_path / "raw", "b", [*ROWS, ("query", "", [])])
     with pytest.raises(UserError, match=r"b\.parquet, row 5: 'passage' is empty"):
         tokenize_folder(options(tokenizer_folder, tmp_path), progress=False)
-    assert contents(tmp_path / "tokens").keys() == {"a_query.parquet", "a_corpus.parquet", "manifest.partial.json"}
+    assert contents(tmp_path / "tokens").keys() == {
+        "a_query.parquet",
+        "a_corpus.parquet",
+        "manifest.partial.json",
+    }
     write_raw(tmp_path / "raw", "b")
     tokenize_folder(options(tokenizer_folder, tmp_path), progress=False)
     tokenize_folder(options(tokenizer_folder, tmp_path, output=tmp_path / "whole"), progress=False)
@@ -276,7 +344,8 @@ def test_bad_row_leaves_no_half_written_file_and_is_continued(tokenizer_folder, 
 
 
 def interrupt_in(tokenizer_folder, tmp_path, monkeypatch, stopping: str, **changes) -> None:
-    """Tokenize, and stop in the dataset `stopping` as a kill does: one file whole, the other half written."""
+    """Tokenize, and stop in the dataset `stopping` as a kill does: one file whole, the other half
+    written."""
 
     def interrupted(name, *arguments):
         if name == stopping:
@@ -293,7 +362,9 @@ def interrupt_in(tokenizer_folder, tmp_path, monkeypatch, stopping: str, **chang
 
 
 @pytest.mark.parametrize("case", ["plain", "another is added", "overwritten twice"])
-def test_an_unfinished_dataset_that_leaves_the_input_leaves_nothing(tokenizer_folder, tmp_path, monkeypatch, case):
+def test_an_unfinished_dataset_that_leaves_the_input_leaves_nothing(
+    tokenizer_folder, tmp_path, monkeypatch, case
+):
     overwrite = case == "overwritten twice"
     for name in ("a", "b"):
         write_raw(tmp_path / "raw", name)
@@ -331,13 +402,17 @@ def test_two_unfinished_datasets_are_both_continued(tokenizer_folder, tmp_path, 
     interrupt_in(tokenizer_folder, tmp_path, monkeypatch, "d")
     for name in ("b", "c"):
         write_raw(tmp_path / "raw", name)
-    interrupt_in(tokenizer_folder, tmp_path, monkeypatch, "c")  # b is made, and must not make d forgotten
+    interrupt_in(
+        tokenizer_folder, tmp_path, monkeypatch, "c"
+    )  # b is made, and must not make d forgotten
     tokenize_folder(options(tokenizer_folder, tmp_path), progress=False)
     tokenize_folder(options(tokenizer_folder, tmp_path, output=tmp_path / "whole"), progress=False)
     assert contents(tmp_path / "tokens") == contents(tmp_path / "whole")
 
 
-def test_second_run_writes_nothing_and_a_new_dataset_is_added(tokenizer_folder, tmp_path, monkeypatch):
+def test_second_run_writes_nothing_and_a_new_dataset_is_added(
+    tokenizer_folder, tmp_path, monkeypatch
+):
     write_raw(tmp_path / "raw", "a")
     tokenize_folder(options(tokenizer_folder, tmp_path), progress=False)
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "tokens").glob("[!.]*")}
@@ -368,8 +443,12 @@ def test_other_settings_or_sources_are_refused_unless_overwritten(tokenizer_fold
     foreign = tmp_path / "tokens/notes.txt"
     foreign.write_text("mine")
     before = contents(tmp_path / "tokens")
-    with pytest.raises(UserError, match="max_seq_length is 32 there, now 16; seed is 42 there, now 1"):
-        tokenize_folder(options(tokenizer_folder, tmp_path, max_seq_length=16, seed=1), progress=False)
+    with pytest.raises(
+        UserError, match="max_seq_length is 32 there, now 16; seed is 42 there, now 1"
+    ):
+        tokenize_folder(
+            options(tokenizer_folder, tmp_path, max_seq_length=16, seed=1), progress=False
+        )
     write_raw(tmp_path / "raw", "a", ROWS[:2])
     with pytest.raises(UserError, match="'a' made from another file"):
         tokenize_folder(options(tokenizer_folder, tmp_path), progress=False)
@@ -386,8 +465,9 @@ def test_other_settings_or_sources_are_refused_unless_overwritten(tokenizer_fold
 
 
 def interrupt_overwriting(tokenizer_folder, tmp_path, monkeypatch):
-    """Datasets a, b, c and gone in tmp_path/tokens; then gone leaves the input, and a run with other settings and
-    `overwrite` stops at b. Returns the changed options and the list to which datasets are added as they are made."""
+    """Datasets a, b, c and gone in tmp_path/tokens; then gone leaves the input, and a run with
+    other settings and `overwrite` stops at b. Returns the changed options and the list to which
+    datasets are added as they are made."""
     for name in ("a", "b", "c", "gone"):
         write_raw(tmp_path / "raw", name, [(f"{name} {query}", p, n) for query, p, n in ROWS])
     tokenize_folder(options(tokenizer_folder, tmp_path), progress=False)
@@ -416,13 +496,17 @@ def test_an_interrupted_overwrite_is_continued(tokenizer_folder, tmp_path, monke
     tokenize_folder(replace(changed, overwrite=overwrite), progress=False)
     assert made == ["a", "b", "b", "c"]
     tokenize_folder(replace(changed, output=tmp_path / "whole"), progress=False)
-    assert contents(tmp_path / "tokens") == contents(tmp_path / "whole"), "nothing of the replaced data is left"
+    assert contents(tmp_path / "tokens") == contents(tmp_path / "whole"), (
+        "nothing of the replaced data is left"
+    )
     made.clear()
     tokenize_folder(changed, progress=False)
     assert made == ["a", "b", "c"], "a finished one begins anew"
 
 
-def test_an_interrupted_overwrite_with_other_data_makes_that_anew(tokenizer_folder, tmp_path, monkeypatch):
+def test_an_interrupted_overwrite_with_other_data_makes_that_anew(
+    tokenizer_folder, tmp_path, monkeypatch
+):
     changed, made = interrupt_overwriting(tokenizer_folder, tmp_path, monkeypatch)
     write_raw(tmp_path / "raw", "a", ROWS[:2])
     with pytest.raises(UserError, match="'a' made from another file"):
@@ -457,7 +541,9 @@ def test_unrecorded_files_are_not_replaced(tokenizer_folder, tmp_path):
     assert foreign.read_text() == "mine"
 
 
-def test_full_disk_is_a_user_error_and_leaves_no_half_written_file(tokenizer_folder, tmp_path, monkeypatch):
+def test_full_disk_is_a_user_error_and_leaves_no_half_written_file(
+    tokenizer_folder, tmp_path, monkeypatch
+):
     def full(self, columns):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -471,7 +557,10 @@ def test_full_disk_is_a_user_error_and_leaves_no_half_written_file(tokenizer_fol
 def test_two_runs_into_one_folder_are_refused(tokenizer_folder, tmp_path):
     write_raw(tmp_path / "raw", "a")
     (tmp_path / "tokens").mkdir()
-    with FileLock(tmp_path / "tokens" / tokenization.LOCK), pytest.raises(UserError, match="another process"):
+    with (
+        FileLock(tmp_path / "tokens" / tokenization.LOCK),
+        pytest.raises(UserError, match="another process"),
+    ):
         tokenize_folder(options(tokenizer_folder, tmp_path), progress=False)
 
 
@@ -491,7 +580,9 @@ def test_flags_out_of_range(tokenizer_folder, tmp_path, changes, message):
 def test_input_and_output_must_differ(tokenizer_folder, tmp_path):
     write_raw(tmp_path / "raw")
     with pytest.raises(UserError, match="write to another folder"):
-        tokenize_folder(options(tokenizer_folder, tmp_path, output=tmp_path / "raw"), progress=False)
+        tokenize_folder(
+            options(tokenizer_folder, tmp_path, output=tmp_path / "raw"), progress=False
+        )
 
 
 # --- numbering
@@ -506,7 +597,9 @@ def test_numbers_are_those_of_a_dictionary(limit):
         known = set(expected)
         got, new = numbers.number([text_digest(text.encode()) for text in batch])
         assert got == [expected.setdefault(text, len(expected)) for text in batch]
-        assert [batch[i] for i in new] == [text for text in dict.fromkeys(batch) if text not in known]
+        assert [batch[i] for i in new] == [
+            text for text in dict.fromkeys(batch) if text not in known
+        ]
     assert numbers.count == len(expected)
 
 
@@ -523,7 +616,9 @@ def test_numbers_of_digests_that_share_their_first_half():
 
 def test_empty_negatives_are_none_and_columns_are_in_numeric_order(tmp_path):
     columns = {f"negative_{k}": [f"n{k}", "" if k % 2 else None] for k in (10, 2, 1)}
-    pq.write_table(pa.table({"query": ["q", "r"], "passage": ["p", "s"], **columns}), tmp_path / "x.parquet")
+    pq.write_table(
+        pa.table({"query": ["q", "r"], "passage": ["p", "s"], **columns}), tmp_path / "x.parquet"
+    )
     rows = list(read_rows(RawDataset("x", tmp_path / "x.parquet")))
     assert rows == [("q", "p", ["n1", "n2", "n10"]), ("r", "s", [])]
 
@@ -549,7 +644,15 @@ def test_rows_without_negative_columns_and_with_null_lists(tmp_path):
 )
 def test_every_type_of_text_gives_the_same_rows(tmp_path, monkeypatch, kind, selected):
     monkeypatch.setattr(raw, "BATCH_ROWS", 3)
-    lists = [["n1", "", "ñ2"], None, ["n3", None, "n1"], None, ["", None, ""], ["n4", "n5", "n6"], ["🙂", "b", "c"]]
+    lists = [
+        ["n1", "", "ñ2"],
+        None,
+        ["n3", None, "n1"],
+        None,
+        ["", None, ""],
+        ["n4", "n5", "n6"],
+        ["🙂", "b", "c"],
+    ]
     queries, passages = [f"q{i}" for i in range(7)], ["p", "é", "p", "🙂", "p4", "p5", "p"]
     expected = [
         (query, passage, [text for text in negatives or () if text])
@@ -558,20 +661,29 @@ def test_every_type_of_text_gives_the_same_rows(tmp_path, monkeypatch, kind, sel
     expected = expected if selected is None else [expected[i] for i in selected]
     numbered = {f"negative_{k + 1}": [row[k] if row else None for row in lists] for k in range(3)}
     text = kind.value_type
-    for negatives in ({"negatives": pa.array(lists, kind)}, {k: pa.array(v, text) for k, v in numbered.items()}):
-        columns = {"query": pa.array(queries, text), "passage": pa.array(passages, text), **negatives}
+    for negatives in (
+        {"negatives": pa.array(lists, kind)},
+        {k: pa.array(v, text) for k, v in numbered.items()},
+    ):
+        columns = {
+            "query": pa.array(queries, text),
+            "passage": pa.array(passages, text),
+            **negatives,
+        }
         try:
             pq.write_table(pa.table(columns), tmp_path / "x.parquet", row_group_size=5)
-        except pa.ArrowNotImplementedError:  # pyarrow 21 writes no null in place of a list of fixed size
+        except (
+            pa.ArrowNotImplementedError
+        ):  # pyarrow 21 writes no null in place of a list of fixed size
             assert pa.types.is_fixed_size_list(kind)
             columns["negatives"] = pa.array([row or [None] * 3 for row in lists], kind)
             pq.write_table(pa.table(columns), tmp_path / "x.parquet", row_group_size=5)
         dataset = RawDataset("x", tmp_path / "x.parquet")
         assert list(read_rows(dataset, selected)) == expected
         batches = list(read_row_batches(dataset, selected))
-        assert [text for batch in batches for text in batch.decode(range(len(batch.documents)))] == [
-            text for _, passage, negatives in expected for text in (passage, *negatives)
-        ]
+        assert [
+            text for batch in batches for text in batch.decode(range(len(batch.documents)))
+        ] == [text for _, passage, negatives in expected for text in (passage, *negatives)]
         assert [count for batch in batches for count in batch.characters] == [
             len(text) for _, passage, negatives in expected for text in (passage, *negatives)
         ]
@@ -587,7 +699,10 @@ def test_text_that_is_not_utf8_is_named(tokenizer_folder, tmp_path, monkeypatch,
         columns[column] = pa.ListArray.from_arrays(pa.array(range(6), pa.int32()), bad)
     (tmp_path / "raw").mkdir()
     pq.write_table(pa.table(columns), tmp_path / "raw/x.parquet")
-    message = r"x\.parquet: text that is not UTF-8 in rows 2 to 3: 'utf-8' codec can't decode byte 0xff in position 1"
+    message = (
+        r"x\.parquet: text that is not UTF-8 in rows 2 to 3: "
+        "'utf-8' codec can't decode byte 0xff in position 1"
+    )
     with pytest.raises(UserError, match=message):
         list(read_rows(RawDataset("x", tmp_path / "raw/x.parquet")))
     with pytest.raises(UserError, match=message):
@@ -625,8 +740,14 @@ def test_suffixes_in_capitals_are_read_alike(tmp_path, suffix):
         ({"query": ["q"], "text": ["p"]}, "no column 'passage'; its columns are 'query', 'text'"),
         ({"query": [1], "passage": ["p"]}, "'query' is int64; it must be string"),
         ({"query": ["q"], "passage": ["p"], "negative_2": [7]}, "'negative_2' is int64"),
-        ({"query": ["q"], "passage": ["p"], "negatives": ["n"]}, "'negatives' is string; it must be list<string>"),
-        ({"query": ["q"], "passage": ["p"], "negatives": [["n"]], "negative_1": ["n"]}, "both 'negatives' and"),
+        (
+            {"query": ["q"], "passage": ["p"], "negatives": ["n"]},
+            "'negatives' is string; it must be list<string>",
+        ),
+        (
+            {"query": ["q"], "passage": ["p"], "negatives": [["n"]], "negative_1": ["n"]},
+            "both 'negatives' and",
+        ),
         ({"query": ["q", None], "passage": ["p", "p"]}, r"row 1: 'query' is null"),
         ({"query": ["q", "q"], "passage": ["p", ""]}, r"row 1: 'passage' is empty"),
         ({"query": pa.array([], pa.string()), "passage": pa.array([], pa.string())}, "has no rows"),
@@ -665,8 +786,14 @@ GOOD_LINE = b'{"query": "q", "passage": "p"}'
         (b'{"query": null, "passage": "p"}', "'query' is null"),
         (b'{"query": "q", "passage": ""}', "'passage' is empty"),
         (b'{"query": "q", "passage": "p", "negatives": "n"}', "'negatives' is str"),
-        (b'{"query": "q", "passage": "p", "negatives": [1]}', "'negatives' is int instead of a string"),
-        (b'{"query": "q", "passage": "p", "negatives": [], "negative_1": "n"}', "both 'negatives' and 'negative_1'"),
+        (
+            b'{"query": "q", "passage": "p", "negatives": [1]}',
+            "'negatives' is int instead of a string",
+        ),
+        (
+            b'{"query": "q", "passage": "p", "negatives": [], "negative_1": "n"}',
+            "both 'negatives' and 'negative_1'",
+        ),
         (b'{"query": "q", "passage": "\\ud800"}', "'passage' is not valid Unicode"),
     ],
 )

@@ -63,12 +63,18 @@ def with_bos(tokenizer):
 def test_ids_are_those_of_the_text_alone_then_one_eos(tokenizer):
     for text, ids in zip(TEXTS, TextEncoder(tokenizer, 1000)(TEXTS), strict=True):
         assert ids.dtype == np.int32
-        assert ids.tolist() == [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        assert ids.tolist() == [
+            *tokenizer(text, add_special_tokens=False).input_ids,
+            tokenizer.eos_token_id,
+        ]
 
 
 def test_truncation_keeps_one_eos(tokenizer):
     for text, ids in zip(TEXTS, TextEncoder(tokenizer, 8)(TEXTS), strict=True):
-        assert ids.tolist() == [*tokenizer(text, add_special_tokens=False).input_ids[:7], tokenizer.eos_token_id]
+        assert ids.tolist() == [
+            *tokenizer(text, add_special_tokens=False).input_ids[:7],
+            tokenizer.eos_token_id,
+        ]
     assert len(TextEncoder(tokenizer, 8)(TEXTS)[3]) == 8
 
 
@@ -159,10 +165,11 @@ def test_eos_and_pad_are_required(tmp_path, missing):
 # --- long texts, of which only a beginning is tokenized
 
 PIECES = [
-    "a", "Wort", "1", "23", "٣", "½", "字", "か\u3099", "한", "\u1112\u1161\u11ab", "ſ", "\ufb1d", "𝒳", "🙂",
-    "👩‍👩‍👧", "e\u0301", "\u0301", "\u0338", "\u0344", "<", "=", "。", "，", "'s", "'LL", "'", "...", " .",
-    "-----", "\ufeff", "\0", " ", "  ", "\n", "\n\n", "\r\n", "\t", "\u0085", "\u00a0", "\u2000", "\u2028",
-    "\u3000", "\x1c", "\u180e", "\u200b", "<|im_end|>", "<|im_", "end|>", "<think>", "<|endoftext|>",
+    "a", "Wort", "1", "23", "٣", "½", "字", "か\u3099", "한", "\u1112\u1161\u11ab", "ſ", "\ufb1d",
+    "𝒳", "🙂", "👩‍👩‍👧", "e\u0301", "\u0301", "\u0338", "\u0344", "<", "=", "。", "，", "'s", "'LL",
+    "'", "...", " .", "-----", "\ufeff", "\0", " ", "  ", "\n", "\n\n", "\r\n", "\t", "\u0085",
+    "\u00a0", "\u2000", "\u2028", "\u3000", "\x1c", "\u180e", "\u200b", "<|im_end|>", "<|im_",
+    "end|>", "<think>", "<|endoftext|>",
 ]  # fmt: skip
 
 
@@ -179,13 +186,18 @@ def assert_ids_are_those_of_the_whole_text(tokenizer):
             [encoding] = encoder.tokenize([text])
             shortened += len(encoding) < len(ids)
             [got] = encoder.token_ids([encoding])
-            assert got.tolist() == [*ids[: encoder.max_length - 1], encoder.eos_id], (text, encoder.max_length)
+            assert got.tolist() == [*ids[: encoder.max_length - 1], encoder.eos_id], (
+                text,
+                encoder.max_length,
+            )
     assert shortened > 500
 
 
 @pytest.fixture(scope="module")
 def like_qwen():
-    return train_tokenizer(["".join(PIECES), "Wort für Wort, <think> ...", "123 a\n\n\n  b"] * 3, vocab_size=400)
+    return train_tokenizer(
+        ["".join(PIECES), "Wort für Wort, <think> ...", "123 a\n\n\n  b"] * 3, vocab_size=400
+    )
 
 
 def test_the_beginning_of_a_long_text_gives_the_ids_of_the_whole(like_qwen, monkeypatch):
@@ -223,7 +235,9 @@ def test_a_beginning_with_too_few_ids_is_made_longer():
 )
 def test_a_tokenizer_that_may_look_beyond_a_cut_is_given_whole_texts(token):
     """Added tokens of such kinds, and other pre-tokenizations than Qwen's."""
-    tokenizer = make_tokenizer() if token is None else train_tokenizer(["some words"], vocab_size=300)
+    tokenizer = (
+        make_tokenizer() if token is None else train_tokenizer(["some words"], vocab_size=300)
+    )
     if token is not None:
         tokenizer.add_tokens([token])
     text = "some words 123\n" * 100
@@ -232,7 +246,8 @@ def test_a_tokenizer_that_may_look_beyond_a_cut_is_given_whole_texts(token):
 
 
 @pytest.mark.skipif(
-    "ML_EMBED_QWEN3_TOKENIZER" not in os.environ, reason="ML_EMBED_QWEN3_TOKENIZER names no folder with tokenizer.json"
+    "ML_EMBED_QWEN3_TOKENIZER" not in os.environ,
+    reason="ML_EMBED_QWEN3_TOKENIZER names no folder with tokenizer.json",
 )
 def test_with_the_qwen3_tokenizer(tmp_path, monkeypatch):
     tokenizer = load_tokenizer(os.environ["ML_EMBED_QWEN3_TOKENIZER"])
@@ -242,7 +257,10 @@ def test_with_the_qwen3_tokenizer(tmp_path, monkeypatch):
     texts = [*TEXTS, "a<|im_end|>", "e\u0301 is normalised", "x" * 300]
     expected = TextEncoder(tokenizer, 16)(texts)
     for text, ids in zip(texts, expected, strict=True):
-        assert ids.tolist() == [*tokenizer(text, add_special_tokens=False).input_ids[:15], tokenizer.eos_token_id]
+        assert ids.tolist() == [
+            *tokenizer(text, add_special_tokens=False).input_ids[:15],
+            tokenizer.eos_token_id,
+        ]
     before = fingerprint(tokenizer)
     append_eos_template(tokenizer)
     tokenizer.save_pretrained(tmp_path)

@@ -1,4 +1,5 @@
-"""Mined negatives against a naive version: one query, one document at a time, plain Python lists."""
+"""Mined negatives against a naive version: one query, one document at a time, plain Python
+lists."""
 
 import itertools
 import json
@@ -42,12 +43,19 @@ class WordModel:
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory):
-    """Repeated queries with several right passages, a query that is a document, negatives that are passages."""
+    """Repeated queries with several right passages, a query that is a document, negatives that are
+    passages."""
     folder = tmp_path_factory.mktemp("raw")
     rng = random.Random(0)
-    documents = ["".join(rng.choice("abcdefgh ") for _ in range(30)) + str(i) for i in range(DOCUMENTS)]
+    documents = [
+        "".join(rng.choice("abcdefgh ") for _ in range(30)) + str(i) for i in range(DOCUMENTS)
+    ]
     rows = [
-        {"query": f"{documents[i % 20][:12]} {i % 25}", "passage": documents[i], "negatives": rng.sample(documents, 2)}
+        {
+            "query": f"{documents[i % 20][:12]} {i % 25}",
+            "passage": documents[i],
+            "negatives": rng.sample(documents, 2),
+        }
         for i in range(40)
     ]
     rows.append({"query": documents[3], "passage": documents[4], "negatives": []})
@@ -58,17 +66,24 @@ def raw(tmp_path_factory):
 
 
 def naive_ranking(rows, model, query_prompt="", passage_prompt=""):
-    """For each row, the positive's cosine and (cosine, text) of all documents that are no right answers, best first."""
+    """For each row, the positive's cosine and (cosine, text) of all documents that are no right
+    answers, best first."""
 
     def vector(text):
         return model.encode([text])[0].astype(np.float64)
 
-    documents = list(dict.fromkeys(text for row in rows for text in (row["passage"], *row["negatives"])))
+    documents = list(
+        dict.fromkeys(text for row in rows for text in (row["passage"], *row["negatives"]))
+    )
     vectors = {text: vector(passage_prompt + text) for text in documents}
     for row in rows:
         query = vector(query_prompt + row["query"])
-        right = {other["passage"] for other in rows if other["query"] == row["query"]} | {row["query"]}
-        ranked = sorted(((query @ vectors[text], text) for text in documents if text not in right), reverse=True)
+        right = {other["passage"] for other in rows if other["query"] == row["query"]} | {
+            row["query"]
+        }
+        ranked = sorted(
+            ((query @ vectors[text], text) for text in documents if text not in right), reverse=True
+        )
         yield query @ vectors[row["passage"]], ranked
 
 
@@ -88,7 +103,11 @@ def read(path):
 
 @pytest.mark.parametrize(
     "rule",
-    [Filter(), Filter(top=20, skip=2, max_score=0.7, max_ratio=0.9, count=4), Filter(top=5, skip=0, max_score=2)],
+    [
+        Filter(),
+        Filter(top=20, skip=2, max_score=0.7, max_ratio=0.9, count=4),
+        Filter(top=5, skip=0, max_score=2),
+    ],
 )
 def test_mined_negatives_are_the_naive_ones(raw, tmp_path, monkeypatch, rule):
     monkeypatch.setattr(mining, "QUERY_BLOCK", 7)
@@ -97,7 +116,9 @@ def test_mined_negatives_are_the_naive_ones(raw, tmp_path, monkeypatch, rule):
     for name in ("letters", "few"):
         rows = read(raw / f"{name}.jsonl")
         mined = pq.read_table(tmp_path / f"{name}.parquet").to_pylist()
-        assert [(row["query"], row["passage"]) for row in mined] == [(row["query"], row["passage"]) for row in rows]
+        assert [(row["query"], row["passage"]) for row in mined] == [
+            (row["query"], row["passage"]) for row in rows
+        ]
         expected = naive(rows, WordModel(), rule, **prompts)
         assert [row["negatives"] for row in mined] == expected
         counts = list(map(len, expected))
@@ -105,7 +126,11 @@ def test_mined_negatives_are_the_naive_ones(raw, tmp_path, monkeypatch, rule):
         assert (entry["rows"], entry["negatives"]) == (len(rows), sum(counts))
         assert entry["rows_without_negatives"] == counts.count(0)
     assert sum(map(len, naive(read(raw / "letters.jsonl"), WordModel(), rule, **prompts))) > 20
-    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["few.parquet", "letters.parquet", "mining.json"]
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == [
+        "few.parquet",
+        "letters.parquet",
+        "mining.json",
+    ]
     assert not list(tmp_path.glob(".*.mining")), "working files are gone"
 
 
@@ -114,12 +139,15 @@ def test_the_filter_by_hand():
     documents = torch.arange(10, 16).unsqueeze(0)
     kept = filter_neighbours(scores, documents, torch.tensor([0.8]), Filter(top=5, skip=1, count=3))
     assert kept.tolist() == [[13, 14, -1]], "0.79 is not below 95 % of 0.8"
-    kept = filter_neighbours(scores, documents, torch.tensor([0.99]), Filter(top=4, skip=1, count=3))
+    kept = filter_neighbours(
+        scores, documents, torch.tensor([0.99]), Filter(top=4, skip=1, count=3)
+    )
     assert kept.tolist() == [[12, 13, -1]], "0.9 is not below 0.8, and only four were looked at"
 
 
 def test_an_interrupted_mining_goes_on(raw, tmp_path, monkeypatch):
-    """It stops in the middle of encoding, then in the middle of searching; what was done is not done again."""
+    """It stops in the middle of encoding, then in the middle of searching; what was done is not
+    done again."""
     monkeypatch.setattr(mining, "ENCODED_BLOCK", 10)
     monkeypatch.setattr(mining, "QUERY_BLOCK", 5)
     whole = tmp_path / "whole"
@@ -153,7 +181,9 @@ def test_an_interrupted_mining_goes_on(raw, tmp_path, monkeypatch):
     mine_folder(WordModel(), raw, tmp_path / "parts", Filter(), progress=False)
     assert WordModel.calls == calls_of_whole
     for name in ("letters", "few"):
-        assert (tmp_path / "parts" / f"{name}.parquet").read_bytes() == (whole / f"{name}.parquet").read_bytes()
+        assert (tmp_path / "parts" / f"{name}.parquet").read_bytes() == (
+            whole / f"{name}.parquet"
+        ).read_bytes()
     WordModel.calls = 0
     mine_folder(WordModel(), raw, whole, Filter(), progress=False)
     assert WordModel.calls == 0, "nothing is left to do"
@@ -182,9 +212,13 @@ WIDE = Filter(top=20, skip=2, max_score=2, max_ratio=2)
 @pytest.mark.usefixtures("sixty_are_many")
 def test_an_approximate_search_of_all_cells_mines_the_exact_negatives(raw, tmp_path, capsys):
     mine_folder(WordModel(), raw, tmp_path / "exact", WIDE, progress=False)
-    summary = mine_folder(WordModel(), raw, tmp_path / "ann", WIDE, approximation=Approximation(nprobe=1000))
+    summary = mine_folder(
+        WordModel(), raw, tmp_path / "ann", WIDE, approximation=Approximation(nprobe=1000)
+    )
     for name in ("letters", "few"):
-        exact, approximate = (pq.read_table(tmp_path / folder / f"{name}.parquet") for folder in ("exact", "ann"))
+        exact, approximate = (
+            pq.read_table(tmp_path / folder / f"{name}.parquet") for folder in ("exact", "ann")
+        )
         assert exact.equals(approximate)
     entry = summary["datasets"]["letters"]
     queries = len({row["query"] for row in read(raw / "letters.jsonl")})
@@ -203,7 +237,8 @@ def test_an_approximate_search_of_all_cells_mines_the_exact_negatives(raw, tmp_p
 
 @pytest.mark.usefixtures("sixty_are_many")
 def test_the_recall_told_is_that_of_the_neighbours_found(letters, tmp_path, monkeypatch):
-    """Without a filter the file holds the neighbours; the exact ones come from the naive ranking."""
+    """Without a filter the file holds the neighbours; the exact ones come from the naive
+    ranking."""
 
     def unfiltered(scores, documents, positive, rule):
         return documents.masked_fill(scores == -torch.inf, -1)
@@ -224,7 +259,9 @@ def test_the_recall_told_is_that_of_the_neighbours_found(letters, tmp_path, monk
 
 @pytest.mark.usefixtures("sixty_are_many")
 def test_the_script_hands_the_search_on(letters, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("ml_embed.inference.text_models.load_text_model", lambda name, device: WordModel())
+    monkeypatch.setattr(
+        "ml_embed.inference.text_models.load_text_model", lambda name, device: WordModel()
+    )
     flags = ["--model", "letters", "--input", str(letters), "--output", str(tmp_path / "mined")]
     assert main([*flags, "--search", "ann", "--nprobe", "7", "--code-bits", "8"]) == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -238,7 +275,8 @@ def interrupt(*args):
 
 @pytest.mark.usefixtures("sixty_are_many")
 def test_an_interrupted_approximate_search_goes_on(letters, tmp_path, monkeypatch):
-    """It stops while codes are made, and before the search; then --nprobe is raised. Nothing is made again."""
+    """It stops while codes are made, and before the search; then --nprobe is raised. Nothing is
+    made again."""
     trained, append, train = [], RowFile.append, ann._trained
     monkeypatch.setattr(ann, "_trained", lambda *args: trained.append(1) or train(*args))
 
@@ -249,7 +287,12 @@ def test_an_interrupted_approximate_search_goes_on(letters, tmp_path, monkeypatc
 
     def mine(folder, nprobe):
         return mine_folder(
-            WordModel(), letters, tmp_path / folder, WIDE, approximation=Approximation(nprobe), progress=False
+            WordModel(),
+            letters,
+            tmp_path / folder,
+            WIDE,
+            approximation=Approximation(nprobe),
+            progress=False,
         )
 
     def is_interrupted(place, name, replacement=interrupt, nprobe=2):
@@ -294,29 +337,53 @@ def test_an_index_of_other_vectors_is_not_used(letters, tmp_path, monkeypatch):
     """Neither with codes of another length, nor with another prompt."""
     other, approximation = {"passage_prompt": "text: "}, Approximation(nprobe=1000, code_bits=8)
     exact = mine_folder(WordModel(), letters, tmp_path / "exact", WIDE, **other, progress=False)
-    for interrupted in ({"approximation": Approximation(nprobe=1000)}, {"approximation": approximation}):
+    for interrupted in (
+        {"approximation": Approximation(nprobe=1000)},
+        {"approximation": approximation},
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(mining, "filter_neighbours", interrupt)
             with pytest.raises(KeyboardInterrupt):
-                mine_folder(WordModel(), letters, tmp_path / "ann", WIDE, **interrupted, progress=False)
+                mine_folder(
+                    WordModel(), letters, tmp_path / "ann", WIDE, **interrupted, progress=False
+                )
     summary = mine_folder(
-        WordModel(), letters, tmp_path / "ann", WIDE, approximation=approximation, **other, progress=False
+        WordModel(),
+        letters,
+        tmp_path / "ann",
+        WIDE,
+        approximation=approximation,
+        **other,
+        progress=False,
     )
-    assert summary["datasets"]["letters"]["negatives"] == exact["datasets"]["letters"]["negatives"] > 100
-    assert pq.read_table(tmp_path / "ann/letters.parquet").equals(pq.read_table(tmp_path / "exact/letters.parquet"))
+    assert (
+        summary["datasets"]["letters"]["negatives"]
+        == exact["datasets"]["letters"]["negatives"]
+        > 100
+    )
+    assert pq.read_table(tmp_path / "ann/letters.parquet").equals(
+        pq.read_table(tmp_path / "exact/letters.parquet")
+    )
 
 
 def test_labels_are_not_mined(tmp_path):
-    """By the name's task, and by what a file says of itself; clustering is mined and goes on saying so."""
+    """By the name's task, and by what a file says of itself; clustering is mined and goes on saying
+    so."""
     folder = tmp_path / "raw"
     folder.mkdir()
-    rows = [{"query": f"text number {i}", "passage": "good", "negatives": ["bad"]} for i in range(3)]
+    rows = [
+        {"query": f"text number {i}", "passage": "good", "negatives": ["bad"]} for i in range(3)
+    ]
     (folder / "imdb.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for name, task in (("own", "classification"), ("groups", "clustering")):
         table = pa.Table.from_pylist(rows).replace_schema_metadata({TASK_METADATA: task})
         pq.write_table(table, folder / f"{name}.parquet")
     mine_folder(WordModel(), folder, tmp_path / "mined", Filter(top=5, skip=0), progress=False)
-    for name, task in (("imdb", "classification"), ("own", "classification"), ("groups", "clustering")):
+    for name, task in (
+        ("imdb", "classification"),
+        ("own", "classification"),
+        ("groups", "clustering"),
+    ):
         file = tmp_path / "mined" / f"{name}.parquet"
         assert declared_task(RawDataset(name, file)) == task
         assert (pq.read_table(file).to_pylist() == rows) == (task == "classification")
@@ -353,7 +420,9 @@ def test_datasets_that_the_input_no_longer_has_are_refused_or_removed(raw, tmp_p
     summary = mine_folder(WordModel(), source, output, rule, overwrite=True, progress=False)
     assert list(summary["datasets"]) == ["letters"]
     assert json.loads((output / "mining.json").read_text()) == summary
-    assert sorted(path.name for path in output.iterdir() if path.suffix in {".parquet", ".mining"}) == [
+    assert sorted(
+        path.name for path in output.iterdir() if path.suffix in {".parquet", ".mining"}
+    ) == [
         "letters.parquet",
         "mine.parquet",
     ]
@@ -366,17 +435,30 @@ def test_vectors_that_are_not_finite_are_refused(raw, tmp_path, kind):
     class Damaged(WordModel):
         def encode(self, texts):
             rows = super().encode(texts)
-            rows[[text == row[{"queries": "query", "documents": "passage"}[kind]] for text in texts]] = np.nan
+            rows[
+                [text == row[{"queries": "query", "documents": "passage"}[kind]] for text in texts]
+            ] = np.nan
             return rows
 
-    with pytest.raises(UserError, match=rf"few: distinct {kind}, text 0 \(from 0\): the model gives NaN"):
+    with pytest.raises(
+        UserError, match=rf"few: distinct {kind}, text 0 \(from 0\): the model gives NaN"
+    ):
         mine_folder(Damaged(), raw, tmp_path, Filter(), progress=False)
     assert not list(tmp_path.glob("*.parquet"))
 
 
 def test_the_script_with_a_model_of_ours(raw, tmp_path, capsys):
     folder = write_model(tmp_path / "model", make_tokenizer())
-    flags = ["--input", str(raw), "--output", str(tmp_path / "mined"), "--max-score", "2", "--max-ratio", "2"]
+    flags = [
+        "--input",
+        str(raw),
+        "--output",
+        str(tmp_path / "mined"),
+        "--max-score",
+        "2",
+        "--max-ratio",
+        "2",
+    ]
     assert main(["--model", str(folder), *flags]) == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert summary["datasets"]["letters"]["negatives"] > 100
@@ -413,14 +495,28 @@ def test_sentence_transformers_models_give_the_same_vectors(tmp_path):
     ],
 )
 def test_mistakes(raw, tmp_path, capsys, flags, message):
-    assert main(["--model", "/nowhere", "--input", str(raw), "--output", str(tmp_path / "out"), *flags]) == 2
+    assert (
+        main(
+            ["--model", "/nowhere", "--input", str(raw), "--output", str(tmp_path / "out"), *flags]
+        )
+        == 2
+    )
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_without_faiss_the_message_says_how_to_install_it(raw, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ann.importlib.util, "find_spec", lambda name: None)
-    flags = ["--model", "/nowhere", "--input", str(raw), "--output", str(tmp_path / "out"), "--search", "ann"]
+    flags = [
+        "--model",
+        "/nowhere",
+        "--input",
+        str(raw),
+        "--output",
+        str(tmp_path / "out"),
+        "--search",
+        "ann",
+    ]
     assert main(flags) == 2
     assert "pip install 'ml-embed[ann]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,5 @@
-"""Exact search in chunks, and the approximate one, against the sorted matrix of all dot products."""
+"""Exact search in chunks, and the approximate one, against the sorted matrix of all dot
+products."""
 
 import numpy as np
 import pytest
@@ -21,7 +22,10 @@ def sorted_scores(queries, documents, excluded):
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 def test_search_in_chunks_is_the_whole_search(chunk):
     generator = torch.Generator().manual_seed(0)
-    queries, documents = torch.randn(5, 8, generator=generator), torch.randn(40, 8, generator=generator)
+    queries, documents = (
+        torch.randn(5, 8, generator=generator),
+        torch.randn(40, 8, generator=generator),
+    )
     excluded = torch.tensor([[0, 3], [0, 39], [4, 0]])
     expected, rows = sorted_scores(queries, documents.numpy(), excluded)
     best, found = nearest(queries, documents.numpy(), 12, excluded, chunk)
@@ -37,7 +41,9 @@ def clustered():
     centres = generator.normal(size=(60, WIDTH))
 
     def draw(count):
-        vectors = centres[generator.integers(60, size=count)] + 0.5 * generator.normal(size=(count, WIDTH))
+        vectors = centres[generator.integers(60, size=count)] + 0.5 * generator.normal(
+            size=(count, WIDTH)
+        )
         return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
     return torch.from_numpy(draw(20)), draw(3000)
@@ -45,19 +51,24 @@ def clustered():
 
 @pytest.fixture(scope="module")
 def excluded(clustered):
-    """Of query 0 its 50 nearest documents, which all candidates would be; of query 7 its nearest."""
+    """Of query 0 its 50 nearest documents, which all candidates would be; of query 7 its
+    nearest."""
     queries, documents = clustered
     order = (queries @ torch.from_numpy(documents).T).argsort(dim=1, descending=True)
     return torch.tensor([[0, int(row)] for row in order[0, :50]] + [[7, int(order[7, 0])]])
 
 
 @pytest.mark.parametrize("code_bits", [8, 4])
-def test_with_all_cells_the_approximate_search_is_exact(clustered, excluded, tmp_path, monkeypatch, code_bits):
+def test_with_all_cells_the_approximate_search_is_exact(
+    clustered, excluded, tmp_path, monkeypatch, code_bits
+):
     """Also where few candidates are scored at a time, and codes are made block by block."""
     queries, documents = clustered
     monkeypatch.setattr(ann, "SCORED_FLOATS", 3 * 30 * WIDTH)
     monkeypatch.setattr(ann, "BLOCK", 700)
-    index = ApproximateIndex(tmp_path, documents, Approximation(nprobe=10**6, code_bits=code_bits), progress=False)
+    index = ApproximateIndex(
+        tmp_path, documents, Approximation(nprobe=10**6, code_bits=code_bits), progress=False
+    )
     expected, rows = nearest(queries, documents, 10, excluded)
     scores, found = index.nearest(queries, documents, 10, excluded)
     torch.testing.assert_close(scores, expected)
@@ -67,13 +78,17 @@ def test_with_all_cells_the_approximate_search_is_exact(clustered, excluded, tmp
 
 def test_shorter_codes_find_less(clustered, excluded, tmp_path):
     queries, documents = clustered
-    index = ApproximateIndex(tmp_path, documents, Approximation(nprobe=10**6, code_bits=2), progress=False)
+    index = ApproximateIndex(
+        tmp_path, documents, Approximation(nprobe=10**6, code_bits=2), progress=False
+    )
     assert 0.9 < ann.recall(index.nearest, queries, documents, 10, excluded) < 1
     bytes_of_code = (tmp_path / "codes.bin").stat().st_size / len(documents)
     assert bytes_of_code == WIDTH * 2 / 8 + 1, "and a byte that names one of 219 cells"
 
 
-def test_with_few_cells_most_neighbours_are_found_and_every_score_is_exact(clustered, excluded, tmp_path):
+def test_with_few_cells_most_neighbours_are_found_and_every_score_is_exact(
+    clustered, excluded, tmp_path
+):
     queries, documents = clustered
     index = ApproximateIndex(tmp_path, documents, Approximation(nprobe=3), progress=False)
     scores, found = index.nearest(queries, documents, 10, excluded)
@@ -81,7 +96,9 @@ def test_with_few_cells_most_neighbours_are_found_and_every_score_is_exact(clust
     torch.testing.assert_close(scores, exact)
     assert (scores.diff(dim=1) <= 0).all(), "best first"
     _, rows = sorted_scores(queries, documents, excluded)
-    hits = [len(set(a) & set(b)) for a, b in zip(rows[:, :10].tolist(), found.tolist(), strict=True)]
+    hits = [
+        len(set(a) & set(b)) for a, b in zip(rows[:, :10].tolist(), found.tolist(), strict=True)
+    ]
     share = sum(hits) / 200
     assert index.cells == 219, "4 sqrt(3000)"
     assert 0.6 < share < 1
@@ -116,7 +133,9 @@ def test_the_same_documents_give_the_same_index(clustered, tmp_path):
 def test_product_codes_need_a_length_that_four_divides(tmp_path):
     pytest.importorskip("faiss")
     with pytest.raises(UserError, match="that 4 divides, not 6; take 4 or 8"):
-        ApproximateIndex(tmp_path, np.eye(6, dtype=np.float32), Approximation(code_bits=2), progress=False)
+        ApproximateIndex(
+            tmp_path, np.eye(6, dtype=np.float32), Approximation(code_bits=2), progress=False
+        )
     assert not list(tmp_path.iterdir())
 
 

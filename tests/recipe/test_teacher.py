@@ -1,4 +1,5 @@
-"""Computing a teacher's vectors: the right vector at the right place, whatever is interrupted, refused or added."""
+"""Computing a teacher's vectors: the right vector at the right place, whatever is interrupted,
+refused or added."""
 
 import json
 import multiprocessing
@@ -30,7 +31,11 @@ from ml_embed.recipe import teacher as teacher_module
 from ml_embed.recipe.teacher import TeacherOptions, TextDecoder, embed_teacher
 from scripts.embed_teacher import main
 
-PROMPTS = {"prompt": "Instruct: find it\nQuery: ", "passage_prompt": "Text: ", "passage_prompt_share": 0.5}
+PROMPTS = {
+    "prompt": "Instruct: find it\nQuery: ",
+    "passage_prompt": "Text: ",
+    "passage_prompt_share": 0.5,
+}
 
 
 def stored(folder, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -42,12 +47,15 @@ def stored(folder, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def raw(world, name: str) -> tuple[list[str], dict[int, str]]:
-    """The queries of a dataset's rows, and its documents by their number in the tokenized data, from the raw file."""
+    """The queries of a dataset's rows, and its documents by their number in the tokenized data,
+    from the raw file."""
     rows = pq.read_table(world.raw / f"{name}.parquet").to_pylist()
     samples, _ = dataset_rows(world, name)
     documents = {}
     for row, (_, passage, negatives) in zip(rows, samples, strict=True):
-        documents |= dict(zip([passage, *negatives], [row["passage"], *row["negatives"]], strict=True))
+        documents |= dict(
+            zip([passage, *negatives], [row["passage"], *row["negatives"]], strict=True)
+        )
     return [row["query"] for row in rows], documents
 
 
@@ -56,7 +64,9 @@ def test_row_i_is_the_vector_of_text_i(world, tmp_path, monkeypatch, dtype):
     """In blocks smaller than a dataset; the teacher reads the raw texts behind its own prompts."""
     monkeypatch.setattr(teacher_module, "BLOCK", 4)
     prompts = {"query_prompt": "find: ", "passage_prompt": "text: "}
-    record = embed_teacher(LetterModel(), teacher_options(world, tmp_path, dtype=dtype, **prompts), progress=False)
+    record = embed_teacher(
+        LetterModel(), teacher_options(world, tmp_path, dtype=dtype, **prompts), progress=False
+    )
     assert (record["width"], record["dtype"], record["normalized"]) == (6, dtype, False)
     for name in ("facts", "topics", "sentiment"):
         queries, documents = raw(world, name)
@@ -65,8 +75,12 @@ def test_row_i_is_the_vector_of_text_i(world, tmp_path, monkeypatch, dtype):
         expected = LetterModel().encode(["find: " + text for text in queries], normalize=False)
         np.testing.assert_allclose(query_vectors, expected, rtol=1e-3 if dtype == "float16" else 0)
         assert len(document_vectors) == len(documents)
-        expected = LetterModel().encode(["text: " + documents[j] for j in range(len(documents))], normalize=False)
-        np.testing.assert_allclose(document_vectors, expected, rtol=1e-3 if dtype == "float16" else 0)
+        expected = LetterModel().encode(
+            ["text: " + documents[j] for j in range(len(documents))], normalize=False
+        )
+        np.testing.assert_allclose(
+            document_vectors, expected, rtol=1e-3 if dtype == "float16" else 0
+        )
         entry = record["datasets"][name]
         assert (entry["rows"], entry["documents"]) == (len(queries), len(documents))
     assert {path.suffix for path in tmp_path.iterdir()} <= {".vectors", ".json", ".lock", ""}
@@ -74,11 +88,17 @@ def test_row_i_is_the_vector_of_text_i(world, tmp_path, monkeypatch, dtype):
 
 def test_prompts_of_the_data_are_taken_away_or_kept(world, tmp_path):
     settings = {"*": DatasetConfig(**PROMPTS)}
-    tokenize_folder(TokenizeOptions(str(world.backbone), world.raw, tmp_path / "data", datasets=settings), False)
+    tokenize_folder(
+        TokenizeOptions(str(world.backbone), world.raw, tmp_path / "data", datasets=settings), False
+    )
     data = tmp_path / "data"
     stripping, keeping = LetterModel(), LetterModel()
     embed_teacher(stripping, teacher_options(world, tmp_path / "stripped", data), progress=False)
-    embed_teacher(keeping, teacher_options(world, tmp_path / "kept", data, strip_prompts=False), progress=False)
+    embed_teacher(
+        keeping,
+        teacher_options(world, tmp_path / "kept", data, strip_prompts=False),
+        progress=False,
+    )
     queries, documents = raw(world, "facts")
     assert set(queries) | set(documents.values()) <= set(stripping.seen)
     assert not any(text.startswith(("Instruct: ", "Text: ")) for text in stripping.seen)
@@ -89,8 +109,17 @@ def test_prompts_of_the_data_are_taken_away_or_kept(world, tmp_path):
 
 def test_texts_come_back_to_the_character():
     tokenizer = make_tokenizer()
-    texts = ["Größe — 数 🎉\n\ttabs  and  spaces ", " leading", "<|im_end|> in the middle", tokenizer.eos_token, "x"]
-    ids = [np.array([*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]) for text in texts]
+    texts = [
+        "Größe — 数 🎉\n\ttabs  and  spaces ",
+        " leading",
+        "<|im_end|> in the middle",
+        tokenizer.eos_token,
+        "x",
+    ]
+    ids = [
+        np.array([*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id])
+        for text in texts
+    ]
     assert TextDecoder(tokenizer)(ids) == texts
 
 
@@ -107,7 +136,8 @@ def kill_in_the_middle(arguments) -> None:
 
 
 def test_a_killed_embedding_goes_on(world, tmp_path, monkeypatch):
-    """Also behind half a row. What was done is not done again, and the files are those of an unbroken run."""
+    """Also behind half a row. What was done is not done again, and the files are those of an
+    unbroken run."""
     monkeypatch.setattr(teacher_module, "BLOCK", 5)
     whole = LetterModel()
     embed_teacher(whole, teacher_options(world, tmp_path / "whole"), progress=False)
@@ -129,7 +159,9 @@ def test_a_killed_embedding_goes_on(world, tmp_path, monkeypatch):
     again = LetterModel()
     embed_teacher(again, teacher_options(world, parts), progress=False)
     assert 0 < len(again.seen) < len(whole.seen) - 20
-    assert (parts / "teacher.json").read_bytes() == (tmp_path / "whole" / "teacher.json").read_bytes()
+    assert (parts / "teacher.json").read_bytes() == (
+        tmp_path / "whole" / "teacher.json"
+    ).read_bytes()
     for path in (tmp_path / "whole").glob("*.vectors"):
         assert (parts / path.name).read_bytes() == path.read_bytes()
     finished = LetterModel()
@@ -138,7 +170,8 @@ def test_a_killed_embedding_goes_on(world, tmp_path, monkeypatch):
 
 
 def test_other_data_is_added_and_changed_data_replaced(world, tmp_path):
-    """A folder may hold the vectors of several folders of data; what no entry refers to is removed."""
+    """A folder may hold the vectors of several folders of data; what no entry refers to is
+    removed."""
     first = tmp_path / "first"
     tokenize_folder(TokenizeOptions(str(world.backbone), world.raw, first, max_samples=9), False)
     output = tmp_path / "teacher"
@@ -147,28 +180,41 @@ def test_other_data_is_added_and_changed_data_replaced(world, tmp_path):
     renamed.mkdir()
     shutil.copy(world.raw / "topics.parquet", renamed / "groups.parquet")
     tokenize_folder(TokenizeOptions(str(world.backbone), renamed, tmp_path / "second"), False)
-    record = embed_teacher(LetterModel(), teacher_options(world, output, tmp_path / "second"), progress=False)
+    record = embed_teacher(
+        LetterModel(), teacher_options(world, output, tmp_path / "second"), progress=False
+    )
     assert list(record["datasets"]) == ["facts", "sentiment", "topics", "groups"]
     record = embed_teacher(LetterModel(), teacher_options(world, output), progress=False)
     assert record["datasets"]["facts"]["rows"] == 21
     used = {
-        entry[kind]["file"] for entry in record["datasets"].values() for kind in ("query_vectors", "document_vectors")
+        entry[kind]["file"]
+        for entry in record["datasets"].values()
+        for kind in ("query_vectors", "document_vectors")
     }
     assert {path.name for path in output.glob("*.vectors")} == used
 
 
 def test_texts_that_samples_do_not_tell_apart_have_their_own_vectors(world, tmp_path, monkeypatch):
-    """Two datasets of a folder, and data that changed: rows in the middle are swapped, so that all counts are equal."""
+    """Two datasets of a folder, and data that changed: rows in the middle are swapped, so that all
+    counts are equal."""
     monkeypatch.setattr(teacher_vectors, "SAMPLED_PLACES", 2)
     monkeypatch.setattr(teacher_module, "DIGESTED_TOKENS", 7)
     order = list(range(100, 140))
-    orders = [order, [*order[:20], order[21], order[20], *order[22:]], [*order[:22], order[23], order[22], *order[24:]]]
+    orders = [
+        order,
+        [*order[:20], order[21], order[20], *order[22:]],
+        [*order[:22], order[23], order[22], *order[24:]],
+    ]
 
     def tokenized(folder, **datasets):
         (tmp_path / f"raw_{folder}").mkdir()
         for name, numbers in datasets.items():
-            rows = [{"query": f"query {i}", "passage": f"passage {i}", "negatives": []} for i in numbers]
-            (tmp_path / f"raw_{folder}" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+            rows = [
+                {"query": f"query {i}", "passage": f"passage {i}", "negatives": []} for i in numbers
+            ]
+            (tmp_path / f"raw_{folder}" / f"{name}.jsonl").write_text(
+                "\n".join(map(json.dumps, rows))
+            )
         raw, data = tmp_path / f"raw_{folder}", tmp_path / folder
         tokenize_folder(TokenizeOptions(str(world.backbone), raw, data), progress=False)
         return data
@@ -183,7 +229,10 @@ def test_texts_that_samples_do_not_tell_apart_have_their_own_vectors(world, tmp_
     assert_vectors("one", orders[0])
     assert_vectors("two", orders[1])
     after = tokenized("after", one=orders[2])
-    seen = [describe_texts(open_store(data, world.folder / "cache", False))["one"] for data in (before, after)]
+    seen = [
+        describe_texts(open_store(data, world.folder / "cache", False))["one"]
+        for data in (before, after)
+    ]
     assert seen[0] == seen[1], "or this would test what the samples see"
     embed_teacher(LetterModel(), teacher_options(world, tmp_path / "out", after), progress=False)
     assert_vectors("one", orders[2])
@@ -198,12 +247,15 @@ def released(world, tmp_path_factory):
         columns = {
             "query_input_ids": pa.array([query for query, _, _ in part], pa.list_(pa.int64())),
             "passage_input_ids": [f"d{passage}" for _, passage, _ in part],
-            "negative_1_input_ids": pa.array([f"d{own[0]}" if own else None for _, _, own in part], pa.string()),
+            "negative_1_input_ids": pa.array(
+                [f"d{own[0]}" if own else None for _, _, own in part], pa.string()
+            ),
         }
         pq.write_table(pa.table(columns), folder / f"{name}_query.parquet")
     ids = pa.array(documents, pa.list_(pa.int64()))
     pq.write_table(
-        pa.table({"doc_id": [f"d{i}" for i in range(len(documents))], "input_ids": ids}), folder / "corpus.parquet"
+        pa.table({"doc_id": [f"d{i}" for i in range(len(documents))], "input_ids": ids}),
+        folder / "corpus.parquet",
     )
     return folder
 
@@ -222,24 +274,32 @@ def test_the_released_layout_has_its_texts_back(world, tmp_path, released):
 
 
 def test_another_tokenizer_is_noticed_even_where_the_data_does_not_say(world, tmp_path, released):
-    """By the manifest; without one by ids it does not have, or by texts that it writes otherwise."""
+    """By the manifest; without one by ids it does not have, or by texts that it writes
+    otherwise."""
     small = train_tokenizer(["no words of ours"], 270)
     small.save_pretrained(tmp_path / "small")
     ids = pa.array([TextEncoder(small, 99)(["river stone light moon"])[0]], pa.list_(pa.int64()))
     spelled = tmp_path / "spelled"
     spelled.mkdir()
     pq.write_table(pa.table({"doc_id": ["a"], "input_ids": ids}), spelled / "corpus.parquet")
-    pq.write_table(pa.table({"query_input_ids": ids, "passage_input_ids": ["a"]}), spelled / "set_query.parquet")
+    pq.write_table(
+        pa.table({"query_input_ids": ids, "passage_input_ids": ["a"]}),
+        spelled / "set_query.parquet",
+    )
     for data, tokenizer, message in (
         (world.tokenized, tmp_path / "small", "is not the tokenizer that"),
         (released, tmp_path / "small", "does not read the data"),
         (spelled, world.backbone, "does not read the data"),
     ):
-        wrong = TeacherOptions(data, str(tokenizer), tmp_path / "wrong", cache_dir=world.folder / "cache")
+        wrong = TeacherOptions(
+            data, str(tokenizer), tmp_path / "wrong", cache_dir=world.folder / "cache"
+        )
         with pytest.raises(UserError, match=f"--tokenizer: .* {message}"):
             embed_teacher(LetterModel(), wrong, progress=False)
         assert not list((tmp_path / "wrong").glob("*.vectors"))
-    right = TeacherOptions(spelled, str(tmp_path / "small"), tmp_path / "out", cache_dir=world.folder / "cache")
+    right = TeacherOptions(
+        spelled, str(tmp_path / "small"), tmp_path / "out", cache_dir=world.folder / "cache"
+    )
     embed_teacher(LetterModel(), right, progress=False)
 
 
@@ -247,9 +307,13 @@ def test_folders_that_hold_something_else_are_not_mixed_with(world, tmp_path):
     output = tmp_path / "out"
     embed_teacher(LetterModel(), teacher_options(world, output), progress=False)
     with pytest.raises(UserError, match=r"query_prompt was '', now 'q: '.*--overwrite"):
-        embed_teacher(LetterModel(), teacher_options(world, output, query_prompt="q: "), progress=False)
+        embed_teacher(
+            LetterModel(), teacher_options(world, output, query_prompt="q: "), progress=False
+        )
     record = embed_teacher(
-        LetterModel(), teacher_options(world, output, query_prompt="q: ", overwrite=True), progress=False
+        LetterModel(),
+        teacher_options(world, output, query_prompt="q: ", overwrite=True),
+        progress=False,
     )
     assert record["settings"]["query_prompt"] == "q: "
     precious = tmp_path / "precious"
@@ -257,19 +321,26 @@ def test_folders_that_hold_something_else_are_not_mixed_with(world, tmp_path):
     (precious / "thesis.vectors").write_bytes(b"years of work")
     for overwrite in (False, True):
         with pytest.raises(UserError, match="holds something else"):
-            embed_teacher(LetterModel(), teacher_options(world, precious, overwrite=overwrite), progress=False)
+            embed_teacher(
+                LetterModel(), teacher_options(world, precious, overwrite=overwrite), progress=False
+            )
     assert (precious / "thesis.vectors").read_bytes() == b"years of work"
 
 
-@pytest.mark.parametrize(("scale", "message"), [(1e4, "too large for float16; use --dtype float32"), (np.nan, "NaN")])
+@pytest.mark.parametrize(
+    ("scale", "message"), [(1e4, "too large for float16; use --dtype float32"), (np.nan, "NaN")]
+)
 def test_vectors_that_cannot_be_stored_are_refused(world, tmp_path, scale, message):
     with pytest.raises(UserError, match=message):
-        embed_teacher(LetterModel(scale), teacher_options(world, tmp_path, dtype="float16"), progress=False)
+        embed_teacher(
+            LetterModel(scale), teacher_options(world, tmp_path, dtype="float16"), progress=False
+        )
     assert not (tmp_path / "teacher.json").exists()
 
 
 def test_models_give_vectors_as_they_are_before_normalisation(tmp_path):
-    """A model of ours by itself, and the same folder as sentence-transformers reads it: its last module normalises."""
+    """A model of ours by itself, and the same folder as sentence-transformers reads it: its last
+    module normalises."""
     pytest.importorskip("sentence_transformers")
     folder = write_model(tmp_path / "model", make_tokenizer())
     texts = ["a text", "another one", "a third that is longer than those"]
@@ -285,8 +356,13 @@ def test_models_give_vectors_as_they_are_before_normalisation(tmp_path):
 
 def test_a_plain_backbone_is_read_as_a_live_teacher_would_be(world):
     """At its last token, through the final norm."""
-    model, tokenizer = AutoModel.from_pretrained(world.backbone), AutoTokenizer.from_pretrained(world.backbone)
-    ids = torch.tensor([[*tokenizer("river stone", add_special_tokens=False).input_ids, tokenizer.eos_token_id]])
+    model, tokenizer = (
+        AutoModel.from_pretrained(world.backbone),
+        AutoTokenizer.from_pretrained(world.backbone),
+    )
+    ids = torch.tensor(
+        [[*tokenizer("river stone", add_special_tokens=False).input_ids, tokenizer.eos_token_id]]
+    )
     with torch.no_grad():
         expected = model(ids).last_hidden_state[0, -1].numpy()
     found = load_text_model(world.backbone, "cpu").encode(["river stone"], normalize=False)[0]
@@ -295,14 +371,25 @@ def test_a_plain_backbone_is_read_as_a_live_teacher_would_be(world):
 
 def test_the_script(world, tmp_path, capsys):
     folder = write_model(tmp_path / "model", make_tokenizer())
-    flags = ["--data", str(world.tokenized), "--tokenizer", str(world.backbone), "--output", str(tmp_path / "out")]
+    flags = [
+        "--data",
+        str(world.tokenized),
+        "--tokenizer",
+        str(world.backbone),
+        "--output",
+        str(tmp_path / "out"),
+    ]
     assert main(["--model", str(folder), *flags, "--query-prompt", "q: ", "--device", "cpu"]) == 0
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (record["dtype"], record["width"], record["normalized"]) == ("float16", 64, False)
     assert not (tmp_path / "out" / "cache").exists()
     queries, _ = raw(world, "topics")
-    expected = load_text_model(folder, "cpu").encode(["q: " + text for text in queries], normalize=False)
-    np.testing.assert_allclose(stored(tmp_path / "out", "topics")[0], expected, rtol=2e-3, atol=2e-3)
+    expected = load_text_model(folder, "cpu").encode(
+        ["q: " + text for text in queries], normalize=False
+    )
+    np.testing.assert_allclose(
+        stored(tmp_path / "out", "topics")[0], expected, rtol=2e-3, atol=2e-3
+    )
 
 
 @pytest.mark.parametrize(
@@ -315,7 +402,14 @@ def test_the_script(world, tmp_path, capsys):
     ],
 )
 def test_mistakes(world, tmp_path, capsys, flags, message):
-    usual = ["--data", str(world.tokenized), "--tokenizer", str(world.backbone), "--output", str(tmp_path / "out")]
+    usual = [
+        "--data",
+        str(world.tokenized),
+        "--tokenizer",
+        str(world.backbone),
+        "--output",
+        str(tmp_path / "out"),
+    ]
     assert main(["--model", "/nowhere", *usual, *flags]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -334,11 +428,17 @@ def test_two_at_once_are_refused(world, tmp_path):
 
 def test_a_text_that_was_cut_is_what_is_left_of_it(world, tmp_path):
     """The teacher reads what the data holds; training pairs it with the same text."""
-    tokenize_folder(TokenizeOptions(str(world.backbone), world.raw, tmp_path / "data", max_seq_length=6), False)
+    tokenize_folder(
+        TokenizeOptions(str(world.backbone), world.raw, tmp_path / "data", max_seq_length=6), False
+    )
     model = LetterModel()
-    embed_teacher(model, teacher_options(world, tmp_path / "out", tmp_path / "data"), progress=False)
+    embed_teacher(
+        model, teacher_options(world, tmp_path / "out", tmp_path / "data"), progress=False
+    )
     tokenizer = AutoTokenizer.from_pretrained(world.backbone)
     dataset = open_store(tmp_path / "data", world.folder / "cache", False).datasets["facts"]
     text = TextDecoder(tokenizer)([dataset.query(4)])[0]
     assert raw(world, "facts")[0][4].startswith(text)
-    np.testing.assert_array_equal(stored(tmp_path / "out", "facts")[0][4], LetterModel().encode([text], False)[0])
+    np.testing.assert_array_equal(
+        stored(tmp_path / "out", "facts")[0][4], LetterModel().encode([text], False)[0]
+    )

@@ -1,4 +1,5 @@
-"""The report of a run: what stands on the page, what its pictures show, and that it needs nothing else."""
+"""The report of a run: what stands on the page, what its pictures show, and that it needs nothing
+else."""
 
 import json
 import re
@@ -25,7 +26,11 @@ from ml_embed.reports.run_page import best_choices, cut_parameters
 from scripts.report import main
 
 VOID = {"meta"}
-GRID = {"valid_ranks": [16], "valid_layers": [1, 2], "valid_dims": [8, 64]}  # the whole model is not in it
+GRID = {
+    "valid_ranks": [16],
+    "valid_layers": [1, 2],
+    "valid_dims": [8, 64],
+}  # the whole model is not in it
 
 
 class Balanced(HTMLParser):
@@ -58,8 +63,12 @@ def run_dir(world, tmp_path_factory):
     intervals = {"train_steps": 6, "log_interval": 2, "validation_steps": 3}
     code, _ = train(world, folder, "a <b> run", valid_fraction=0.3, **intervals, **GRID)
     assert code == 0
-    result = evaluate_cube(folder / "a <b> run" / "step_6", world.raw / "facts.parquet", progress=False)
-    (folder / "a <b> run" / "evaluation.json").write_text(json.dumps({"model": result, "baseline": None}))
+    result = evaluate_cube(
+        folder / "a <b> run" / "step_6", world.raw / "facts.parquet", progress=False
+    )
+    (folder / "a <b> run" / "evaluation.json").write_text(
+        json.dumps({"model": result, "baseline": None})
+    )
     return folder / "a <b> run"
 
 
@@ -69,7 +78,12 @@ def test_the_page_shows_the_run_and_needs_nothing_else(run_dir, tmp_path):
     assert not re.search(r"(src|href)=|url\(|@import|<script", page), "nothing is fetched"
     seen = Balanced(page)
     assert "a <b> run" in seen.text, "names are escaped"
-    for heading in ("Loss, the whole objective", "Validation: nDCG@10", "Throughput", "What to choose from"):
+    for heading in (
+        "Loss, the whole objective",
+        "Validation: nDCG@10",
+        "Throughput",
+        "What to choose from",
+    ):
         assert heading in seen.text
     assert "Distillation" not in seen.text, "no empty picture of what was not done"
     assert all(f"</svg>{name}</span>" in page for name in ("facts", "topics", "sentiment"))
@@ -86,7 +100,9 @@ def test_the_loss_curve_has_the_logged_points(run_dir):
     assert len(losses) == 3
     chart = line_chart({"training": losses}, "optimizer step", "loss")
     assert chart in Path(_report(run_dir)).read_text()
-    drawn = [tuple(map(float, p.split(","))) for p in re.search(r'points="([^"]+)"', chart)[1].split()]
+    drawn = [
+        tuple(map(float, p.split(","))) for p in re.search(r'points="([^"]+)"', chart)[1].split()
+    ]
     by_height = sorted(range(3), key=lambda i: -drawn[i][1])
     assert by_height == sorted(range(3), key=lambda i: losses[i][1]), "higher values stand higher"
     assert [x for x, _ in drawn] == sorted(x for x, _ in drawn)
@@ -100,8 +116,14 @@ def test_the_validation_grid_is_shown_over_time_and_to_choose_from(run_dir):
     def mean(line, suffix):
         return sum(line[f"{name}/ndcg@10{suffix}"] for name in TASKS) / len(TASKS)
 
-    by_depth = {f"depth {n}": [(v["step"], mean(v, f"/rank_16_depth_{n}_dim_64")) for v in valid] for n in (1, 2)}
-    by_dim = {f"dim {n}": [(v["step"], mean(v, f"/rank_16_depth_2_dim_{n}")) for v in valid] for n in (8, 64)}
+    by_depth = {
+        f"depth {n}": [(v["step"], mean(v, f"/rank_16_depth_{n}_dim_64")) for v in valid]
+        for n in (1, 2)
+    }
+    by_dim = {
+        f"dim {n}": [(v["step"], mean(v, f"/rank_16_depth_2_dim_{n}")) for v in valid]
+        for n in (8, 64)
+    }
     assert [step for step, _ in by_dim["dim 8"]] == [3, 6]
     for axis, curves in (("depth", by_depth), ("dim", by_dim)):
         assert f"ndcg@10 by {axis}</h3>{line_chart(curves, 'optimizer step', 'ndcg@10')}" in page
@@ -109,12 +131,17 @@ def test_the_validation_grid_is_shown_over_time_and_to_choose_from(run_dir):
 
     chosen = page[page.index("What to choose from: ndcg@10 on held-out rows") :]
     assert "held-out rows after step 6" in chosen
-    cells = {(16, depth, dim): f"/rank_16_depth_{depth}_dim_{dim}" for depth in (1, 2) for dim in (8, 64)}
+    cells = {
+        (16, depth, dim): f"/rank_16_depth_{depth}_dim_{dim}" for depth in (1, 2) for dim in (8, 64)
+    }
     for (rank, depth, dim), suffix in {**cells, (32, 2, 64): ""}.items():
-        model = Embedder.from_pretrained(run_dir / "step_6", rank=rank, depth=depth, dim=dim, device="cpu")
+        model = Embedder.from_pretrained(
+            run_dir / "step_6", rank=rank, depth=depth, dim=dim, device="cpu"
+        )
         assert (
             f"depth {depth}, dim {dim}, rank {rank}: {mean(valid[-1], suffix):.3f}, "
-            f"{number_text(model.num_parameters)} parameters, {50 * depth} % of the latency, {4 * dim} bytes a vector"
+            f"{number_text(model.num_parameters)} parameters, {50 * depth} % of the latency, "
+            f"{4 * dim} bytes a vector"
         ) in chosen
     resolved = json.loads((run_dir / "resolved.json").read_text())
     assert cut_parameters(resolved, 32, 2) == resolved["parameters"]
@@ -134,7 +161,12 @@ def test_choices_that_another_beats_in_everything_are_left_out():
     def point(parameters, depth, dim, quality):
         return {"parameters": parameters, "depth": depth, "dim": dim, "quality": quality}
 
-    points = [point(10, 2, 8, 0.5), point(20, 2, 8, 0.5), point(20, 4, 8, 0.7), point(20, 4, 16, 0.6)]
+    points = [
+        point(10, 2, 8, 0.5),
+        point(20, 2, 8, 0.5),
+        point(20, 4, 8, 0.7),
+        point(20, 4, 16, 0.6),
+    ]
     points.append(point(5, 1, 8, 0.1))
     assert best_choices(points) == [points[0], points[2], points[4]]
     assert best_choices([points[0]] * 2) == [points[0]] * 2
@@ -152,7 +184,11 @@ def test_running_runs_and_odd_values(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "give a run folder"), ("", "no lines yet"), ('{"split": "train"}\n', "line 1 is damaged")],
+    [
+        (None, "give a run folder"),
+        ("", "no lines yet"),
+        ('{"split": "train"}\n', "line 1 is damaged"),
+    ],
 )
 def test_folders_without_a_run(tmp_path, capsys, content, message):
     if content is not None:

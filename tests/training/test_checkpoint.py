@@ -1,4 +1,5 @@
-"""Checkpoints on disk: how many are kept, and what a full disk, tampering or malice does to them."""
+"""Checkpoints on disk: how many are kept, and what a full disk, tampering or malice does to
+them."""
 
 import json
 import pickle
@@ -28,7 +29,12 @@ def inputs(tmp_path_factory) -> Inputs:
 
 
 def config_of(inputs, name: str, **changes) -> Path:
-    settings = {"train_batch_size": 4, "train_steps": STEPS, "checkpointing_steps": 1, "mrl_dims": [32]}
+    settings = {
+        "train_batch_size": 4,
+        "train_steps": STEPS,
+        "checkpointing_steps": 1,
+        "mrl_dims": [32],
+    }
     return inputs.config(name, **settings | changes)
 
 
@@ -57,7 +63,10 @@ def test_how_many_are_kept(inputs, trained):
     assert [number for number, _ in numbered_folders(trained / "resume")] == [3, 4]
     assert not list(trained.rglob("*.bin"))
     assert not list(trained.rglob("*.pt"))
-    assert {path.suffix for path in (trained / "resume").rglob("*") if path.is_file()} == {".json", ".safetensors"}
+    assert {path.suffix for path in (trained / "resume").rglob("*") if path.is_file()} == {
+        ".json",
+        ".safetensors",
+    }
 
 
 def test_folders_of_later_steps_do_not_push_out_new_ones(inputs, copy):
@@ -65,20 +74,27 @@ def test_folders_of_later_steps_do_not_push_out_new_ones(inputs, copy):
     assert train(config, "--resume", copy / "resume" / "step_3") == 0
     for number in (90, 91):
         shutil.copytree(copy / "step_4", copy / f"step_{number}")
-    assert train(config_of(inputs, "copy", save_total_limit=2, train_steps=6), "--resume", "auto") == 2
+    assert (
+        train(config_of(inputs, "copy", save_total_limit=2, train_steps=6), "--resume", "auto") == 2
+    )
     longer = config_of(inputs, "copy", save_total_limit=2, train_steps=6)
     assert train(longer, "--resume", "auto", "--allow-changes") == 0
     assert [number for number, _ in numbered_folders(copy)] == [5, 6, 90, 91]
 
 
-def test_a_full_disk_stops_the_run_and_keeps_the_last_good_checkpoint(inputs, trained, tmp_path, capsys):
+def test_a_full_disk_stops_the_run_and_keeps_the_last_good_checkpoint(
+    inputs, trained, tmp_path, capsys
+):
     mounted = tmp_path / "small"
     mounted.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(mounted)]
     try:
         subprocess.run(command, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
-        pytest.skip("a small file system cannot be mounted here (needs root); simulated in tests/faults/storm.py")
+        pytest.skip(
+            "a small file system cannot be mounted here (needs root); simulated in "
+            "tests/faults/storm.py"
+        )
     try:
         config = config_of(inputs, "trained", output_dir=str(mounted))
         assert train(config) == 2
@@ -89,12 +105,21 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_good_checkpoint(inputs, tr
         assert 0 < states[-1][0] < STEPS
         assert all(damage(path) is None for _, path in states)
         assert not list(run_dir.rglob(".*"))
-        assert all(json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines())
+        assert all(
+            json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()
+        )
         for _, path in numbered_folders(run_dir):
             shutil.rmtree(path)
         for _, path in states[:-1]:
             shutil.rmtree(path)
-        assert train(config_of(inputs, "trained", output_dir=str(mounted), save_total_limit=1), "--resume", "auto") == 0
+        assert (
+            train(
+                config_of(inputs, "trained", output_dir=str(mounted), save_total_limit=1),
+                "--resume",
+                "auto",
+            )
+            == 0
+        )
         assert metrics(run_dir) == metrics(trained)
         for name, tensor in final_state(trained).items():
             assert torch.equal(tensor, final_state(run_dir)[name]), name
@@ -112,7 +137,9 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_good_checkpoint(inputs, tr
         ("optimizer.safetensors", "no tensors", "cannot be read"),
     ],
 )
-def test_wrong_content_under_right_checksums_is_refused(inputs, copy, capsys, file, content, message):
+def test_wrong_content_under_right_checksums_is_refused(
+    inputs, copy, capsys, file, content, message
+):
     state = copy / "resume" / "step_4"
     (state / file).write_text(content)
     (state / "checksums.json").unlink()
@@ -146,12 +173,15 @@ def write_pickle(path: Path, marker: Path) -> None:
 
 
 def with_code(folder: Path, marker: Path) -> None:
-    """Give a model folder Python code of its own, and ask for it in every way that transformers knows."""
+    """Give a model folder Python code of its own, and ask for it in every way that transformers
+    knows."""
     (folder / "evil.py").write_text(f"from pathlib import Path\nPath({str(marker)!r}).mkdir()\n")
     for file in ("config.json", "tokenizer_config.json"):
         settings = json.loads((folder / file).read_text())
         classes = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
-        settings["auto_map"] = dict.fromkeys(classes, "evil.Evil") | {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+        settings["auto_map"] = dict.fromkeys(classes, "evil.Evil") | {
+            "AutoTokenizer": ["evil.Evil", "evil.Evil"]
+        }
         (folder / file).write_text(json.dumps(settings))
 
 
@@ -160,12 +190,23 @@ def backbone(inputs, tmp_path) -> Path:
     return shutil.copytree(inputs.folder / "backbone", tmp_path / "backbone")
 
 
-PICKLE_NAMES = ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "model.pt")
+PICKLE_NAMES = (
+    "pytorch_model.bin",
+    "training_args.bin",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "model.pt",
+)
 
 
 @pytest.mark.parametrize("key", ["model_path", "teacher_model_path"])
-def test_pickles_and_code_in_a_model_folder_are_not_run(inputs, backbone, marker, capsys, key, monkeypatch):
-    monkeypatch.setattr("builtins.input", lambda *_: "y")  # a question whether to trust it would be answered with yes
+def test_pickles_and_code_in_a_model_folder_are_not_run(
+    inputs, backbone, marker, capsys, key, monkeypatch
+):
+    monkeypatch.setattr(
+        "builtins.input", lambda *_: "y"
+    )  # a question whether to trust it would be answered with yes
     for name in PICKLE_NAMES:
         write_pickle(backbone / name, marker)
     with_code(backbone, marker)
@@ -201,14 +242,23 @@ def test_pickles_in_a_resume_state_are_not_run(inputs, copy, marker, capsys, fil
 
 def test_pickles_in_data_and_cache_are_not_run(inputs, trained, tmp_path, marker, capsys):
     data = shutil.copytree(inputs.folder / "tokenized", tmp_path / "tokenized")
-    config = config_of(inputs, "data", train_data_path=str(data), cache_dir=str(tmp_path / "cache"), train_steps=1)
+    config = config_of(
+        inputs, "data", train_data_path=str(data), cache_dir=str(tmp_path / "cache"), train_steps=1
+    )
     assert train(config) == 0
     (store,) = (tmp_path / "cache").glob("store-*/")
     for path in store.glob("*.npy"):
         whole = path.read_bytes()
         np.save(path, np.array([Payload(marker)], dtype=object), allow_pickle=True)
         open_converted.cache_clear()
-        assert train(config_of(inputs, "data2", train_data_path=str(data), cache_dir=str(tmp_path / "cache"))) == 2
+        assert (
+            train(
+                config_of(
+                    inputs, "data2", train_data_path=str(data), cache_dir=str(tmp_path / "cache")
+                )
+            )
+            == 2
+        )
         assert "damaged" in capsys.readouterr().err
         path.write_bytes(whole)
     for name in ("answers_query.parquet", "answers_corpus.parquet", "manifest.json"):

@@ -1,4 +1,5 @@
-"""Two processes under DeepSpeed ZeRO-2 are one process without it: curves, weights, moments, and resumption."""
+"""Two processes under DeepSpeed ZeRO-2 are one process without it: curves, weights, moments, and
+resumption."""
 
 import math
 from types import SimpleNamespace
@@ -29,7 +30,10 @@ def run_dirs(inputs):
         settings = CASES[case] | {"max_grad_norm": 0.5}
         run(inputs, inputs.config(f"{case}-one", train_batch_size=GLOBAL_BATCH, **settings))
         config = inputs.config(f"{case}-zero2", train_batch_size=GLOBAL_BATCH // 2, **settings)
-        assert run(inputs, config, processes=2, main=run_zero2, environment=CPU).count("under ZeRO-2") == 2
+        assert (
+            run(inputs, config, processes=2, main=run_zero2, environment=CPU).count("under ZeRO-2")
+            == 2
+        )
     return lambda case, name: inputs.run_dir(f"{case}-{name}")
 
 
@@ -88,7 +92,9 @@ def main_with_a_broken_gradient(arguments: list[str]) -> int:
 
 def test_a_gradient_that_is_not_finite_stops_all_before_the_update(inputs):
     config = inputs.config("broken", train_steps=6, checkpointing_steps=2, train_batch_size=2)
-    printed = run(inputs, config, processes=2, expected=2, main=main_with_a_broken_gradient, environment=CPU)
+    printed = run(
+        inputs, config, processes=2, expected=2, main=main_with_a_broken_gradient, environment=CPU
+    )
     assert printed.count("stopped before the update") == 2, printed
     assert "step 3, " in printed
     assert "Traceback" not in printed

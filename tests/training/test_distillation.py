@@ -1,4 +1,5 @@
-"""Distillation from teachers of other width, depth and rank, against a naive version, in values and gradients."""
+"""Distillation from teachers of other width, depth and rank, against a naive version, in values and
+gradients."""
 
 import dataclasses
 import json
@@ -41,7 +42,9 @@ def teachers(world, tmp_path_factory):
         tokenizer.save_pretrained(folder / name)
     backbone = random_model(80, 3, seed=3)
     config = backbone.config
-    encoder = MatryoshkaEncoder(backbone, (2, 3), factorize_table(backbone.embed_tokens.weight.data, 24))
+    encoder = MatryoshkaEncoder(
+        backbone, (2, 3), factorize_table(backbone.embed_tokens.weight.data, 24)
+    )
     record = ModelRecord((2, 3), (80, 8), (8, 24), 0.05, 32)
     save_model_folder(folder / "nested", encoder.state_dict(), config, tokenizer, record)
     return {name: folder / name for name in ("deeper", "shallower", "narrow", "nested")}
@@ -64,7 +67,8 @@ def only_facts(world, tmp_path_factory):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Some rows as one batch and all their negatives, so that nothing is drawn; or no negatives at all."""
+    """Some rows as one batch and all their negatives, so that nothing is drawn; or no negatives at
+    all."""
 
     batch: ContrastiveBatch
     samples: list
@@ -90,8 +94,15 @@ class Case:
             )
 
 
-def make_case(world, data, teacher: str, nested: bool, negatives: int, name: str = "facts", **settings) -> Case:
-    settings |= {"train_data_path": str(data), "use_mll": nested, "valid_fraction": 0, "teacher_model_path": teacher}
+def make_case(
+    world, data, teacher: str, nested: bool, negatives: int, name: str = "facts", **settings
+) -> Case:
+    settings |= {
+        "train_data_path": str(data),
+        "use_mll": nested,
+        "valid_fraction": 0,
+        "teacher_model_path": teacher,
+    }
     config = parse_config(world.config(datasets={name: {"num_hard_neg": negatives}}, **settings))
     dataset = open_store(data, config.cache_dir, progress=False).datasets[name]
     plan = plan_dataset(name, dataset.num_rows, config, task=TASKS[name])
@@ -104,12 +115,16 @@ def make_case(world, data, teacher: str, nested: bool, negatives: int, name: str
     samples = [(query, passage, own[:negatives]) for query, passage, own in samples[:ROWS]]
     student = MatryoshkaEncoder(AutoModel.from_pretrained(world.backbone), exits)
     sizes = {"exits": exits, "max_length": MAX_LENGTH, "eos_id": eos}
-    return Case(batch, samples, documents, exits, student, PartVectors.of_texts(vectors, batch), sizes)
+    return Case(
+        batch, samples, documents, exits, student, PartVectors.of_texts(vectors, batch), sizes
+    )
 
 
 @pytest.mark.parametrize("name", TEACHER_EXITS)
 @pytest.mark.parametrize(("nested", "negatives"), [(True, 10), (False, 10), (True, 0)])
-def test_the_term_and_all_its_gradients_are_the_naive_ones(world, teachers, only_facts, name, nested, negatives):
+def test_the_term_and_all_its_gradients_are_the_naive_ones(
+    world, teachers, only_facts, name, nested, negatives
+):
     case = make_case(world, only_facts, str(teachers[name]), nested, negatives)
     vectors = case.student(case.batch.texts.input_ids, case.batch.texts.packed)
     spec = MatryoshkaSpec((64,), (1.0,), 0.05)
@@ -118,7 +133,9 @@ def test_the_term_and_all_its_gradients_are_the_naive_ones(world, teachers, only
     naive = AutoModel.from_pretrained(world.backbone)
     teacher = AutoModel.from_pretrained(teachers[name])
     exits = TEACHER_EXITS[name] if nested else TEACHER_EXITS[name][-1:]
-    expected = distillation(naive, teacher, case.samples, case.documents, teacher_exits=exits, **case.sizes)
+    expected = distillation(
+        naive, teacher, case.samples, case.documents, teacher_exits=exits, **case.sizes
+    )
     case.assert_same(terms.distillation, expected, naive)
 
 
@@ -132,10 +149,14 @@ def test_the_term_and_all_its_gradients_are_the_naive_ones(world, teachers, only
         ("sentiment", "narrow", True, 1),
     ],
 )
-def test_similarities_and_all_their_gradients_are_the_naive_ones(world, teachers, name, teacher, nested, negatives):
+def test_similarities_and_all_their_gradients_are_the_naive_ones(
+    world, teachers, name, teacher, nested, negatives
+):
     """From teachers of other widths, for every task."""
     folder = teachers[teacher]
-    case = make_case(world, world.tokenized, str(folder), nested, negatives, name, kd_loss="similarity")
+    case = make_case(
+        world, world.tokenized, str(folder), nested, negatives, name, kd_loss="similarity"
+    )
     vectors = case.student(case.batch.texts.input_ids, case.batch.texts.packed)
     dims = default_dims(64) if nested else (64,)
     spec = MatryoshkaSpec(dims, dim_weights(dims), 0.05)
@@ -143,7 +164,9 @@ def test_similarities_and_all_their_gradients_are_the_naive_ones(world, teachers
     torch.testing.assert_close(terms.total, terms.hard + terms.in_batch + 0.25 * terms.distillation)
     naive = AutoModel.from_pretrained(world.backbone)
     rest = {"teacher_exit": LAYERS[teacher], "use_mrl": nested, **case.sizes}
-    expected = similarity(naive, AutoModel.from_pretrained(folder), case.samples, case.documents, **rest)
+    expected = similarity(
+        naive, AutoModel.from_pretrained(folder), case.samples, case.documents, **rest
+    )
     case.assert_same(terms.distillation, expected, naive)
 
 
@@ -154,7 +177,9 @@ def test_the_teacher_is_whole_still_and_takes_no_gradient(world, teachers):
     assert teacher.exits == (2, 3)
     assert not teacher.training
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
-    assert {parameter.dtype for parameter in teacher.parameters()} == {torch.float32}, "no bf16 weights on a CPU"
+    assert {parameter.dtype for parameter in teacher.parameters()} == {torch.float32}, (
+        "no bf16 weights on a CPU"
+    )
     alone = build_teacher(dataclasses.replace(config, use_mll=False), CPU, torch.float32)
     assert alone.exits == (3,)
 
@@ -180,12 +205,19 @@ def test_a_run_logs_the_naive_terms_and_adds_them(world, teachers, only_facts, t
         r=0,
     )
     assert code == 0
-    model, eos = AutoModel.from_pretrained(world.backbone), AutoTokenizer.from_pretrained(world.backbone).eos_token_id
+    model, eos = (
+        AutoModel.from_pretrained(world.backbone),
+        AutoTokenizer.from_pretrained(world.backbone).eos_token_id,
+    )
     sizes = {"exits": (1, 2), "max_length": MAX_LENGTH, "eos_id": eos}
     with torch.no_grad():
         teacher = AutoModel.from_pretrained(teachers["deeper"])
-        term = distillation(model, teacher, samples, documents, teacher_exits=(1, 2, 4), **sizes).item()
-        rest = objective(model, samples, documents, task="retrieval", use_mrl=True, temperature=0.05, **sizes).item()
+        term = distillation(
+            model, teacher, samples, documents, teacher_exits=(1, 2, 4), **sizes
+        ).item()
+        rest = objective(
+            model, samples, documents, task="retrieval", use_mrl=True, temperature=0.05, **sizes
+        ).item()
     assert lines[0]["distillation_loss"] == pytest.approx(term, rel=1e-4)
     assert lines[0]["loss"] == pytest.approx(rest + 0.25 * term, rel=1e-4)
 
@@ -193,14 +225,22 @@ def test_a_run_logs_the_naive_terms_and_adds_them(world, teachers, only_facts, t
 def test_distilling_pulls_the_student_to_the_teacher(world, teachers, tmp_path):
     """All three tasks, all three nested axes; the teacher's files are not touched."""
     before = (teachers["nested"] / "model.safetensors").read_bytes()
-    changes = {"teacher_model_path": str(teachers["nested"]), "train_steps": 40, "learning_rate": 3e-3}
-    code, lines = train(world, tmp_path, log_interval=10, validation_steps=0, kd_weight=5.0, **changes)
+    changes = {
+        "teacher_model_path": str(teachers["nested"]),
+        "train_steps": 40,
+        "learning_rate": 3e-3,
+    }
+    code, lines = train(
+        world, tmp_path, log_interval=10, validation_steps=0, kd_weight=5.0, **changes
+    )
     assert code == 0
     losses = [line["distillation_loss"] for line in lines if line["split"] == "train"]
     assert losses[-1] < 0.5 * losses[0]
     assert (teachers["nested"] / "model.safetensors").read_bytes() == before
     state = load_file(tmp_path / "run" / "resume" / "step_40" / "model.safetensors")
-    assert state["embedding.A"].shape == (384, 32), "the student's own table, and no parameter of the teacher's"
+    assert state["embedding.A"].shape == (384, 32), (
+        "the student's own table, and no parameter of the teacher's"
+    )
 
 
 def test_runs_without_a_teacher_do_not_speak_of_one(world, tmp_path):
@@ -211,12 +251,15 @@ def test_runs_without_a_teacher_do_not_speak_of_one(world, tmp_path):
 def test_teachers_that_cannot_teach_are_refused(world, teachers, tmp_path, capsys):
     code, _ = train(world, tmp_path, teacher_model_path=str(teachers["narrow"]))
     assert code == 2
-    assert '48 components, fewer than the student\'s 64; set kd_loss to "similarity"' in capsys.readouterr().err
+    assert (
+        '48 components, fewer than the student\'s 64; set kd_loss to "similarity"'
+        in capsys.readouterr().err
+    )
     stranger = tmp_path / "stranger"
     random_model(64, 1, seed=1).save_pretrained(stranger)
-    train_tokenizer(pq.read_table(world.raw / "topics.parquet").column("query").to_pylist(), 300).save_pretrained(
-        stranger
-    )
+    train_tokenizer(
+        pq.read_table(world.raw / "topics.parquet").column("query").to_pylist(), 300
+    ).save_pretrained(stranger)
     code, _ = train(world, tmp_path, teacher_model_path=str(stranger))
     assert code == 2
     assert "another tokenizer" in capsys.readouterr().err

@@ -1,6 +1,8 @@
-"""W processes are one process: the same loss curve, validation and weights, with everything switched on.
+"""W processes are one process: the same loss curve, validation and weights, with everything
+switched on.
 
-One launch for each number of processes trains all the cases one after another. The global batch is four rows.
+One launch for each number of processes trains all the cases one after another. The global batch is
+four rows.
 """
 
 import inspect
@@ -31,7 +33,9 @@ def inputs(tmp_path_factory) -> Inputs:
 def run_dirs(inputs):
     """(case, processes) -> the run's folder."""
     taught = TeacherOptions(
-        inputs.folder / "tokenized", str(inputs.folder / "backbone"), inputs.folder / "teacher_vectors"
+        inputs.folder / "tokenized",
+        str(inputs.folder / "backbone"),
+        inputs.folder / "teacher_vectors",
     )
     embed_teacher(LetterModel(), taught, progress=False)
     for processes, cases in LAUNCHES.items():
@@ -43,8 +47,12 @@ def run_dirs(inputs):
             if changes.pop("teacher_vectors", False):
                 changes["teacher_vectors_path"] = str(inputs.folder / "teacher_vectors")
             name = f"{case}-{processes}"
-            configs.append(inputs.config(name, train_batch_size=GLOBAL_BATCH // processes, **changes))
-        launch = Launch(inputs.folder / "printed" / str(processes), configs, processes, main=run_each)
+            configs.append(
+                inputs.config(name, train_batch_size=GLOBAL_BATCH // processes, **changes)
+            )
+        launch = Launch(
+            inputs.folder / "printed" / str(processes), configs, processes, main=run_each
+        )
         assert launch.wait() == [0] * processes, launch.printed()
         assert "Warning" not in launch.printed()
     return lambda case, processes: inputs.run_dir(f"{case}-{processes}")
@@ -55,14 +63,17 @@ def sharded_run_dirs(inputs, run_dirs):
     """case -> the folder of a run of two processes under FSDP2."""
     configs = []
     for case in ("everything", "in_chunks"):
-        configs.append(inputs.config(f"{case}-sharded", train_batch_size=GLOBAL_BATCH // 2, **CASES[case]))
+        configs.append(
+            inputs.config(f"{case}-sharded", train_batch_size=GLOBAL_BATCH // 2, **CASES[case])
+        )
     launch = Launch(inputs.folder / "printed" / "sharded", configs, 2, main=run_each_sharded)
     assert launch.wait() == [0, 0], launch.printed()
     return lambda case: inputs.run_dir(f"{case}-sharded")
 
 
 @pytest.mark.parametrize(
-    ("processes", "case"), [(processes, case) for processes, cases in LAUNCHES.items() for case in cases][len(CASES) :]
+    ("processes", "case"),
+    [(processes, case) for processes, cases in LAUNCHES.items() for case in cases][len(CASES) :],
 )
 def test_many_processes_are_one(run_dirs, processes, case):
     one, many = run_dirs(case, 1), run_dirs(case, processes)
@@ -78,7 +89,8 @@ def test_chunks_are_the_whole(run_dirs):
 
 
 def test_the_cases_hold_what_they_should(run_dirs, inputs):
-    """Uneven last batches, fewer rows than processes, every dataset, losses and weights that really moved."""
+    """Uneven last batches, fewer rows than processes, every dataset, losses and weights that really
+    moved."""
     lines = metrics(run_dirs("teacher", 1))
     seen = {key.split("/")[0] for line in lines for key in line if "/" in key}
     assert seen == {*DATASETS, "Avg"}
@@ -105,9 +117,14 @@ def test_sharded_processes_are_one(run_dirs, sharded_run_dirs, case):
     one, sharded = run_dirs(case, 1), sharded_run_dirs(case)
     assert_same_metrics(metrics(one), metrics(sharded))
     assert_same_tensors(final_state(one), final_state(sharded))
-    for moments in (final_state(one, "optimizer.safetensors"), final_state(sharded, "optimizer.safetensors")):
+    for moments in (
+        final_state(one, "optimizer.safetensors"),
+        final_state(sharded, "optimizer.safetensors"),
+    ):
         assert any(name.endswith("|exp_avg_sq") for name in moments)
-    assert_same_tensors(final_state(one, "optimizer.safetensors"), final_state(sharded, "optimizer.safetensors"))
+    assert_same_tensors(
+        final_state(one, "optimizer.safetensors"), final_state(sharded, "optimizer.safetensors")
+    )
 
 
 def test_the_model_folder_of_sharded_processes_is_whole(run_dirs, sharded_run_dirs):
@@ -126,24 +143,33 @@ def test_the_model_folder_of_sharded_processes_is_whole(run_dirs, sharded_run_di
 def test_a_sharded_run_continues_a_copied_one_and_the_reverse(inputs):
     settings = {"train_steps": 6, "checkpointing_steps": 3, "train_batch_size": 2}
     run(inputs, inputs.config("whole", **settings), processes=2)
-    for name, first, then in (("to_sharded", None, run_sharded), ("from_sharded", run_sharded, None)):
+    for name, first, then in (
+        ("to_sharded", None, run_sharded),
+        ("from_sharded", run_sharded, None),
+    ):
         run(inputs, inputs.config(name, **settings), processes=2, main=first)
         for path in inputs.run_dir(name).glob("**/step_6"):
             path.rename(inputs.folder / f"{name}-{path.parent.name}-set-aside")
-        printed = run(inputs, inputs.config(name, **settings), "--resume", "auto", processes=2, main=then)
+        printed = run(
+            inputs, inputs.config(name, **settings), "--resume", "auto", processes=2, main=then
+        )
         assert "continuing after step 3" in printed
         assert_same_metrics(metrics(inputs.run_dir("whole")), metrics(inputs.run_dir(name)))
         assert_same_tensors(final_state(inputs.run_dir("whole")), final_state(inputs.run_dir(name)))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("accelerate_*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs").glob("accelerate_*.yaml")), ids=lambda path: path.stem
+)
 def test_accelerate_reads_every_config(path):
     config = load_config_from_file(str(path))
     given = yaml.safe_load(path.read_text())
     assert str(config.distributed_type.value) == given["distributed_type"]
     assert config.num_processes == given["num_processes"]
     if given["distributed_type"] == "FSDP":
-        plugin_names = {f"fsdp_{name}" for name in inspect.signature(FullyShardedDataParallelPlugin).parameters}
+        plugin_names = {
+            f"fsdp_{name}" for name in inspect.signature(FullyShardedDataParallelPlugin).parameters
+        }
         renamed = {"fsdp_version", "fsdp_transformer_layer_cls_to_wrap", "fsdp_offload_params"}
         assert given["fsdp_config"].keys() <= plugin_names | renamed
 
@@ -153,7 +179,10 @@ def test_accelerate_reads_every_config(path):
     [
         ({"ACCELERATE_USE_FSDP": "true"}, "only on GPUs and would silently"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
-        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2"}, "gradient_accumulation_steps is 2; it must be 1"),
+        (
+            {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2"},
+            "gradient_accumulation_steps is 2; it must be 1",
+        ),
     ],
     ids=["fsdp", "deepspeed", "accumulation"],
 )

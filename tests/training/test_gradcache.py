@@ -1,4 +1,5 @@
-"""Chunks of a token budget over processes of which one has a single chunk: no deadlock, the gradients of the whole."""
+"""Chunks of a token budget over processes of which one has a single chunk: no deadlock, the
+gradients of the whole."""
 
 import json
 from pathlib import Path
@@ -43,11 +44,15 @@ class MeanEncoder(nn.Module):
 def share(step: int, process: int) -> PackedBatch:
     lengths = LENGTHS[step][process]
     generator = torch.Generator().manual_seed(10 * step + process)
-    return PackedBatch(torch.randint(50, (sum(lengths),), generator=generator), PackedSequences.from_lengths(lengths))
+    return PackedBatch(
+        torch.randint(50, (sum(lengths),), generator=generator),
+        PackedSequences.from_lengths(lengths),
+    )
 
 
 def objective(vectors: torch.Tensor) -> SimpleNamespace:
-    """Each of this process's texts must find itself among those of all processes, as the in-batch loss has it."""
+    """Each of this process's texts must find itself among those of all processes, as the in-batch
+    loss has it."""
     own = vectors[0]
     scores = own @ gather_rows(own).T
     target = torch.arange(len(own)) + process_index() * len(own)
@@ -55,8 +60,11 @@ def objective(vectors: torch.Tensor) -> SimpleNamespace:
 
 
 def main_of_steps(arguments: list[str]) -> int:
-    """All steps in one process group; this process's gradients and number of forwards go to a file."""
-    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    """All steps in one process group; this process's gradients and number of forwards go to a
+    file."""
+    accelerator = Accelerator(
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]
+    )
     assert world_size() == 2
     encoder = MeanEncoder()
     model = accelerator.prepare(encoder)
@@ -65,7 +73,9 @@ def main_of_steps(arguments: list[str]) -> int:
         model.zero_grad()
         encoder.forwards = 0
         forward_backward(model, accelerator, share(step, process_index()), None, objective, BUDGET)
-        gradients = {name: parameter.grad.tolist() for name, parameter in encoder.named_parameters()}
+        gradients = {
+            name: parameter.grad.tolist() for name, parameter in encoder.named_parameters()
+        }
         steps.append({"forwards": encoder.forwards, "gradients": gradients})
     Path(arguments[0], f"{process_index()}.json").write_text(json.dumps(steps))
     return 0
@@ -74,7 +84,9 @@ def main_of_steps(arguments: list[str]) -> int:
 def whole_gradients(step: int) -> dict[str, torch.Tensor]:
     """Of the joined batch, by one plain backward."""
     encoder = MeanEncoder()
-    vectors = torch.cat([encoder(p.input_ids, p.packed, None)[0] for p in (share(step, 0), share(step, 1))])
+    vectors = torch.cat(
+        [encoder(p.input_ids, p.packed, None)[0] for p in (share(step, 0), share(step, 1))]
+    )
     nn.functional.cross_entropy(vectors @ vectors.T, torch.arange(len(vectors))).backward()
     return {name: parameter.grad for name, parameter in encoder.named_parameters()}
 
@@ -89,7 +101,9 @@ def processes(tmp_path_factory):
 
 
 def test_the_shares_are_as_they_should_be():
-    assert [[len(split_texts(share(step, p), BUDGET)) for p in range(2)] for step in range(len(LENGTHS))] == CHUNKS
+    assert [
+        [len(split_texts(share(step, p), BUDGET)) for p in range(2)] for step in range(len(LENGTHS))
+    ] == CHUNKS
 
 
 @pytest.mark.parametrize("step", range(len(LENGTHS)))

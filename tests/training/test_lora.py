@@ -1,4 +1,5 @@
-"""LoRA: adapters against a naive version, what moves and what does not, merged folders, resumption, many processes."""
+"""LoRA: adapters against a naive version, what moves and what does not, merged folders, resumption,
+many processes."""
 
 import importlib.metadata
 import json
@@ -35,8 +36,19 @@ from ml_embed.training.setup import open_inputs
 pytest.importorskip("peft", reason="peft is not installed")
 
 RANK, ALPHA = 4, 6.0
-SETTINGS = {"lora_r": RANK, "lora_alpha": ALPHA, "train_batch_size": 4, "train_steps": 6, "learning_rate": 1e-3}
-EVERYTHING = {"mll_norm": "per_layer", "gradient_checkpointing": True, "kd_weight": 0.5, "valid_fraction": 0.3}
+SETTINGS = {
+    "lora_r": RANK,
+    "lora_alpha": ALPHA,
+    "train_batch_size": 4,
+    "train_steps": 6,
+    "learning_rate": 1e-3,
+}
+EVERYTHING = {
+    "mll_norm": "per_layer",
+    "gradient_checkpointing": True,
+    "kd_weight": 0.5,
+    "valid_fraction": 0.3,
+}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +72,9 @@ def start_of(inputs: Inputs, name: str = "start", **changes):
     """The encoder as a run builds it, and the run's derived numbers."""
     config, _ = load_config(inputs.config(name, **SETTINGS | changes))
     backbone_config, _, store, _, resolved = open_inputs(config, 1, progress=False)
-    return build_encoder(config, resolved, backbone_config, store, torch.device("cpu"), torch.float32), resolved
+    return build_encoder(
+        config, resolved, backbone_config, store, torch.device("cpu"), torch.float32
+    ), resolved
 
 
 def texts(count: int = 5) -> list[torch.Tensor]:
@@ -73,7 +87,11 @@ def encode(encoder, ids: list[torch.Tensor]) -> torch.Tensor:
 
 
 def adapted_matrices(state) -> list[str]:
-    return [name.removesuffix(".lora_A.default.weight") for name in state if name.endswith(".lora_A.default.weight")]
+    return [
+        name.removesuffix(".lora_A.default.weight")
+        for name in state
+        if name.endswith(".lora_A.default.weight")
+    ]
 
 
 class NaiveAdapter(nn.Module):
@@ -81,7 +99,12 @@ class NaiveAdapter(nn.Module):
 
     def __init__(self, W, A, B, scale):
         super().__init__()
-        self.W, self.A, self.B, self.scale = nn.Parameter(W), nn.Parameter(A), nn.Parameter(B), scale
+        self.W, self.A, self.B, self.scale = (
+            nn.Parameter(W),
+            nn.Parameter(A),
+            nn.Parameter(B),
+            scale,
+        )
 
     def forward(self, x):
         return x @ self.W.T + self.scale * (x @ self.A.T) @ self.B.T
@@ -103,7 +126,9 @@ def naive_model(inputs: Inputs, state) -> nn.Module:
     for name in adapted_matrices(state):
         parts = [state[f"{name}.lora_{part}.default.weight"].clone() for part in "AB"]
         name = name.removeprefix("backbone.")
-        model.set_submodule(name, NaiveAdapter(model.get_submodule(name).weight.data, *parts, ALPHA / RANK))
+        model.set_submodule(
+            name, NaiveAdapter(model.get_submodule(name).weight.data, *parts, ALPHA / RANK)
+        )
     return model
 
 
@@ -116,7 +141,9 @@ def test_vectors_and_all_gradients_equal_the_naive_ones(inputs):
     model, ids = naive_model(inputs, encoder.state_dict()), texts()
     vectors = encode(encoder, ids)
     each = [exit_vectors(model, text.tolist(), encoder.exits) for text in ids]
-    expected = torch.stack([torch.stack([vector[layer] for vector in each]) for layer in encoder.exits])
+    expected = torch.stack(
+        [torch.stack([vector[layer] for vector in each]) for layer in encoder.exits]
+    )
     torch.testing.assert_close(vectors, expected, rtol=1e-5, atol=1e-5)
     weights = torch.randn(vectors.shape, generator=generator)
     (vectors * weights).sum().backward()
@@ -127,12 +154,18 @@ def test_vectors_and_all_gradients_equal_the_naive_ones(inputs):
         if not parameter.requires_grad:
             assert parameter.grad is None, name
             continue
-        plain = name.replace("embedding.", "embed_tokens.").replace("norms.0.", "norm.").removeprefix("backbone.")
+        plain = (
+            name.replace("embedding.", "embed_tokens.")
+            .replace("norms.0.", "norm.")
+            .removeprefix("backbone.")
+        )
         plain = re.sub(r"\.lora_([AB])\.default\.weight", r".\1", plain)
         assert parameter.grad.abs().max() > 0, name
         torch.testing.assert_close(parameter.grad, own[plain].grad, rtol=1e-4, atol=1e-4, msg=name)
         compared += 1
-    assert compared == 3 * 7 * 2 + 2 + 1, "adapters of seven matrices in three layers, the factors, the final norm"
+    assert compared == 3 * 7 * 2 + 2 + 1, (
+        "adapters of seven matrices in three layers, the factors, the final norm"
+    )
 
 
 def test_adapters_start_from_the_seed_alone_and_change_nothing(inputs):
@@ -150,25 +183,35 @@ def test_adapters_factors_and_exit_norms_move_and_nothing_else(inputs, trained):
     state = final_state(trained)
     start, resolved = start_of(inputs, mll_norm="per_layer")
     parameters = dict(start.named_parameters())
-    assert state.keys() == {name for name, parameter in parameters.items() if parameter.requires_grad}
+    assert state.keys() == {
+        name for name, parameter in parameters.items() if parameter.requires_grad
+    }
     assert {"embedding.A", "embedding.B", "norms.0.weight", "norms.2.weight"} < state.keys()
     for name, tensor in state.items():
         assert not torch.equal(tensor, parameters[name]), name
-    assert {name.split("|")[0] for name in final_state(trained, "optimizer.safetensors")} == state.keys()
+    assert {
+        name.split("|")[0] for name in final_state(trained, "optimizer.safetensors")
+    } == state.keys()
     assert resolved.trained_parameters == sum(tensor.numel() for tensor in state.values())
 
 
 def test_a_saved_folder_is_merged(inputs, trained):
-    """Plain Qwen3: base + (alpha / r) B A, all other weights of the layers to the bit those of the backbone."""
+    """Plain Qwen3: base + (alpha / r) B A, all other weights of the layers to the bit those of the
+    backbone."""
     base = load_file(inputs.folder / "backbone" / "model.safetensors")
     saved, state = load_file(trained / "step_6" / "model.safetensors"), final_state(trained)
     assert saved.keys() == base.keys()
     matrices = adapted_matrices(state)
     for name in matrices:
         down, up = (state[f"{name}.lora_{part}.default.weight"].double() for part in "AB")
-        product = base[f"{name.removeprefix('backbone.')}.weight"].double() + ALPHA / RANK * (up @ down)
+        product = base[f"{name.removeprefix('backbone.')}.weight"].double() + ALPHA / RANK * (
+            up @ down
+        )
         torch.testing.assert_close(
-            saved.pop(f"{name.removeprefix('backbone.')}.weight").double(), product, rtol=0, atol=1e-7
+            saved.pop(f"{name.removeprefix('backbone.')}.weight").double(),
+            product,
+            rtol=0,
+            atol=1e-7,
         )
     frozen = [name for name in saved if name.startswith("layers.")]
     assert len(matrices) == 3 * 7
@@ -185,17 +228,24 @@ def test_the_merged_model_gives_the_vectors_of_the_unmerged(inputs, trained):
         start = encode(start_of(inputs)[0], texts())
     torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-5)
     assert (start - expected).abs().max() > 0.01, "training moved them"
-    assert_equal_vectors(Embedder.from_pretrained(trained / "step_6").encode(SPOKEN), naive(trained / "step_6", SPOKEN))
+    assert_equal_vectors(
+        Embedder.from_pretrained(trained / "step_6").encode(SPOKEN),
+        naive(trained / "step_6", SPOKEN),
+    )
 
 
 def test_saving_does_not_disturb_training(inputs, trained):
     unsaved = train(inputs, "unsaved", checkpointing_steps=0, mll_norm="per_layer")
     assert not (unsaved / "step_3").exists()
-    assert (unsaved / "resume" / "step_6" / "model.safetensors").read_bytes() == final_bytes(trained)[0]
+    assert (unsaved / "resume" / "step_6" / "model.safetensors").read_bytes() == final_bytes(
+        trained
+    )[0]
 
 
 def final_bytes(run_dir: Path) -> list[bytes]:
-    return [path.read_bytes() for path in sorted((run_dir / "resume" / "step_6").glob("*.safetensors"))]
+    return [
+        path.read_bytes() for path in sorted((run_dir / "resume" / "step_6").glob("*.safetensors"))
+    ]
 
 
 @pytest.fixture
@@ -211,7 +261,15 @@ def broken(inputs, trained):
 def test_a_killed_run_continues_to_the_bit(inputs, trained, broken):
     """From a copy of the backbone: the frozen weights may lie anywhere."""
     copy = shutil.copytree(inputs.folder / "backbone", broken.parent / "copy")
-    train(inputs, "broken", "--resume", "auto", checkpointing_steps=3, mll_norm="per_layer", model_path=str(copy))
+    train(
+        inputs,
+        "broken",
+        "--resume",
+        "auto",
+        checkpointing_steps=3,
+        mll_norm="per_layer",
+        model_path=str(copy),
+    )
     assert final_bytes(broken) == final_bytes(trained)
     assert metrics(broken) == metrics(trained)
     for file in ("model.safetensors", "embedding_factors.safetensors", "exit_norms.safetensors"):
@@ -224,29 +282,48 @@ def test_other_frozen_weights_are_refused(inputs, broken, capsys):
     weights["layers.1.mlp.up_proj.weight"][0, 0] += 1e-3
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
     before = {path: path.read_bytes() for path in broken.rglob("*") if path.is_file()}
-    config = inputs.config("broken", **SETTINGS | {"mll_norm": "per_layer", "model_path": str(copy)})
+    config = inputs.config(
+        "broken", **SETTINGS | {"mll_norm": "per_layer", "model_path": str(copy)}
+    )
     assert run_script.main(["--config", str(config), "--resume", "auto"]) == 2
     assert "  - model_path: " in capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in broken.rglob("*") if path.is_file()}
 
 
 def test_a_backbone_from_the_hub_counts_by_its_files(inputs, monkeypatch):
-    monkeypatch.setattr(model_folder, "snapshot_download", lambda name, **_: inputs.folder / name.split("/")[1])
-    assert model_folder.weights_digest("someone/backbone") == model_folder.weights_digest(inputs.folder / "backbone")
-    assert model_folder.weights_digest("someone/backbone") != model_folder.weights_digest(inputs.folder / "teacher")
+    monkeypatch.setattr(
+        model_folder, "snapshot_download", lambda name, **_: inputs.folder / name.split("/")[1]
+    )
+    assert model_folder.weights_digest("someone/backbone") == model_folder.weights_digest(
+        inputs.folder / "backbone"
+    )
+    assert model_folder.weights_digest("someone/backbone") != model_folder.weights_digest(
+        inputs.folder / "teacher"
+    )
 
 
 def test_adapters_train_on_from_a_trained_folder(inputs, trained):
     """Stage 2: what was merged is the base of new adapters."""
-    second = train(inputs, "second", model_path=str(trained / "step_6"), mll_norm="per_layer", train_steps=2)
+    second = train(
+        inputs, "second", model_path=str(trained / "step_6"), mll_norm="per_layer", train_steps=2
+    )
     name = "layers.2.self_attn.q_norm.weight"
-    first, then = (load_file(folder / "model.safetensors") for folder in (trained / "step_6", second / "step_2"))
+    first, then = (
+        load_file(folder / "model.safetensors")
+        for folder in (trained / "step_6", second / "step_2")
+    )
     assert torch.equal(first[name], then[name])
-    assert 0 < (first["layers.2.mlp.up_proj.weight"] - then["layers.2.mlp.up_proj.weight"]).abs().max() < 0.05
+    assert (
+        0
+        < (first["layers.2.mlp.up_proj.weight"] - then["layers.2.mlp.up_proj.weight"]).abs().max()
+        < 0.05
+    )
 
 
 @pytest.mark.parametrize(
-    "changes", [{"max_tokens_per_forward": 40}, {"gradient_checkpointing": True}], ids=["in_chunks", "recomputed"]
+    "changes",
+    [{"max_tokens_per_forward": 40}, {"gradient_checkpointing": True}],
+    ids=["in_chunks", "recomputed"],
 )
 def test_less_memory_means_the_same_run(inputs, trained, changes):
     other = train(inputs, "_".join(changes), mll_norm="per_layer", **changes)
@@ -279,7 +356,10 @@ def one_process(inputs) -> Path:
 
 def two_processes(inputs: Inputs, name: str, main, **options) -> Path:
     """Everything at once, in chunks, in two processes."""
-    changes = EVERYTHING | {"teacher_model_path": str(inputs.folder / "teacher"), "max_tokens_per_forward": 40}
+    changes = EVERYTHING | {
+        "teacher_model_path": str(inputs.folder / "teacher"),
+        "max_tokens_per_forward": 40,
+    }
     config = inputs.config(name, **SETTINGS | changes | {"train_batch_size": 2})
     launch = Launch(inputs.folder / "printed" / name, [config], 2, main=main, **options)
     assert launch.wait() == [0, 0], launch.printed()
@@ -302,7 +382,10 @@ def test_two_processes_are_one(inputs, one_process, name, main):
 def test_two_processes_under_zero2_are_one_and_continue_it(inputs, one_process):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 
-    changes = EVERYTHING | {"teacher_model_path": str(inputs.folder / "teacher"), "train_batch_size": 2}
+    changes = EVERYTHING | {
+        "teacher_model_path": str(inputs.folder / "teacher"),
+        "train_batch_size": 2,
+    }
     config = inputs.config("zero2", **SETTINGS | changes | {"checkpointing_steps": 3})
     for _ in range(2):
         run(inputs, config, "--resume", "auto", processes=2, main=run_zero2, environment=CPU)
@@ -314,16 +397,22 @@ def test_two_processes_under_zero2_are_one_and_continue_it(inputs, one_process):
     assert [number for number, _ in numbered_folders(folder / "resume")] == [3]
 
 
-@pytest.mark.parametrize("changes", [{}, {"mll_norm": "per_layer"}, {"r": 0, "use_mel": False, "mel_ranks": None}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"mll_norm": "per_layer"}, {"r": 0, "use_mel": False, "mel_ranks": None}]
+)
 def test_parameters_and_memory_are_counted_right(inputs, changes):
     encoder, resolved = start_of(inputs, **changes)
-    parameters = {name: parameter for name, parameter in encoder.named_parameters() if "lora_" not in name}
+    parameters = {
+        name: parameter for name, parameter in encoder.named_parameters() if "lora_" not in name
+    }
     held = list(encoder.parameters())
     trained = sum(parameter.numel() for parameter in held if parameter.requires_grad)
     assert resolved.parameters == sum(parameter.numel() for parameter in parameters.values())
     assert resolved.trained_parameters == trained
     gib = 4 / 1024**3
-    assert resolved.memory_gib["weights"] == round(gib * sum(parameter.numel() for parameter in held), 3)
+    assert resolved.memory_gib["weights"] == round(
+        gib * sum(parameter.numel() for parameter in held), 3
+    )
     assert resolved.memory_gib["optimizer"] == round(2 * gib * trained, 3)
 
 
@@ -340,7 +429,9 @@ def test_a_dry_run_tells_how_many_parameters_train(inputs, capsys):
 def test_a_rank_that_no_matrix_has_is_refused(inputs, capsys):
     arguments = ["--config", str(inputs.config("large", **SETTINGS)), "--dry-run", "--set"]
     assert run_script.main([*arguments, "lora_r=33"]) == 2
-    assert "lora_r: 33 is more than the 32 of the layers' smallest matrix" in capsys.readouterr().err
+    assert (
+        "lora_r: 33 is more than the 32 of the layers' smallest matrix" in capsys.readouterr().err
+    )
     assert run_script.main([*arguments, "lora_r=32"]) == 0
 
 

@@ -1,6 +1,8 @@
-"""Two machines: launched by `accelerate launch` with their own ranks and addresses, and what happens when one dies.
+"""Two machines: launched by `accelerate launch` with their own ranks and addresses, and what
+happens when one dies.
 
-Where the test may (as root), a machine is a network namespace and a veth pair joins the two; else both are on loopback.
+Where the test may (as root), a machine is a network namespace and a veth pair joins the two; else
+both are on loopback.
 """
 
 import os
@@ -13,7 +15,16 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT
-from helpers.tiny_runs import Inputs, Launch, config_of, final_bytes, free_port, metrics, run, wait_for_lines
+from helpers.tiny_runs import (
+    Inputs,
+    Launch,
+    config_of,
+    final_bytes,
+    free_port,
+    metrics,
+    run,
+    wait_for_lines,
+)
 
 import run as run_script
 from ml_embed.distributed import heartbeat
@@ -44,12 +55,27 @@ def machines():
     try:
         for name in names:
             ip("netns", "add", name)
-        ip("link", "add", f"{tag}0", "netns", names[0], "type", "veth", "peer", "name", f"{tag}1", "netns", names[1])
+        ip(
+            "link",
+            "add",
+            f"{tag}0",
+            "netns",
+            names[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            f"{tag}1",
+            "netns",
+            names[1],
+        )
         for number, (name, address) in enumerate(zip(names, addresses, strict=True)):
             ip("-n", name, "addr", "add", f"{address}/24", "dev", f"{tag}{number}")
             for device in ("lo", f"{tag}{number}"):
                 ip("-n", name, "link", "set", device, "up")
-        yield [Machine(["ip", "netns", "exec", n], a) for n, a in zip(names, addresses, strict=True)]
+        yield [
+            Machine(["ip", "netns", "exec", n], a) for n, a in zip(names, addresses, strict=True)
+        ]
     except (OSError, subprocess.CalledProcessError):
         yield [Machine([], "127.0.0.1")] * 2
     finally:
@@ -57,7 +83,9 @@ def machines():
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
-def launch(machine: Machine, rank: int, first: Machine, port: int, config: Path, output: Path) -> subprocess.Popen:
+def launch(
+    machine: Machine, rank: int, first: Machine, port: int, config: Path, output: Path
+) -> subprocess.Popen:
     command = [*machine.prefix, sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(ROOT / "configs" / "accelerate_cpu.yaml")]
     command += ["--num_machines", "2", "--num_processes", "2", "--machine_rank", str(rank)]
@@ -70,18 +98,26 @@ def launch(machine: Machine, rank: int, first: Machine, port: int, config: Path,
 
 def kill_machine(launcher: subprocess.Popen) -> None:
     """SIGKILL a launcher and all that it started."""
-    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launcher.pid)], capture_output=True, text=True)
+    children = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(launcher.pid)], capture_output=True, text=True
+    )
     for pid in [launcher.pid, *map(int, children.stdout.split())]:
         os.kill(pid, signal.SIGKILL)
     launcher.wait()
 
 
 def test_two_launches_are_one_run_and_neither_outlives_the_other(inputs, machines, tmp_path):
-    """The second machine is killed in mid-run; the first ends with a message; continued, the run ends bit-equal."""
+    """The second machine is killed in mid-run; the first ends with a message; continued, the run
+    ends bit-equal."""
     run(inputs, config_of(inputs, "unbroken", train_batch_size=2, train_steps=40), processes=2)
-    config, port = config_of(inputs, "two_machines", train_batch_size=2, train_steps=40), free_port()
+    config, port = (
+        config_of(inputs, "two_machines", train_batch_size=2, train_steps=40),
+        free_port(),
+    )
     outputs = [tmp_path / "first", tmp_path / "second"]
-    launchers = [launch(m, rank, machines[0], port, config, outputs[rank]) for rank, m in enumerate(machines)]
+    launchers = [
+        launch(m, rank, machines[0], port, config, outputs[rank]) for rank, m in enumerate(machines)
+    ]
     try:
         wait_for_lines(inputs.run_dir("two_machines") / "metrics.jsonl", 5, outputs[0])
         kill_machine(launchers[1])
@@ -92,11 +128,15 @@ def test_two_launches_are_one_run_and_neither_outlives_the_other(inputs, machine
         for launcher in launchers:
             if launcher.poll() is None:
                 kill_machine(launcher)
-    assert "error: another process of this run has ended or does not answer" in outputs[0].read_text()
+    assert (
+        "error: another process of this run has ended or does not answer" in outputs[0].read_text()
+    )
     assert not (inputs.run_dir("two_machines") / "step_40").exists()
     run(inputs, config, "--resume", "auto", processes=2)
     assert metrics(inputs.run_dir("two_machines")) == metrics(inputs.run_dir("unbroken"))
-    assert final_bytes(inputs.run_dir("two_machines"), 40) == final_bytes(inputs.run_dir("unbroken"), 40)
+    assert final_bytes(inputs.run_dir("two_machines"), 40) == final_bytes(
+        inputs.run_dir("unbroken"), 40
+    )
 
 
 UNEQUAL = {"WORLD_SIZE": 12, "GROUP_WORLD_SIZE": 2}  # 8 processes and 4, as torchrun tells of them
@@ -141,7 +181,9 @@ def test_a_machine_that_falls_silent_ends_the_other(inputs, silent):
     config = config_of(inputs, name, train_batch_size=2, train_steps=5000, checkpointing_steps=0)
     environment = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     output = inputs.folder / "printed" / name
-    launch = Launch(output, ["--config", config], 2, main=main_with_quick_heartbeat, environment=environment)
+    launch = Launch(
+        output, ["--config", config], 2, main=main_with_quick_heartbeat, environment=environment
+    )
     wait_for_lines(inputs.run_dir(name) / "metrics.jsonl", 5, launch)
     os.kill(launch.processes[silent].pid, signal.SIGSTOP)
     other = launch.processes[1 - silent]

@@ -9,7 +9,13 @@ from transformers import AutoConfig, AutoModel
 from ml_embed.config import parse_config
 from ml_embed.data.store import open_store
 from ml_embed.errors import UserError
-from ml_embed.model import MatryoshkaEncoder, default_dims, default_exits, default_ranks, factorize_table
+from ml_embed.model import (
+    MatryoshkaEncoder,
+    default_dims,
+    default_exits,
+    default_ranks,
+    factorize_table,
+)
 from ml_embed.training.resolve import learning_rate, resolve
 
 
@@ -61,7 +67,9 @@ def test_steps_are_optimizer_steps_of_the_global_batch(world, store, backbone, w
     assert resolved.warmup_steps == 2
 
 
-@pytest.mark.parametrize("changes", [{}, {"r": 0, "use_mel": False, "mel_ranks": None}, {"mll_norm": "per_layer"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"r": 0, "use_mel": False, "mel_ranks": None}, {"mll_norm": "per_layer"}]
+)
 def test_parameters_are_counted_right(world, store, backbone, changes):
     config = parse_config(world.config(**changes))
     resolved = resolve(config, backbone, store, 1)

@@ -1,4 +1,5 @@
-"""Resumption is exact: to the bit after any fault, to rounding on another number of processes, refused when changed."""
+"""Resumption is exact: to the bit after any fault, to rounding on another number of processes,
+refused when changed."""
 
 import json
 import os
@@ -65,7 +66,9 @@ def test_runs_that_meet_every_fault_end_bit_equal(tmp_path):
 
 
 def test_another_number_of_processes_continues_the_same_order(inputs, unbroken, broken):
-    printed = run(inputs, config_of(inputs, "broken", train_batch_size=2), "--resume", "auto", processes=2)
+    printed = run(
+        inputs, config_of(inputs, "broken", train_batch_size=2), "--resume", "auto", processes=2
+    )
     assert "saved by 1 processes, continued by 2: the same global batches" in printed
     assert_same_metrics(metrics(unbroken), metrics(broken))
     assert_same_tensors(final_state(unbroken), final_state(broken))
@@ -74,7 +77,9 @@ def test_another_number_of_processes_continues_the_same_order(inputs, unbroken, 
 
 def test_what_changed_is_named_and_refused(inputs, broken):
     before = {path: path.read_bytes() for path in broken.rglob("*") if path.is_file()}
-    changed = config_of(inputs, "broken", learning_rate=2e-3, temperature=0.1, train_batch_size=2, log_interval=2)
+    changed = config_of(
+        inputs, "broken", learning_rate=2e-3, temperature=0.1, train_batch_size=2, log_interval=2
+    )
     printed = run(inputs, changed, "--resume", "auto", expected=2)
     assert "learning_rate: 0.0001 -> 0.002" in printed
     assert "temperature: 0.05 -> 0.1" in printed
@@ -92,17 +97,30 @@ def test_other_data_is_refused_but_a_copy_of_it_is_not(inputs, broken, tmp_path)
     copy = shutil.copytree(inputs.folder / "tokenized", tmp_path / "copy")
     for path in copy.iterdir():
         os.utime(path, (1, 1))
-    run(inputs, config_of(inputs, "broken", train_data_path=str(copy), train_steps=6), "--resume", "auto", expected=2)
+    run(
+        inputs,
+        config_of(inputs, "broken", train_data_path=str(copy), train_steps=6),
+        "--resume",
+        "auto",
+        expected=2,
+    )
     run(inputs, config_of(inputs, "broken", train_data_path=str(copy)), "--resume", "auto")
     manifest = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps(manifest | {"max_seq_length": 7}))
-    printed = run(inputs, config_of(inputs, "broken", train_data_path=str(copy)), "--resume", "auto", expected=2)
+    printed = run(
+        inputs,
+        config_of(inputs, "broken", train_data_path=str(copy)),
+        "--resume",
+        "auto",
+        expected=2,
+    )
     assert "train_data_path" in printed
 
 
 @pytest.fixture
 def taught(inputs, tmp_path):
-    """A config's keys for a run with a teacher of its own that ends at step 3, and the run's state."""
+    """A config's keys for a run with a teacher of its own that ends at step 3, and the run's
+    state."""
     teacher = shutil.copytree(inputs.folder / "teacher", tmp_path / "teacher")
     changes = {"teacher_model_path": str(teacher), "train_steps": 3}
     run(inputs, config_of(inputs, "taught", **changes))
@@ -110,17 +128,28 @@ def taught(inputs, tmp_path):
     shutil.rmtree(inputs.run_dir("taught"))
 
 
-def test_the_same_teacher_elsewhere_is_accepted_and_another_at_its_path_is_not(inputs, taught, tmp_path):
+def test_the_same_teacher_elsewhere_is_accepted_and_another_at_its_path_is_not(
+    inputs, taught, tmp_path
+):
     changes, _ = taught
     moved = Path(changes["teacher_model_path"]).rename(tmp_path / "moved")
-    run(inputs, config_of(inputs, "taught", **changes | {"teacher_model_path": str(moved)}), "--resume", "auto")
+    run(
+        inputs,
+        config_of(inputs, "taught", **changes | {"teacher_model_path": str(moved)}),
+        "--resume",
+        "auto",
+    )
     shutil.copytree(inputs.folder / "backbone", changes["teacher_model_path"])
     printed = run(inputs, config_of(inputs, "taught", **changes), "--resume", "auto", expected=2)
-    assert re.search(r"teacher_weights: '\w+' -> '\w+' \(a digest of what teacher_model_path holds\)", printed)
+    assert re.search(
+        r"teacher_weights: '\w+' -> '\w+' \(a digest of what teacher_model_path holds\)", printed
+    )
     assert printed.count("  - ") == 1
 
 
-def test_a_teacher_in_a_state_of_an_earlier_version_is_compared_by_its_path(inputs, taught, tmp_path):
+def test_a_teacher_in_a_state_of_an_earlier_version_is_compared_by_its_path(
+    inputs, taught, tmp_path
+):
     changes, state = taught
     rewrite_state(state, lambda progress: progress["fingerprint"].pop("teacher_weights"))
     run(inputs, config_of(inputs, "taught", **changes), "--resume", "auto")
@@ -132,7 +161,10 @@ def test_a_teacher_in_a_state_of_an_earlier_version_is_compared_by_its_path(inpu
 
 def test_the_order_of_patterns_counts_where_it_changes_a_dataset(inputs, tmp_path):
     """The first pattern that matches a name decides: "p*" and "*s" meet in "pairs"."""
-    named = {name: {"task": "retrieval"} for name in ("answers", "lonely", "topics", "polarity", "no_negatives")}
+    named = {
+        name: {"task": "retrieval"}
+        for name in ("answers", "lonely", "topics", "polarity", "no_negatives")
+    }
     patterns = {"p*": {"task": "clustering"}, "*s": {"task": "retrieval"}}
     settings = {"train_steps": 3, "datasets": named | patterns}
     run(inputs, config_of(inputs, "ordered", **settings))
@@ -148,7 +180,8 @@ def test_the_order_of_patterns_counts_where_it_changes_a_dataset(inputs, tmp_pat
     assert printed.count("  - ") == 1
     assert "answers" not in printed
     rewrite_state(
-        inputs.run_dir("ordered") / "resume" / "step_3", lambda progress: progress["fingerprint"].pop("dataset_plans")
+        inputs.run_dir("ordered") / "resume" / "step_3",
+        lambda progress: progress["fingerprint"].pop("dataset_plans"),
     )
     resumed(named | patterns)
     assert "  - datasets: " in resumed(named | patterns | {"p*": {"task": "retrieval"}}, expected=2)
@@ -161,7 +194,10 @@ def test_a_damaged_state_is_passed_over_with_a_message(inputs, unbroken, broken)
     data[len(data) // 2] ^= 1
     weights.write_bytes(data)
     printed = run(inputs, config_of(inputs, "broken"), "--resume", "auto")
-    assert re.search(r"step_9 is damaged \(model\.safetensors does not match its checksum\); trying the one", printed)
+    assert re.search(
+        r"step_9 is damaged \(model\.safetensors does not match its checksum\); trying the one",
+        printed,
+    )
     assert "continuing after step 6" in printed
     assert final_bytes(broken) == final_bytes(unbroken)
     assert metrics(broken) == metrics(unbroken)
@@ -185,26 +221,37 @@ def test_a_given_state_goes_back_to_it(inputs, unbroken, broken):
 
 def test_states_of_other_runs_and_no_states_are_refused(inputs, unbroken, broken, tmp_path):
     config = config_of(inputs, "broken")
-    assert "is not of this run" in run(inputs, config, "--resume", unbroken / "resume" / "step_9", expected=2)
+    assert "is not of this run" in run(
+        inputs, config, "--resume", unbroken / "resume" / "step_9", expected=2
+    )
     assert "already holds a run" in run(inputs, config, expected=2)
     elsewhere = config_of(inputs, "elsewhere")
     assert "is not a resume state" in run(inputs, elsewhere, "--resume", tmp_path, expected=2)
-    run(inputs, elsewhere, "--resume", unbroken / "resume" / "step_9")  # a branch, here with nothing left to do
+    run(
+        inputs, elsewhere, "--resume", unbroken / "resume" / "step_9"
+    )  # a branch, here with nothing left to do
 
 
 def test_what_is_no_state_is_told_from_one(inputs, broken, monkeypatch):
-    """The model folder of a step, the run's own folder, a step that is not there, and a word that means nothing."""
+    """The model folder of a step, the run's own folder, a step that is not there, and a word that
+    means nothing."""
     state = broken / "resume" / "step_6"
     for given, message in (
         (broken / "step_6", f"step_6 is a model folder; the state of its step is {state}"),
         (broken, f"{broken} is not a resume state; give auto"),
         (broken / "resume" / "step_5", f"there is no {broken / 'resume' / 'step_5'}; give auto"),
-        ("yes", "there is no yes; give auto (the newest state of this run), a state (a folder like RUN/resume/"),
+        (
+            "yes",
+            "there is no yes; give auto (the newest state of this run), a state (a folder like "
+            "RUN/resume/",
+        ),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
             state_to_resume(broken, str(given))
     monkeypatch.setenv("HOME", str(broken))
-    assert state_to_resume(broken, str(state)) == state_to_resume(broken, "~/resume/step_6") == state
+    assert (
+        state_to_resume(broken, str(state)) == state_to_resume(broken, "~/resume/step_6") == state
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -224,7 +271,12 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(inputs, number):
 
 def test_not_finite_on_one_process_stops_all_before_the_update(inputs):
     config = config_of(inputs, "poisoned", train_batch_size=2)
-    launch = Launch(inputs.folder / "printed" / "poisoned", ["--config", config], 2, main=main_with_nan_at_step_5)
+    launch = Launch(
+        inputs.folder / "printed" / "poisoned",
+        ["--config", config],
+        2,
+        main=main_with_nan_at_step_5,
+    )
     assert launch.wait() == [2, 2], launch.printed()
     for path in launch.outputs:
         assert "step 5, dataset" in path.read_text()
@@ -250,7 +302,12 @@ def main_with_nan_at_step_5(arguments: list[str]) -> int:
 
 def test_a_mistake_on_one_process_alone_does_not_hang_the_others(inputs):
     config = config_of(inputs, "alone", train_batch_size=2)
-    launch = Launch(inputs.folder / "printed" / "alone", ["--config", config], 2, main=main_without_data_on_second)
+    launch = Launch(
+        inputs.folder / "printed" / "alone",
+        ["--config", config],
+        2,
+        main=main_without_data_on_second,
+    )
     started = time.monotonic()
     assert launch.wait() == [2, 2], launch.printed()
     assert time.monotonic() - started < 20

@@ -21,9 +21,12 @@ TEXTS = ["river12 stone7", "a longer text about the moon and the winter harbour"
 
 @pytest.fixture(scope="module")
 def first_stage(world, tmp_path_factory):
-    """A folder trained for some steps at r = 32, ranks 16 and 32, with norms of its own at both exits."""
+    """A folder trained for some steps at r = 32, ranks 16 and 32, with norms of its own at both
+    exits."""
     folder = tmp_path_factory.mktemp("stage1")
-    code, _ = train(world, folder, "stage1", train_steps=12, learning_rate=1e-2, mll_norm="per_layer")
+    code, _ = train(
+        world, folder, "stage1", train_steps=12, learning_rate=1e-2, mll_norm="per_layer"
+    )
     assert code == 0
     return folder / "stage1" / "step_12"
 
@@ -65,7 +68,9 @@ def test_a_smaller_rank_factorises_the_trained_table_again(world, first_stage):
     best, cut = factorize_table(table, 24), (trained["A"][:, :24], trained["B"][:24])
     product = encoder.embedding.A @ encoder.embedding.B
     torch.testing.assert_close(product, best[0] @ best[1], rtol=1e-4, atol=1e-5)
-    errors = [(table - A @ B).square().sum() for A, B in ((encoder.embedding.A, encoder.embedding.B), cut)]
+    errors = [
+        (table - A @ B).square().sum() for A, B in ((encoder.embedding.A, encoder.embedding.B), cut)
+    ]
     assert errors[0] < errors[1], "no worse than cutting the trained factors"
 
 
@@ -79,13 +84,20 @@ def test_norms_of_exits_are_taken_over(world, first_stage):
     norms = load_file(first_stage / "exit_norms.safetensors")
     assert not torch.equal(norms["1"], norms["2"])
     encoder = start_of(world, first_stage, mll_norm="per_layer")
-    assert [torch.equal(norm.weight, norms[name]) for norm, name in zip(encoder.norms, "12", strict=True)] == [True] * 2
+    assert [
+        torch.equal(norm.weight, norms[name])
+        for norm, name in zip(encoder.norms, "12", strict=True)
+    ] == [True] * 2
     shared = start_of(world, first_stage)
-    assert torch.equal(shared.norms[0].weight, norms["2"]), "one norm for all exits starts from the deepest one's"
+    assert torch.equal(shared.norms[0].weight, norms["2"]), (
+        "one norm for all exits starts from the deepest one's"
+    )
 
 
 @pytest.mark.parametrize("arguments", [[], ["--dry-run"]])
-def test_more_rank_than_the_first_stage_had_is_refused(world, first_stage, tmp_path, capsys, arguments):
+def test_more_rank_than_the_first_stage_had_is_refused(
+    world, first_stage, tmp_path, capsys, arguments
+):
     code, _ = train(world, tmp_path, model_path=str(first_stage), r=48, arguments=arguments)
     assert code == 2
     assert "r: 48 is more than the 32" in capsys.readouterr().err
@@ -93,13 +105,17 @@ def test_more_rank_than_the_first_stage_had_is_refused(world, first_stage, tmp_p
 
 
 def test_two_stages_end_to_end(world, first_stage, tmp_path):
-    """A vanishing learning rate leaves the vectors as they were; the second folder loads everywhere."""
+    """A vanishing learning rate leaves the vectors as they were; the second folder loads
+    everywhere."""
     tiny = {"learning_rate": 1e-12, "min_lr": 0, "weight_decay": 0, "mll_norm": "per_layer"}
     code, _ = train(world, tmp_path, model_path=str(first_stage), train_steps=2, **tiny)
     assert code == 0
     second = tmp_path / "run" / "step_2"
     assert json.loads((second / "ml_embed.json").read_text())["ranks"] == [16, 32]
     for cut in ({}, {"depth": 1, "rank": 16, "dim": 16}):
-        before, after = (Embedder.from_pretrained(folder, **cut).encode(TEXTS) for folder in (first_stage, second))
+        before, after = (
+            Embedder.from_pretrained(folder, **cut).encode(TEXTS)
+            for folder in (first_stage, second)
+        )
         assert abs(before - after).max() < 1e-5
     AutoModel.from_pretrained(second)

@@ -1,4 +1,5 @@
-"""What TensorBoard shows: the tags of datasets and of task groups, with the numbers of metrics.jsonl."""
+"""What TensorBoard shows: the tags of datasets and of task groups, with the numbers of
+metrics.jsonl."""
 
 import pytest
 from helpers.in_process import train
@@ -23,11 +24,15 @@ def scalars(folder) -> dict[str, dict[int, float]]:
     """Tag -> step -> value."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
-    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+    return {
+        tag: {event.step: event.value for event in events.Scalars(tag)}
+        for tag in events.Tags()["scalars"]
+    }
 
 
 def logged(lines: list[dict], of_dataset_or_task: bool) -> dict[str, dict[int, float]]:
-    """The same from metrics.jsonl: names with or without a slash; validation's own plain names stand under valid/."""
+    """The same from metrics.jsonl: names with or without a slash; validation's own plain names
+    stand under valid/."""
     found: dict[str, dict[int, float]] = {}
     for line in lines:
         for name, value in line.items():
@@ -42,8 +47,16 @@ def logged(lines: list[dict], of_dataset_or_task: bool) -> dict[str, dict[int, f
 def run(world, tmp_path_factory):
     """Scalars and metrics of a run in which every dataset has steps of its own: one epoch."""
     folder = tmp_path_factory.mktemp("tensorboard")
-    changes = {"train_steps": -1, "train_epochs": 1, "valid_fraction": 0.3, "log_interval": 2, "validation_steps": 3}
-    code, lines = train(world, folder, report_to=["tensorboard"], tb_dir=str(folder / "tb"), **changes)
+    changes = {
+        "train_steps": -1,
+        "train_epochs": 1,
+        "valid_fraction": 0.3,
+        "log_interval": 2,
+        "validation_steps": 3,
+    }
+    code, lines = train(
+        world, folder, report_to=["tensorboard"], tb_dir=str(folder / "tb"), **changes
+    )
     assert code == 0
     return scalars(folder / "tb" / "run"), lines
 
@@ -78,4 +91,7 @@ def test_a_group_is_the_mean_over_its_datasets_and_an_empty_one_logs_nothing(wor
         mean = (line[f"facts/{metric}"] + line[f"topics/{metric}"]) / 2
         assert line[f"Avg/retrieval/{metric}"] == pytest.approx(mean)
         assert line[f"facts/{metric}"] != line[f"topics/{metric}"]
-    assert train_line["Avg/classification/training_loss_hard"] == train_line["sentiment/training_loss_hard"]
+    assert (
+        train_line["Avg/classification/training_loss_hard"]
+        == train_line["sentiment/training_loss_hard"]
+    )

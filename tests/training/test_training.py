@@ -30,7 +30,9 @@ def one_dataset(world, tmp_path_factory):
     def keep(name: str) -> str:
         folder = tmp_path_factory.mktemp(name)
         for part in ("query", "corpus"):
-            (folder / f"{name}_{part}.parquet").symlink_to(world.tokenized / f"{name}_{part}.parquet")
+            (folder / f"{name}_{part}.parquet").symlink_to(
+                world.tokenized / f"{name}_{part}.parquet"
+            )
         manifest = json.loads((world.tokenized / "manifest.json").read_text())
         manifest["datasets"] = {name: manifest["datasets"][name]}
         (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -50,7 +52,8 @@ def one_dataset(world, tmp_path_factory):
     ],
 )
 def test_logged_loss_is_the_naive_objective(world, tmp_path, one_dataset, name, task, nested, mask):
-    """One batch that is the whole dataset, all negatives, rank r = H (so that the factors are the table itself)."""
+    """One batch that is the whole dataset, all negatives, rank r = H (so that the factors are the
+    table itself)."""
     samples, documents = dataset_rows(world, name)
     code, lines = train(
         world,
@@ -101,7 +104,13 @@ def test_a_run_writes_what_the_design_promises(world, tmp_path):
     code, lines = train(world, tmp_path, train_steps=7, valid_fraction=0.3, **intervals)
     folder = tmp_path / "run"
     assert code == 0
-    assert {p.name for p in folder.iterdir()} >= {"config.json", "resolved.json", "metrics.jsonl", "step_5", "step_7"}
+    assert {p.name for p in folder.iterdir()} >= {
+        "config.json",
+        "resolved.json",
+        "metrics.jsonl",
+        "step_5",
+        "step_7",
+    }
     given = json.loads((folder / "config.json").read_text())
     assert given["num_hard_neg"] == 2
     assert "seed" not in given, "the config is saved as given, without defaults"
@@ -113,11 +122,26 @@ def test_a_run_writes_what_the_design_promises(world, tmp_path):
     assert [line["step"] for line in train_lines] == [3, 6, 7]
     assert [line["step"] for line in lines if line["split"] == "valid"] == [4, 7]
     for line in train_lines:
-        assert {"loss", "learning_rate", "grad_norm", "tokens_per_second", "tokens", "time", "epoch"} <= line.keys()
+        assert {
+            "loss",
+            "learning_rate",
+            "grad_norm",
+            "tokens_per_second",
+            "tokens",
+            "time",
+            "epoch",
+        } <= line.keys()
         assert all(math.isfinite(value) for value in line.values() if isinstance(value, float))
-    seen = {key.split("/")[0] for line in train_lines for key in line if key.endswith("training_loss_hard")}
+    seen = {
+        key.split("/")[0]
+        for line in train_lines
+        for key in line
+        if key.endswith("training_loss_hard")
+    }
     assert seen == {"facts", "topics", "sentiment", "Avg"}
-    in_batch = {key for line in train_lines for key in line if key.endswith("training_loss_in_batch")}
+    in_batch = {
+        key for line in train_lines for key in line if key.endswith("training_loss_in_batch")
+    }
     assert in_batch == {"facts/training_loss_in_batch", "Avg/retrieval/training_loss_in_batch"}
     valid = [line for line in lines if line["split"] == "valid"][-1]
     assert 0 < valid["facts/ndcg@10"] <= 1
@@ -134,29 +158,50 @@ def simulated_clock(monkeypatch):
             now[0] += seconds
             return real(*given)
 
-        monkeypatch.setattr(training, name, functools.partial(takes, getattr(training, name), seconds))
+        monkeypatch.setattr(
+            training, name, functools.partial(takes, getattr(training, name), seconds)
+        )
     monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
 
 def test_the_rate_leaves_validation_out(world, tmp_path, simulated_clock):
     """Wherever it lies between two lines, and when the tokens of a line are of two launches."""
-    intervals = {"log_interval": 3, "validation_steps": 2, "checkpointing_steps": 4, "train_steps": 8}
+    intervals = {
+        "log_interval": 3,
+        "validation_steps": 2,
+        "checkpointing_steps": 4,
+        "train_steps": 8,
+    }
     _, lines = train(world, tmp_path, **intervals)
-    rates = {line["step"]: (line["seconds"], line["tokens_per_second"]) for line in lines if line["split"] == "train"}
+    rates = {
+        line["step"]: (line["seconds"], line["tokens_per_second"])
+        for line in lines
+        if line["split"] == "train"
+    }
     tokens = {line["step"]: line["tokens"] for line in lines if line["split"] == "train"}
-    assert rates == {step: (n, pytest.approx(tokens[step] / n)) for step, n in ((3, 3), (6, 1003), (8, 2))}
+    assert rates == {
+        step: (n, pytest.approx(tokens[step] / n)) for step, n in ((3, 3), (6, 1003), (8, 2))
+    }
     for folder in (tmp_path / "run", tmp_path / "run" / "resume"):
         shutil.rmtree(folder / "step_8")
     _, continued = train(world, tmp_path, arguments=["--resume", "auto"], **intervals)
-    again = {line["step"]: (line["seconds"], line["tokens_per_second"]) for line in continued if "seconds" in line}
-    assert again == rates | {6: (3, pytest.approx(tokens[6] / 3))}, "the checkpoint was written by the former launch"
+    again = {
+        line["step"]: (line["seconds"], line["tokens_per_second"])
+        for line in continued
+        if "seconds" in line
+    }
+    assert again == rates | {6: (3, pytest.approx(tokens[6] / 3))}, (
+        "the checkpoint was written by the former launch"
+    )
 
 
 def test_states_of_versions_that_did_not_save_seconds_are_continued(world, tmp_path):
     settings = {"train_steps": 4, "log_interval": 3, "checkpointing_steps": 2}
     _, lines = train(world, tmp_path, **settings)
     shutil.rmtree(tmp_path / "run" / "resume" / "step_4")
-    rewrite_state(tmp_path / "run" / "resume" / "step_2", lambda progress: progress["window"].pop("seconds"))
+    rewrite_state(
+        tmp_path / "run" / "resume" / "step_2", lambda progress: progress["window"].pop("seconds")
+    )
     code, continued = train(world, tmp_path, arguments=["--resume", "auto"], **settings)
     assert code == 0
     assert [line["loss"] for line in continued] == [line["loss"] for line in lines]
@@ -173,10 +218,13 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(world, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "changes", [{"train_steps": 60}, {"train_steps": 60, "use_mel": False, "mel_ranks": None, "r": 0}]
+    "changes",
+    [{"train_steps": 60}, {"train_steps": 60, "use_mel": False, "mel_ranks": None, "r": 0}],
 )
 def test_training_learns(world, tmp_path, changes):
-    _, lines = train(world, tmp_path, learning_rate=3e-3, log_interval=10, validation_steps=0, **changes)
+    _, lines = train(
+        world, tmp_path, learning_rate=3e-3, log_interval=10, validation_steps=0, **changes
+    )
     train_lines = [line["loss"] for line in lines if line["split"] == "train"]
     assert train_lines[-1] < 0.5 * train_lines[0]
 
@@ -185,7 +233,9 @@ def test_chunks_give_the_gradients_of_the_whole_batch(world, tmp_path):
     """GradCache: after steps with clipping and AdamW the weights agree."""
     weights = []
     for name, budget in (("whole", 0), ("chunks", 64)):
-        train(world, tmp_path, name, max_tokens_per_forward=budget, train_steps=3, learning_rate=1e-4)
+        train(
+            world, tmp_path, name, max_tokens_per_forward=budget, train_steps=3, learning_rate=1e-4
+        )
         weights.append(load_file(tmp_path / name / "resume" / "step_3" / "model.safetensors"))
     for parameter, whole in weights[0].items():
         assert (whole - weights[1][parameter]).abs().max() < 2e-5, parameter
@@ -199,7 +249,9 @@ def test_gradient_checkpointing_changes_nothing(world, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-@pytest.mark.parametrize(("device", "is_trained_on"), [(None, False), ("mps", False), ("cuda", True), ("xpu", True)])
+@pytest.mark.parametrize(
+    ("device", "is_trained_on"), [(None, False), ("mps", False), ("cuda", True), ("xpu", True)]
+)
 def test_a_mac_trains_on_its_cpu(monkeypatch, device, is_trained_on):
     """Its GPU has no float64; a simulated one, for there is none here."""
     found = None if device is None else torch.device(device)
@@ -227,7 +279,8 @@ def test_a_second_run_does_not_overwrite_the_first(world, tmp_path, capsys):
 
 
 def test_two_launches_never_train_into_one_folder(world, tmp_path, capsys, monkeypatch):
-    """Another one that ends in time is waited for; one that does not is named, and nothing is written."""
+    """Another one that ends in time is waited for; one that does not is named, and nothing is
+    written."""
     monkeypatch.setattr(sole_launch, "ENDS_WITHIN_SECONDS", 1)
     with sole_launch.sole_launch(tmp_path / "run"):
         code, _ = train(world, tmp_path)

@@ -1,4 +1,5 @@
-"""The validation grid: every number against the saved model folder, cut there and read by the Embedder."""
+"""The validation grid: every number against the saved model folder, cut there and read by the
+Embedder."""
 
 import itertools
 import json
@@ -24,7 +25,11 @@ from ml_embed.prepare.tokenization import TokenizeOptions, tokenize_folder
 from ml_embed.training.resolve import make_schedule, resolve
 
 GRID = {"valid_ranks": [32, 16], "valid_layers": [1, 2], "valid_dims": [64, 8]}
-SETTINGS = {"valid_fraction": 0.5, "num_hard_neg": 9, "num_hard_neg_clustering": 9}  # all negatives that there are
+SETTINGS = {
+    "valid_fraction": 0.5,
+    "num_hard_neg": 9,
+    "num_hard_neg_clustering": 9,
+}  # all negatives that there are
 CELLS = list(itertools.product((16, 32), (1, 2), (8, 64)))
 
 
@@ -41,7 +46,9 @@ def runs(world, tmp_path_factory):
 @pytest.fixture(scope="module")
 def held_out(world, tmp_path_factory):
     """Dataset -> its raw held-out rows."""
-    return held_out_rows(world.config(**SETTINGS, cache_dir=str(tmp_path_factory.mktemp("cache"))), world.raw)
+    return held_out_rows(
+        world.config(**SETTINGS, cache_dir=str(tmp_path_factory.mktemp("cache"))), world.raw
+    )
 
 
 def held_out_rows(given: dict, raw: Path) -> dict[str, list[dict]]:
@@ -50,7 +57,10 @@ def held_out_rows(given: dict, raw: Path) -> dict[str, list[dict]]:
     resolved = resolve(config, AutoConfig.from_pretrained(config.model_path), store, 1)
     schedule = make_schedule(resolved.datasets, store, resolved.global_batch_size, config.seed)
     rows = {name: pq.read_table(raw / f"{name}.parquet").to_pylist() for name in store.datasets}
-    return {name: [rows[name][i] for batch in schedule.valid_batches(name) for i in batch] for name in rows}
+    return {
+        name: [rows[name][i] for batch in schedule.valid_batches(name) for i in batch]
+        for name in rows
+    }
 
 
 def searched(rows: list[dict], task: str) -> list[list[str]]:
@@ -58,7 +68,10 @@ def searched(rows: list[dict], task: str) -> list[list[str]]:
     if task == "retrieval":
         pool = sorted({text for row in rows for text in (row["passage"], *row["negatives"])})
         return [pool] * len(rows)
-    return [[row["passage"], *(text for text in row["negatives"] if text != row["passage"])] for row in rows]
+    return [
+        [row["passage"], *(text for text in row["negatives"] if text != row["passage"])]
+        for row in rows
+    ]
 
 
 def measured(model: Embedder, rows: list[dict], task: str) -> dict[str, float]:
@@ -74,11 +87,16 @@ def measured(model: Embedder, rows: list[dict], task: str) -> dict[str, float]:
 def test_each_cell_is_what_the_saved_model_cut_there_gives(runs, held_out, rank, depth, dim):
     folder, lines, _ = runs
     valid = [line for line in lines if line["split"] == "valid"][-1]
-    model = Embedder.from_pretrained(folder / "step_4", rank=rank, depth=depth, dim=dim, device="cpu")
+    model = Embedder.from_pretrained(
+        folder / "step_4", rank=rank, depth=depth, dim=dim, device="cpu"
+    )
     for name, task in TASKS.items():
         for metric, value in measured(model, held_out[name], task).items():
             key = f"{metric}/rank_{rank}_depth_{depth}_dim_{dim}"
-            assert valid[f"{name}/{key}"] == valid[f"Avg/{task}/{key}"] == pytest.approx(value), (name, key)
+            assert valid[f"{name}/{key}"] == valid[f"Avg/{task}/{key}"] == pytest.approx(value), (
+                name,
+                key,
+            )
             if (rank, depth, dim) == (32, 2, 64):
                 assert valid[f"{name}/{metric}"] == pytest.approx(value)
 
@@ -107,28 +125,48 @@ def test_rows_with_nothing_to_be_told_apart_from_are_left_out(world, tmp_path):
     raw.mkdir()
     rows = pq.read_table(world.raw / "topics.parquet").to_pylist()
     for name, every in (("some", 2), ("none", 1)):
-        kept = [row | {"negatives": row["negatives"] if i % every else []} for i, row in enumerate(rows)]
+        kept = [
+            row | {"negatives": row["negatives"] if i % every else []} for i, row in enumerate(rows)
+        ]
         pq.write_table(pa.Table.from_pylist(kept), raw / f"{name}.parquet")
     tokenized = tmp_path / "tokenized"
-    tokenize_folder(TokenizeOptions(tokenizer=str(world.backbone), input=raw, output=tokenized), progress=False)
+    tokenize_folder(
+        TokenizeOptions(tokenizer=str(world.backbone), input=raw, output=tokenized), progress=False
+    )
     settings = SETTINGS | {"train_data_path": str(tokenized), "cache_dir": str(tmp_path / "cache")}
-    settings |= {"datasets": {name: {"task": "clustering"} for name in ("some", "none")}, "train_steps": 1}
+    settings |= {
+        "datasets": {name: {"task": "clustering"} for name in ("some", "none")},
+        "train_steps": 1,
+    }
     code, lines = train(world, tmp_path, valid_dims=[8], **settings)
     assert code == 0
     held_out = held_out_rows(world.config(**settings), raw)["some"]
     choosing = [row for row in held_out if set(row["negatives"]) - {row["passage"]}]
     assert 0 < len(choosing) < len(held_out)
-    expected = measured(Embedder.from_pretrained(tmp_path / "run" / "step_1", device="cpu"), choosing, "clustering")
+    expected = measured(
+        Embedder.from_pretrained(tmp_path / "run" / "step_1", device="cpu"), choosing, "clustering"
+    )
     assert expected["recall@1"] < 1
     for metric, value in expected.items():
-        assert lines[-1][f"some/{metric}"] == lines[-1][f"Avg/clustering/{metric}"] == pytest.approx(value)
+        assert (
+            lines[-1][f"some/{metric}"]
+            == lines[-1][f"Avg/clustering/{metric}"]
+            == pytest.approx(value)
+        )
     assert {key for key in lines[-1] if key.startswith("none/")} == {"none/valid_loss_hard"}
 
 
 def test_axes_left_out_are_whole(world, tmp_path):
     """Without factors, too: rank 0 is a whole token table."""
     code, lines = train(
-        world, tmp_path, valid_dims=[16], use_mel=False, mel_ranks=None, r=0, train_steps=1, valid_fraction=0.3
+        world,
+        tmp_path,
+        valid_dims=[16],
+        use_mel=False,
+        mel_ranks=None,
+        r=0,
+        train_steps=1,
+        valid_fraction=0.3,
     )
     assert code == 0
     grid_keys = [key for key in lines[-1] if key.startswith("facts/ndcg@10/")]
@@ -139,7 +177,9 @@ def test_axes_left_out_are_whole(world, tmp_path):
 
 def test_a_continued_run_may_measure_elsewhere(world, tmp_path, capsys):
     train(world, tmp_path, train_steps=2)
-    code, _ = train(world, tmp_path, train_steps=2, arguments=["--resume", "auto"], valid_layers=[1])
+    code, _ = train(
+        world, tmp_path, train_steps=2, arguments=["--resume", "auto"], valid_layers=[1]
+    )
     assert code == 0, capsys.readouterr().err
 
 
@@ -148,7 +188,12 @@ def test_a_continued_run_may_measure_elsewhere(world, tmp_path, capsys):
     [
         (
             {"valid_ranks": [8, 16], "valid_layers": [3], "valid_dims": [12]},
-            ["valid_ranks: 8 is not trained (trained: 16, 32)", "valid_layers: 3", "valid_dims: 12", "8, 16, 32, 64"],
+            [
+                "valid_ranks: 8 is not trained (trained: 16, 32)",
+                "valid_layers: 3",
+                "valid_dims: 12",
+                "8, 16, 32, 64",
+            ],
         ),
         ({"valid_layers": [1], "use_mll": False}, ["valid_layers: 1 is not trained (trained: 2)"]),
         (
@@ -181,7 +226,12 @@ def main_that_counts_tokens(arguments: list[str]) -> int:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_validation_keeps_the_token_budget_and_its_numbers(tmp_path_factory, processes):
     inputs = Inputs.write(tmp_path_factory.mktemp("budget") / "inputs")
-    settings = {"valid_fraction": 0.5, "train_batch_size": 8 // processes, "train_steps": 1, "learning_rate": 1e-12}
+    settings = {
+        "valid_fraction": 0.5,
+        "train_batch_size": 8 // processes,
+        "train_steps": 1,
+        "learning_rate": 1e-12,
+    }
     largest, valid = {}, {}
     for name, budget in (("whole", 0), ("chunks", 40)):
         config = inputs.config(name, min_lr=0, max_tokens_per_forward=budget, **settings)
