@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 
 from ml_embed.errors import UserError, exit_on_user_error
+from ml_embed.notices import parse_command
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -38,7 +39,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the derived numbers and memory, train nothing"
     )
-    return parser.parse_args(arguments)
+    return parse_command(parser, arguments)
 
 
 @exit_on_user_error

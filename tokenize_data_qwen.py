@@ -5,6 +5,7 @@ import sys
 
 from ml_embed.errors import exit_on_user_error
 from ml_embed.files.paths import home_path
+from ml_embed.notices import parse_command
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -81,7 +82,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             "error"
         ),
     )
-    return parser.parse_args(arguments)
+    return parse_command(parser, arguments)
 
 
 @exit_on_user_error

@@ -11,6 +11,7 @@ sys.path.insert(
 )  # works from a clone that is not installed, too
 
 from ml_embed.errors import exit_on_user_error
+from ml_embed.notices import parse_command
 
 
 @exit_on_user_error
@@ -31,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--skip-naive-opening", action="store_true", help="it takes about 1 kB of memory a document"
     )
-    args = parser.parse_args(arguments)
+    args = parse_command(parser, arguments)
 
     from ml_embed.benchmarks.common import print_result, print_table, ratio, ratio_range
     from ml_embed.benchmarks.data import (

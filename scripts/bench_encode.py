@@ -11,6 +11,7 @@ sys.path.insert(
 )  # works from a clone that is not installed, too
 
 from ml_embed.errors import exit_on_user_error
+from ml_embed.notices import parse_command
 
 
 @exit_on_user_error
@@ -18,7 +19,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--texts", type=int, default=200, help="texts to encode (default 200)")
     parser.add_argument("--repeats", type=int, default=3, help="calls of each (default 3)")
-    args = parser.parse_args(arguments)
+    args = parse_command(parser, arguments)
 
     from ml_embed.benchmarks.common import MIB, print_result, print_table
     from ml_embed.benchmarks.encoding import (

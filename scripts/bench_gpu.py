@@ -15,6 +15,7 @@ sys.path.insert(
 )  # works from a clone that is not installed, too
 
 from ml_embed.errors import exit_on_user_error
+from ml_embed.notices import parse_command
 
 
 @exit_on_user_error
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--liger", action="store_true", help="also with liger-kernel's norms, rotary and MLP"
     )
-    args = parser.parse_args(arguments)
+    args = parse_command(parser, arguments)
 
     import torch
 

@@ -15,6 +15,7 @@ sys.path.insert(
 )  # works from a clone that is not installed, too
 
 from ml_embed.errors import exit_on_user_error
+from ml_embed.notices import parse_command
 
 
 @exit_on_user_error
@@ -26,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--rows", type=int, default=10_000, help="of 9 texts, 3.5 kB, each (default 10000)"
     )
     parser.add_argument("--repeats", type=int, default=3, help="runs of each (default 3)")
-    args = parser.parse_args(arguments)
+    args = parse_command(parser, arguments)
 
     from ml_embed.benchmarks.common import print_result, print_table
     from ml_embed.benchmarks.tokenizing import compare_tokenizing, peak_memory, write_raw

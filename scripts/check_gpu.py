@@ -650,7 +650,7 @@ def encoding():
         f"theirs_{n}": (lambda n=n: theirs.encode(texts, batch_size=n, show_progress_bar=False))
         for n in (32, 128)
     }
-    tokens = sum(map(len, ours._text_encoder(texts)))
+    tokens = sum(map(len, ours._text_tokenizer(texts)))
     for name, run in runs.items():
         seconds = timed(run, 2, 1)
         result[name] = {
@@ -788,7 +788,7 @@ def collectives():
             ),
             "sum64": float(d.all_reduce_sum(torch.ones(2, dtype=torch.float64, device=DEV))[0]),
             "uneven": len(d.gather_uneven(torch.ones(rank + 1, 2, device=DEV))),
-            "first": d.asked_of_first(lambda: "x"),
+            "first": d.compute_on_main_process(lambda: "x"),
         }
     finally:
         dist.destroy_process_group()

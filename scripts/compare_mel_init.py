@@ -18,6 +18,7 @@ sys.path.insert(
 
 from ml_embed.errors import UserError, exit_on_user_error
 from ml_embed.files.paths import check_writable, home_path
+from ml_embed.notices import parse_command
 
 
 @exit_on_user_error
@@ -46,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--work", type=home_path, metavar="DIR", help="empty folder for the trained models"
     )
-    args = parser.parse_args(arguments)
+    args = parse_command(parser, arguments)
     if args.train_steps < 0:
         raise UserError(f"--train-steps is {args.train_steps}; it must be at least 0")
     if args.train_steps and args.work is None:

@@ -18,6 +18,7 @@ sys.path.insert(
 
 from ml_embed.errors import exit_on_user_error
 from ml_embed.files.paths import check_writable, home_path
+from ml_embed.notices import parse_command
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -86,7 +87,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--overwrite", action="store_true", help="throw away what --output holds and begin anew"
     )
-    return parser.parse_args(arguments)
+    return parse_command(parser, arguments)
 
 
 @exit_on_user_error

@@ -21,6 +21,7 @@ sys.path.insert(
 
 from ml_embed.errors import UserError, exit_on_user_error
 from ml_embed.files.paths import check_writable, home_path
+from ml_embed.notices import parse_command
 from ml_embed.reports.tables import MEANING
 
 JSON_FILE, PICTURE_FILE = "evaluation.json", "evaluation.png"
@@ -71,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--batch-tokens", type=int, help="tokens a forward pass (default 4096 on CPU, 32768 on GPU)"
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default the first GPU, else the CPU)")
-    args = parser.parse_args(arguments)
+    args = parse_command(parser, arguments)
     for name in ("max_queries", "batch_tokens"):
         value = getattr(args, name)
         if value is not None and value < 1:

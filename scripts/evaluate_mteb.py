@@ -15,6 +15,7 @@ sys.path.insert(
 
 from ml_embed.errors import UserError, exit_on_user_error
 from ml_embed.files.paths import check_writable, home_path
+from ml_embed.notices import parse_command
 
 
 @exit_on_user_error
@@ -63,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default the first GPU, else the CPU)")
     parser.add_argument("--overwrite", action="store_true", help="compute again what is there")
-    args = parser.parse_args(arguments)
+    args = parse_command(parser, arguments)
     if not args.tasks and not args.benchmark:
         raise UserError("give --tasks or --benchmark")
     if args.batch_tokens is not None and args.batch_tokens < 1:

@@ -16,6 +16,7 @@ sys.path.insert(
 
 from ml_embed.errors import exit_on_user_error
 from ml_embed.files.paths import home_path
+from ml_embed.notices import parse_command
 
 DTYPES = ("float32", "bfloat16")
 
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a model folder at --output"
     )
-    args = parser.parse_args(arguments)
+    args = parse_command(parser, arguments)
 
     import torch
 

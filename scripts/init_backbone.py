@@ -12,6 +12,7 @@ sys.path.insert(
 from ml_embed.errors import exit_on_user_error
 from ml_embed.files.paths import check_model_output, home_path
 from ml_embed.model_folders.backbone import DTYPES, PRESETS, init_backbone
+from ml_embed.notices import parse_command
 from ml_embed.prepare.tokenizer_training import DEFAULT_VOCAB_SIZE, read_texts, train_tokenizer
 
 
@@ -61,7 +62,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a model folder at --output"
     )
-    return parser.parse_args(arguments)
+    return parse_command(parser, arguments)
 
 
 @exit_on_user_error

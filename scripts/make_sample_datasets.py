@@ -15,6 +15,7 @@ sys.path.insert(
 
 from ml_embed.errors import exit_on_user_error
 from ml_embed.files.paths import check_writable, home_path
+from ml_embed.notices import parse_command
 from ml_embed.sample_data.cues import cue_accuracy
 from ml_embed.sample_data.datasets import TASKS, build_datasets
 from ml_embed.sample_data.plan import Plan
@@ -68,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the files of an earlier run"
     )
-    args = parser.parse_args(arguments)
+    args = parse_command(parser, arguments)
     check_writable(args.output)
     check_writable(args.eval_output, "--eval-output")
     plan = build_datasets(

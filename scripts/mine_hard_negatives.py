@@ -23,6 +23,7 @@ sys.path.insert(
 
 from ml_embed.errors import UserError, exit_on_user_error
 from ml_embed.files.paths import check_writable, home_path
+from ml_embed.notices import parse_command
 
 if TYPE_CHECKING:
     from ml_embed.recipe.ann import Approximation
@@ -94,7 +95,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="replace datasets that were mined otherwise, and remove those that "
         "--input no longer has",
     )
-    return parser.parse_args(arguments)
+    return parse_command(parser, arguments)
 
 
 def _approximation(args: argparse.Namespace) -> "Approximation | None":

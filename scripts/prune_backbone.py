@@ -17,6 +17,7 @@ sys.path.insert(
 from ml_embed.errors import UserError, exit_on_user_error
 from ml_embed.files.paths import home_path
 from ml_embed.model_folders.backbone import PRESETS
+from ml_embed.notices import parse_command
 
 
 @exit_on_user_error
@@ -63,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a model folder at --output"
     )
-    args = parser.parse_args(arguments)
+    args = parse_command(parser, arguments)
     sizes = [args.layers, args.hidden_size, args.intermediate_size]
     if args.preset:
         if any(size is not None for size in sizes):

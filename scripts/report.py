@@ -11,6 +11,7 @@ sys.path.insert(
 
 from ml_embed.errors import exit_on_user_error
 from ml_embed.files.paths import home_path
+from ml_embed.notices import parse_command
 from ml_embed.reports.tables import MEANING
 
 
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
         default="ndcg@10",
         help="of the cube (default %(default)s)",
     )
-    args = parser.parse_args(arguments)
+    args = parse_command(parser, arguments)
 
     from ml_embed.reports.run_page import write_report
 

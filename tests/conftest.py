@@ -1,5 +1,7 @@
 """Fixtures that tests of several rooms use."""
 
+import logging
+
 import pytest
 import torch
 import torch._dynamo
@@ -14,6 +16,16 @@ from ml_embed.kernels.compilation import COMPILES_SINCE
 def one_thread():
     """Tiny tensors gain nothing from threads, and two cores are shared by child processes."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def notices_as_before():
+    """A command that a test runs changes how much is said; the next test starts anew."""
+    logger = logging.getLogger("ml_embed")
+    before = logger.level, logger.handlers, logger.propagate
+    yield
+    logger.setLevel(before[0])
+    _, logger.handlers, logger.propagate = before
 
 
 @pytest.fixture

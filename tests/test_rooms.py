@@ -20,7 +20,7 @@ FLOORS = (
     ("data",),
     ("config", "distributed"),
     ("files", "sample_data"),
-    ("errors",),
+    ("errors", "notices"),
 )
 FLOOR_OF = {room: len(FLOORS) - number for number, rooms in enumerate(FLOORS) for room in rooms}
 # The package's doors: `ml_embed/__init__.py` imports the Embedder only when it is asked for.

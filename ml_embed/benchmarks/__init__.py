@@ -1,2 +1,1 @@
-"""Measurements of the fast paths against naive versions of the same work, side by side in one
-run."""
+"""Measurements of the fast paths against naive versions of the same work in the same run."""

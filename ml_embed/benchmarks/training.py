@@ -35,6 +35,7 @@ from ml_embed.benchmarks.training_setup import (
 from ml_embed.errors import UserError
 from ml_embed.kernels.allocator import keep_freed_memory
 from ml_embed.kernels.compilation import check_compiler, check_transformers
+from ml_embed.notices import notice
 
 TOLERANCE = 1e-4  # of a gradient's largest entry, float32; measured 3e-6, and 5e-6 compiled
 PEAK_SIZE = 1536
@@ -180,7 +181,7 @@ def report_training(folder: Path, repeats: int, compiled: bool, tokenizer: Path 
             check_transformers()
             check_compiler(torch.device("cpu"))
         except UserError as error:
-            print(f"left out: {error}")
+            notice(f"left out: {error}")
             compiled = False
     result = compare_training(folder, TrainingShape(), repeats, compiled, tokenizer)
     rows = []

@@ -1,2 +1,1 @@
-"""Several processes: collectives that carry gradients, noticing dead machines, DeepSpeed's
-ZeRO-2."""
+"""Several processes: collectives with gradients, noticing dead machines, DeepSpeed's ZeRO-2."""

@@ -124,7 +124,7 @@ def gather_uneven(rows: Tensor) -> Tensor:
     return torch.cat([block[: int(count)] for block, count in zip(gathered, counts, strict=True)])
 
 
-def asked_of_first(ask: Callable[[], Answer]) -> Answer:
+def compute_on_main_process(ask: Callable[[], Answer]) -> Answer:
     """`ask()` on the first process; its answer, or its UserError, on all of them."""
     answer: list[Any] = [None, None]
     if process_index() == 0:

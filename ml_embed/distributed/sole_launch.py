@@ -6,7 +6,7 @@ from pathlib import Path
 
 from filelock import AcquireReturnProxy, Timeout
 
-from ml_embed.distributed.collectives import asked_of_first
+from ml_embed.distributed.collectives import compute_on_main_process
 from ml_embed.errors import UserError
 from ml_embed.files.locks import take_lock
 
@@ -26,7 +26,7 @@ def sole_launch(run_dir: Path) -> Iterator[None]:
         def take() -> None:
             held.enter_context(_lock_beside(run_dir))
 
-        asked_of_first(take)
+        compute_on_main_process(take)
         yield
 
 

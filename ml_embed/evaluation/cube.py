@@ -25,9 +25,9 @@ from ml_embed.inference.encoding import choose_device, default_dtype, longest_fi
 from ml_embed.kernels.attention import choose_kernel
 from ml_embed.model import MatryoshkaEncoder
 from ml_embed.model_folders.cut import choose_cut, read_record
-from ml_embed.model_folders.model_folder import ModelRecord, load_config, load_encoder
+from ml_embed.model_folders.model_folder import ModelRecord, load_backbone_config, load_encoder
 from ml_embed.model_folders.sizes import layer_parameters
-from ml_embed.prepare.tokenizer import TextEncoder, load_tokenizer
+from ml_embed.prepare.tokenizer import TextTokenizer, load_tokenizer
 
 MAX_QUERIES = 1000
 
@@ -39,7 +39,7 @@ class CubeModel:
     folder: str | Path
     config: Qwen3Config
     record: ModelRecord
-    text_encoder: TextEncoder
+    text_tokenizer: TextTokenizer
     cube: Cube
     device: torch.device
     dtype: torch.dtype
@@ -59,12 +59,12 @@ class CubeModel:
             UserError: the model cannot be read, or a size is not one that it has.
         """
         chosen = choose_device(device)
-        config = load_config(folder)
+        config = load_backbone_config(folder)
         folder = home_path(folder)
         tokenizer = load_tokenizer(folder)
         record = read_record(folder, config, tokenizer)
         cube = choose_cube(record, config, ranks, depths, dims)
-        texts = TextEncoder(tokenizer, record.max_seq_length)
+        texts = TextTokenizer(tokenizer, record.max_seq_length)
         return cls(folder, config, record, texts, cube, chosen, default_dtype(chosen))
 
     @functools.cached_property
@@ -139,7 +139,7 @@ def evaluate_cube(
     cube = model.cube
     texts, test_sets = read_test_sets(Path(data), max_queries)
     encoder = model.encoder
-    token_ids = model.text_encoder(texts.texts)
+    token_ids = model.text_tokenizer(texts.texts)
     fixed = [_fixed_columns(test_set) for test_set in test_sets]
     rows = []
     total = len(cube.ranks) * len(token_ids)
@@ -200,7 +200,7 @@ def evaluate_baseline(
     Raises:
         UserError: it cannot be read, or has none of the depths or dims.
     """
-    config = load_config(folder)
+    config = load_backbone_config(folder)
     record = read_record(home_path(folder), config, load_tokenizer(folder))
     wanted = {name: sorted({row[name] for row in result["rows"]}) for name in ("depth", "dim")}
     depths = [depth for depth in wanted["depth"] if depth <= config.num_hidden_layers]

@@ -341,7 +341,7 @@ class _Vectors:
         return np.load(path, mmap_mode="r")
 
     def _encode(self, texts: list[str]) -> Tensor:
-        token_ids = self._model.text_encoder(texts)
+        token_ids = self._model.text_tokenizer(texts)
         with tqdm(
             desc="encoding",
             unit=" texts",

@@ -1,1 +1,1 @@
-"""Everything that touches the disk: atomic writes, locks, memory-mapped arrays, parquet, paths."""
+"""Everything that touches the disk: atomic writes, locks, mapped arrays, parquet, paths."""

@@ -4,9 +4,9 @@ import errno
 from pathlib import Path
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
-from tqdm import tqdm
 
 from ml_embed.errors import UserError
+from ml_embed.notices import notice
 
 _NO_LOCKS_HERE = (
     errno.ENOLCK,
@@ -36,7 +36,7 @@ def take_lock(path: Path, seconds: float = 0, waiting: str | None = None) -> Acq
             if seconds == 0:
                 raise
             if waiting:
-                tqdm.write(waiting)
+                notice(waiting)
             lock.acquire(timeout=seconds)
     except OSError as error:
         if error.errno not in _NO_LOCKS_HERE:

@@ -30,8 +30,8 @@ from ml_embed.inference.encoding import choose_device, default_dtype, longest_fi
 from ml_embed.kernels.attention import choose_kernel
 from ml_embed.model import MatryoshkaEncoder
 from ml_embed.model_folders.cut import Cut, choose_cut, read_record
-from ml_embed.model_folders.model_folder import ModelRecord, load_config, load_encoder
-from ml_embed.prepare.tokenizer import TextEncoder, load_tokenizer
+from ml_embed.model_folders.model_folder import ModelRecord, load_backbone_config, load_encoder
+from ml_embed.prepare.tokenizer import TextTokenizer, load_tokenizer
 
 WINDOW = 8192
 """Texts sorted together. More would sort better and hold more; at this size batches are of nearly
@@ -46,10 +46,14 @@ class Embedder:
     """A trained model, or a part of it, for inference. Make one with `Embedder.from_pretrained`."""
 
     def __init__(
-        self, encoder: MatryoshkaEncoder, text_encoder: TextEncoder, record: ModelRecord, cut: Cut
+        self,
+        encoder: MatryoshkaEncoder,
+        text_tokenizer: TextTokenizer,
+        record: ModelRecord,
+        cut: Cut,
     ):
         self._encoder = encoder.requires_grad_(False).eval()
-        self._text_encoder = text_encoder
+        self._text_tokenizer = text_tokenizer
         self._record = record
         self._cut = cut
         self._source: _Source | None = None
@@ -82,7 +86,7 @@ class Embedder:
         """
         device = choose_device(device)
         dtype = default_dtype(device) if dtype is None else dtype
-        config = load_config(folder)
+        config = load_backbone_config(folder)
         folder = home_path(folder)
         tokenizer = load_tokenizer(folder)
         record = read_record(folder, config, tokenizer)
@@ -91,7 +95,7 @@ class Embedder:
         encoder = load_encoder(
             folder, depth=cut.depth, rank=cut.rank or None, kernel=kernel, dtype=dtype
         ).to(device)
-        embedder = cls(encoder, TextEncoder(tokenizer, record.max_seq_length), record, cut)
+        embedder = cls(encoder, TextTokenizer(tokenizer, record.max_seq_length), record, cut)
         embedder._source = _Source(str(folder), cut, dtype)
         return embedder
 
@@ -113,7 +117,7 @@ class Embedder:
     @property
     def max_seq_length(self) -> int:
         """Tokens read of a text, EOS included; the rest is cut off."""
-        return self._text_encoder.max_length
+        return self._text_tokenizer.max_length
 
     @property
     def prompts(self) -> dict[str, str]:
@@ -263,7 +267,7 @@ class Embedder:
         # One window is tokenized, in Rust without the GIL, while the one before it is computed.
         with ThreadPoolExecutor(1) as tokenizing:
             for token_ids in _ahead(
-                windows, lambda texts: tokenizing.submit(self._text_encoder, texts), 1
+                windows, lambda texts: tokenizing.submit(self._text_tokenizer, texts), 1
             ):
                 yield self._encode_window(token_ids, batch_tokens, unit_length, progress)
 

@@ -14,7 +14,7 @@ from ml_embed.model_folders.cut import Cut, choose_cut
 from ml_embed.model_folders.model_folder import (
     RECORD_FILE,
     ModelRecord,
-    load_config,
+    load_backbone_config,
     load_encoder,
     save_model_folder,
 )
@@ -62,7 +62,7 @@ def export_model(
             f"{checkpoint} is not a trained model folder: it has no {RECORD_FILE}; give one from "
             "training"
         )
-    config = load_config(folder)
+    config = load_backbone_config(folder)
     cut = choose_cut(record, config, depth, dim, rank, allow_untrained)
     left = cut_record(record, cut)
     dtype = dtype or stored_dtype(config)

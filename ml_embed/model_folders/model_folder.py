@@ -227,7 +227,7 @@ def _save_sentence_transformers_files(
     write_json(folder / "config_sentence_transformers.json", settings)
 
 
-def load_config(folder: str | Path) -> Qwen3Config:
+def load_backbone_config(folder: str | Path) -> Qwen3Config:
     """The backbone's config; a folder, or else, as a str, a hub name.
 
     Raises:
@@ -370,9 +370,9 @@ def load_encoder(
         exits: layers to read vectors at; None is the last one kept.
         kernel, dtype: as in MatryoshkaEncoder; weights are held in `dtype`.
     """
-    config = load_config(
+    config = load_backbone_config(
         str(folder)
-    )  # a caller may have made a Path of a hub name, after its own load_config
+    )  # a caller may have made a Path of a hub name, after its own load_backbone_config
     folder = Path(folder)
     record = ModelRecord.load(folder)
     depth = config.num_hidden_layers if depth is None else depth

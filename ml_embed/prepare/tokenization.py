@@ -28,6 +28,7 @@ from ml_embed.data.tasks import task_of
 from ml_embed.errors import UserError
 from ml_embed.files.atomic import disk_errors_are_user_errors
 from ml_embed.files.locks import lock_folder
+from ml_embed.notices import notice
 from ml_embed.prepare.ledger import Ledger
 from ml_embed.prepare.numbering import TextNumbers, text_digest
 from ml_embed.prepare.prompts import Prompts
@@ -45,7 +46,7 @@ from ml_embed.prepare.token_files import (
     list_array,
     text_array,
 )
-from ml_embed.prepare.tokenizer import TextEncoder, fingerprint, load_tokenizer
+from ml_embed.prepare.tokenizer import TextTokenizer, fingerprint, load_tokenizer
 
 # A block's texts take about 150 bytes a token while they are tokenized; three blocks are in flight.
 BLOCK_CHARACTERS = 2_000_000
@@ -157,7 +158,7 @@ def tokenize_folder(options: TokenizeOptions, progress: bool = True) -> dict[str
     rows = {dataset.name: check_and_count_rows(dataset) for dataset in datasets}
     _use_threads(options.num_workers)
     tokenizer = load_tokenizer(options.tokenizer)
-    encoder = TextEncoder(tokenizer, options.max_seq_length)
+    encoder = TextTokenizer(tokenizer, options.max_seq_length)
     names = list(rows)
     check_dataset_names(names, options.datasets)
     settings = {name: match_settings(name, options.datasets) for name in names}
@@ -172,10 +173,8 @@ def tokenize_folder(options: TokenizeOptions, progress: bool = True) -> dict[str
         recorded = {name: used.to_json().get("prompts", {}) for name, used in prompts.items()}
         ledger.check(names, known, recorded)
         todo = [dataset for dataset in datasets if not ledger.is_complete(dataset.name)]
-        if progress and len(todo) < len(datasets):
-            tqdm.write(
-                f"{len(datasets) - len(todo)} of {len(datasets)} datasets are complete already"
-            )
+        if len(todo) < len(datasets):
+            notice(f"{len(datasets) - len(todo)} of {len(datasets)} datasets are complete already")
         with disk_errors_are_user_errors(
             options.output, "Then run the same command again: it continues."
         ):
@@ -263,7 +262,7 @@ def _tokenize_dataset(
     name: str,
     blocks: Iterator[Block],
     total_rows: int,
-    encoder: TextEncoder,
+    encoder: TextTokenizer,
     ledger: Ledger,
     progress: bool,
 ) -> dict[str, Any]:
@@ -292,7 +291,7 @@ def _tokenize_dataset(
 
 
 def _encode_blocks(
-    blocks: Iterator[Block], encoder: TextEncoder
+    blocks: Iterator[Block], encoder: TextTokenizer
 ) -> Iterator[tuple[Block, list[np.ndarray]]]:
     """Blocks with their texts' ids, in order; the next blocks are read and tokenized meanwhile."""
     waiting: deque[tuple[Block, Future]] = deque()

@@ -1,6 +1,6 @@
 """Loading a tokenizer, giving it exactly one EOS, and turning texts into token ids.
 
-Two paths lead from a text to ids: `TextEncoder`, which prepares training data, and the tokenizer
+Two paths lead from a text to ids: `TextTokenizer`, which prepares training data, and the tokenizer
 that is saved beside
 a model, which servers call. `append_eos_template` makes the second give the same ids as the first.
 
@@ -113,9 +113,9 @@ def append_eos_template(tokenizer: PreTrainedTokenizerBase) -> None:
     place, idempotent.
 
     Afterwards `tokenizer(text, truncation=True, max_length=n).input_ids` are the ids
-    `TextEncoder(tokenizer, n)` gives. A post-processor that adds anything else (a BOS, a [CLS]) is
-    replaced, because training ids have no such token; one that adds nothing (byte-level offsets) is
-    kept in front.
+    `TextTokenizer(tokenizer, n)` gives. A post-processor that adds anything else (a BOS, a [CLS])
+    is replaced, because training ids have no such token; one that adds nothing (byte-level offsets)
+    is kept in front.
     """
     backend = tokenizer.backend_tokenizer
     added = _added_ids(tokenizer)
@@ -133,7 +133,7 @@ def append_eos_template(tokenizer: PreTrainedTokenizerBase) -> None:
     )
 
 
-class TextEncoder:
+class TextTokenizer:
     """Texts to token ids for training: truncated to max_length - 1, then exactly one EOS.
 
     Works on a copy of the tokenizer without truncation, padding or post-processing; the caller's is

@@ -14,7 +14,6 @@ Letters: Q queries of a block, N documents, K neighbours, M negatives, D vector 
 
 import json
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from ml_embed.files.arrays import RowFile, blocks
 from ml_embed.files.atomic import commit, disk_errors_are_user_errors, partial_path, write_json
 from ml_embed.files.locks import lock_folder
 from ml_embed.inference.text_models import TextModel, check_finite
+from ml_embed.notices import notice
 from ml_embed.prepare.raw import (
     SCHEMA,
     TASK_METADATA,
@@ -355,7 +355,7 @@ class _Mining:
             return nearest, {}
         if len(documents) < ann.FEWEST_DOCUMENTS:
             reason = f"{len(documents)} documents are fewer than {ann.FEWEST_DOCUMENTS}"
-            self._say(f"{name}: searched exactly: {reason}")
+            notice(f"{name}: searched exactly: {reason}")
             return nearest, {"search": "exact", "why_exact": reason}
         index = ann.ApproximateIndex(
             self.work, documents, self.approximation, f"{name}: ", self.progress
@@ -366,7 +366,7 @@ class _Mining:
             _own_pairs(corpus, sample),
         )
         share = ann.recall(index.nearest, vectors, documents, self.rule.top, own)
-        self._say(
+        notice(
             f"{name}: finds {share:.1%} of the exact {self.rule.top} nearest ({len(sample)} "
             "queries, "
             f"--nprobe {self.approximation.nprobe} of {index.cells} cells); more cells find more"
@@ -394,10 +394,6 @@ class _Mining:
             scores, found = search(vectors, documents, self.rule.top, _own_pairs(corpus, numbers))
             positive = (vectors * own).sum(1)
             return filter_neighbours(scores, found, positive, self.rule).cpu().numpy()
-
-    def _say(self, message: str) -> None:
-        if self.progress:
-            tqdm.write(message, file=sys.stderr)
 
 
 def _own_pairs(corpus: Corpus, queries: np.ndarray) -> Tensor:

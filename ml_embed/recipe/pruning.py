@@ -27,8 +27,8 @@ from ml_embed.inference.encoding import choose_device, default_dtype, longest_fi
 from ml_embed.kernels.attention import choose_kernel
 from ml_embed.model import MatryoshkaEncoder
 from ml_embed.model_folders.export import stored_dtype
-from ml_embed.model_folders.model_folder import load_backbone, load_config
-from ml_embed.prepare.tokenizer import TextEncoder, load_tokenizer
+from ml_embed.model_folders.model_folder import load_backbone, load_backbone_config
+from ml_embed.prepare.tokenizer import TextTokenizer, load_tokenizer
 from ml_embed.prepare.tokenizer_training import read_texts, text_files
 
 WINDOW = 256
@@ -117,7 +117,7 @@ def prune_backbone(
     """
     output = home_path(output)
     check_model_output(output, overwrite, home_path(folder))
-    config, tokenizer = load_config(folder), load_tokenizer(folder)
+    config, tokenizer = load_backbone_config(folder), load_tokenizer(folder)
     folder = home_path(folder)
     sizes = choose_sizes(config, layers, hidden, intermediate)
     whole = Sizes(config.num_hidden_layers, config.hidden_size, config.intermediate_size)
@@ -128,7 +128,7 @@ def prune_backbone(
     state, tokens = backbone.state_dict(), 0
     if (sizes.hidden, sizes.intermediate) != (whole.hidden, whole.intermediate):
         activations, tokens = measure(
-            backbone, TextEncoder(tokenizer, max_seq_length), texts, device, progress
+            backbone, TextTokenizer(tokenizer, max_seq_length), texts, device, progress
         )
         state = cut_width(state, activations, sizes)
     with torch.device("meta"):
@@ -182,7 +182,7 @@ def cut_config(config: Qwen3Config, sizes: Sizes) -> Qwen3Config:
 
 def measure(
     backbone: Qwen3Model,
-    encoder: TextEncoder,
+    encoder: TextTokenizer,
     texts: Iterable[str],
     device: str | None,
     progress: bool,

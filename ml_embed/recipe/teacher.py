@@ -43,7 +43,7 @@ from ml_embed.files.locks import lock_folder
 from ml_embed.inference.text_models import TextModel, check_finite
 from ml_embed.model_folders.model_folder import weights_digest
 from ml_embed.prepare.prompts import Prompts
-from ml_embed.prepare.tokenizer import TextEncoder, fingerprint, load_tokenizer
+from ml_embed.prepare.tokenizer import TextTokenizer, fingerprint, load_tokenizer
 
 LOCK = ".teacher.lock"
 OWN_CACHE = "cache"
@@ -289,7 +289,7 @@ def _check_by_texts(
     ids = [dataset.document(number) for number in range(min(CHECKED_TEXTS, dataset.num_documents))]
     fits = tokenizer.backend_tokenizer.get_vocab_size() > store.max_token_id
     if fits:
-        again = TextEncoder(tokenizer, max(map(len, ids)) + 1)(decoder(ids))
+        again = TextTokenizer(tokenizer, max(map(len, ids)) + 1)(decoder(ids))
         same = sum(_common_start(one, other) for one, other in zip(ids, again, strict=True))
         fits = same >= SAME_IDS * sum(map(len, ids))
     if not fits:

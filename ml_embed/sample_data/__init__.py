@@ -1,5 +1,4 @@
-"""The embedded sample corpus, the Universal Declaration of Human Rights, and datasets made of its
-532 translations."""
+"""The embedded sample corpus (the Declaration of Human Rights) and datasets made of it."""
 
 from ml_embed.sample_data.corpus import load_articles
 from ml_embed.sample_data.cues import cue_accuracy

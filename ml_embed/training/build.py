@@ -18,7 +18,7 @@ from ml_embed.model import MatryoshkaEncoder, default_exits, factorize_table
 from ml_embed.model_folders.model_folder import (
     ModelRecord,
     load_backbone,
-    load_config,
+    load_backbone_config,
     load_encoder,
     read_exit_norms,
     read_factors,
@@ -116,7 +116,7 @@ def build_teacher(
     """
     if config.teacher_model_path is None:
         return None
-    teacher_config = load_config(config.teacher_model_path)
+    teacher_config = load_backbone_config(config.teacher_model_path)
     record = ModelRecord.load(Path(config.teacher_model_path))
     exits = record.exits if record is not None else default_exits(teacher_config.num_hidden_layers)
     kernel = choose_kernel(config.attention, device, compute_dtype)

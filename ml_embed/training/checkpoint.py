@@ -9,7 +9,7 @@ holds a sum of.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +29,7 @@ from ml_embed.distributed import zero2
 from ml_embed.errors import UserError
 from ml_embed.files.atomic import atomic_folder, damage, remove_folder, write_checksums
 from ml_embed.files.paths import numbered_folders
+from ml_embed.notices import warn
 
 FORMAT_VERSION = 1
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -112,8 +113,8 @@ def save_state(
     return target
 
 
-def find_state(folder: Path, say: Callable[[str], None] = print) -> Path | None:
-    """The newest whole state under `resume/`; `say`s which damaged ones it passed over.
+def find_state(folder: Path) -> Path | None:
+    """The newest whole state under `resume/`; warns of damaged ones that it passes over.
 
     Raises:
         UserError: there are states, and all are damaged.
@@ -123,7 +124,7 @@ def find_state(folder: Path, say: Callable[[str], None] = print) -> Path | None:
         problem = damage(path)
         if problem is None:
             return path
-        say(f"warning: {path} is damaged ({problem}); trying the one before")
+        warn(f"{path} is damaged ({problem}); trying the one before")
     if states:
         raise UserError(
             f"all resume states in {folder} are damaged; start a new run under another "

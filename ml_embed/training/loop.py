@@ -29,6 +29,7 @@ from ml_embed.files.paths import numbered_folders
 from ml_embed.losses.nested import MatryoshkaSpec
 from ml_embed.losses.objective import LossTerms, batch_objective
 from ml_embed.model_folders.model_folder import ModelRecord, save_model_folder
+from ml_embed.notices import notice
 from ml_embed.training import lora
 from ml_embed.training.checkpoint import model_state, optimizer_state, save_state
 from ml_embed.training.gradcache import encode_in_chunks, forward_backward, split_texts
@@ -176,9 +177,7 @@ def train(run: Run) -> int:
             ):
                 save_checkpoint(run, done, epoch_ends)
             if values.stop_requested and done < last:
-                run.accelerator.print(
-                    f"stopped by a signal after step {done}; continue with --resume auto"
-                )
+                notice(f"stopped by a signal after step {done}; continue with --resume auto")
                 return PREEMPTED_EXIT_CODE
     return 0
 

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +169,7 @@ def state_to_resume(run_dir: Path, resume: str) -> Path | None:
             )
         return None
     if resume == "auto":
-        return find_state(run_dir / "resume", lambda text: print(text, file=sys.stderr, flush=True))
+        return find_state(run_dir / "resume")
     path = home_path(resume)
     if not (path / STATE_FILE).is_file():
         raise UserError(f"--resume: {_not_a_state(path)}")

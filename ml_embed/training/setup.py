@@ -16,10 +16,11 @@ from ml_embed.data.loader import Loader
 from ml_embed.data.store import Store, open_store
 from ml_embed.data.teacher_vectors import KD_REMEDY, TeacherVectors, open_teacher_vectors
 from ml_embed.distributed import zero2
-from ml_embed.distributed.collectives import asked_of_first
+from ml_embed.distributed.collectives import compute_on_main_process
 from ml_embed.errors import UserError
 from ml_embed.files.atomic import remove_leftovers, write_json
-from ml_embed.model_folders.model_folder import ModelRecord, load_config
+from ml_embed.model_folders.model_folder import ModelRecord, load_backbone_config
+from ml_embed.notices import notice
 from ml_embed.prepare.prompts import check_prompts, prompts_to_record
 from ml_embed.prepare.tokenizer import fingerprint as tokenizer_fingerprint
 from ml_embed.prepare.tokenizer import load_tokenizer
@@ -49,7 +50,7 @@ def open_inputs(
     """
     if config.lora_r:
         lora.check_installed()
-    backbone_config = load_config(config.model_path)
+    backbone_config = load_backbone_config(config.model_path)
     tokenizer = load_tokenizer(config.model_path)
     store = open_store(config.train_data_path, config.cache_dir, progress)
     _check_tokenizer(config, tokenizer, store)
@@ -86,7 +87,7 @@ def _check_teacher(
     config: TrainConfig, student_config: Qwen3Config, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     assert config.teacher_model_path is not None
-    teacher_config = load_config(config.teacher_model_path)
+    teacher_config = load_backbone_config(config.teacher_model_path)
     if config.kd_loss == "vectors" and teacher_config.hidden_size < student_config.hidden_size:
         raise UserError(
             f"teacher_model_path: the teacher's vectors have {teacher_config.hidden_size} "
@@ -125,7 +126,7 @@ def set_up(
     backbone_config, tokenizer, store, teacher_vectors, resolved = inputs
     former = ModelRecord.load(Path(config.model_path))
     dtype = _compute_dtype(accelerator)
-    fingerprint = asked_of_first(
+    fingerprint = compute_on_main_process(
         lambda: run_fingerprint(
             config, resolved, store, teacher_vectors, accelerator.mixed_precision
         )
@@ -137,11 +138,11 @@ def set_up(
         if state_path is not None:
             progress = read_progress(state_path)
             changes = check_unchanged(progress["fingerprint"], fingerprint, allow_changes)
-            accelerator.print(continuation_notice(state_path, progress, resolved, changes))
+            notice(continuation_notice(state_path, progress, resolved, changes))
         _prepare_run_dir(config, given, resolved, None if progress is None else progress["step"])
         return state_path, progress
 
-    state_path, progress = asked_of_first(prepare)
+    state_path, progress = compute_on_main_process(prepare)
     set_seed(
         config.seed % 2**32
     )  # NumPy takes no larger one; nothing here draws from it, but libraries may

@@ -27,7 +27,8 @@ def no_locks(request, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", refuse)
 
 
-def test_one_holds_and_others_are_refused_or_wait(tmp_path, capsys):
+def test_one_holds_and_others_are_refused_or_wait(tmp_path, caplog):
+    caplog.set_level("INFO", "ml_embed")
     path = tmp_path / "lock"
     with take_lock(path) as lock:
         assert lock.is_locked
@@ -46,7 +47,7 @@ def test_one_holds_and_others_are_refused_or_wait(tmp_path, capsys):
     holds.wait()
     with take_lock(path, seconds=-1, waiting="waiting for it") as lock:
         assert lock.is_locked
-    assert "waiting for it" in capsys.readouterr().out
+    assert caplog.messages == ["waiting for it"]
 
 
 def test_without_locks_all_go_on(no_locks, tmp_path):

@@ -21,7 +21,7 @@ from ml_embed.files.paths import (
 )
 from ml_embed.inference.text_models import load_text_model
 from ml_embed.model_folders.export import export_model
-from ml_embed.model_folders.model_folder import load_config, load_encoder
+from ml_embed.model_folders.model_folder import load_backbone_config, load_encoder
 
 
 def test_home_is_expanded_and_nothing_else_is_changed(monkeypatch):
@@ -68,7 +68,7 @@ def offline(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "read", [load_config, load_encoder, load_text_model, Embedder.from_pretrained]
+    "read", [load_backbone_config, load_encoder, load_text_model, Embedder.from_pretrained]
 )
 def test_a_path_that_is_missing_is_not_looked_for_on_the_hub(read, tmp_path, monkeypatch, offline):
     monkeypatch.chdir(tmp_path)

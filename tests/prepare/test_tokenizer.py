@@ -9,7 +9,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from ml_embed.errors import UserError
-from ml_embed.prepare.tokenizer import TextEncoder, append_eos_template, fingerprint, load_tokenizer
+from ml_embed.prepare.tokenizer import (
+    TextTokenizer,
+    append_eos_template,
+    fingerprint,
+    load_tokenizer,
+)
 from ml_embed.prepare.tokenizer_training import train_tokenizer
 
 TEXTS = [
@@ -61,7 +66,7 @@ def with_bos(tokenizer):
 
 
 def test_ids_are_those_of_the_text_alone_then_one_eos(tokenizer):
-    for text, ids in zip(TEXTS, TextEncoder(tokenizer, 1000)(TEXTS), strict=True):
+    for text, ids in zip(TEXTS, TextTokenizer(tokenizer, 1000)(TEXTS), strict=True):
         assert ids.dtype == np.int32
         assert ids.tolist() == [
             *tokenizer(text, add_special_tokens=False).input_ids,
@@ -70,24 +75,24 @@ def test_ids_are_those_of_the_text_alone_then_one_eos(tokenizer):
 
 
 def test_truncation_keeps_one_eos(tokenizer):
-    for text, ids in zip(TEXTS, TextEncoder(tokenizer, 8)(TEXTS), strict=True):
+    for text, ids in zip(TEXTS, TextTokenizer(tokenizer, 8)(TEXTS), strict=True):
         assert ids.tolist() == [
             *tokenizer(text, add_special_tokens=False).input_ids[:7],
             tokenizer.eos_token_id,
         ]
-    assert len(TextEncoder(tokenizer, 8)(TEXTS)[3]) == 8
+    assert len(TextTokenizer(tokenizer, 8)(TEXTS)[3]) == 8
 
 
 def test_a_text_that_ends_in_the_eos_string_gets_its_own_eos_all_the_same(tokenizer):
-    ids = TextEncoder(tokenizer, 1000)(["ends in <eos>"])[0]
+    ids = TextTokenizer(tokenizer, 1000)(["ends in <eos>"])[0]
     assert ids[-2:].tolist() == [tokenizer.eos_token_id] * 2
 
 
 @pytest.mark.parametrize("prepare", [lambda t: t, with_bos, lambda t: append_eos_template(t) or t])
 def test_post_processor_changes_nothing(tokenizer, prepare):
-    plain = TextEncoder(tokenizer, 12)(TEXTS)
+    plain = TextTokenizer(tokenizer, 12)(TEXTS)
     prepared = prepare(make_tokenizer())
-    for expected, ids in zip(plain, TextEncoder(prepared, 12)(TEXTS), strict=True):
+    for expected, ids in zip(plain, TextTokenizer(prepared, 12)(TEXTS), strict=True):
         np.testing.assert_array_equal(ids, expected)
 
 
@@ -95,14 +100,14 @@ def test_the_callers_tokenizer_is_not_touched(tokenizer):
     tokenizer.backend_tokenizer.enable_truncation(3)
     tokenizer.backend_tokenizer.enable_padding(length=5)
     before = tokenizer.backend_tokenizer.to_str()
-    ids = TextEncoder(tokenizer, 1000)([TEXTS[3]])[0]
+    ids = TextTokenizer(tokenizer, 1000)([TEXTS[3]])[0]
     assert tokenizer.backend_tokenizer.to_str() == before
     assert len(ids) > 5
 
 
 def test_max_length_that_leaves_no_room_is_an_error(tokenizer):
     with pytest.raises(UserError, match="at least 2"):
-        TextEncoder(tokenizer, 1)
+        TextTokenizer(tokenizer, 1)
 
 
 @pytest.mark.parametrize("kind", [PreTrainedTokenizerFast, Qwen2Tokenizer])
@@ -110,7 +115,7 @@ def test_max_length_that_leaves_no_room_is_an_error(tokenizer):
 def test_saved_tokenizer_gives_the_training_ids(tmp_path, kind, prepare):
     tokenizer = prepare(make_tokenizer(kind))
     before = fingerprint(tokenizer)
-    expected = TextEncoder(tokenizer, 9)(TEXTS)
+    expected = TextTokenizer(tokenizer, 9)(TEXTS)
     append_eos_template(tokenizer)
     once = tokenizer.backend_tokenizer.to_str()
     append_eos_template(tokenizer)
@@ -176,7 +181,7 @@ PIECES = [
 def assert_ids_are_those_of_the_whole_text(tokenizer):
     """Random texts of few and of many kinds of pieces, cut at many places."""
     generator = random.Random(0)
-    encoders = [TextEncoder(tokenizer, length) for length in (2, 3, 6)]
+    encoders = [TextTokenizer(tokenizer, length) for length in (2, 3, 6)]
     shortened = 0
     for _ in range(1500):
         kinds = generator.sample(PIECES, generator.choice([2, 3, 6, 40]))
@@ -207,20 +212,20 @@ def test_the_beginning_of_a_long_text_gives_the_ids_of_the_whole(like_qwen, monk
 
 @pytest.mark.parametrize("text", ["word " * 100_000, "7" * 500_000, ("字" * 30 + "\n") * 10_000])
 def test_a_long_text_costs_what_is_kept_of_it(like_qwen, text):
-    [encoding] = TextEncoder(like_qwen, 100).tokenize([text])
+    [encoding] = TextTokenizer(like_qwen, 100).tokenize([text])
     assert 99 <= len(encoding) < 5000
 
 
 def test_a_beginning_with_too_few_ids_is_made_longer():
     like_qwen = train_tokenizer(["x" * 64] * 3, vocab_size=400)
     text = ("x" * 64 + " ") * 100
-    [encoding] = TextEncoder(like_qwen, 10).tokenize([text])
+    [encoding] = TextTokenizer(like_qwen, 10).tokenize([text])
     ids = like_qwen(text, add_special_tokens=False).input_ids
     assert encoding.ids == ids[: len(encoding)]
     assert 9 <= len(encoding) < len(ids)
     blank = " " * 50_000 + "end"
     expected = like_qwen(blank, add_special_tokens=False).input_ids[:9]
-    assert TextEncoder(like_qwen, 10)([blank])[0].tolist() == [*expected, like_qwen.eos_token_id]
+    assert TextTokenizer(like_qwen, 10)([blank])[0].tolist() == [*expected, like_qwen.eos_token_id]
 
 
 @pytest.mark.parametrize(
@@ -241,7 +246,7 @@ def test_a_tokenizer_that_may_look_beyond_a_cut_is_given_whole_texts(token):
     if token is not None:
         tokenizer.add_tokens([token])
     text = "some words 123\n" * 100
-    [encoding] = TextEncoder(tokenizer, 3).tokenize([text])
+    [encoding] = TextTokenizer(tokenizer, 3).tokenize([text])
     assert encoding.ids == tokenizer(text, add_special_tokens=False).input_ids
 
 
@@ -255,7 +260,7 @@ def test_with_the_qwen3_tokenizer(tmp_path, monkeypatch):
         changed.setattr("ml_embed.prepare.tokenizer.BEGINNING_CHARACTERS", 1)
         assert_ids_are_those_of_the_whole_text(tokenizer)
     texts = [*TEXTS, "a<|im_end|>", "e\u0301 is normalised", "x" * 300]
-    expected = TextEncoder(tokenizer, 16)(texts)
+    expected = TextTokenizer(tokenizer, 16)(texts)
     for text, ids in zip(texts, expected, strict=True):
         assert ids.tolist() == [
             *tokenizer(text, add_special_tokens=False).input_ids[:15],

@@ -25,7 +25,7 @@ from ml_embed.errors import UserError
 from ml_embed.inference.embedder import Embedder
 from ml_embed.inference.text_models import load_text_model
 from ml_embed.prepare.tokenization import TokenizeOptions, tokenize_folder
-from ml_embed.prepare.tokenizer import TextEncoder
+from ml_embed.prepare.tokenizer import TextTokenizer
 from ml_embed.prepare.tokenizer_training import train_tokenizer
 from ml_embed.recipe import teacher as teacher_module
 from ml_embed.recipe.teacher import TeacherOptions, TextDecoder, embed_teacher
@@ -278,7 +278,7 @@ def test_another_tokenizer_is_noticed_even_where_the_data_does_not_say(world, tm
     otherwise."""
     small = train_tokenizer(["no words of ours"], 270)
     small.save_pretrained(tmp_path / "small")
-    ids = pa.array([TextEncoder(small, 99)(["river stone light moon"])[0]], pa.list_(pa.int64()))
+    ids = pa.array([TextTokenizer(small, 99)(["river stone light moon"])[0]], pa.list_(pa.int64()))
     spelled = tmp_path / "spelled"
     spelled.mkdir()
     pq.write_table(pa.table({"doc_id": ["a"], "input_ids": ids}), spelled / "corpus.parquet")

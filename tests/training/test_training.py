@@ -300,7 +300,7 @@ def test_two_launches_never_train_into_one_folder(world, tmp_path, capsys, monke
     code, lines = train(world, tmp_path)
     assert code == 0
     assert lines
-    assert "waiting for another launch" in capsys.readouterr().out
+    assert "waiting for another launch" in capsys.readouterr().err
 
 
 def test_the_released_layout_trains_the_same(world, tmp_path, one_dataset):
