@@ -41,6 +41,7 @@ def parse_command(
     )
     _logger.propagate = False
     _logger.handlers = [_AboveBars()]
+    del options.quiet, options.verbose  # known here from now on: the rest is the command's own
     return options
 
 
