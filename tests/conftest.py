@@ -19,13 +19,11 @@ def one_thread():
 
 
 @pytest.fixture(autouse=True)
-def notices_as_before():
-    """A command that a test runs changes how much is said; the next test starts anew."""
+def silent_package():
+    """As in a program that uses the package as a library, whatever command a test ran before."""
     logger = logging.getLogger("ml_embed")
-    before = logger.level, logger.handlers, logger.propagate
-    yield
-    logger.setLevel(before[0])
-    _, logger.handlers, logger.propagate = before
+    logger.setLevel(logging.NOTSET)
+    logger.handlers, logger.propagate = [], True
 
 
 @pytest.fixture
