@@ -56,8 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
     from ml_embed.kernels.allocator import keep_freed_memory
     from ml_embed.training.accelerator import make_accelerator
     from ml_embed.training.loop import train
-    from ml_embed.training.setup import open_inputs, set_up
+    from ml_embed.training.setup import open_inputs, set_up, with_model_folders
 
+    config = with_model_folders(config)
     with failures_from_outside(), heartbeat():
         accelerator = make_accelerator(config)
         if accelerator.device.type == "cpu":

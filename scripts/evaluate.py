@@ -1,13 +1,12 @@
-"""Evaluate a model over the cube rank x depth x vector length, and compare it with chance and with
-a baseline.
+"""Evaluate a model at every rank, depth and vector length; compare it with chance and a baseline.
 
 Writes evaluation.json (every number) and evaluation.png (a heat map; needs matplotlib) and prints
 tables.
 
-DATA is a file or a folder of files. A parquet file with the columns query, passage and candidates
+PATH is a file or a folder of files. A parquet file with the columns query, passage and candidates
 (a list of strings that holds the passage), and split if there are several, asks which candidate is
-the passage. Raw training data (query,
-passage, negatives) is searched whole: all passages and negatives of the file are the corpus.
+the passage. Raw training data (query, passage, negatives) is searched whole: all passages and
+negatives of the file are the corpus.
 """
 
 import argparse
@@ -15,13 +14,13 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # works from a clone that is not installed, too
+# Works from a clone that is not installed, too.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ml_embed.errors import UserError, exit_on_user_error
 from ml_embed.files.paths import check_writable, home_path
-from ml_embed.notices import parse_command
+from ml_embed.model_folders.cut import add_cut_flags
+from ml_embed.notices import bars_wanted, parse_command
 from ml_embed.reports.tables import MEANING
 
 JSON_FILE, PICTURE_FILE = "evaluation.json", "evaluation.png"
@@ -35,8 +34,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--model",
         required=True,
-        metavar="DIR",
-        help="a trained model folder, or any Qwen3 backbone",
+        metavar="DIR_OR_NAME",
+        help="a trained model or any Qwen3 backbone: a folder, or a name on the hub",
     )
     parser.add_argument(
         "--data", type=home_path, required=True, metavar="PATH", help="a file or a folder of files"
@@ -46,16 +45,10 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument(
         "--baseline",
-        metavar="DIR",
+        metavar="DIR_OR_NAME",
         help="a model to compare with, e.g. the backbone before training",
     )
-    parser.add_argument(
-        "--ranks", type=int, nargs="+", help="ranks of the token factors (default all trained)"
-    )
-    parser.add_argument(
-        "--depths", type=int, nargs="+", help="decoder layers (default all trained)"
-    )
-    parser.add_argument("--dims", type=int, nargs="+", help="vector lengths (default all trained)")
+    add_cut_flags(parser, many=True, default="all trained")
     parser.add_argument(
         "--metric",
         choices=list(MEANING),
@@ -69,7 +62,9 @@ def main(arguments: list[str] | None = None) -> None:
         help="rows taken of a raw dataset, evenly spaced (default %(default)s)",
     )
     parser.add_argument(
-        "--batch-tokens", type=int, help="tokens a forward pass (default 4096 on CPU, 32768 on GPU)"
+        "--batch-tokens",
+        type=int,
+        help="tokens per forward pass (default 4096 on CPU, 32768 on GPU)",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default the first GPU, else the CPU)")
     args = parse_command(parser, arguments)
@@ -91,14 +86,13 @@ def evaluate(args: argparse.Namespace) -> None:
         "batch_tokens": args.batch_tokens,
         "max_queries": args.max_queries,
         "device": args.device,
+        "progress": bars_wanted(),
     }
-    result = evaluate_cube(args.model, args.data, args.ranks, args.depths, args.dims, **options)
-    baseline = (
-        evaluate_baseline(args.baseline, args.data, result, **options) if args.baseline else None
-    )
-    print(
-        test_set_table(result, baseline, args.metric), cube_tables(result, args.metric), sep="\n\n"
-    )
+    result = evaluate_cube(args.model, args.data, args.rank, args.depth, args.dim, **options)
+    baseline = None
+    if args.baseline:
+        baseline = evaluate_baseline(args.baseline, args.data, result, **options)
+    print(f"{test_set_table(result, baseline, args.metric)}\n\n{cube_tables(result, args.metric)}")
     numbers = {"model": result, "baseline": baseline}
     try:
         args.output.mkdir(parents=True, exist_ok=True)

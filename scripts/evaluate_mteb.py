@@ -1,21 +1,21 @@
 """Run mteb's tasks on a model at any cuts of it, with the prompts that its folder holds.
 
-Writes mteb's own result files to DIR/results and summary.json, and prints a table. What DIR has
-already is not computed again, so an interrupted call is continued by the same one. Needs mteb: pip
-install 'ml-embed[mteb]'.
+Writes mteb's own result files to DIR/results and summary.json to DIR, and prints a table. What DIR
+has already is not computed again, so an interrupted call is continued by the same one. Needs mteb:
+pip install 'ml-embed[mteb]'.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # works from a clone that is not installed, too
+# Works from a clone that is not installed, too.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ml_embed.errors import UserError, exit_on_user_error
 from ml_embed.files.paths import check_writable, home_path
-from ml_embed.notices import parse_command
+from ml_embed.model_folders.cut import add_cut_flags
+from ml_embed.notices import bars_wanted, parse_command
 
 
 @exit_on_user_error
@@ -26,8 +26,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--model",
         required=True,
-        metavar="DIR",
-        help="a trained model folder, or any Qwen3 backbone",
+        metavar="DIR_OR_NAME",
+        help="a trained model or any Qwen3 backbone: a folder, or a name on the hub",
     )
     parser.add_argument(
         "--tasks", nargs="+", default=[], metavar="NAME", help="mteb tasks, e.g. SciFact STS22.v2"
@@ -40,13 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--output", type=home_path, required=True, metavar="DIR", help="folder for the results"
     )
-    parser.add_argument(
-        "--rank", type=int, nargs="+", help="ranks of the token factors (default the whole)"
-    )
-    parser.add_argument("--depth", type=int, nargs="+", help="decoder layers (default all)")
-    parser.add_argument(
-        "--dim", type=int, nargs="+", help="vector lengths (default the longest trained)"
-    )
+    add_cut_flags(parser, many=True, default="the largest")
     parser.add_argument(
         "--languages",
         nargs="+",
@@ -60,7 +54,9 @@ def main(arguments: list[str] | None = None) -> None:
         "--passage-prompt", metavar="TEXT", help="in front of documents (default the folder's own)"
     )
     parser.add_argument(
-        "--batch-tokens", type=int, help="tokens a forward pass (default 4096 on CPU, 32768 on GPU)"
+        "--batch-tokens",
+        type=int,
+        help="tokens per forward pass (default 4096 on CPU, 32768 on GPU)",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default the first GPU, else the CPU)")
     parser.add_argument("--overwrite", action="store_true", help="compute again what is there")
@@ -92,6 +88,7 @@ def evaluate(args: argparse.Namespace) -> None:
             batch_tokens=args.batch_tokens,
             device=args.device,
             overwrite=args.overwrite,
+            progress=bars_wanted(),
         )
     print(summary_table(summary))
     print(f"\nall numbers: {args.output / SUMMARY_FILE}")

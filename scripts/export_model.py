@@ -1,5 +1,4 @@
-"""Cut a trained model to a depth, a token-embedding rank and a vector length, as a model folder of
-its own.
+"""Cut a trained model to a rank, a depth and a vector length, as a model folder of its own.
 
 No training is needed. The folder loads in sentence-transformers, transformers and servers like the
 one it came from.
@@ -10,12 +9,12 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # works from a clone that is not installed, too
+# Works from a clone that is not installed, too.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ml_embed.errors import exit_on_user_error
 from ml_embed.files.paths import home_path
+from ml_embed.model_folders.cut import add_cut_flags, add_flag
 from ml_embed.notices import parse_command
 
 DTYPES = ("float32", "bfloat16")
@@ -26,19 +25,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a trained model folder")
+    add_flag(
+        parser,
+        "--model",
+        "--checkpoint",
+        required=True,
+        metavar="DIR_OR_NAME",
+        help="a trained model: a folder, or a name on the hub",
+    )
     parser.add_argument(
         "--output", type=home_path, required=True, metavar="DIR", help="the new model folder"
     )
+    add_cut_flags(parser, many=False, default="the largest")
     parser.add_argument(
-        "--depth", type=int, metavar="LAYERS", help="decoder layers to keep (default all)"
-    )
-    parser.add_argument("--rank", type=int, help="rank of the token factors to keep (default all)")
-    parser.add_argument(
-        "--dim", type=int, metavar="LENGTH", help="length of the vectors (default the longest)"
-    )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, help="of the weights written (default the checkpoint's)"
+        "--dtype", choices=DTYPES, help="of the weights written (default the model's)"
     )
     parser.add_argument(
         "--allow-untrained", action="store_true", help="take values that were not trained"
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
     cut = export_model(
-        args.checkpoint,
+        args.model,
         args.output,
         args.depth,
         args.dim,

@@ -1,15 +1,14 @@
-"""Make a Qwen3 backbone folder: random weights of a preset size, and a tokenizer copied or trained
-on text."""
+"""Make a Qwen3 backbone folder: random weights of a preset size, a tokenizer copied or trained."""
 
 import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # works from a clone that is not installed, too
+# Works from a clone that is not installed, too.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ml_embed.errors import exit_on_user_error
+from ml_embed.files.model_source import find_tokenizer_folder
 from ml_embed.files.paths import check_model_output, home_path
 from ml_embed.model_folders.backbone import DTYPES, PRESETS, init_backbone
 from ml_embed.notices import parse_command
@@ -23,7 +22,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--tokenizer", metavar="FOLDER", help="copy the tokenizer of this folder (or hub name)"
+        "--tokenizer",
+        metavar="DIR_OR_NAME",
+        help="copy the tokenizer of this folder, or of this name on the hub",
     )
     source.add_argument(
         "--train-tokenizer",
@@ -31,9 +32,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         nargs="+",
         metavar="TEXTS",
         help=(
-            "train a tokenizer on these files, or folders of files: .txt (a text a line), .parquet "
-            "or .jsonl (all "
-            "string columns; a folder of raw training data will do)"
+            "train a tokenizer on these files, or folders of files: .txt (one text per line), "
+            ".parquet or .jsonl (all string columns; a folder of raw training data will do)"
         ),
     )
     parser.add_argument(
@@ -42,9 +42,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help=(
             f"tokens of a trained tokenizer (default {DEFAULT_VOCAB_SIZE}); with --tokenizer, rows "
-            "of the embedding "
-            "table if more than the tokenizer needs. The table is rounded up to a multiple of 64 "
-            "rows"
+            "of the token table if more than the tokenizer needs. The rows are rounded up to a "
+            "multiple of 64"
         ),
     )
     parser.add_argument(
@@ -74,11 +73,10 @@ def main(arguments: list[str] | None = None) -> None:
         tokenizer = train_tokenizer(read_texts(args.train_tokenizer), size)
         rows = None
     else:
-        from ml_embed.prepare.tokenizer import (
-            load_tokenizer,  # seconds of imports that a mistake or --help need not wait for
-        )
+        # Seconds of imports that a mistake or --help need not wait for.
+        from ml_embed.prepare.tokenizer import load_tokenizer
 
-        tokenizer = load_tokenizer(args.tokenizer, needs_padding=False)
+        tokenizer = load_tokenizer(find_tokenizer_folder(args.tokenizer), needs_padding=False)
         rows = args.vocab_size
     folder = init_backbone(
         args.preset, tokenizer, args.output, args.seed, args.dtype, rows, args.overwrite

@@ -48,7 +48,7 @@ can carry over to a language whose words were never seen). "before" is the same 
 
 model folder   $MODEL
                from ml_embed import Embedder; Embedder.from_pretrained("$MODEL").encode(["any text"])
-cut it         python scripts/export_model.py --checkpoint $MODEL --output $RUN/small --depth 2 --rank 16 --dim 32
+cut it         python scripts/export_model.py --model $MODEL --output $RUN/small --rank 16 --depth 2 --dim 32
 picture        $RUN/evaluation/evaluation.png
 all numbers    $RUN/evaluation/evaluation.json
 loss curves    tensorboard --logdir $RUN/tensorboard

@@ -1,13 +1,11 @@
-"""Write a run's report: one self-contained HTML page of loss curves, throughput and the cube to
-choose from."""
+"""Write a run's report: one HTML page of loss curves, throughput and the cuts to choose from."""
 
 import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # works from a clone that is not installed, too
+# Works from a clone that is not installed, too.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ml_embed.errors import exit_on_user_error
 from ml_embed.files.paths import home_path
@@ -38,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--metric",
         choices=list(MEANING),
         default="ndcg@10",
-        help="of the cube (default %(default)s)",
+        help="of the cuts (default %(default)s)",
     )
     args = parse_command(parser, arguments)
 

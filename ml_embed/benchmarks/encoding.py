@@ -17,7 +17,8 @@ from ml_embed.model import (
     default_ranks,
     factorize_table,
 )
-from ml_embed.model_folders.model_folder import ModelRecord, save_model_folder
+from ml_embed.model_folders.record import ModelRecord
+from ml_embed.model_folders.write import save_model_folder
 from ml_embed.sample_data.plan import plan_datasets, training_texts
 
 TOLERANCE = 1e-4  # of unit vectors' components, float32; measured 4e-7

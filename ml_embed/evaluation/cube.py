@@ -1,8 +1,9 @@
-"""Quality over the cube rank x depth x dim: one forward pass a rank gives all depths and all dims.
+"""Quality over the cube rank x depth x dim: one forward pass per rank gives all depths and dims.
 
 Letters: E exits, N texts, H hidden size, D vector length.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,20 +15,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
-from transformers import Qwen3Config
 
 from ml_embed.errors import UserError
-from ml_embed.evaluation.cells import BYTES_PER_COMPONENT, Cube
 from ml_embed.evaluation.data import TestSet, read_test_sets
 from ml_embed.evaluation.metrics import chance_metrics, metrics_of_ranks
-from ml_embed.files.paths import home_path
+from ml_embed.files.model_source import find_model_folder
 from ml_embed.inference.encoding import choose_device, default_dtype, longest_first, pooled_vectors
 from ml_embed.kernels.attention import choose_kernel
 from ml_embed.model import MatryoshkaEncoder
-from ml_embed.model_folders.cut import choose_cut, read_record
-from ml_embed.model_folders.model_folder import ModelRecord, load_backbone_config, load_encoder
-from ml_embed.model_folders.sizes import layer_parameters
-from ml_embed.prepare.tokenizer import TextTokenizer, load_tokenizer
+from ml_embed.model_folders.cut import Cube, Cut, choose_cube
+from ml_embed.model_folders.read import ModelFolder, load_encoder
+from ml_embed.model_folders.sizes import BYTES_PER_COMPONENT, parameters_of
+from ml_embed.prepare.tokenizer import TextTokenizer
 
 MAX_QUERIES = 1000
 
@@ -36,10 +35,9 @@ MAX_QUERIES = 1000
 class CubeModel:
     """A model folder, or a plain backbone, and the part of its cube that is looked at."""
 
-    folder: str | Path
-    config: Qwen3Config
-    record: ModelRecord
-    text_tokenizer: TextTokenizer
+    name: str
+    """as the user wrote it"""
+    folder: ModelFolder
     cube: Cube
     device: torch.device
     dtype: torch.dtype
@@ -47,58 +45,56 @@ class CubeModel:
     @classmethod
     def open(
         cls,
-        folder: str | Path,
+        name: str | Path,
         ranks: Sequence[int] | None = None,
         depths: Sequence[int] | None = None,
         dims: Sequence[int] | None = None,
         device: str | None = None,
     ) -> "CubeModel":
-        """Read all but the weights; None is all sizes that were trained, and the best device.
+        """Read all but the weights.
 
+        Args:
+            name: a folder, or a name on the hub.
+            ranks, depths, dims: None is all that were trained; others are taken too.
+            device: None is the first GPU if there is one, else the CPU.
         Raises:
             UserError: the model cannot be read, or a size is not one that it has.
         """
         chosen = choose_device(device)
-        config = load_backbone_config(folder)
-        folder = home_path(folder)
-        tokenizer = load_tokenizer(folder)
-        record = read_record(folder, config, tokenizer)
-        cube = choose_cube(record, config, ranks, depths, dims)
-        texts = TextTokenizer(tokenizer, record.max_seq_length)
-        return cls(folder, config, record, texts, cube, chosen, default_dtype(chosen))
+        folder = ModelFolder.open(find_model_folder(name))
+        cube = choose_cube(folder.record, folder.config, ranks, depths, dims)
+        return cls(str(name), folder, cube, chosen, default_dtype(chosen))
+
+    @functools.cached_property
+    def text_tokenizer(self) -> TextTokenizer:
+        """Texts to token ids, cut as in training."""
+        return TextTokenizer(self.folder.tokenizer, self.folder.record.max_seq_length)
 
     @functools.cached_property
     def encoder(self) -> MatryoshkaEncoder:
-        """The weights, read at first use: as deep, and of as high a rank, as the cube; its depths
-        are the exits."""
-        kernel = choose_kernel("auto", self.device, self.dtype)
-        depth, rank = self.cube.depths[-1], self.cube.ranks[-1] or None
+        """The weights, read at first use, as deep and of as high a rank as the cube."""
         encoder = load_encoder(
-            self.folder,
-            depth=depth,
-            rank=rank,
+            self.folder.path,
+            depth=self.cube.depths[-1],
+            rank=self.cube.ranks[-1],
             exits=self.cube.depths,
-            kernel=kernel,
+            kernel=choose_kernel("auto", self.device, self.dtype),
             dtype=self.dtype,
         )
         return encoder.to(self.device)
 
-    def describe(self, rank: int, depth: int, dim: int) -> dict[str, Any]:
-        """A cell's sizes and costs. Parameters: token factors (rank 0: the whole table), layers
-        run, one norm."""
-        vocabulary, hidden = self.config.vocab_size, self.config.hidden_size
-        table = rank * (vocabulary + hidden) if rank else vocabulary * hidden
-        ranks = self.record.ranks or (0,)
-        trained = rank in ranks and depth in self.record.exits and dim in self.record.dims
-        parameters = table + depth * layer_parameters(self.config) + hidden
-        sizes = {
-            "rank": rank,
-            "depth": depth,
-            "dim": dim,
-            "trained": trained,
-            "parameters": parameters,
+    def describe(self, cut: Cut) -> dict[str, Any]:
+        """A cut's sizes and costs, JSON-able."""
+        record = self.folder.record
+        ranks = record.ranks or (0,)
+        return {
+            "rank": cut.rank,
+            "depth": cut.depth,
+            "dim": cut.dim,
+            "trained": cut.rank in ranks and cut.depth in record.exits and cut.dim in record.dims,
+            "parameters": parameters_of(self.folder.config, cut),
+            "bytes_per_vector": BYTES_PER_COMPONENT * cut.dim,
         }
-        return sizes | {"bytes_per_vector": BYTES_PER_COMPONENT * dim}
 
 
 def evaluate_cube(
@@ -114,94 +110,49 @@ def evaluate_cube(
 ) -> dict[str, Any]:
     """Retrieval metrics of a model at every rank, depth and dim, on every test set of `data`.
 
-    All vectors of all exits are held: texts x depths x H x 4 bytes.
+    Memory: the vectors of all exits at one rank, texts x depths x H x 4 bytes.
 
     Args:
-        folder: a model folder, or a plain backbone.
+        folder: a model folder, a plain backbone, or the name of one on the hub.
         data: a file or a folder (see `read_test_sets`).
         ranks, depths, dims: None is all that were trained; others are taken too.
-        batch_tokens: tokens in a forward pass; None is the device's default.
+        batch_tokens: tokens per forward pass; None is the device's default.
         max_queries: rows taken of a raw dataset; None is all.
         device: None is the first GPU if there is one, else the CPU.
         progress: a bar on stderr, on terminals.
 
     Returns:
-        JSON-able: "rows" has one object for each test set and cell, with rank, depth, dim, trained,
-            dataset, split,
-        queries, candidates (mean), recall@1, mrr@10, ndcg@10, chance (the same metrics of a random
-        order), parameters and bytes_per_vector; beside it "model", "data", "device", "dtype",
-        "texts", "tokens".
+        JSON-able: "model", "data", "device", "dtype", "texts", "tokens", and "rows", one object for
+        each test set and cut: rank, depth, dim, trained, dataset, split, queries, candidates
+        (mean), recall@1, mrr@10, ndcg@10, chance (the same metrics of a random order), parameters
+        and bytes_per_vector.
 
     Raises:
         UserError: the model or the data cannot be read, or a size is not one that the model has.
     """
     model = CubeModel.open(folder, ranks, depths, dims, device)
-    cube = model.cube
-    texts, test_sets = read_test_sets(Path(data), max_queries)
-    encoder = model.encoder
-    token_ids = model.text_tokenizer(texts.texts)
-    fixed = [_fixed_columns(test_set) for test_set in test_sets]
-    rows = []
-    total = len(cube.ranks) * len(token_ids)
-    with tqdm(
-        desc="evaluating", unit=" texts", total=total, disable=None if progress else True
-    ) as bar:
-        for rank in cube.ranks:
-            vectors = encode_all_exits(encoder, token_ids, batch_tokens, rank or None, bar)
-            for depth, dim, unit in _cut_vectors(vectors, cube, model.device):
-                cell = model.describe(rank, depth, dim)
-                for test_set, columns in zip(test_sets, fixed, strict=True):
-                    rows.append(cell | columns | metrics_of_ranks(test_set.ranks(unit)))
-    return {
-        "model": str(folder),
-        "data": str(data),
-        "device": torch.cuda.get_device_name(model.device)
-        if model.device.type == "cuda"
-        else model.device.type,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "texts": len(token_ids),
-        "tokens": sum(map(len, token_ids)),
-        "rows": rows,
-    }
-
-
-def choose_cube(
-    record: ModelRecord,
-    config: Qwen3Config,
-    ranks: Sequence[int] | None = None,
-    depths: Sequence[int] | None = None,
-    dims: Sequence[int] | None = None,
-) -> Cube:
-    """The sizes to look at; None is all that were trained.
-
-    Raises:
-        UserError: a size that the model does not have.
-    """
-    trained = {"rank": record.ranks or (0,), "depth": record.exits, "dim": record.dims}
-    chosen = {
-        axis: {
-            getattr(choose_cut(record, config, **{axis: value}, allow_untrained=True), axis)
-            for value in values
-        }
-        for axis, values in {"rank": ranks, "depth": depths, "dim": dims}.items()
-        if values
-    }
-    return Cube(*(tuple(sorted(chosen.get(axis) or sizes)) for axis, sizes in trained.items()))
+    return _evaluate(model, Path(data), batch_tokens, max_queries, progress)
 
 
 def evaluate_baseline(
-    folder: str | Path, data: str | Path, result: dict[str, Any], **options: Any
+    folder: str | Path,
+    data: str | Path,
+    result: dict[str, Any],
+    batch_tokens: int | None = None,
+    max_queries: int | None = MAX_QUERIES,
+    device: str | None = None,
+    progress: bool = True,
 ) -> dict[str, Any]:
-    """A model to compare with, whole in rank, at those depths and dims of an evaluated model that
-    it has.
+    """Evaluate a model to compare with, at those depths and dims of an evaluated model it has.
 
-    An untrained backbone is read at its layers just like the trained model: before and after.
+    It is whole in rank. An untrained backbone is read at its layers just like the trained model:
+    that shows before and after. Arguments and result are those of `evaluate_cube`.
 
     Raises:
         UserError: it cannot be read, or has none of the depths or dims.
     """
-    config = load_backbone_config(folder)
-    record = read_record(home_path(folder), config, load_tokenizer(folder))
+    model = CubeModel.open(folder, device=device)
+    record, config = model.folder.record, model.folder.config
     wanted = {name: sorted({row[name] for row in result["rows"]}) for name in ("depth", "dim")}
     depths = [depth for depth in wanted["depth"] if depth <= config.num_hidden_layers]
     dims = [dim for dim in wanted["dim"] if dim <= config.hidden_size]
@@ -209,7 +160,42 @@ def evaluate_baseline(
         raise UserError(
             f"baseline {folder} has none of the depths {wanted['depth']} or dims {wanted['dim']}"
         )
-    return evaluate_cube(folder, data, record.ranks[-1:] or None, depths, dims, **options)
+    cube = choose_cube(record, config, record.ranks[-1:], depths, dims)
+    model = dataclasses.replace(model, cube=cube)
+    return _evaluate(model, Path(data), batch_tokens, max_queries, progress)
+
+
+def _evaluate(
+    model: CubeModel,
+    data: Path,
+    batch_tokens: int | None,
+    max_queries: int | None,
+    progress: bool,
+) -> dict[str, Any]:
+    texts, test_sets = read_test_sets(data, max_queries)
+    token_ids = model.text_tokenizer(texts.texts)
+    fixed = [_fixed_columns(test_set) for test_set in test_sets]
+    rows = []
+    total = len(model.cube.ranks) * len(token_ids)
+    with tqdm(
+        desc="evaluating", unit=" texts", total=total, disable=None if progress else True
+    ) as bar:
+        for rank in model.cube.ranks:
+            vectors = encode_all_exits(model.encoder, token_ids, batch_tokens, rank, bar)
+            for cut, unit in _cut_vectors(vectors, model.cube, rank, model.device):
+                sizes = model.describe(cut)
+                for test_set, columns in zip(test_sets, fixed, strict=True):
+                    rows.append(sizes | columns | metrics_of_ranks(test_set.ranks(unit)))
+    on_gpu = model.device.type == "cuda"
+    return {
+        "model": model.name,
+        "data": str(data),
+        "device": torch.cuda.get_device_name(model.device) if on_gpu else model.device.type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "texts": len(token_ids),
+        "tokens": sum(map(len, token_ids)),
+        "rows": rows,
+    }
 
 
 def _fixed_columns(test_set: TestSet) -> dict[str, Any]:
@@ -226,11 +212,18 @@ def encode_all_exits(
     encoder: MatryoshkaEncoder,
     token_ids: list[np.ndarray],
     batch_tokens: int | None,
-    rank: int | None,
+    rank: int,
     bar: tqdm,
 ) -> Tensor:
-    """(E, N, H) float32 vectors of N texts given as ids, on the CPU, in the order of the texts; not
-    normalised."""
+    """Vectors of N texts, given as ids, at every exit.
+
+    Args:
+        batch_tokens: as in `pooled_vectors`.
+        rank: leading components of the token factors to use; 0 is a whole token table.
+        bar: moved by the texts that are done.
+    Returns:
+        (E, N, H) float32 on the CPU, in the order of the texts, not normalised.
+    """
     order = longest_first(token_ids)
     vectors = torch.empty(len(encoder.exits), len(order), encoder.config.hidden_size)
     start = 0
@@ -243,10 +236,10 @@ def encode_all_exits(
 
 
 def _cut_vectors(
-    vectors: Tensor, cube: Cube, device: torch.device
-) -> Iterator[tuple[int, int, Tensor]]:
-    """(depth, dim, (N, dim) unit vectors on the device) for every cell of a rank."""
+    vectors: Tensor, cube: Cube, rank: int, device: torch.device
+) -> Iterator[tuple[Cut, Tensor]]:
+    """Every cut of a rank with its (N, dim) unit vectors on the device."""
     for depth, whole in zip(cube.depths, vectors, strict=True):
         whole = whole.to(device)
         for dim in cube.dims:
-            yield depth, dim, normalize(whole[:, :dim], dim=-1)
+            yield Cut(rank, depth, dim), normalize(whole[:, :dim], dim=-1)

@@ -1,5 +1,6 @@
-"""What a model is tested on: queries that each have one right passage among candidates of their
-own, or in a corpus.
+"""What a model is tested on: queries, each with one right passage among others.
+
+The others are candidates of the query's own, or a corpus.
 
 Letters: Q queries, C candidates of a query, N documents of a corpus, P pairs, D vector length.
 """
@@ -103,13 +104,13 @@ def read_test_sets(path: Path, max_queries: int | None = None) -> tuple[Texts, l
     """The test sets of a file, or of every file of a folder, and their texts.
 
     A parquet file with the columns query, passage, candidates (list of strings, the passage among
-    them) and, if it likes, split gives one candidate set a split. Any other file is raw data
+    them) and, optionally, split gives one candidate set per split. Any other file is raw data
     (query, passage, negatives): its corpus is all its passages and negatives; a query's other
     passages, and its own text, do not compete.
 
     Args:
         path: a file or a folder.
-        max_queries: rows taken of a raw dataset, evenly spaced, passages and negatives with them;
+        max_queries: rows taken of a raw dataset, evenly spaced, with their passages and negatives;
             None is all.
 
     Raises:

@@ -16,10 +16,10 @@ from torch import Tensor
 CUTOFF = 10
 METRICS = ("recall@1", f"mrr@{CUTOFF}", f"ndcg@{CUTOFF}")
 TIE = 1e-6
-"""Cosines closer than this are a tie. The same cosine of the same vectors comes out of matrix
-products of different shapes up to about 2e-7 apart (float32), and a model that maps all texts to
-one vector must not win by that."""
-QUERY_BLOCK = 1024
+"""Cosines closer than this are a tie. Matrix products of different shapes give the same cosine up
+to about 2e-7 apart (float32), and a model that maps all texts to one vector must not win by that.
+"""
+QUERIES_AT_ONCE = 1024
 
 
 def ranks_of_scores(scores: Tensor | np.ndarray, positive: Tensor | np.ndarray) -> Tensor:
@@ -46,7 +46,7 @@ def ranks_of_positives(
     queries: Tensor,
     documents: Tensor,
     positive: Tensor,
-    chunk: int = 16384,
+    at_once: int = 16384,
     excluded: Tensor | None = None,
 ) -> Tensor:
     """`ranks_of_scores` of all queries over all documents, without ever holding (Q, N) scores.
@@ -55,7 +55,7 @@ def ranks_of_positives(
         queries: (Q, D), rows of unit length.
         documents: (N, D), rows of unit length, on the same device.
         positive: (Q,) row of each query's relevant document.
-        chunk: documents scored at a time; it does not change the result.
+        at_once: documents scored at a time; it does not change the result.
         excluded: (P, 2) distinct pairs of query and document rows that do not compete, such as
             other right answers; never a query and its own positive. None is no such pair.
     Returns:
@@ -69,12 +69,12 @@ def ranks_of_positives(
         better = torch.zeros(len(queries), dtype=torch.int64, device=device)
         tied = better.clone()
         count = torch.full_like(better, len(documents))
-        for rows in torch.arange(len(queries), device=device).split(QUERY_BLOCK):
-            for block in documents.split(chunk):
-                more_better, more_tied = _compare(queries[rows] @ block.T, own[rows])
+        for rows in torch.arange(len(queries), device=device).split(QUERIES_AT_ONCE):
+            for some in documents.split(at_once):
+                more_better, more_tied = _compare(queries[rows] @ some.T, own[rows])
                 better[rows] += more_better
                 tied[rows] += more_tied
-        for pairs in () if excluded is None else excluded.to(device).long().split(chunk):
+        for pairs in () if excluded is None else excluded.to(device).long().split(at_once):
             q, d = pairs.unbind(1)
             pair_better, pair_tied = _compare(
                 (queries[q] * documents[d]).sum(1, keepdim=True), own[q]
@@ -86,17 +86,16 @@ def ranks_of_positives(
 
 
 def _compare(scores: Tensor, own: Tensor, competes: Tensor | bool = True) -> tuple[Tensor, Tensor]:
-    """(Q, C) scores against (Q, 1) scores of the positives -> (Q,) how many are better, (Q,) how
-    many tie.
+    """How many of (Q, C) scores are better than their row's (Q, 1) positive, and how many tie.
 
-    "Not worse" and not "greater", so that what is not a number counts as better.
+    "Not worse" and not "greater", so that NaN counts as better.
     """
     tied = (scores - own).abs() <= TIE
     return (~(scores < own) & ~tied & competes).sum(1), tied.sum(1)
 
 
 def _rank(better: Tensor, tied: Tensor, count: Tensor) -> Tensor:
-    """The positive itself is among `tied`, or among `better` if it is not a number."""
+    """Ranks; the positive itself is among `tied`, or among `better` if it is NaN."""
     return (1 + better.double() + (tied - 1).clamp(min=0).double() / 2).minimum(count.double())
 
 

@@ -1,8 +1,8 @@
-"""mteb's tasks at any cuts of a model: each text is encoded once a rank, for all depths and vector
-lengths.
+"""mteb's tasks at any cuts of a model: a text is encoded once per rank, for all depths and dims.
 
-mteb is optional and slow to import, so it is imported where it is used. Letters: E exits, N texts,
-D vector length.
+mteb is optional and slow to import, so it is imported where it is used.
+
+Letters: E exits, N texts, D vector length.
 """
 
 import dataclasses
@@ -22,11 +22,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
-from ml_embed.errors import UserError
-from ml_embed.evaluation.cells import Cell
-from ml_embed.evaluation.cube import CubeModel, choose_cube, encode_all_exits
+from ml_embed.errors import UserError, one_line
+from ml_embed.evaluation.cube import CubeModel, encode_all_exits
 from ml_embed.files.atomic import write_json
-from ml_embed.model_folders.model_folder import weights_digest
+from ml_embed.files.paths import home_path
+from ml_embed.model_folders.cut import Cut, choose_cube
+from ml_embed.model_folders.read import weights_digest
 
 if TYPE_CHECKING:
     from mteb import ResultCache
@@ -42,15 +43,15 @@ SUMMARY_FILE = "summary.json"
 class TaskPrompts:
     """Which text stands in front of which input.
 
-    mteb's rule for the folder's names, the first that there is: task-role, task, task type-role,
-    task type, role. A
-    role is "query" or "document"; the texts of many tasks (clustering, STS) have none.
+    mteb takes the first of these names that the folder has: task-role, task, task type-role, task
+    type, role. A role is "query" or "document"; the texts of many tasks (clustering, STS) have
+    none.
     """
 
     folder: Mapping[str, str]
     """name -> text"""
     given: Mapping[str, str]
-    """role -> text, before all that the folder says"""
+    """role -> text, instead of what the folder says"""
 
     def text(self, task_metadata: "TaskMetadata", role: "PromptType | None") -> str:
         from mteb.models.abs_encoder import get_prompt
@@ -69,13 +70,13 @@ def require_mteb() -> None:
 def find_tasks(
     names: Sequence[str], benchmark: str | None = None, languages: Sequence[str] | None = None
 ) -> list["AbsTask"]:
-    """mteb's tasks of these names and of a benchmark, cut down to languages.
+    """mteb's tasks of these names and of a benchmark, in these languages.
 
     Args:
         names: of tasks.
         benchmark: e.g. "MTEB(Multilingual, v2)"; None is none.
-        languages: ISO 639-3 codes, with a script if wanted (eng, deu-Latn); tasks without any of
-            them are left out.
+        languages: ISO 639-3 codes, with a script if wanted (eng, deu-Latn); tasks in none of them
+            are left out.
     Raises:
         UserError: unknown names, each with the nearest known one; or no task in these languages.
     """
@@ -84,9 +85,10 @@ def find_tasks(
 
     tasks: list[AbsTask] = []
     unknown = []
-    for find, name in [(mteb.get_task, name) for name in names] + [
-        (mteb.get_benchmark, benchmark)
-    ] * bool(benchmark):
+    wanted = [(mteb.get_task, name) for name in names]
+    if benchmark:
+        wanted.append((mteb.get_benchmark, benchmark))
+    for find, name in wanted:
         try:
             found = find(name)
             tasks += found.tasks if name == benchmark else [found]
@@ -127,31 +129,29 @@ def evaluate_mteb(
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Scores of every task at every rank, depth and dim; what `output` has already is not computed
-    again.
+    """Scores of every task at every rank, depth and dim; what `output` has is not computed again.
 
-    mteb's own result files lie in output/results/, named after the folder, its content and prompts,
-    and the cut.
-    While a task runs, its vectors are held in `output`: texts x depths x longest dim x 4 bytes.
+    mteb's own result files lie in output/results/, named after the model, its content and prompts,
+    and the cut. While a task runs, its vectors are held in `output`: texts x depths x longest dim
+    x 4 bytes.
 
     Args:
-        folder: a model folder, or a plain backbone.
+        folder: a model folder, a plain backbone, or the name of one on the hub.
         tasks: from `find_tasks`, or tasks of one's own.
         output: folder for results.
         ranks, depths, dims: None is the largest of each; untrained sizes are taken too.
         query_prompt, passage_prompt: put in front of queries and of documents; "" is none, None
             takes the folder's prompts, by mteb's rule (see `TaskPrompts`).
-        batch_tokens: tokens in a forward pass; None is the device's default.
+        batch_tokens: tokens per forward pass; None is the device's default.
         device: None is the first GPU if there is one, else the CPU.
         overwrite: compute everything again.
         progress: bars on stderr, on terminals.
 
     Returns:
         what is written to output/summary.json: model, revision (of content and prompts), mteb
-        (version), prompts, and
-        "rows", one for each task and cut: task, type, metric, score (mteb's main score, the mean
-        over its splits and
-        subsets), rank, depth, dim, trained, parameters, bytes_per_vector.
+        (version), prompts, and "rows", one for each task and cut: task, type, metric, score (mteb's
+        main score, the mean over its splits and subsets), rank, depth, dim, trained, parameters,
+        bytes_per_vector.
 
     Raises:
         UserError: mteb is missing, the model cannot be read, a size is not one that it has, a task
@@ -160,19 +160,23 @@ def evaluate_mteb(
     require_mteb()
     import mteb
 
-    opened = CubeModel.open(folder, device=device)
-    record, config = opened.record, opened.config
-    depths, dims = depths or [config.num_hidden_layers], dims or record.dims[:1]
-    cube = choose_cube(record, config, ranks or record.ranks[-1:], depths, dims)
-    model = dataclasses.replace(opened, cube=cube)
     _check_text_only(tasks)
+    model = CubeModel.open(folder, device=device)
+    record, config = model.folder.record, model.folder.config
+    cube = choose_cube(
+        record,
+        config,
+        ranks or record.ranks[-1:],
+        depths or [config.num_hidden_layers],
+        dims or record.dims[:1],
+    )
+    model = dataclasses.replace(model, cube=cube)
     given = {"query": query_prompt, "document": passage_prompt}
     prompts = TaskPrompts(
         record.prompts, {role: text for role, text in given.items() if text is not None}
     )
-    run = _MtebRun(
-        model, prompts, _revision(model, prompts), mteb.ResultCache(output), batch_tokens, progress
-    )
+    revision = _revision(model, prompts)
+    run = _MtebRun(model, prompts, revision, mteb.ResultCache(output), batch_tokens, progress)
     rows = []
     for task in tasks:
         parts = task.metadata.tasks if task.is_aggregate else [task]
@@ -181,7 +185,7 @@ def evaluate_mteb(
         for part in parts:
             run.complete(part)
         rows += run.rows(task)
-    summary = {"model": str(folder), "revision": run.revision, "mteb": mteb.__version__}
+    summary = {"model": model.name, "revision": revision, "mteb": mteb.__version__}
     summary |= {"prompts": dataclasses.asdict(prompts), "rows": rows}
     write_json(output / SUMMARY_FILE, summary)
     return summary
@@ -198,9 +202,9 @@ def _check_text_only(tasks: Iterable["AbsTask"]) -> None:
 def _revision(model: CubeModel, prompts: TaskPrompts) -> str:
     """Tells apart what gives different scores under the same name."""
     content = [
-        weights_digest(model.folder),
+        weights_digest(model.folder.path),
         dataclasses.asdict(prompts),
-        model.record.max_seq_length,
+        model.folder.record.max_seq_length,
     ]
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
 
@@ -222,15 +226,15 @@ class _MtebRun:
         Raises:
             UserError: the task's data cannot be loaded.
         """
-        missing = [cell for cell in self.model.cube.cells if not self._is_done(task, cell)]
+        missing = [cut for cut in self.model.cube.cuts if not self._is_done(task, cut)]
         if not missing:
             return
         _load_data(task)
-        for rank, cells in groupby(missing, key=lambda cell: cell[0]):
+        for rank, cuts in groupby(missing, key=lambda cut: cut.rank):
             with TemporaryDirectory(dir=self.cache.cache_path, prefix=".vectors-") as folder:
                 vectors = _Vectors(self.model, rank, Path(folder), self.batch_tokens, self.progress)
-                for _, depth, dim in cells:
-                    self._evaluate(task, (rank, depth, dim), vectors.cut(depth, dim))
+                for cut in cuts:
+                    self._evaluate(task, cut, vectors.of_cut(cut))
         task.unload_data()
 
     def rows(self, task: "AbsTask") -> list[dict[str, Any]]:
@@ -241,46 +245,45 @@ class _MtebRun:
             "metric": task.metadata.main_score,
         }
         rows = []
-        for cell in self.model.cube.cells:
+        for cut in self.model.cube.cuts:
             if task.is_aggregate:
-                self._evaluate(task, cell, _never_encoded)
-            result = self.cache.load_task_result(task.metadata.name, self._meta(cell))
+                self._evaluate(task, cut, _never_encoded)
+            result = self.cache.load_task_result(task.metadata.name, self._meta(cut))
             score = result.validate_and_filter_scores(task).get_score()
-            rows.append(named | {"score": float(score)} | self.model.describe(*cell))
+            rows.append(named | {"score": float(score)} | self.model.describe(cut))
         return rows
 
     def forget(self, tasks: Iterable["AbsTask"]) -> None:
         """Remove earlier results."""
         for task in tasks:
-            for cell in self.model.cube.cells:
-                self.cache.get_task_result_path(task.metadata.name, self._meta(cell)).unlink(
-                    missing_ok=True
-                )
+            for cut in self.model.cube.cuts:
+                path = self.cache.get_task_result_path(task.metadata.name, self._meta(cut))
+                path.unlink(missing_ok=True)
 
-    def _is_done(self, task: "AbsTask", cell: Cell) -> bool:
-        result = self.cache.load_task_result(task.metadata.name, self._meta(cell))
+    def _is_done(self, task: "AbsTask", cut: Cut) -> bool:
+        result = self.cache.load_task_result(task.metadata.name, self._meta(cut))
         return result is not None and not result.get_missing_evaluations(task)
 
     def _evaluate(
-        self, task: "AbsTask", cell: Cell, vectors: Callable[[list[str]], np.ndarray]
+        self, task: "AbsTask", cut: Cut, vectors: Callable[[list[str]], np.ndarray]
     ) -> None:
         import mteb
 
-        encoder = CutEncoder(vectors, self.prompts, self._meta(cell))
+        encoder = CutEncoder(vectors, self.prompts, self._meta(cut))
         mteb.evaluate(encoder, task, cache=self.cache, co2_tracker=False, show_progress_bar=False)
 
-    def _meta(self, cell: Cell) -> "ModelMeta":
+    def _meta(self, cut: Cut) -> "ModelMeta":
         """mteb keeps results by this name, revision and cut."""
         from mteb.models import ModelMeta
 
-        path = Path(self.model.folder).resolve()
+        path = home_path(self.model.name).resolve()
         known = {
             "name": f"{path.parent.name or 'local'}/{path.name}",
             "revision": self.revision,
-            "n_parameters": self.model.describe(*cell)["parameters"],
-            "max_tokens": self.model.record.max_seq_length,
-            "embed_dim": cell[2],
-            "experiment_kwargs": dict(zip(("rank", "depth", "dim"), cell, strict=True)),
+            "n_parameters": self.model.describe(cut)["parameters"],
+            "max_tokens": self.model.folder.record.max_seq_length,
+            "embed_dim": cut.dim,
+            "experiment_kwargs": vars(cut),
         }
         return ModelMeta.create_empty(known)
 
@@ -288,15 +291,11 @@ class _MtebRun:
 def _load_data(task: "AbsTask") -> None:
     try:
         task.load_data()
-    except (
-        Exception
-    ) as error:  # the hub's client, datasets and each task's own loader raise their own
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:  # the hub's client, datasets and each task's loader have their own
         raise UserError(
             f"task {task.metadata.name}: its data {task.metadata.dataset['path']!r} could not be "
-            "loaded "
-            f"({type(error).__name__}: {reason}); connect to the hub, or set HF_HOME to a folder "
-            "that holds it"
+            f"loaded ({type(error).__name__}: {one_line(error)}); connect to the hub, or set "
+            "HF_HOME to a folder that holds it"
         ) from error
 
 
@@ -305,8 +304,7 @@ def _never_encoded(texts: list[str]) -> np.ndarray:
 
 
 class _Vectors:
-    """Vectors of lists of texts at one rank, at all depths and up to the longest dim, kept in
-    files."""
+    """Vectors of lists of texts at one rank: all depths, the longest dim, kept in files."""
 
     def __init__(
         self, model: CubeModel, rank: int, folder: Path, batch_tokens: int | None, progress: bool
@@ -317,25 +315,22 @@ class _Vectors:
         self._batch_tokens = batch_tokens
         self._progress = progress
 
-    def cut(self, depth: int, dim: int) -> Callable[[list[str]], np.ndarray]:
-        """A function: texts -> (N, dim) float32 unit vectors at this depth."""
-        place = self._model.cube.depths.index(depth)
+    def of_cut(self, cut: Cut) -> Callable[[list[str]], np.ndarray]:
+        """A function: texts -> (N, dim) float32 unit vectors."""
+        place = self._model.cube.depths.index(cut.depth)
 
         def vectors(texts: list[str]) -> np.ndarray:
-            leading = torch.from_numpy(np.array(self._all(texts)[place, :, :dim]))
+            leading = torch.from_numpy(np.array(self._all(texts)[place, :, : cut.dim]))
             return normalize(leading, dim=-1).numpy()
 
         return vectors
 
     def _all(self, texts: list[str]) -> np.ndarray:
-        """(E, N, longest dim), read from its file or computed; no file if nobody else will read
-        it."""
+        """(E, N, longest dim), from a file that other cuts read again, if there are others."""
         if len(self._model.cube.depths) * len(self._model.cube.dims) == 1:
             return self._encode(texts).numpy()
-        path = (
-            self._folder
-            / f"{hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).hexdigest()}.npy"
-        )
+        digest = hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).hexdigest()
+        path = self._folder / f"{digest}.npy"
         if not path.exists():
             np.save(path, self._encode(texts)[:, :, : self._model.cube.dims[-1]].numpy())
         return np.load(path, mmap_mode="r")
@@ -350,7 +345,7 @@ class _Vectors:
             disable=None if self._progress else True,
         ) as bar:
             return encode_all_exits(
-                self._model.encoder, token_ids, self._batch_tokens, self._rank or None, bar
+                self._model.encoder, token_ids, self._batch_tokens, self._rank, bar
             )
 
 
@@ -384,10 +379,8 @@ class CutEncoder:
 
     def similarity(self, embeddings1: np.ndarray, embeddings2: np.ndarray) -> Tensor:
         """(N, M) cosines of (N, D) and (M, D) unit vectors."""
-        return (
-            torch.atleast_2d(torch.as_tensor(embeddings1))
-            @ torch.atleast_2d(torch.as_tensor(embeddings2)).T
-        )
+        left, right = (torch.atleast_2d(torch.as_tensor(e)) for e in (embeddings1, embeddings2))
+        return left @ right.T
 
     def similarity_pairwise(self, embeddings1: np.ndarray, embeddings2: np.ndarray) -> Tensor:
         """(N,) cosines of (N, D) and (N, D) unit vectors, row by row."""

@@ -1,5 +1,4 @@
-"""What users give as paths: the home folder, names on the hub, and places that are to be
-written."""
+"""What users give as paths: the home folder, names on the hub, and places to be written."""
 
 import json
 import os
@@ -15,21 +14,20 @@ _STEP_FOLDER = re.compile(r"step_(\d+)")
 
 def expand_home(path: str) -> str:
     """`~` or `~name` at the start as the home folder; all else as it is written."""
-    return os.path.expanduser(path)  # noqa: PTH111 - pathlib's drops a "./", which tells a path from a hub name
+    # Not pathlib's, which drops a "./" that tells a path from a hub name.
+    return os.path.expanduser(path)  # noqa: PTH111
 
 
 def home_path(path: str | Path) -> Path:
-    """A path whose `~` is the home folder; as argparse's `type`, too: a shell leaves `--flag=~/x`
-    alone.
+    """A path whose `~` is the home folder; also argparse's `type`: shells leave `--flag=~/x` alone.
 
-    Not for what may be a name on the hub (`model_place`): "./x" becomes "x", which may be one.
+    Not for what may be a name on the hub (`find_model_folder`): "./x" becomes "x", which is one.
     """
     return Path(expand_home(str(path)))
 
 
 def is_hub_name(given: str | Path) -> bool:
-    """Whether it can only be meant as a name on the hub: nothing is there, and it is written "name"
-    or "owner/name"."""
+    """Whether it is written like a name on the hub ("name", "owner/name") and nothing is there."""
     written = str(given)
     as_path = written.startswith(("/", ".", "~")) or written.endswith("/") or written.count("/") > 1
     return not as_path and not os.path.lexists(written)
@@ -51,32 +49,8 @@ def numbered_folders(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match.group(1)), path) for match, path in found if match)
 
 
-def model_place(given: str | Path) -> Path:
-    """Where a model is read from: a folder, its `~` expanded, or a name on the hub as it is.
-
-    Args:
-        given: as the user wrote it; a Path is a folder and never a name on the hub.
-    Raises:
-        UserError: nothing is there, or a file, or a run, whose model folders are one level below.
-    """
-    path = home_path(given)
-    if not path.is_dir() and (isinstance(given, Path) or not is_hub_name(given)):
-        raise UserError(
-            f"model folder {given} "
-            f"{'is a file; give a folder' if path.exists() else 'does not exist'}"
-        )
-    if model_type(path) is None and (
-        steps := numbered_folders(path)
-    ):  # its config.json is the training's
-        raise UserError(
-            f"{given} is a run folder; give a model folder in it, the newest is {steps[-1][1]}"
-        )
-    return path
-
-
 def file_in_the_way(path: Path) -> Path | None:
-    """The file that stands where a folder or one above it is or has to be made; None if there is
-    none."""
+    """The file where a folder, or a folder above it, would have to be; None if there is none."""
     try:
         return next((place for place in (path, *path.parents) if place.is_file()), None)
     except OSError:  # one may not look there
@@ -84,7 +58,7 @@ def file_in_the_way(path: Path) -> Path | None:
 
 
 def check_writable(path: Path, flag: str = "--output") -> None:
-    """Look, before long work, whether a folder can be made or filled; nothing stays behind.
+    """Check before long work that a folder can be made or filled; nothing stays behind.
 
     Args:
         path: a folder, which may exist, and so may none of those above it.
@@ -107,14 +81,13 @@ def check_writable(path: Path, flag: str = "--output") -> None:
 
 
 def check_model_output(output: Path, overwrite: bool, source: Path | None = None) -> None:
-    """Look, before long work, whether a model folder may and can be written; an empty folder counts
-    as none.
+    """Check before long work that a model folder may and can be written.
 
     Args:
-        output: the new folder, or a link to it. An old one that a killed run was replacing is put
-            back.
+        output: the new folder, or a link to it; an empty folder counts as none. An old folder that
+            a killed command was replacing is put back.
         overwrite: replace a model folder that is there, and nothing else.
-        source: the model that it is made of, which is not replaced.
+        source: the model that is read, which must not be replaced.
     Raises:
         UserError: it must not or cannot be written.
     """
@@ -131,6 +104,5 @@ def check_model_output(output: Path, overwrite: bool, source: Path | None = None
         if model_type(output) is None:
             raise UserError(
                 f"{output} is not a model folder (no config.json that names a model_type), so it "
-                "is not replaced; "
-                "give another --output"
+                "is not replaced; give another --output"
             )

@@ -1,4 +1,4 @@
-"""Inference: texts to unit vectors, from a whole nested model or any part of it.
+"""Texts to unit vectors, from a whole nested model or any part of it.
 
 Texts are sorted by length inside windows of some thousands and packed into rows of real tokens, so
 nothing is spent on padding; windows stream, so that a generator of millions of texts takes bounded
@@ -8,16 +8,12 @@ layers): 2.2 s of CPU time, sentence-transformers' encode 8.3 s, the vectors equ
 Letters: N texts, T tokens of a packed batch, E exits, H hidden size, D vector length.
 """
 
-import itertools
-import os
-from collections import deque
+import functools
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,21 +21,34 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from ml_embed.errors import UserError
-from ml_embed.files.paths import check_writable, home_path
+from ml_embed.files.model_source import find_model_folder
+from ml_embed.files.paths import home_path
 from ml_embed.inference.encoding import choose_device, default_dtype, longest_first, pooled_vectors
+from ml_embed.inference.texts import as_several, windows_of
+from ml_embed.inference.vector_file import check_vector_file, write_vectors
+from ml_embed.inference.workers import Encode, encode_in_processes, results_in_order
 from ml_embed.kernels.attention import choose_kernel
 from ml_embed.model import MatryoshkaEncoder
-from ml_embed.model_folders.cut import Cut, choose_cut, read_record
-from ml_embed.model_folders.model_folder import ModelRecord, load_backbone_config, load_encoder
-from ml_embed.prepare.tokenizer import TextTokenizer, load_tokenizer
+from ml_embed.model_folders.cut import Cut, choose_cut
+from ml_embed.model_folders.read import ModelFolder, load_encoder
+from ml_embed.model_folders.record import ModelRecord
+from ml_embed.model_folders.sizes import parameters_of
+from ml_embed.prepare.tokenizer import TextTokenizer
 
 WINDOW = 8192
-"""Texts sorted together. More would sort better and hold more; at this size batches are of nearly
-equal lengths."""
+"""Texts sorted together by length: enough that those of a batch are of nearly equal lengths."""
 WORKER_WINDOW = 1024
-"""Texts handed to another process at a time: fewer, so that all processes have some."""
+"""Texts handed to another process at a time: fewer, so that every process gets some."""
 PROGRESS_DELAY = 2.0
 """Seconds before a progress bar shows itself, so that short calls stay quiet."""
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """How one call encodes; see `Embedder.encode`."""
+
+    batch_tokens: int | None = None
+    unit_length: bool = True
 
 
 class Embedder:
@@ -56,7 +65,7 @@ class Embedder:
         self._text_tokenizer = text_tokenizer
         self._record = record
         self._cut = cut
-        self._source: _Source | None = None
+        self._load_again: Callable[..., Embedder] | None = None
 
     @classmethod
     def from_pretrained(
@@ -72,7 +81,7 @@ class Embedder:
         """Load a model folder, or a plain Qwen3 backbone, and only the part of it that is wanted.
 
         Args:
-            folder: what training or `scripts/export_model.py` wrote.
+            folder: what training or `scripts/export_model.py` wrote, or a name on the hub.
             depth: decoder layers to run; None is all.
             dim: length of the vectors; None is the longest trained.
             rank: rank of the token factors; None is all.
@@ -86,17 +95,19 @@ class Embedder:
         """
         device = choose_device(device)
         dtype = default_dtype(device) if dtype is None else dtype
-        config = load_backbone_config(folder)
-        folder = home_path(folder)
-        tokenizer = load_tokenizer(folder)
-        record = read_record(folder, config, tokenizer)
-        cut = choose_cut(record, config, depth, dim, rank, allow_untrained)
+        source = ModelFolder.open(find_model_folder(folder))
+        record = source.record
+        cut = choose_cut(record, source.config, depth, dim, rank, allow_untrained)
         kernel = choose_kernel("auto", device, dtype)
         encoder = load_encoder(
-            folder, depth=cut.depth, rank=cut.rank or None, kernel=kernel, dtype=dtype
-        ).to(device)
-        embedder = cls(encoder, TextTokenizer(tokenizer, record.max_seq_length), record, cut)
-        embedder._source = _Source(str(folder), cut, dtype)
+            source.path, depth=cut.depth, rank=cut.rank, kernel=kernel, dtype=dtype
+        )
+        text_tokenizer = TextTokenizer(source.tokenizer, record.max_seq_length)
+        embedder = cls(encoder.to(device), text_tokenizer, record, cut)
+        sizes = vars(cut) | {"rank": cut.rank or None}
+        embedder._load_again = functools.partial(
+            cls.from_pretrained, source.path, **sizes, allow_untrained=True, dtype=dtype
+        )
         return embedder
 
     @property
@@ -131,7 +142,7 @@ class Embedder:
     @property
     def num_parameters(self) -> int:
         """Parameters held in memory, the token factors among them."""
-        return sum(parameter.numel() for parameter in self._encoder.parameters())
+        return parameters_of(self._encoder.config, self._cut)
 
     def encode(
         self,
@@ -147,14 +158,14 @@ class Embedder:
         Args:
             texts: a list, any iterable, or one string, which counts as a list of one.
             prompt: name of one of the model's saved `prompts`, put before each text; None is no
-                prompt. A text of your own is put in front of the texts by yourself.
-            batch_tokens: tokens in a forward pass; None is 32,768 on a GPU and 4,096 on the CPU. It
+                prompt. A prompt of your own is put in front of the texts by yourself.
+            batch_tokens: tokens per forward pass; None is 32,768 on a GPU and 4,096 on the CPU. It
                 bounds memory and does not change the vectors.
             show_progress: a bar on stderr; None shows it on a terminal once the call has taken two
                 seconds.
-            devices: spread the texts over these, with a process and a copy of the model on each,
-                e.g. ["cuda:0", "cuda:1"] or ["cpu", "cpu"]; one string counts as a list of one;
-                None computes here. The calling script needs the usual `if __name__ == "__main__":`.
+            devices: compute on these, with a process and a copy of the model on each, e.g.
+                ["cuda:0", "cuda:1"] or ["cpu", "cpu"]; one string counts as a list of one; None
+                computes here. The calling script needs the usual `if __name__ == "__main__":`.
             normalize: False leaves vectors as long as the model gives them, which is what
                 distillation learns from.
 
@@ -164,7 +175,8 @@ class Embedder:
         Raises:
             UserError: a text is not a string, or the prompt or a device is not known.
         """
-        windows = list(self._stream(texts, prompt, batch_tokens, show_progress, devices, normalize))
+        settings = _Settings(batch_tokens, normalize)
+        windows = list(self._stream(texts, prompt, settings, show_progress, devices))
         return np.concatenate(windows) if windows else np.empty((0, self.dim), np.float32)
 
     def encode_to_file(
@@ -190,44 +202,25 @@ class Embedder:
                 is not to be overwritten, or cannot be written.
         """
         path = home_path(path)
-        if path.suffix != ".npy":
-            raise UserError(f"{path} must end in .npy, the format that is written")
-        if path.is_dir():
-            raise UserError(
-                f"{path} is a folder, which is not replaced by a file; give another path"
-            )
-        if path.exists() and not overwrite:
-            raise UserError(
-                f"{path} exists already; give another path, or overwrite=True to replace it"
-            )
-        check_writable(path.parent, "folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.partial-{os.getpid()}")
-        try:
-            count = _write_npy(
-                unfinished,
-                self._stream(texts, prompt, batch_tokens, show_progress, devices),
-                self.dim,
-            )
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
-        return count
+        check_vector_file(path, overwrite)
+        windows = self._stream(texts, prompt, _Settings(batch_tokens), show_progress, devices)
+        return write_vectors(path, windows, self.dim)
 
     def _stream(
         self,
         texts: str | Iterable[str],
         prompt: str | None,
-        batch_tokens: int | None,
+        settings: _Settings,
         show_progress: bool | None,
         devices: str | Sequence[str] | None,
-        unit_length: bool = True,
     ) -> Iterator[np.ndarray]:
         """(n, D) vectors of one window of texts after another."""
-        texts = _several(texts, "texts")
-        if batch_tokens is not None and batch_tokens < 1:
-            raise UserError(f"batch_tokens is {batch_tokens}; it must be at least 1")
-        prefix = self._prompt_text(prompt)
+        texts = as_several(texts, "texts")
+        if settings.batch_tokens is not None and settings.batch_tokens < 1:
+            raise UserError(f"batch_tokens is {settings.batch_tokens}; it must be at least 1")
+        windows = windows_of(
+            texts, self._prompt_text(prompt), WINDOW if devices is None else WORKER_WINDOW
+        )
         bar = tqdm(
             desc="encoding",
             unit=" texts",
@@ -236,13 +229,10 @@ class Embedder:
             disable=None if show_progress is None else not show_progress,
         )
         if devices is None:
-            run = self._encode_here(
-                _windows(texts, prefix, WINDOW), batch_tokens, unit_length, bar.update
-            )
+            run = self._encode_here(windows, settings, bar.update)
         else:
-            windows = _windows(texts, prefix, WORKER_WINDOW)
-            names = _several(devices, "devices")
-            run = self._encode_elsewhere(windows, batch_tokens, unit_length, bar.update, names)
+            names = [str(choose_device(name)) for name in as_several(devices, "devices")]
+            run = self._encode_elsewhere(windows, settings, bar.update, names)
         with bar, closing(run):
             yield from run
 
@@ -260,30 +250,29 @@ class Embedder:
     def _encode_here(
         self,
         windows: Iterable[list[str]],
-        batch_tokens: int | None,
-        unit_length: bool,
+        settings: _Settings,
         progress: Callable[[int], object],
     ) -> Generator[np.ndarray, None, None]:
         # One window is tokenized, in Rust without the GIL, while the one before it is computed.
         with ThreadPoolExecutor(1) as tokenizing:
-            for token_ids in _ahead(
-                windows, lambda texts: tokenizing.submit(self._text_tokenizer, texts), 1
+            for token_ids in results_in_order(
+                windows, lambda texts: tokenizing.submit(self._text_tokenizer, texts), ahead=1
             ):
-                yield self._encode_window(token_ids, batch_tokens, unit_length, progress)
+                yield self._encode_window(token_ids, settings, progress)
 
     def _encode_window(
         self,
         token_ids: list[np.ndarray],
-        batch_tokens: int | None,
-        unit_length: bool,
+        settings: _Settings,
         progress: Callable[[int], object],
     ) -> np.ndarray:
         """(n, D) vectors of n texts given as ids."""
         order = longest_first(token_ids)
+        in_order = [token_ids[i] for i in order]
         rows = []
-        for vectors in pooled_vectors(self._encoder, [token_ids[i] for i in order], batch_tokens):
+        for vectors in pooled_vectors(self._encoder, in_order, settings.batch_tokens):
             cut = vectors[0, :, : self.dim]
-            rows.append(normalize(cut, dim=-1) if unit_length else cut)
+            rows.append(normalize(cut, dim=-1) if settings.unit_length else cut)
             progress(len(rows[-1]))
         unsorted = np.empty((len(order), self.dim), np.float32)
         unsorted[order] = torch.cat(rows).cpu().numpy()  # the only wait for a GPU in a window
@@ -292,129 +281,26 @@ class Embedder:
     def _encode_elsewhere(
         self,
         windows: Iterable[list[str]],
-        batch_tokens: int | None,
-        unit_length: bool,
+        settings: _Settings,
         progress: Callable[[int], object],
-        devices: Iterable[str],
+        devices: list[str],
     ) -> Generator[np.ndarray, None, None]:
-        assert self._source is not None, (
+        assert self._load_again is not None, (
             "only a model that was loaded from a folder can be loaded again elsewhere"
         )
-        names = [str(choose_device(device)) for device in devices]
-        if not names:
+        if not devices:
             raise UserError("devices is empty; name at least one, or leave it out")
-        # Spawned, not forked: a forked process cannot use CUDA.
-        context = get_context("spawn")
-        waiting = context.SimpleQueue()
-        for name in names:
-            waiting.put(name)
-        with ProcessPoolExecutor(
-            len(names), context, _start_worker, (waiting, self._source, len(names))
-        ) as pool:
-
-            def submit(texts: list[str]) -> Future[np.ndarray]:
-                return pool.submit(_encode_in_worker, batch_tokens, unit_length, texts)
-
-            for vectors in _ahead(windows, submit, 2 * len(names)):
-                progress(len(vectors))
-                yield vectors
+        load = functools.partial(_load_encode, self._load_again, settings)
+        for vectors in encode_in_processes(load, devices, windows):
+            progress(len(vectors))
+            yield vectors
 
 
-@dataclass(frozen=True)
-class _Source:
-    """What another process needs to load the same model."""
-
-    folder: str
-    cut: Cut
-    dtype: torch.dtype
-
-    def load(self, device: str) -> Embedder:
-        depth, dim, rank = self.cut.depth, self.cut.dim, self.cut.rank or None
-        return Embedder.from_pretrained(
-            self.folder, depth, dim, rank, device, allow_untrained=True, dtype=self.dtype
-        )
-
-
-_in_worker: dict[str, Embedder] = {}
-
-
-def _start_worker(devices: Any, source: _Source, workers: int) -> None:
-    device = devices.get()
-    if device == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
-    _in_worker["embedder"] = source.load(device)
-
-
-def _encode_in_worker(batch_tokens: int | None, unit_length: bool, texts: list[str]) -> np.ndarray:
-    return _in_worker["embedder"].encode(texts, None, batch_tokens, False, normalize=unit_length)
-
-
-def _several(given: str | Iterable[str], name: str) -> Iterable[str]:
-    """One string counts as a list of one; bytes, whose items are numbers, and what has no items, as
-    a mistake."""
-    if isinstance(given, str):
-        return [given]
-    if isinstance(given, bytes | bytearray | memoryview) or not isinstance(given, Iterable):
-        raise UserError(
-            f"{name} is of type {type(given).__name__}; give a string, or several in a list"
-        )
-    return given
-
-
-def _windows(texts: Iterable[str], prefix: str, size: int) -> Iterator[list[str]]:
-    """Checked texts behind the prompt, `size` at a time."""
-    start = 0
-    iterator = iter(texts)
-    while window := list(itertools.islice(iterator, size)):
-        for position, text in enumerate(window, start):
-            if not isinstance(text, str):
-                raise UserError(
-                    f"text {position} (from 0) is of type {type(text).__name__}; encode takes "
-                    "strings"
-                )
-            if not text.isascii() and not _is_unicode(text):
-                raise UserError(
-                    f"text {position} (from 0) has half a surrogate pair, which is no character; "
-                    "repair it"
-                )
-        yield [prefix + text for text in window]
-        start += len(window)
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _ahead(items: Iterable, submit: Callable[[Any], Future], count: int) -> Iterator[Any]:
-    """Results of `submit(item)` in order, with up to `count` further items under way."""
-    running: deque[Future] = deque()
-    for item in items:
-        running.append(submit(item))
-        if len(running) > count:
-            yield running.popleft().result()
-    while running:
-        yield running.popleft().result()
-
-
-def _write_npy(path: Path, windows: Iterable[np.ndarray], dim: int) -> int:
-    """Rows one behind another under a header that is written again when their number is known."""
-    count = 0
-    with path.open("wb") as file:
-        _write_npy_header(file, 0, dim)
-        start = file.tell()
-        for rows in windows:
-            rows.tofile(file)
-            count += len(rows)
-        file.seek(0)
-        _write_npy_header(file, count, dim)
-        assert file.tell() == start, "numpy pads headers so that the first axis can grow"
-    return count
-
-
-def _write_npy_header(file: Any, rows: int, dim: int) -> None:
-    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False}
-    np.lib.format.write_array_header_1_0(file, header | {"shape": (rows, dim)})
+def _load_encode(load: Callable[..., Embedder], settings: _Settings, device: str) -> Encode:
+    """A model on a device of another process, as a function of texts that are checked already."""
+    return functools.partial(
+        load(device=device).encode,
+        batch_tokens=settings.batch_tokens,
+        show_progress=False,
+        normalize=settings.unit_length,
+    )

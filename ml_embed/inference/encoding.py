@@ -14,7 +14,7 @@ from ml_embed.errors import UserError
 from ml_embed.model import MatryoshkaEncoder
 
 BATCH_TOKENS = {"cuda": 32768, "cpu": 4096}
-"""Most tokens in a batch, by kind of device, where nothing else is asked for."""
+"""Kind of device -> most tokens in a batch, where nothing else is asked for."""
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
@@ -45,8 +45,7 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 
 def longest_first(token_ids: Sequence[np.ndarray]) -> list[int]:
-    """The order to encode texts in: equal lengths side by side, and if memory is short, it shows at
-    once."""
+    """The order to encode texts in: equal lengths together, and lack of memory shows at once."""
     return sorted(range(len(token_ids)), key=lambda i: -len(token_ids[i]))
 
 
@@ -64,7 +63,7 @@ def pooled_vectors(
         token_ids: N arrays of ids, best sorted by `longest_first`.
         batch_tokens: most tokens in a batch, save for a single longer text; None is the device's
             default.
-        rank: leading components of the token factors to use; None is all.
+        rank: leading components of the token factors to use; None or 0 is all.
     Yields:
         (E, n, H) float32 on the encoder's device, for the next n texts.
     """
@@ -79,9 +78,8 @@ def pooled_vectors(
         batch = token_ids[start:end]
         input_ids = torch.from_numpy(np.concatenate(batch))  # (T,) int32
         if device.type == "cuda":
-            input_ids = (
-                input_ids.pin_memory()
-            )  # so that the copy does not wait for the batch before it
+            # So that the copy does not wait for the batch before it.
+            input_ids = input_ids.pin_memory()
         packed = PackedSequences.from_lengths([len(ids) for ids in batch], device)
-        yield encoder(input_ids.to(device, non_blocking=True).long(), packed, rank)
+        yield encoder(input_ids.to(device, non_blocking=True).long(), packed, rank or None)
         start = end

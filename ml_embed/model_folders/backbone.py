@@ -1,5 +1,4 @@
-"""Fresh Qwen3 backbones: preset shapes with random weights, and byte-level BPE tokenizers trained
-on the user's text.
+"""Fresh Qwen3 backbones: preset shapes with random weights.
 
 A backbone folder is a plain `Qwen3Model` (safetensors) with its tokenizer:
 `AutoModel.from_pretrained` and `AutoTokenizer.from_pretrained` load it, and so does `run.py` as
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 DTYPES = ("float32", "bfloat16")
-VOCAB_MULTIPLE = 64  # rows of the embedding table come in blocks that matrix kernels like
+VOCAB_MULTIPLE = 64  # rows of the token table: a number that matrix kernels are fast at
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ PRESETS = {
 def backbone_config(
     preset: str, vocab_size: int, eos_token_id: int, pad_token_id: int | None
 ) -> Qwen3Config:
-    """The Qwen3 configuration of a preset, with an embedding table of exactly `vocab_size` rows."""
+    """The Qwen3 configuration of a preset, with a token table of exactly `vocab_size` rows."""
     from transformers import Qwen3Config
 
     if preset not in PRESETS:
@@ -81,18 +80,22 @@ def init_backbone(
     vocab_size: int | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a backbone folder: random weights of the preset's shape (from `seed`), and the
-    tokenizer.
+    """Write a backbone folder with random weights of a preset shape, and its tokenizer.
 
-    The table has one row a token id, rounded up to a multiple of 64; `vocab_size` asks for more
-    rows. Memory needed
-    is the weights in `dtype` and half a gigabyte (measured: 2.8 GB for 0.6B in float32, 3.9 GB for
-    1.7B in bfloat16).
-    The folder appears whole or not at all.
+    The token table has one row per token id, rounded up to a multiple of 64. Memory needed is the
+    weights in `dtype` and half a gigabyte (measured: 2.8 GB for 0.6B in float32, 3.9 GB for 1.7B in
+    bfloat16).
 
-    Raises UserError if the preset or dtype is unknown, the tokenizer has no EOS token, `vocab_size`
-    is less than the tokenizer needs, or `output` holds something already (`overwrite` replaces a
-    model folder, nothing else).
+    Args:
+        preset: a key of PRESETS.
+        tokenizer: must have an EOS token.
+        output: the new folder; it appears whole or not at all.
+        seed: of the weights.
+        dtype: of the weights, one of DTYPES.
+        vocab_size: rows of the token table if more than the tokenizer needs; None is what it needs.
+        overwrite: replace a model folder at `output`.
+    Raises:
+        UserError: one of these is not possible, or `output` must not or cannot be written.
     """
     import torch
     from transformers import Qwen3Model
@@ -122,8 +125,11 @@ def init_backbone(
 
 
 def table_rows(tokenizer: PreTrainedTokenizerFast, vocab_size: int | None = None) -> int:
-    """Rows of the embedding table: enough for every token id and for `vocab_size`, a multiple of
-    64."""
+    """Rows of the token table: for every id and for `vocab_size`, rounded up to a multiple of 64.
+
+    Raises:
+        UserError: `vocab_size` is less than the tokenizer needs.
+    """
     needed = max(tokenizer.get_vocab().values()) + 1
     if vocab_size is not None and vocab_size < needed:
         raise UserError(

@@ -1,64 +1,85 @@
-"""Which part of a nested model is wanted: the checks shared by inference, export and evaluation."""
+"""The parts of a nested model: a cut is one rank, depth and vector length of it.
 
-import json
+Imports nothing heavy, so that commands can name their flags before torch is loaded.
+"""
+
+import argparse
+import itertools
 import operator
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase, Qwen3Config
+from typing import TYPE_CHECKING, Any
 
 from ml_embed.errors import UserError
-from ml_embed.model_folders.model_folder import ModelRecord
+
+if TYPE_CHECKING:
+    from transformers import Qwen3Config
+
+    from ml_embed.model_folders.record import ModelRecord
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Cut:
-    """A cell of the cube."""
+    """A part of a nested model; cuts are sorted by rank, then depth, then dim."""
 
+    rank: int
+    """rank of the token factors; 0 is a whole token table"""
     depth: int
     """decoder layers run"""
     dim: int
     """vector length"""
-    rank: int
-    """rank of the token factors; 0 is a whole token table"""
+
+    @property
+    def name(self) -> str:
+        """What the cut is called in a run's metrics."""
+        return f"rank_{self.rank}_depth_{self.depth}_dim_{self.dim}"
+
+    @classmethod
+    def of_name(cls, name: str) -> "Cut | None":
+        """The cut that has this `name`; None for any other text."""
+        match = re.fullmatch(r"rank_(\d+)_depth_(\d+)_dim_(\d+)", name)
+        return None if match is None else cls(*map(int, match.groups()))
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> "Cut":
+        """The cut that a row of an evaluation is about."""
+        return cls(row["rank"], row["depth"], row["dim"])
+
+    def __str__(self) -> str:
+        """What the cut is called in tables."""
+        return f"depth {self.depth}, dim {self.dim}, {table_name(self.rank)}"
 
 
-def read_record(
-    folder: Path, config: Qwen3Config, tokenizer: PreTrainedTokenizerBase
-) -> ModelRecord:
-    """What was trained. A plain backbone counts as trained at its whole depth and length, with the
-    prompts that sentence-transformers would use.
-
-    Raises:
-        UserError: the record is damaged.
-    """
-    record = ModelRecord.load(folder)
-    if record is not None:
-        return record
-    return ModelRecord(
-        exits=(config.num_hidden_layers,),
-        dims=(config.hidden_size,),
-        ranks=(),
-        temperature=1.0,  # not known; nothing here reads it
-        max_seq_length=int(min(tokenizer.model_max_length, config.max_position_embeddings)),
-        prompts=_saved_prompts(folder / "config_sentence_transformers.json"),
-    )
+def table_name(rank: int) -> str:
+    """What the token table of this rank is called in tables."""
+    return f"rank {rank}" if rank else "whole token table"
 
 
-def _saved_prompts(path: Path) -> dict[str, str]:
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")).get("prompts") or {})
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error}); copy the model folder again") from None
+@dataclass(frozen=True)
+class Cube:
+    """The sizes looked at on each axis, ascending."""
+
+    ranks: tuple[int, ...]
+    """(0,) is a whole token table"""
+    depths: tuple[int, ...]
+    dims: tuple[int, ...]
+
+    @property
+    def cuts(self) -> tuple[Cut, ...]:
+        """Every combination, sorted."""
+        return tuple(itertools.starmap(Cut, itertools.product(self.ranks, self.depths, self.dims)))
+
+
+def whole_cut(record: "ModelRecord", config: "Qwen3Config") -> Cut:
+    """The whole of a model."""
+    rank = record.ranks[-1] if record.ranks else 0
+    return Cut(rank, config.num_hidden_layers, record.dims[0])
 
 
 def choose_cut(
-    record: ModelRecord,
-    config: Qwen3Config,
+    record: "ModelRecord",
+    config: "Qwen3Config",
     depth: int | None = None,
     dim: int | None = None,
     rank: int | None = None,
@@ -70,54 +91,103 @@ def choose_cut(
         UserError: values that the model does not have or, without `allow_untrained`, was not
             trained at; all problems at once, with the trained values.
     """
-    depth, dim, rank = (
-        _whole_number(name, value)
-        for name, value in (("depth", depth), ("dim", dim), ("rank", rank))
-    )
-    if rank is not None and not record.ranks:
+    given = {"depth": depth, "dim": dim, "rank": rank}
+    wanted = {axis: _whole_number(axis, size) for axis, size in given.items() if size is not None}
+    if "rank" in wanted and not record.ranks:
         raise UserError(
-            f"rank {rank}: this model has a whole token table, which has no rank to cut; leave "
-            "rank out"
+            f"rank {wanted['rank']}: this model has a whole token table, which has no rank to cut; "
+            "leave rank out"
         )
-    whole = Cut(config.num_hidden_layers, record.dims[0], record.ranks[-1] if record.ranks else 0)
-    axes = (
-        ("depth", depth, (*record.exits, whole.depth), whole.depth),
-        ("dim", dim, record.dims, config.hidden_size),
-        ("rank", rank, record.ranks, whole.rank),
-    )
-    problems = [_problem(*axis, allow_untrained) for axis in axes]
+    whole = whole_cut(record, config)
+    axes = {
+        "depth": ((*record.exits, whole.depth), whole.depth),
+        "dim": (record.dims, config.hidden_size),
+        "rank": (record.ranks, whole.rank),
+    }
+    problems = [_problem(axis, size, *axes[axis], allow_untrained) for axis, size in wanted.items()]
     if any(problems):
         raise UserError("; ".join(filter(None, problems)))
-    return Cut(
-        whole.depth if depth is None else depth,
-        whole.dim if dim is None else dim,
-        whole.rank if rank is None else rank,
-    )
+    return Cut(**vars(whole) | wanted)
 
 
-def _whole_number(name: str, value: Any) -> int | None:
+def _whole_number(axis: str, value: Any) -> int:
     """An int of whatever counts as one: a NumPy integer too, but no 2.0. Raises UserError."""
     try:
-        return None if value is None else operator.index(value)
+        return operator.index(value)
     except TypeError:
         raise UserError(
-            f"{name} {value!r} must be a whole number, not of type {type(value).__name__}"
+            f"{axis} {value!r} must be a whole number, not of type {type(value).__name__}"
         ) from None
 
 
 def _problem(
-    name: str, value: int | None, trained: Sequence[int], largest: int, allow_untrained: bool
+    axis: str, size: int, trained: Sequence[int], largest: int, allow_untrained: bool
 ) -> str | None:
-    if value is None or value in trained:
+    if size in trained:
         return None
     listed = ", ".join(map(str, sorted(set(trained))))
-    if not 1 <= value <= largest:
+    if not 1 <= size <= largest:
         return (
-            f"{name} {value!r} is not possible: it must be from 1 to {largest} (trained: {listed})"
+            f"{axis} {size!r} is not possible: it must be from 1 to {largest} (trained: {listed})"
         )
     if allow_untrained:
         return None
     return (
-        f"{name} {value} was not trained (trained: {listed}); take one of these, or allow "
+        f"{axis} {size} was not trained (trained: {listed}); take one of these, or allow "
         "untrained values"
     )
+
+
+def choose_cube(
+    record: "ModelRecord",
+    config: "Qwen3Config",
+    ranks: Sequence[int] | None = None,
+    depths: Sequence[int] | None = None,
+    dims: Sequence[int] | None = None,
+) -> Cube:
+    """The wanted sizes of a model, trained or not; None is all that were trained.
+
+    Raises:
+        UserError: a size that the model does not have.
+    """
+
+    def chosen(axis: str, sizes: Sequence[int] | None, trained: Sequence[int]) -> tuple[int, ...]:
+        found = {
+            getattr(choose_cut(record, config, **{axis: size}, allow_untrained=True), axis)
+            for size in sizes or ()
+        }
+        return tuple(sorted(found or trained))
+
+    return Cube(
+        chosen("rank", ranks, record.ranks or (0,)),
+        chosen("depth", depths, record.exits),
+        chosen("dim", dims, record.dims),
+    )
+
+
+def add_cut_flags(parser: argparse.ArgumentParser, many: bool, default: str) -> None:
+    """Add `--rank --depth --dim`, each with one value or, with `many`, with several.
+
+    Args:
+        default: what stands for a flag that is left out, for the help.
+    """
+    for axis, meaning in (
+        ("rank", "rank of the token factors"),
+        ("depth", "decoder layers"),
+        ("dim", "vector length"),
+    ):
+        help_text = f"{meaning}{', one or several' * many} (default {default})"
+        several: dict[str, Any] = {"nargs": "+"} if many else {}
+        former = (f"--{axis}s",) * many
+        add_flag(parser, f"--{axis}", *former, type=int, metavar="N", help=help_text, **several)
+
+
+def add_flag(
+    parser: argparse.ArgumentParser, flag: str, *former: str, required: bool = False, **options: Any
+) -> None:
+    """Add a flag of which former names are still taken, but no longer shown."""
+    names = parser.add_mutually_exclusive_group(required=required)
+    names.add_argument(flag, **options)
+    hidden = {"dest": flag.removeprefix("--"), "help": argparse.SUPPRESS}
+    for name in former:
+        names.add_argument(name, **options | hidden)

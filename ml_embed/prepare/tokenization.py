@@ -28,6 +28,7 @@ from ml_embed.data.tasks import task_of
 from ml_embed.errors import UserError
 from ml_embed.files.atomic import disk_errors_are_user_errors
 from ml_embed.files.locks import lock_folder
+from ml_embed.files.model_source import find_tokenizer_folder
 from ml_embed.notices import notice
 from ml_embed.prepare.ledger import Ledger
 from ml_embed.prepare.numbering import TextNumbers, text_digest
@@ -157,7 +158,7 @@ def tokenize_folder(options: TokenizeOptions, progress: bool = True) -> dict[str
     datasets = list_raw_datasets(options.input)
     rows = {dataset.name: check_and_count_rows(dataset) for dataset in datasets}
     _use_threads(options.num_workers)
-    tokenizer = load_tokenizer(options.tokenizer)
+    tokenizer = load_tokenizer(find_tokenizer_folder(options.tokenizer))
     encoder = TextTokenizer(tokenizer, options.max_seq_length)
     names = list(rows)
     check_dataset_names(names, options.datasets)

@@ -15,17 +15,13 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ml_embed.errors import UserError, one_line
-from ml_embed.files.paths import home_path, is_hub_name
-
-if TYPE_CHECKING:
-    pass
 
 # The public Qwen2/Qwen3 pre-tokenization: contractions, words, single digits, punctuation, line
 # ends, spaces.
@@ -49,48 +45,27 @@ BEGINNING_CHARACTERS = (
 _CUT = re.compile(r"(?<=\S)(?= )|(?<=\n)(?=\S)|(?<=[0-9])")  # see `_can_be_cut`
 
 
-def load_tokenizer(path: str | Path, needs_padding: bool = True) -> PreTrainedTokenizerBase:
-    """The fast tokenizer in a folder, or of a model on the hub if `path` is no folder but a name
-    ("Qwen/Qwen3-0.6B").
+def load_tokenizer(folder: Path, needs_padding: bool = True) -> PreTrainedTokenizerBase:
+    """The fast tokenizer in a folder; code that comes with it is never run.
 
-    Code that comes with a tokenizer is never run. Raises UserError if there is none, if it has no
-    fast (`tokenizers`) version, or if its EOS token, or with `needs_padding` its padding token, is
-    not set.
+    Raises:
+        UserError: there is none, it has no fast (`tokenizers`) version, or its EOS token, or with
+            `needs_padding` its padding token, is not set.
     """
-    folder = home_path(path)
-    if folder.is_dir():
-        if not any((folder / name).is_file() for name in VOCABULARY_FILES):
-            raise UserError(
-                f"no tokenizer in {folder}: it holds none of {', '.join(VOCABULARY_FILES)}. "
-                "Give a folder made by save_pretrained."
-            )
-        source = str(folder)
-    elif folder.exists():
+    if not any((folder / name).is_file() for name in VOCABULARY_FILES):
         raise UserError(
-            f"{folder} is a file; give the folder that holds the tokenizer, or a name on the hub."
+            f"no tokenizer in {folder}: it holds none of {', '.join(VOCABULARY_FILES)}. "
+            "Give a folder made by save_pretrained."
         )
-    elif not is_hub_name(path):
-        raise UserError(
-            f"tokenizer folder {folder} does not exist. Give a folder that holds tokenizer.json."
-        )
-    else:
-        source = str(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (
-        Exception
-    ) as error:  # tokenizers raises bare Exception for a broken file; the hub has a dozen classes
-        remedy = (
-            "Check that its files are whole."
-            if folder.is_dir()
-            else "It is not a folder here either: without network access, download the model and "
-            "give its folder."
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises bare Exception for a broken file
         raise UserError(
-            f"cannot load a tokenizer from {source!r}: {one_line(error).rstrip('.')}. {remedy}"
+            f"cannot load a tokenizer from {folder}: {one_line(error).rstrip('.')}. "
+            "Check that its files are whole."
         ) from error
     _check_usable(
-        tokenizer, source, ("eos_token", "pad_token") if needs_padding else ("eos_token",)
+        tokenizer, folder, ("eos_token", "pad_token") if needs_padding else ("eos_token",)
     )
     return tokenizer
 
@@ -248,15 +223,14 @@ def _added_ids(tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
     return processed[len(bare.ids) :] if processed[: len(bare.ids)] == bare.ids else None
 
 
-def _check_usable(tokenizer: Any, source: str, needed: tuple[str, ...]) -> None:
+def _check_usable(tokenizer: Any, folder: Path, needed: tuple[str, ...]) -> None:
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
-            f"the tokenizer of {source!r} has no fast version. Give one that has a tokenizer.json."
+            f"the tokenizer in {folder} has no fast version. Give one that has a tokenizer.json."
         )
     for name in needed:
         if getattr(tokenizer, f"{name}_id") is None:
             raise UserError(
-                f"the tokenizer of {source!r} has no {name}. Set {name!r} in its "
-                "tokenizer_config.json "
-                "to a token of its vocabulary."
+                f"the tokenizer in {folder} has no {name}. Set {name!r} in its "
+                "tokenizer_config.json to a token of its vocabulary."
             )

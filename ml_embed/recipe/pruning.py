@@ -22,12 +22,13 @@ from transformers import Qwen3Config, Qwen3Model
 
 from ml_embed.errors import UserError
 from ml_embed.files.atomic import MAX_SHARD_SIZE, atomic_folder, give_usual_permissions
+from ml_embed.files.model_source import find_model_folder
 from ml_embed.files.paths import check_model_output, home_path
 from ml_embed.inference.encoding import choose_device, default_dtype, longest_first, pooled_vectors
 from ml_embed.kernels.attention import choose_kernel
 from ml_embed.model import MatryoshkaEncoder
 from ml_embed.model_folders.export import stored_dtype
-from ml_embed.model_folders.model_folder import load_backbone, load_backbone_config
+from ml_embed.model_folders.read import load_backbone, load_backbone_config
 from ml_embed.prepare.tokenizer import TextTokenizer, load_tokenizer
 from ml_embed.prepare.tokenizer_training import read_texts, text_files
 
@@ -117,8 +118,8 @@ def prune_backbone(
     """
     output = home_path(output)
     check_model_output(output, overwrite, home_path(folder))
+    folder = find_model_folder(folder)
     config, tokenizer = load_backbone_config(folder), load_tokenizer(folder)
-    folder = home_path(folder)
     sizes = choose_sizes(config, layers, hidden, intermediate)
     whole = Sizes(config.num_hidden_layers, config.hidden_size, config.intermediate_size)
     backbone = load_backbone(folder, config)

@@ -40,8 +40,9 @@ from ml_embed.errors import UserError
 from ml_embed.files.arrays import RowFile, blocks
 from ml_embed.files.atomic import disk_errors_are_user_errors, write_json
 from ml_embed.files.locks import lock_folder
+from ml_embed.files.model_source import find_tokenizer_folder
 from ml_embed.inference.text_models import TextModel, check_finite
-from ml_embed.model_folders.model_folder import weights_digest
+from ml_embed.model_folders.read import weights_digest
 from ml_embed.prepare.prompts import Prompts
 from ml_embed.prepare.tokenizer import TextTokenizer, fingerprint, load_tokenizer
 
@@ -123,7 +124,7 @@ def tokenizer_of_data(options: TeacherOptions) -> PreTrainedTokenizerBase:
         UserError: there is none, or no data, or the data says that it was made with another.
     """
     manifest = find_sources(options.data).manifest
-    tokenizer = load_tokenizer(options.tokenizer)
+    tokenizer = load_tokenizer(find_tokenizer_folder(options.tokenizer))
     if manifest is not None and manifest["tokenizer_fingerprint"] != fingerprint(tokenizer):
         raise UserError(
             f"--tokenizer: {options.tokenizer} is not the tokenizer that {options.data} was made "
@@ -160,7 +161,7 @@ def embed_teacher(
     )
     settings = {
         "model": model.name,
-        "weights": weights_digest(model.name) if Path(model.name).is_dir() else None,
+        "weights": weights_digest(Path(model.name)) if Path(model.name).is_dir() else None,
         "query_prompt": options.query_prompt,
         "passage_prompt": options.passage_prompt,
         "strip_prompts": options.strip_prompts,

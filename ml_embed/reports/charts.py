@@ -1,7 +1,6 @@
-"""Line and scatter charts as inline SVG: no dependency, sharp at any size, in colours that all eyes
-tell apart.
+"""Line and scatter charts as inline SVG: no dependency, sharp at any size.
 
-Letters: x, y data. A picture is WIDTH x HEIGHT units and is scaled to the room there is.
+Letters: x, y data. A picture is WIDTH x HEIGHT units and is scaled to the space it gets.
 """
 
 import math
@@ -9,16 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from ml_embed.reports.tables import number_text
+
 Point = tuple[float, float]
-COLOURS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#000000",
-)  # Okabe and Ito
+# Okabe and Ito's, which colour-blind eyes tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
 WIDTH, HEIGHT = 640, 300
 LEFT, RIGHT, TOP, BOTTOM = 64, 22, 12, 40
@@ -67,30 +61,33 @@ def line_chart(
     parts = []
     for number, (name, points) in enumerate(drawn.items()):
         path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in points)
-        dash = DASHES[number // len(COLOURS) % len(DASHES)]
-        colour = COLOURS[number % len(COLOURS)]
-        last = f"{name}: {number_text(points[-1][1])} at {number_text(points[-1][0])}"
+        dash, colour = _style(number)
+        x, y = points[-1]
+        last = f"{name}: {number_text(y, short=True)} at {number_text(x, short=True)}"
         parts.append(
             f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8" '
-            f'stroke-dasharray="{dash}">'
-            f"<title>{escape(last)}</title></polyline>"
+            f'stroke-dasharray="{dash}"><title>{escape(last)}</title></polyline>'
         )
         if len(points) == 1:
-            parts.append(_dot(across(points[0][0]), up(points[0][1]), colour, last))
+            parts.append(_dot(across(x), up(y), colour, last))
     return _picture(parts, across, up, x_label, y_label) + _legend(list(drawn))
 
 
 def scatter_chart(
     groups: Mapping[str, Sequence[tuple[float, float, str]]], x_label: str, y_label: str
 ) -> str:
-    """An SVG of named groups of points (x > 0 on a logarithmic axis, y, what it is); "" if there is
-    none."""
+    """An SVG of named groups of points with a legend; "" if there is no point.
+
+    Args:
+        groups: name -> (x, y, what the point is); x > 0, on a logarithmic axis.
+        x_label, y_label: below and beside.
+    """
     everything = [(x, y) for points in groups.values() for x, y, _ in points]
     if not everything:
         return ""
     across, up = _scales(everything, True, False)
     parts = [
-        _dot(across(x), up(y), COLOURS[number % len(COLOURS)], text)
+        _dot(across(x), up(y), _style(number)[1], text)
         for number, points in enumerate(groups.values())
         for x, y, text in points
     ]
@@ -98,8 +95,7 @@ def scatter_chart(
 
 
 def thinned(points: Sequence[Point]) -> list[Point]:
-    """At most MOST_POINTS points: means of neighbours, so that no peak is shown that was not
-    there."""
+    """At most MOST_POINTS points: means of neighbours, which show no peak that was not there."""
     size = math.ceil(len(points) / MOST_POINTS)
     if size <= 1:
         return list(points)
@@ -107,14 +103,6 @@ def thinned(points: Sequence[Point]) -> list[Point]:
     return [
         (sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in bins
     ]
-
-
-def number_text(value: float) -> str:
-    """Short and readable: 1.2M, 45k, 0.123, 1e-05."""
-    for limit, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= limit:
-            return f"{value / (1e3 if letter == 'k' else limit):.3g}{letter}"
-    return f"{value:.4g}"
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -142,9 +130,8 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 def _ticks_of(scale: Scale) -> list[float]:
     found = log_ticks(scale.low, scale.high) if scale.logarithmic else []
-    return (
-        found if len(found) > 2 else ticks(scale.low, scale.high)
-    )  # less than a decade has few round powers
+    # Less than a decade has few round powers.
+    return found if len(found) > 2 else ticks(scale.low, scale.high)
 
 
 def _scales(
@@ -166,33 +153,29 @@ def _scales(
 
 def _picture(parts: list[str], across: Scale, up: Scale, x_label: str, y_label: str) -> str:
     bottom = HEIGHT - BOTTOM
+    middle = (TOP + bottom) / 2
     axes = [f'<line x1="{LEFT}" y1="{bottom}" x2="{WIDTH - RIGHT}" y2="{bottom}" class="axis"/>']
     for tick in _ticks_of(across):
-        x = across(tick)
+        x, text = across(tick), number_text(tick, short=True)
         axes.append(f'<line x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{bottom}" class="grid"/>')
-        axes.append(
-            f'<text x="{x:.1f}" y="{bottom + 15}" text-anchor="middle">{number_text(tick)}</text>'
-        )
+        axes.append(f'<text x="{x:.1f}" y="{bottom + 15}" text-anchor="middle">{text}</text>')
     for tick in _ticks_of(up):
-        y = up(tick)
-        axes.append(
-            f'<line x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}" class="grid"/>'
-        )
-        axes.append(
-            f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{number_text(tick)}</text>'
-        )
-    middle = (TOP + bottom) / 2
-    axes.append(
-        f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 6}" text-anchor="middle">'
-        f"{escape(x_label)}</text>"
-    )
-    axes.append(
-        f'<text x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">'
-        f"{escape(y_label)}</text>"
-    )
+        y, text = up(tick), number_text(tick, short=True)
+        ends = f'x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}"'
+        axes.append(f'<line {ends} class="grid"/>')
+        axes.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
+    below = f'x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 6}" text-anchor="middle"'
+    beside = f'x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})"'
+    axes.append(f"<text {below}>{escape(x_label)}</text>")
+    axes.append(f"<text {beside}>{escape(y_label)}</text>")
     label = escape(f"{y_label} over {x_label}", quote=True)
     content = "".join(axes + parts)
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{content}</svg>'
+
+
+def _style(number: int) -> tuple[str, str]:
+    """Dashes and colour of the line with this number."""
+    return DASHES[number // len(COLOURS) % len(DASHES)], COLOURS[number % len(COLOURS)]
 
 
 def _dot(x: float, y: float, colour: str, text: str) -> str:
@@ -203,7 +186,7 @@ def _dot(x: float, y: float, colour: str, text: str) -> str:
 def _legend(names: list[str]) -> str:
     items = []
     for number, name in enumerate(names):
-        dash, colour = DASHES[number // len(COLOURS) % len(DASHES)], COLOURS[number % len(COLOURS)]
+        dash, colour = _style(number)
         stroke = f'stroke="{colour}" stroke-width="3" stroke-dasharray="{dash}"'
         sample = f'<line x1="0" y1="5" x2="22" y2="5" {stroke}/>'
         items.append(

@@ -1,5 +1,6 @@
-"""The quality of a cube as a picture: depth by vector length, one panel a rank."""
+"""The quality of a cube as a picture: depth by vector length, one panel per rank."""
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,16 @@ from typing import Any
 import numpy as np
 
 from ml_embed.errors import UserError
-from ml_embed.reports.tables import Result, mean_chance, mean_metric, rows_of_cell, sizes
+from ml_embed.model_folders.cut import Cut, table_name
+from ml_embed.reports.tables import (
+    Result,
+    largest_cut,
+    mean_chance,
+    mean_metric,
+    number_text,
+    rows_of_cut,
+    sizes,
+)
 
 COLOURS = "cividis"  # made to look the same with and without colour-blindness, and in grey
 CELL_INCHES = (0.62, 0.46)
@@ -36,13 +46,7 @@ def plot_cube(
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
-    panels = [(_title(result, rank), _grid(result, rank, metric)) for rank in sizes(result, "rank")]
-    if baseline is not None:
-        rank = sizes(baseline, "rank")[-1]
-        panels.insert(
-            0, ("before\n" + _title(baseline, rank), _grid(baseline, rank, metric, like=result))
-        )
-        panels[1:] = [("after\n" + title, grid) for title, grid in panels[1:]]
+    panels = _panels(result, metric, baseline)
     chance = 100 * mean_chance(result, metric)
     highest = max(np.nanmax(grid) for _, grid in panels)
     scale = Normalize(chance, max(highest, chance + 1))
@@ -60,42 +64,45 @@ def plot_cube(
         axis.set_title(title, fontsize=10)
     axes[0].set_ylabel("depth (decoder layers)")
     figure.supxlabel("vector length (dimensions)", fontsize=10)
-    test_sets = len(rows_of_cell(result, sizes(result, "rank")[-1], depths[-1], dims[-1]))
+    test_sets = len(rows_of_cut(result, largest_cut(result)))
     over = f"mean over {test_sets} test sets" if test_sets > 1 else "one test set"
-    figure.suptitle(f"{metric} in %, {over} (chance {chance:.1f} %)", fontsize=12)
-    bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02)
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(length=0)
-    ticks = [tick for tick in bar.get_ticks() if scale.vmin < tick <= scale.vmax]
-    ticks = [
-        tick for tick in ticks if tick - chance > 0.06 * (scale.vmax - scale.vmin)
-    ]  # room for "chance"
-    bar.set_ticks([chance, *ticks], labels=["chance", *(f"{tick:.0f}" for tick in ticks)])
+    figure.suptitle(f"{metric} in %, {over} (chance {number_text(chance, 1)} %)", fontsize=12)
+    _draw_scale(figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02), scale, chance)
     figure.savefig(path)
 
 
+def _panels(result: Result, metric: str, baseline: Result | None) -> list[tuple[str, np.ndarray]]:
+    """Title and grid of each panel."""
+    panels = [(_title(result, rank), _grid(result, rank, metric)) for rank in sizes(result, "rank")]
+    if baseline is None:
+        return panels
+    rank = largest_cut(baseline).rank
+    before = "before\n" + _title(baseline, rank), _grid(baseline, rank, metric, like=result)
+    return [before, *(("after\n" + title, grid) for title, grid in panels)]
+
+
+def _draw_scale(bar: Any, scale: Any, chance: float) -> None:
+    """Ticks that begin at "chance", and leave it space."""
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0)
+    space = 0.06 * (scale.vmax - scale.vmin)
+    ticks = [tick for tick in bar.get_ticks() if chance + space < tick <= scale.vmax]
+    bar.set_ticks([chance, *ticks], labels=["chance", *(number_text(tick, 0) for tick in ticks)])
+
+
 def _title(result: Result, rank: int) -> str:
-    depth, dim = sizes(result, "depth")[-1], sizes(result, "dim")[-1]
-    parameters = rows_of_cell(result, rank, depth, dim)[0]["parameters"]
-    table = f"rank {rank}" if rank else "whole token table"
-    return f"{table}\n{_short(parameters)} parameters at depth {depth}"
-
-
-def _short(count: int) -> str:
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if count >= size:
-            return f"{count / size:.3g} {letter}"
-    return str(count)
+    cut = dataclasses.replace(largest_cut(result), rank=rank)
+    parameters = number_text(rows_of_cut(result, cut)[0]["parameters"], short=True)
+    return f"{table_name(rank)}\n{parameters} parameters at depth {cut.depth}"
 
 
 def _grid(result: Result, rank: int, metric: str, like: Result | None = None) -> np.ndarray:
-    """(depths, dims) percent; NaN where the result has no such cell. `like` gives the sizes of the
-    axes."""
+    """(depths, dims) percent, at the sizes of `like`; NaN where the result has no such cut."""
     like = like or result
     grid = np.full((len(sizes(like, "depth")), len(sizes(like, "dim"))), np.nan)
     for i, depth in enumerate(sizes(like, "depth")):
         for j, dim in enumerate(sizes(like, "dim")):
-            rows = rows_of_cell(result, rank, depth, dim)
+            rows = rows_of_cut(result, Cut(rank, depth, dim))
             if rows:
                 grid[i, j] = 100 * mean_metric(rows, metric)
     return grid
@@ -115,5 +122,7 @@ def _draw_panel(axis: Any, grid: np.ndarray, scale: Any, depths: list[int], dims
     for (i, j), value in np.ndenumerate(grid):
         if not np.isnan(value):
             colour = "black" if scale(value) > 0.55 else "white"
-            axis.text(j, i, f"{value:.1f}", ha="center", va="center", color=colour, fontsize=9)
+            axis.text(
+                j, i, number_text(value, 1), ha="center", va="center", color=colour, fontsize=9
+            )
     return image

@@ -1,13 +1,12 @@
 """An evaluated cube as tables that a newcomer can read."""
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    pass
-
+from ml_embed.model_folders.cut import Cut, table_name
 
 Result = dict[str, Any]
+"""what `evaluate_cube` returns"""
 MEANING = {
     "recall@1": "how often the right passage is ranked first",
     "mrr@10": "mean of 1 / rank of the right passage, 0 beyond rank 10",
@@ -20,18 +19,30 @@ def sizes(result: Result, axis: str) -> list[int]:
     return sorted({row[axis] for row in result["rows"]})
 
 
-def rows_of_cell(result: Result, rank: int, depth: int, dim: int) -> list[dict[str, Any]]:
-    """One row a test set."""
-    return [
-        row
-        for row in result["rows"]
-        if (row["rank"], row["depth"], row["dim"]) == (rank, depth, dim)
-    ]
+def rows_of_cut(result: Result, cut: Cut) -> list[dict[str, Any]]:
+    """One row per test set."""
+    return [row for row in result["rows"] if Cut.of_row(row) == cut]
 
 
-def largest_cell(result: Result) -> tuple[int, int, int]:
-    """rank, depth, dim of the least cut model looked at."""
-    return sizes(result, "rank")[-1], sizes(result, "depth")[-1], sizes(result, "dim")[-1]
+def largest_cut(result: Result) -> Cut:
+    """The least cut model looked at."""
+    return Cut(*(sizes(result, axis)[-1] for axis in ("rank", "depth", "dim")))
+
+
+def number_text(value: float, decimals: int | None = None, short: bool = False) -> str:
+    """A number as every table, page and picture shows it.
+
+    Args:
+        decimals: digits after the point; None writes whole numbers exactly (1,234,567) and others
+            to four digits (0.1235, 1e-05).
+        short: large numbers with a letter, thousands, millions, billions: 45k, 1.2M, 3B.
+    """
+    if decimals is not None:
+        return f"{value:.{decimals}f}"
+    for limit, unit, letter in ((1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if short and abs(value) >= limit:
+            return f"{value / unit:.3g}{letter}"
+    return f"{value:,}" if isinstance(value, int) and not short else f"{value:.4g}"
 
 
 def mean_metric(rows: Iterable[dict[str, Any]], metric: str) -> float:
@@ -42,62 +53,46 @@ def mean_metric(rows: Iterable[dict[str, Any]], metric: str) -> float:
 
 def mean_chance(result: Result, metric: str) -> float:
     """What a random order achieves, as the mean over test sets."""
-    return mean_metric(
-        [row["chance"] for row in rows_of_cell(result, *largest_cell(result))], metric
-    )
-
-
-def model_name(rank: int, depth: int, dim: int) -> str:
-    table = f"rank {rank}" if rank else "whole token table"
-    return f"depth {depth}, dim {dim}, {table}"
+    return mean_metric([row["chance"] for row in rows_of_cut(result, largest_cut(result))], metric)
 
 
 def test_set_table(result: Result, baseline: Result | None, metric: str) -> str:
-    """One line a test set: chance, before (if there is a baseline), after, of the least cut
-    models."""
-    cell = largest_cell(result)
-    after = rows_of_cell(result, *cell)
-    names = [f"{row['dataset']} / {row['split']}" for row in after]
-    columns: dict[str, list[str]] = {
-        "queries": [str(row["queries"]) for row in after],
-        "candidates": [f"{row['candidates']:.0f}" for row in after],
+    """One line per test set: chance, the baseline if there is one, and the least cut model."""
+    whole = largest_cut(result)
+    after = rows_of_cut(result, whole)
+    columns = {
+        "queries": [number_text(row["queries"]) for row in after],
+        "candidates": [number_text(row["candidates"], 0) for row in after],
         "chance": _with_mean([row["chance"][metric] for row in after]),
     }
-    header = f"{metric}: {MEANING[metric]}.\nafter = {result['model']} ({model_name(*cell)})"
+    header = f"{metric}: {MEANING[metric]}.\nafter = {result['model']} ({whole})"
     if baseline is not None:
-        whole = largest_cell(baseline)
-        columns["before"] = _with_mean([row[metric] for row in rows_of_cell(baseline, *whole)])
-        header += f"\nbefore = {baseline['model']} ({model_name(*whole)})"
+        cut = largest_cut(baseline)
+        columns["before"] = _with_mean([row[metric] for row in rows_of_cut(baseline, cut)])
+        header += f"\nbefore = {baseline['model']} ({cut})"
     columns["after"] = _with_mean([row[metric] for row in after])
+    names = [f"{row['dataset']} / {row['split']}" for row in after]
     return header + "\n\n" + aligned("test set", [*names, "mean"], columns)
 
 
 def cube_tables(result: Result, metric: str) -> str:
-    """Mean over test sets: one table a rank, with a line a depth and a column a vector length."""
-    blocks = [
-        f"mean {metric} by depth (lines) and vector length (columns); chance is "
-        f"{mean_chance(result, metric):.3f}"
-    ]
+    """Mean over test sets: one table per rank, with a line per depth and a column per dim."""
+    depths, dims = sizes(result, "depth"), sizes(result, "dim")
+    chance = number_text(mean_chance(result, metric), 3)
+    parts = [f"mean {metric} by depth (lines) and vector length (columns); chance is {chance}"]
     for rank in sizes(result, "rank"):
-        depths, dims = sizes(result, "depth"), sizes(result, "dim")
-        columns = {
-            f"dim {dim}": [
-                f"{mean_metric(rows_of_cell(result, rank, depth, dim), metric):.3f}"
-                for depth in depths
-            ]
-            for dim in dims
+        rows = [[rows_of_cut(result, Cut(rank, depth, dim)) for dim in dims] for depth in depths]
+        columns = {"parameters": [number_text(line[0][0]["parameters"]) for line in rows]}
+        columns |= {
+            f"dim {dim}": [number_text(mean_metric(line[i], metric), 3) for line in rows]
+            for i, dim in enumerate(dims)
         }
-        parameters = [
-            rows_of_cell(result, rank, depth, dims[0])[0]["parameters"] for depth in depths
-        ]
-        columns = {"parameters": [f"{count:,}" for count in parameters]} | columns
-        table = f"rank {rank}" if rank else "whole token table"
-        blocks.append(aligned(table, [f"depth {depth}" for depth in depths], columns))
-    return "\n\n".join(blocks)
+        parts.append(aligned(table_name(rank), [f"depth {depth}" for depth in depths], columns))
+    return "\n\n".join(parts)
 
 
 def _with_mean(values: list[float]) -> list[str]:
-    return [f"{value:.3f}" for value in (*values, sum(values) / len(values))]
+    return [number_text(value, 3) for value in (*values, sum(values) / len(values))]
 
 
 def aligned(corner: str, names: list[str], columns: dict[str, list[str]]) -> str:
@@ -115,15 +110,14 @@ def aligned(corner: str, names: list[str], columns: dict[str, list[str]]) -> str
 
 
 def summary_table(summary: Mapping[str, Any]) -> str:
-    """A line a cut: parameters, the score of each task, and their mean."""
-    rows = summary["rows"]
-    cuts = list(dict.fromkeys((row["rank"], row["depth"], row["dim"]) for row in rows))
-    scores = {(row["task"], row["rank"], row["depth"], row["dim"]): row["score"] for row in rows}
-    parameters = {(row["rank"], row["depth"], row["dim"]): row["parameters"] for row in rows}
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    columns = {"parameters": [f"{parameters[cut]:,}" for cut in cuts]}
-    columns |= {task: [f"{scores[task, *cut]:.4f}" for cut in cuts] for task in tasks}
+    """One line per cut: parameters, the score of each task, and their mean."""
+    scores = {(row["task"], Cut.of_row(row)): row["score"] for row in summary["rows"]}
+    parameters = {Cut.of_row(row): row["parameters"] for row in summary["rows"]}
+    tasks = list(dict.fromkeys(row["task"] for row in summary["rows"]))
+    columns = {"parameters": [number_text(count) for count in parameters.values()]}
+    for task in tasks:
+        columns[task] = [number_text(scores[task, cut], 4) for cut in parameters]
     columns["mean"] = [
-        f"{sum(scores[task, *cut] for task in tasks) / len(tasks):.4f}" for cut in cuts
+        number_text(sum(scores[task, cut] for task in tasks) / len(tasks), 4) for cut in parameters
     ]
-    return aligned("cut", [model_name(*cut) for cut in cuts], columns)
+    return aligned("cut", [str(cut) for cut in parameters], columns)

@@ -15,14 +15,14 @@ from ml_embed.data.store import Store
 from ml_embed.kernels.attention import choose_kernel
 from ml_embed.kernels.compilation import check_compiler
 from ml_embed.model import MatryoshkaEncoder, default_exits, factorize_table
-from ml_embed.model_folders.model_folder import (
-    ModelRecord,
+from ml_embed.model_folders.read import (
     load_backbone,
     load_backbone_config,
     load_encoder,
     read_exit_norms,
     read_factors,
 )
+from ml_embed.model_folders.record import ModelRecord
 from ml_embed.training import lora
 from ml_embed.training.resolve import Resolved
 
@@ -45,7 +45,7 @@ def build_encoder(
     """
     if config.compile_layers:
         check_compiler(device)
-    backbone = load_backbone(config.model_path, backbone_config)
+    backbone = load_backbone(Path(config.model_path), backbone_config)
     encoder = MatryoshkaEncoder(
         backbone,
         resolved.exits,
@@ -116,12 +116,13 @@ def build_teacher(
     """
     if config.teacher_model_path is None:
         return None
-    teacher_config = load_backbone_config(config.teacher_model_path)
-    record = ModelRecord.load(Path(config.teacher_model_path))
+    folder = Path(config.teacher_model_path)
+    teacher_config = load_backbone_config(folder)
+    record = ModelRecord.load(folder)
     exits = record.exits if record is not None else default_exits(teacher_config.num_hidden_layers)
     kernel = choose_kernel(config.attention, device, compute_dtype)
     teacher = load_encoder(
-        config.teacher_model_path,
+        folder,
         # similarities are learned from the deepest alone
         exits=tuple(exits)
         if config.use_mll and config.kd_loss == "vectors"

@@ -28,7 +28,8 @@ from ml_embed.files.atomic import atomic_folder, remove_folder
 from ml_embed.files.paths import numbered_folders
 from ml_embed.losses.nested import MatryoshkaSpec
 from ml_embed.losses.objective import LossTerms, batch_objective
-from ml_embed.model_folders.model_folder import ModelRecord, save_model_folder
+from ml_embed.model_folders.record import ModelRecord
+from ml_embed.model_folders.write import save_model_folder
 from ml_embed.notices import notice
 from ml_embed.training import lora
 from ml_embed.training.checkpoint import model_state, optimizer_state, save_state

@@ -16,11 +16,16 @@ from ml_embed.config import TASKS, Task, TrainConfig, check_dataset_names
 from ml_embed.data.schedule import DatasetPlan, Schedule, plan_dataset
 from ml_embed.data.store import Store, TokenizedDataset
 from ml_embed.errors import UserError
-from ml_embed.evaluation.cells import Cube
 from ml_embed.losses.nested import MatryoshkaSpec
 from ml_embed.model import default_dims, default_exits, default_ranks, dim_weights
-from ml_embed.model_folders.model_folder import ModelRecord
-from ml_embed.model_folders.sizes import adapter_parameters, layer_parameters, matrix_shapes
+from ml_embed.model_folders.cut import Cube
+from ml_embed.model_folders.record import ModelRecord
+from ml_embed.model_folders.sizes import (
+    adapter_parameters,
+    embedding_parameters,
+    layer_parameters,
+    matrix_shapes,
+)
 
 GIB = 1024**3
 
@@ -86,7 +91,7 @@ def resolve(config: TrainConfig, backbone: Qwen3Config, store: Store, world_size
     total_steps = (
         config.train_steps if config.train_steps > 0 else config.train_epochs * epoch_steps
     )
-    embedding = _embedding_parameters(config, backbone)
+    embedding = embedding_parameters(backbone, config.r)
     final_norms = backbone.hidden_size * (len(exits) if config.mll_norm == "per_layer" else 1)
     layers = backbone.num_hidden_layers * layer_parameters(backbone)
     adapters = adapter_parameters(backbone, config.lora_r)
@@ -238,11 +243,6 @@ def _valid_grid(config: TrainConfig, exits: tuple, dims: tuple, ranks: tuple) ->
     return Cube(
         *(tuple(sorted(values or (max(trained[key], default=0),))) for key, values in asked.items())
     )
-
-
-def _embedding_parameters(config: TrainConfig, backbone: Qwen3Config) -> int:
-    vocabulary, hidden = backbone.vocab_size, backbone.hidden_size
-    return config.r * (vocabulary + hidden) if config.r else vocabulary * hidden
 
 
 def _tokens_per_epoch(plan: DatasetPlan, dataset: TokenizedDataset, config: TrainConfig) -> float:

@@ -11,7 +11,7 @@ from ml_embed.data.store import Store
 from ml_embed.data.teacher_vectors import TeacherVectors
 from ml_embed.errors import UserError
 from ml_embed.files.paths import home_path
-from ml_embed.model_folders.model_folder import weights_digest
+from ml_embed.model_folders.read import weights_digest
 from ml_embed.training.checkpoint import STATE_FILE, find_state
 from ml_embed.training.resolve import Resolved
 
@@ -69,7 +69,7 @@ def run_fingerprint(
     kept["datasets"] = {name: vars(settings) for name, settings in config.datasets.items()}
     kept["dataset_plans"] = {plan.name: vars(plan) for plan in resolved.datasets}
     kept["teacher_weights"] = (
-        weights_digest(config.teacher_model_path) if config.teacher_model_path else None
+        weights_digest(Path(config.teacher_model_path)) if config.teacher_model_path else None
     )
     kept |= {
         "train_data_path": _data_digest(store),
@@ -79,9 +79,8 @@ def run_fingerprint(
         kept["teacher_vectors_path"] = teacher_vectors.fingerprint(list(store.datasets))
     kept["mixed_precision"] = mixed_precision
     if config.lora_r:
-        kept["model_path"] = weights_digest(
-            config.model_path
-        )  # its layers are frozen, and in no resume state
+        # Its layers are frozen, and in no resume state.
+        kept["model_path"] = weights_digest(Path(config.model_path))
     return json.loads(json.dumps(kept))  # as it reads back from disk
 
 

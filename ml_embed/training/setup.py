@@ -1,5 +1,6 @@
 """From command line and config to a `Run`: checks first, then folders, then weights."""
 
+import dataclasses
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from ml_embed.distributed import zero2
 from ml_embed.distributed.collectives import compute_on_main_process
 from ml_embed.errors import UserError
 from ml_embed.files.atomic import remove_leftovers, write_json
-from ml_embed.model_folders.model_folder import ModelRecord, load_backbone_config
+from ml_embed.files.model_source import find_model_folder
+from ml_embed.model_folders.read import load_backbone_config
+from ml_embed.model_folders.record import ModelRecord
 from ml_embed.notices import notice
 from ml_embed.prepare.prompts import check_prompts, prompts_to_record
 from ml_embed.prepare.tokenizer import fingerprint as tokenizer_fingerprint
@@ -39,6 +42,22 @@ from ml_embed.training.resume import (
 )
 
 
+def with_model_folders(config: TrainConfig) -> TrainConfig:
+    """The config with its models as folders, fetched from the hub where they are named by it.
+
+    A run saves the user's own object, in which the names stay.
+
+    Raises:
+        UserError: a model is not there.
+    """
+    folders: dict[str, Any] = {
+        key: str(find_model_folder(name))
+        for key in ("model_path", "teacher_model_path")
+        if (name := getattr(config, key)) is not None
+    }
+    return dataclasses.replace(config, **folders)
+
+
 def open_inputs(
     config: TrainConfig, world_size: int, progress: bool
 ) -> tuple[Any, Any, Store, TeacherVectors | None, Resolved]:
@@ -50,8 +69,8 @@ def open_inputs(
     """
     if config.lora_r:
         lora.check_installed()
-    backbone_config = load_backbone_config(config.model_path)
-    tokenizer = load_tokenizer(config.model_path)
+    backbone_config = load_backbone_config(Path(config.model_path))
+    tokenizer = load_tokenizer(Path(config.model_path))
     store = open_store(config.train_data_path, config.cache_dir, progress)
     _check_tokenizer(config, tokenizer, store)
     check_prompts(config, store)
@@ -87,16 +106,15 @@ def _check_teacher(
     config: TrainConfig, student_config: Qwen3Config, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     assert config.teacher_model_path is not None
-    teacher_config = load_backbone_config(config.teacher_model_path)
+    folder = Path(config.teacher_model_path)
+    teacher_config = load_backbone_config(folder)
     if config.kd_loss == "vectors" and teacher_config.hidden_size < student_config.hidden_size:
         raise UserError(
             f"teacher_model_path: the teacher's vectors have {teacher_config.hidden_size} "
             "components, fewer than the "
             f"student's {student_config.hidden_size}; {KD_REMEDY}"
         )
-    if tokenizer_fingerprint(load_tokenizer(config.teacher_model_path)) != tokenizer_fingerprint(
-        tokenizer
-    ):
+    if tokenizer_fingerprint(load_tokenizer(folder)) != tokenizer_fingerprint(tokenizer):
         raise UserError(
             "teacher_model_path: the teacher has another tokenizer than model_path; it cannot read "
             "the data. "

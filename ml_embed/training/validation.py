@@ -18,10 +18,10 @@ from ml_embed.config import Task
 from ml_embed.data.batch import ContrastiveBatch
 from ml_embed.data.loader import Loader
 from ml_embed.distributed.collectives import all_reduce_sum, gather_uneven, world_size
-from ml_embed.evaluation.cells import Cell, cell_name
 from ml_embed.evaluation.metrics import metrics_of_ranks, ranks_of_positives, ranks_of_scores
 from ml_embed.losses.nested import MatryoshkaSpec
 from ml_embed.losses.objective import batch_objective
+from ml_embed.model_folders.cut import Cut
 from ml_embed.training.resolve import Resolved
 
 Encode = Callable[[ContrastiveBatch, int], Tensor]
@@ -53,10 +53,10 @@ def validate(
         encode: the model.
         loader: as in training; no training randomness is advanced, for there is none to advance.
         spec: the losses' dims, weights and temperature.
-        resolved: sizes of the model, and the grid of cells to measure beside the whole of it.
+        resolved: sizes of the model, and the grid of cuts to measure beside the whole of it.
     Returns:
         "<dataset>/valid_loss_hard", "<dataset>/ndcg@10" and so on; with a grid also
-        "<dataset>/ndcg@10/<cell_name>" and so on; the means of all these over the datasets of a
+        "<dataset>/ndcg@10/<name of a cut>" and so on; the means of all these over the datasets of a
         task as "Avg/<task>/…"; and "loss", the mean over datasets. The same on every process; empty
         if nothing is held out. A dataset of clustering or classification of which no held-out row
         has a negative has losses only.
@@ -90,31 +90,28 @@ def _validate_dataset(
     resolved: Resolved,
     device: torch.device,
 ) -> dict[str, float]:
-    whole: Cell = (
-        resolved.ranks[-1] if resolved.ranks else 0,
-        resolved.exits[-1],
-        resolved.dims[0],
-    )
-    grid = resolved.valid_grid.cells if resolved.valid_grid else ()
+    rank = resolved.ranks[-1] if resolved.ranks else 0
+    whole = Cut(rank, resolved.exits[-1], resolved.dims[0])
+    grid = resolved.valid_grid.cuts if resolved.valid_grid else ()
     wanted = {whole, *grid}
     search_of_task = _PoolSearch if task == "retrieval" else _CandidateSearch
     losses = _Losses(spec, device)
-    found: dict[Cell, dict[str, float]] = {}
-    for rank in sorted({rank for rank, _, _ in wanted}):
-        search = search_of_task({cell for cell in wanted if cell[0] == rank})
+    found: dict[Cut, dict[str, float]] = {}
+    for rank in sorted({cut.rank for cut in wanted}):
+        search = search_of_task({cut for cut in wanted if cut.rank == rank})
         for rows, on_host in batches():
             batch = on_host.to(device)
             vectors = encode(batch, rank)
-            if rank == whole[0]:
+            if rank == whole.rank:
                 losses.add(vectors, batch, rows)
             search.add(dict(zip(resolved.exits, vectors, strict=True)), batch)
         found |= {
-            cell: metrics_of_ranks(ranks.cpu()) if len(ranks) else {}
-            for cell, ranks in search.ranks()
+            cut: metrics_of_ranks(ranks.cpu()) if len(ranks) else {}
+            for cut, ranks in search.ranks()
         }
     values = losses.means(with_in_batch=task == "retrieval") | found[whole]
-    for cell in grid:
-        values |= {f"{metric}/{cell_name(*cell)}": value for metric, value in found[cell].items()}
+    for cut in grid:
+        values |= {f"{metric}/{cut.name}": value for metric, value in found[cut].items()}
     return values
 
 
@@ -143,10 +140,10 @@ class _PoolSearch:
     """Retrieval: each query among all distinct documents of the dataset's held-out rows. Held: the
     queries and documents of this process at the exits that are measured."""
 
-    def __init__(self, cells: Collection[Cell]):
-        self._cells = sorted(cells)
-        self._queries: dict[int, list[Tensor]] = {depth: [] for _, depth, _ in self._cells}
-        self._passages: dict[int, list[Tensor]] = {depth: [] for _, depth, _ in self._cells}
+    def __init__(self, cuts: Collection[Cut]):
+        self._cuts = sorted(cuts)
+        self._queries: dict[int, list[Tensor]] = {cut.depth: [] for cut in self._cuts}
+        self._passages: dict[int, list[Tensor]] = {cut.depth: [] for cut in self._cuts}
         self._documents: list[Tensor] = []
         self._wanted: list[Tensor] = []
 
@@ -159,27 +156,23 @@ class _PoolSearch:
             self._queries[depth].append(vectors[depth][batch.query[real]])
             self._passages[depth].append(vectors[depth][used])
 
-    def ranks(self) -> Iterator[tuple[Cell, Tensor]]:
-        """Each cell with the (Q,) ranks of the positives."""
+    def ranks(self) -> Iterator[tuple[Cut, Tensor]]:
+        """Each cut with the (Q,) ranks of the positives."""
         number, wanted = (
             gather_uneven(torch.cat(parts)) for parts in (self._documents, self._wanted)
         )
         distinct, place = torch.unique(number, return_inverse=True)  # sorted
         positive = torch.searchsorted(distinct, wanted)
-        for depth, cells in groupby(self._cells, key=lambda cell: cell[1]):
+        for depth, cuts in groupby(self._cuts, key=lambda cut: cut.depth):
             query, passage = (
                 gather_uneven(torch.cat(parts.pop(depth)))
                 for parts in (self._queries, self._passages)
             )
             pool = passage.new_zeros((len(distinct), passage.shape[1]))
             pool[place] = passage  # the same document has the same vector
-            for cell in cells:
-                dim = cell[2]
-                cut_query, cut_pool = (
-                    normalize(query[:, :dim], dim=-1),
-                    normalize(pool[:, :dim], dim=-1),
-                )
-                yield cell, ranks_of_positives(cut_query, cut_pool, positive)
+            for cut in cuts:
+                queries, documents = (normalize(v[:, : cut.dim], dim=-1) for v in (query, pool))
+                yield cut, ranks_of_positives(queries, documents, positive)
 
 
 class _CandidateSearch:
@@ -187,20 +180,19 @@ class _CandidateSearch:
     Rows that have none
     are left out: they have nothing to be told apart from, and would always be right."""
 
-    def __init__(self, cells: Collection[Cell]):
-        self._ranks: dict[Cell, list[Tensor]] = {cell: [] for cell in sorted(cells)}
+    def __init__(self, cuts: Collection[Cut]):
+        self._ranks: dict[Cut, list[Tensor]] = {cut: [] for cut in sorted(cuts)}
 
     def add(self, vectors: Vectors, batch: ContrastiveBatch) -> None:
         chooses = ~batch.excluded_candidates[:, 1:].all(1) & (batch.sample_weights > 0)  # (R,)
-        for cell, ranks in self._ranks.items():
-            _, depth, dim = cell
-            unit = normalize(vectors[depth][:, :dim], dim=-1)
+        for cut, ranks in self._ranks.items():
+            unit = normalize(vectors[cut.depth][:, : cut.dim], dim=-1)
             ranks.append(_ranks_among_own(unit, batch)[chooses])
 
-    def ranks(self) -> Iterator[tuple[Cell, Tensor]]:
-        """Each cell with the (Q,) ranks of the positives."""
-        for cell, ranks in self._ranks.items():
-            yield cell, gather_uneven(torch.cat(ranks))
+    def ranks(self) -> Iterator[tuple[Cut, Tensor]]:
+        """Each cut with the (Q,) ranks of the positives."""
+        for cut, ranks in self._ranks.items():
+            yield cut, gather_uneven(torch.cat(ranks))
 
 
 def candidate_documents(batch: ContrastiveBatch) -> tuple[Tensor, Tensor]:

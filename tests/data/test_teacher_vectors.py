@@ -24,7 +24,8 @@ from ml_embed.errors import UserError
 from ml_embed.files.atomic import write_checksums
 from ml_embed.inference.text_models import load_text_model
 from ml_embed.model import MatryoshkaEncoder
-from ml_embed.model_folders.model_folder import ModelRecord, save_model_folder
+from ml_embed.model_folders.record import ModelRecord
+from ml_embed.model_folders.write import save_model_folder
 from ml_embed.prepare.tokenization import TokenizeOptions, tokenize_folder
 from ml_embed.recipe.teacher import embed_teacher
 

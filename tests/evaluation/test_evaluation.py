@@ -60,7 +60,7 @@ def test_metrics_are_those_of_sorting(queries, documents, seed):
 
 def test_a_constant_model_does_not_win():
     vectors = torch.nn.functional.normalize(torch.full((101, 96), 0.3) + 0.1, dim=1)
-    ranks = ranks_of_positives(vectors[:50], vectors, torch.arange(50), chunk=7)
+    ranks = ranks_of_positives(vectors[:50], vectors, torch.arange(50), at_once=7)
     assert torch.equal(ranks, torch.full((50,), 51.0, dtype=torch.float64))
     assert metrics_of_ranks(ranks) == {"recall@1": 0.0, "mrr@10": 0.0, "ndcg@10": 0.0}
     assert torch.equal(ranks_of_scores(vectors[:50] @ vectors.T, torch.arange(50)), ranks)
@@ -77,13 +77,13 @@ def test_ties_count_half():
     assert ranks_of_scores(scores, torch.tensor([0, 1])).tolist() == [3.0, 1.5]
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 1000])
-def test_chunks_do_not_change_ranks(chunk):
+@pytest.mark.parametrize("at_once", [1, 7, 1000])
+def test_ranks_do_not_depend_on_how_many_documents_are_scored_at_once(at_once):
     queries, documents = unit(37, 24), unit(90, 24, seed=1)
     documents[40:60] = documents[:20]  # exact ties
     positive = torch.arange(37) * 2
     expected = ranks_of_scores(queries @ documents.T, positive)
-    assert torch.equal(ranks_of_positives(queries, documents, positive, chunk), expected)
+    assert torch.equal(ranks_of_positives(queries, documents, positive, at_once), expected)
     assert expected.frac().any()
 
 
@@ -160,7 +160,8 @@ def test_every_cell_is_what_the_cut_model_achieves(folders, sharing):
         assert {name: row[name] for name in ("recall@1", "mrr@10", "ndcg@10")} == naive_metrics(
             scores, positive
         )
-        assert row["parameters"] == model.num_parameters
+        held = sum(parameter.numel() for parameter in model._encoder.parameters())
+        assert row["parameters"] == held
         assert (row["bytes_per_vector"], row["trained"], row["queries"]) == (
             4 * model.dim,
             True,
@@ -290,7 +291,7 @@ def test_without_matplotlib_the_numbers_are_still_written(folders, tmp_path, cap
         folders / "candidates",
         "--output",
         tmp_path,
-        "--dims",
+        "--dim",
         8,
     ]
     assert load_script("evaluate").main([*map(str, flags), "--device", "cpu"]) == 0
@@ -309,7 +310,7 @@ def test_no_number_is_lost_to_a_disk_that_fills_up(folders, tmp_path, capsys, mo
         folders / "candidates",
         "--output",
         tmp_path,
-        "--dims",
+        "--dim",
         8,
     ]
     assert load_script("evaluate").main([*map(str, flags), "--device", "cpu"]) == 0
@@ -333,6 +334,28 @@ def test_mistakes_at_the_command_line(folders, tmp_path, capsys):
     assert "nowhere does not exist" in capsys.readouterr().err
     assert script.main([*flags, "--data", str(folders / "candidates"), "--batch-tokens", "0"]) == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_former_names_of_the_cut_flags_are_taken_but_not_shown(folders, tmp_path, capsys):
+    script = load_script("evaluate")
+    flags = ["--model", folders / "shared", "--data", folders / "candidates", "--device", "cpu"]
+    for number, axes in enumerate((("rank", "depth", "dim"), ("ranks", "depths", "dims"))):
+        sizes = [f"--{axes[0]}", 32, f"--{axes[1]}", 1, 3, f"--{axes[2]}", 8, 16]
+        output = tmp_path / str(number)
+        assert script.main([*map(str, [*flags, *sizes, "--output", output])]) == 0
+    first, second = (
+        json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("0", "1")
+    )
+    assert first == second
+    assert {(row["rank"], row["depth"], row["dim"]) for row in first["model"]["rows"]} == {
+        (32, depth, dim) for depth in (1, 3) for dim in (8, 16)
+    }
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    shown = capsys.readouterr().out
+    assert "--rank N" in shown
+    assert "--ranks" not in shown
 
 
 def test_the_metrics_that_can_be_asked_for_are_those_computed():

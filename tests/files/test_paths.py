@@ -1,5 +1,4 @@
-"""What users give as paths: home folders, hub names, runs in place of models, places that cannot be
-written."""
+"""What users give as paths: home folders, runs in place of models, places that refuse writing."""
 
 import json
 import re
@@ -12,6 +11,7 @@ from helpers.scripts import load_script
 import tokenize_data_qwen
 from ml_embed import Embedder
 from ml_embed.errors import UserError, one_line
+from ml_embed.files.model_source import find_model_folder
 from ml_embed.files.paths import (
     check_model_output,
     check_writable,
@@ -21,7 +21,6 @@ from ml_embed.files.paths import (
 )
 from ml_embed.inference.text_models import load_text_model
 from ml_embed.model_folders.export import export_model
-from ml_embed.model_folders.model_folder import load_backbone_config, load_encoder
 
 
 def test_home_is_expanded_and_nothing_else_is_changed(monkeypatch):
@@ -67,24 +66,17 @@ def offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
-@pytest.mark.parametrize(
-    "read", [load_backbone_config, load_encoder, load_text_model, Embedder.from_pretrained]
-)
+@pytest.mark.parametrize("read", [find_model_folder, load_text_model, Embedder.from_pretrained])
 def test_a_path_that_is_missing_is_not_looked_for_on_the_hub(read, tmp_path, monkeypatch, offline):
     monkeypatch.chdir(tmp_path)
-    missing = (
-        ["./missing", "models/"]
-        if read is load_encoder
-        else ["./missing", Path("./missing"), Path("a/b")]
-    )
-    for given in missing:
+    for given in ("./missing", "models/", Path("./missing"), Path("a/b")):
         with pytest.raises(UserError, match=f"model folder {given} does not exist"):
             read(given)
 
 
 @pytest.mark.parametrize(
     "command",
-    ["export_model.py --output new --checkpoint", "prune_backbone.py --output new --model"],
+    ["export_model.py --output new --model", "prune_backbone.py --output new --model"],
 )
 def test_scripts_do_not_take_a_missing_path_for_a_hub_name(
     command, tmp_path, monkeypatch, capsys, offline
@@ -95,9 +87,9 @@ def test_scripts_do_not_take_a_missing_path_for_a_hub_name(
     assert "model folder ./missing does not exist" in capsys.readouterr().err
 
 
-def test_only_trained_folders_are_exported_so_the_hub_is_not_asked(tmp_path, offline):
-    with pytest.raises(UserError, match=r"Qwen/Qwen3-0\.6B is not a trained model folder"):
-        export_model("Qwen/Qwen3-0.6B", tmp_path / "new")
+def test_only_trained_folders_are_exported(world, tmp_path):
+    with pytest.raises(UserError, match="is not a trained model folder"):
+        export_model(world.backbone, tmp_path / "new")
 
 
 def test_places_are_tried_without_leaving_anything(tmp_path):
@@ -142,7 +134,7 @@ def test_only_model_folders_are_replaced(tmp_path):
 COMMANDS = (
     "evaluate.py --model /nowhere --data /nowhere --output",
     "evaluate_mteb.py --model /nowhere --tasks SciFact --output",
-    "export_model.py --checkpoint /nowhere --output",
+    "export_model.py --model /nowhere --output",
     "init_backbone.py --preset tiny --tokenizer /nowhere --output",
     "prune_backbone.py --model /nowhere --output",
     "embed_teacher.py --model /nowhere --data /nowhere --tokenizer /nowhere --output",

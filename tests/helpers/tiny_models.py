@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer, Qwen3Config, Qwen3Model
 
 from ml_embed.model import MatryoshkaEncoder, factorize_table
-from ml_embed.model_folders.model_folder import ModelRecord, save_model_folder
+from ml_embed.model_folders.record import ModelRecord
+from ml_embed.model_folders.write import save_model_folder
 from ml_embed.prepare.tokenizer_training import train_tokenizer
 
 TEXTS = [

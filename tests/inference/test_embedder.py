@@ -29,7 +29,7 @@ from ml_embed.errors import UserError
 from ml_embed.inference import embedder
 from ml_embed.inference.embedder import Embedder
 from ml_embed.inference.text_models import load_text_model
-from ml_embed.model_folders.model_folder import load_encoder
+from ml_embed.model_folders.read import load_encoder
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +87,12 @@ def test_a_cut_model_holds_less(shared):
     layer = sum(p.numel() for p in whole._encoder.backbone.layers[0].parameters())
     assert whole.num_parameters == 3 * layer + (448 + HIDDEN) * RANK + HIDDEN
     assert cut.num_parameters == layer + (448 + HIDDEN) * 16 + HIDDEN
+    for model in (whole, cut):
+        assert model.num_parameters == held_parameters(model)
+
+
+def held_parameters(model: Embedder) -> int:
+    return sum(parameter.numel() for parameter in model._encoder.parameters())
 
 
 def test_order_batches_and_windows_do_not_matter(shared, monkeypatch):
@@ -102,7 +108,8 @@ def test_generators_are_not_read_far_ahead(shared, monkeypatch):
     monkeypatch.setattr(embedder, "WINDOW", 4)
     model = Embedder.from_pretrained(shared, device="cpu")
     read = []
-    stream = model._stream((read.append(i) or "text" for i in range(1000)), None, None, False, None)
+    texts = (read.append(i) or "text" for i in range(1000))
+    stream = model._stream(texts, None, embedder._Settings(), False, None)
     assert len(next(stream)) == 4
     assert len(read) <= 8
     stream.close()
@@ -245,6 +252,7 @@ def test_whole_tables_can_be_cut_in_depth(tokenizer, tmp_path):
     folder = write_model(tmp_path / "plain_table", tokenizer, factorized=False)
     model = Embedder.from_pretrained(folder, depth=1, dim=32, device="cpu")
     assert model.rank == 0
+    assert model.num_parameters == held_parameters(model)
     assert_equal_vectors(model.encode(TEXTS), naive(folder, TEXTS, 1, 32))
 
 

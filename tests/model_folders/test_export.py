@@ -26,7 +26,7 @@ from transformers import AutoModel, AutoTokenizer
 from ml_embed import Embedder
 from ml_embed.errors import UserError
 from ml_embed.model_folders.export import export_model
-from ml_embed.model_folders.model_folder import ModelRecord
+from ml_embed.model_folders.record import ModelRecord
 
 
 @pytest.fixture(scope="module", params=["shared", "per_layer"])
@@ -190,18 +190,10 @@ def test_colleagues_can_read_it(checkpoint, tmp_path):
     assert modes == dict.fromkeys(modes, usual)
 
 
-def test_the_script(checkpoint, tmp_path, capsys):
+@pytest.mark.parametrize("flag", ["--model", "--checkpoint"])
+def test_the_script(checkpoint, tmp_path, capsys, flag):
     script = load_script("export_model")
-    flags = [
-        "--checkpoint",
-        str(checkpoint),
-        "--output",
-        str(tmp_path / "cut"),
-        "--depth",
-        "1",
-        "--dim",
-        "8",
-    ]
+    flags = [flag, str(checkpoint), "--output", str(tmp_path / "cut"), "--depth", "1", "--dim", "8"]
     assert script.main(flags) == 0
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (printed["depth"], printed["dim"], printed["rank"]) == (1, 8, 32)

@@ -12,17 +12,19 @@ from helpers.tiny_world import TASKS
 
 from ml_embed import Embedder
 from ml_embed.evaluation.cube import evaluate_cube
+from ml_embed.model_folders.cut import Cut
 from ml_embed.reports.charts import (
     MOST_POINTS,
     Scale,
     line_chart,
     log_ticks,
-    number_text,
     scatter_chart,
     thinned,
     ticks,
 )
-from ml_embed.reports.run_page import best_choices, cut_parameters
+from ml_embed.reports.choices import CubePoint, best_choices
+from ml_embed.reports.run_page import run_parameters
+from ml_embed.reports.tables import number_text
 from scripts.report import main
 
 VOID = {"meta"}
@@ -140,16 +142,16 @@ def test_the_validation_grid_is_shown_over_time_and_to_choose_from(run_dir):
         )
         assert (
             f"depth {depth}, dim {dim}, rank {rank}: {mean(valid[-1], suffix):.3f}, "
-            f"{number_text(model.num_parameters)} parameters, {50 * depth} % of the latency, "
-            f"{4 * dim} bytes a vector"
+            f"{number_text(model.num_parameters, short=True)} parameters, "
+            f"{50 * depth} % of the latency, {4 * dim} bytes per vector"
         ) in chosen
     resolved = json.loads((run_dir / "resolved.json").read_text())
-    assert cut_parameters(resolved, 32, 2) == resolved["parameters"]
+    assert run_parameters(resolved, Cut(32, 2, 64)) == resolved["parameters"]
 
 
 def test_a_whole_token_table_is_counted_whole():
     resolved = {"embedding_parameters": 70, "layer_parameters": 5, "ranks": [], "dims": [4]}
-    assert cut_parameters(resolved, 0, 3) == 70 + 15 + 4
+    assert run_parameters(resolved, Cut(0, 3, 4)) == 70 + 15 + 4
 
 
 def _report(run_dir):
@@ -159,7 +161,7 @@ def _report(run_dir):
 
 def test_choices_that_another_beats_in_everything_are_left_out():
     def point(parameters, depth, dim, quality):
-        return {"parameters": parameters, "depth": depth, "dim": dim, "quality": quality}
+        return CubePoint(Cut(16, depth, dim), parameters, 4 * dim, quality)
 
     points = [
         point(10, 2, 8, 0.5),
@@ -208,8 +210,14 @@ def test_ticks_and_numbers():
     assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
     assert ticks(3, 3) == [3]
     assert log_ticks(1, 100) == pytest.approx([1, 2, 5, 10, 20, 50, 100])
-    texts = {0: "0", 0.1234567: "0.1235", 1234: "1234", 45_000: "45k", 1.2e6: "1.2M", 3e9: "3G"}
-    assert {value: number_text(value) for value in texts} == texts
+    texts = {0: "0", 0.1234567: "0.1235", 1234: "1234", 45_000: "45k", 1.2e6: "1.2M", 3e9: "3B"}
+    assert {value: number_text(value, short=True) for value in texts} == texts
+    assert [number_text(value) for value in (1_234_567, 0.1234567, 1e-5)] == [
+        "1,234,567",
+        "0.1235",
+        "1e-05",
+    ]
+    assert number_text(0.5, 3) == "0.500"
     assert Scale(1, 100, 0, 10, logarithmic=True)(10) == pytest.approx(5)
 
 

@@ -23,7 +23,8 @@ from ml_embed.data.store import open_store
 from ml_embed.losses.nested import MatryoshkaSpec
 from ml_embed.losses.objective import batch_objective
 from ml_embed.model import MatryoshkaEncoder, default_dims, dim_weights, factorize_table
-from ml_embed.model_folders.model_folder import ModelRecord, save_model_folder
+from ml_embed.model_folders.record import ModelRecord
+from ml_embed.model_folders.write import save_model_folder
 from ml_embed.prepare.tokenizer_training import train_tokenizer
 from ml_embed.training.build import build_teacher
 

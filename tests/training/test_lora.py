@@ -27,8 +27,7 @@ from ml_embed.data.packing import PackedSequences
 from ml_embed.files.paths import numbered_folders
 from ml_embed.inference.embedder import Embedder
 from ml_embed.model import MatryoshkaEncoder
-from ml_embed.model_folders import model_folder
-from ml_embed.model_folders.model_folder import load_encoder
+from ml_embed.model_folders.read import load_encoder
 from ml_embed.training import lora
 from ml_embed.training.build import build_encoder
 from ml_embed.training.setup import open_inputs
@@ -288,18 +287,6 @@ def test_other_frozen_weights_are_refused(inputs, broken, capsys):
     assert run_script.main(["--config", str(config), "--resume", "auto"]) == 2
     assert "  - model_path: " in capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in broken.rglob("*") if path.is_file()}
-
-
-def test_a_backbone_from_the_hub_counts_by_its_files(inputs, monkeypatch):
-    monkeypatch.setattr(
-        model_folder, "snapshot_download", lambda name, **_: inputs.folder / name.split("/")[1]
-    )
-    assert model_folder.weights_digest("someone/backbone") == model_folder.weights_digest(
-        inputs.folder / "backbone"
-    )
-    assert model_folder.weights_digest("someone/backbone") != model_folder.weights_digest(
-        inputs.folder / "teacher"
-    )
 
 
 def test_adapters_train_on_from_a_trained_folder(inputs, trained):

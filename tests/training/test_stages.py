@@ -1,6 +1,7 @@
 """A second stage of training: `model_path` is a model folder that a first stage wrote."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from ml_embed import Embedder
 from ml_embed.config import parse_config
 from ml_embed.data.store import open_store
 from ml_embed.model import factorize_table
-from ml_embed.model_folders.model_folder import load_backbone_config
+from ml_embed.model_folders.read import load_backbone_config
 from ml_embed.training.build import build_encoder
 from ml_embed.training.resolve import resolve
 
@@ -34,7 +35,7 @@ def first_stage(world, tmp_path_factory):
 def start_of(world, model_path, **changes):
     """The encoder that training would start from."""
     config = parse_config(world.config(model_path=str(model_path), **changes))
-    backbone = load_backbone_config(config.model_path)
+    backbone = load_backbone_config(Path(config.model_path))
     store = open_store(config.train_data_path, config.cache_dir, progress=False)
     resolved = resolve(config, backbone, store, world_size=1)
     return build_encoder(config, resolved, backbone, store, torch.device("cpu"), torch.float32)

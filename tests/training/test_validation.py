@@ -19,8 +19,8 @@ import run as run_script
 from ml_embed import Embedder
 from ml_embed.config import parse_config
 from ml_embed.data.store import open_store
-from ml_embed.evaluation.cells import Cube, cell_name, cell_of_name
 from ml_embed.model import MatryoshkaEncoder
+from ml_embed.model_folders.cut import Cube, Cut
 from ml_embed.prepare.tokenization import TokenizeOptions, tokenize_folder
 from ml_embed.training.resolve import make_schedule, resolve
 
@@ -30,7 +30,7 @@ SETTINGS = {
     "num_hard_neg": 9,
     "num_hard_neg_clustering": 9,
 }  # all negatives that there are
-CELLS = list(itertools.product((16, 32), (1, 2), (8, 64)))
+CUTS = [Cut(*sizes) for sizes in itertools.product((16, 32), (1, 2), (8, 64))]
 
 
 @pytest.fixture(scope="module")
@@ -83,27 +83,25 @@ def measured(model: Embedder, rows: list[dict], task: str) -> dict[str, float]:
     return naive_metrics(scores, positive)
 
 
-@pytest.mark.parametrize(("rank", "depth", "dim"), CELLS)
-def test_each_cell_is_what_the_saved_model_cut_there_gives(runs, held_out, rank, depth, dim):
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_each_cut_is_what_the_saved_model_cut_there_gives(runs, held_out, cut):
     folder, lines, _ = runs
     valid = [line for line in lines if line["split"] == "valid"][-1]
-    model = Embedder.from_pretrained(
-        folder / "step_4", rank=rank, depth=depth, dim=dim, device="cpu"
-    )
+    model = Embedder.from_pretrained(folder / "step_4", **vars(cut), device="cpu")
     for name, task in TASKS.items():
         for metric, value in measured(model, held_out[name], task).items():
-            key = f"{metric}/rank_{rank}_depth_{depth}_dim_{dim}"
+            key = f"{metric}/rank_{cut.rank}_depth_{cut.depth}_dim_{cut.dim}"
             assert valid[f"{name}/{key}"] == valid[f"Avg/{task}/{key}"] == pytest.approx(value), (
                 name,
                 key,
             )
-            if (rank, depth, dim) == (32, 2, 64):
+            if cut == Cut(32, 2, 64):
                 assert valid[f"{name}/{metric}"] == pytest.approx(value)
 
 
-def test_cells_differ(runs):
+def test_cuts_differ(runs):
     valid = [line for line in runs[1] if line["split"] == "valid"][-1]
-    assert len({valid[f"facts/mrr@10/{cell_name(*cell)}"] for cell in CELLS}) > len(CELLS) / 2
+    assert len({valid[f"facts/mrr@10/{cut.name}"] for cut in CUTS}) > len(CUTS) / 2
 
 
 def test_the_grid_adds_its_numbers_and_changes_no_other(runs):
@@ -112,8 +110,8 @@ def test_the_grid_adds_its_numbers_and_changes_no_other(runs):
     clock = {"time", "seconds", "tokens_per_second"}
     for line, plain in zip(with_grid, without, strict=True):
         added = line.keys() - plain.keys()
-        assert all(cell_of_name(key.rsplit("/", 1)[1]) in CELLS for key in added)
-        assert len(added) == (0 if line["split"] == "train" else 3 * 6 * len(CELLS))
+        assert all(Cut.of_name(key.rsplit("/", 1)[1]) in CUTS for key in added)
+        assert len(added) == (0 if line["split"] == "train" else 3 * 6 * len(CUTS))
         assert {key: value for key, value in line.items() if key not in added | clock} == {
             key: value for key, value in plain.items() if key not in clock
         }
@@ -202,7 +200,7 @@ def test_a_continued_run_may_measure_elsewhere(world, tmp_path, capsys):
         ),
     ],
 )
-def test_cells_that_are_not_trained_are_refused(world, tmp_path, capsys, changes, messages):
+def test_cuts_that_are_not_trained_are_refused(world, tmp_path, capsys, changes, messages):
     code, lines = train(world, tmp_path, **changes)
     printed = capsys.readouterr().err
     assert (code, lines) == (2, [])
@@ -243,7 +241,7 @@ def test_validation_keeps_the_token_budget_and_its_numbers(tmp_path_factory, pro
     assert valid["chunks"] == pytest.approx(valid["whole"], rel=1e-6, abs=1e-6)
 
 
-def test_cells_have_names():
-    assert Cube((0,), (1, 2), (8,)).cells == ((0, 1, 8), (0, 2, 8))
-    assert cell_of_name(cell_name(64, 2, 32)) == (64, 2, 32)
-    assert cell_of_name("ndcg@10") is None
+def test_cuts_have_names():
+    assert Cube((0,), (1, 2), (8,)).cuts == (Cut(0, 1, 8), Cut(0, 2, 8))
+    assert Cut.of_name(Cut(64, 2, 32).name) == Cut(64, 2, 32)
+    assert Cut.of_name("ndcg@10") is None
