@@ -189,10 +189,9 @@ class Embedder:
         devices: str | Sequence[str] | None = None,
         overwrite: bool = False,
     ) -> int:
-        """`encode` into a .npy file, for more vectors than fit in memory: `np.load(path,
-        mmap_mode="r")` reads them.
+        """`encode` into a .npy file, for more vectors than fit in memory.
 
-        The file appears whole or not at all.
+        `np.load(path, mmap_mode="r")` reads them. The file appears whole or not at all.
 
         Returns:
             how many texts there were.
@@ -218,9 +217,7 @@ class Embedder:
         texts = as_several(texts, "texts")
         if settings.batch_tokens is not None and settings.batch_tokens < 1:
             raise UserError(f"batch_tokens is {settings.batch_tokens}; it must be at least 1")
-        windows = windows_of(
-            texts, self._prompt_text(prompt), WINDOW if devices is None else WORKER_WINDOW
-        )
+        prefix = self._prompt_text(prompt)
         bar = tqdm(
             desc="encoding",
             unit=" texts",
@@ -229,9 +226,11 @@ class Embedder:
             disable=None if show_progress is None else not show_progress,
         )
         if devices is None:
+            windows = windows_of(texts, prefix, WINDOW)
             run = self._encode_here(windows, settings, bar.update)
         else:
-            names = [str(choose_device(name)) for name in as_several(devices, "devices")]
+            windows = windows_of(texts, prefix, WORKER_WINDOW)
+            names = as_several(devices, "devices")
             run = self._encode_elsewhere(windows, settings, bar.update, names)
         with bar, closing(run):
             yield from run
@@ -283,15 +282,16 @@ class Embedder:
         windows: Iterable[list[str]],
         settings: _Settings,
         progress: Callable[[int], object],
-        devices: list[str],
+        devices: Iterable[str],
     ) -> Generator[np.ndarray, None, None]:
         assert self._load_again is not None, (
             "only a model that was loaded from a folder can be loaded again elsewhere"
         )
-        if not devices:
+        names = [str(choose_device(device)) for device in devices]
+        if not names:
             raise UserError("devices is empty; name at least one, or leave it out")
         load = functools.partial(_load_encode, self._load_again, settings)
-        for vectors in encode_in_processes(load, devices, windows):
+        for vectors in encode_in_processes(load, names, windows):
             progress(len(vectors))
             yield vectors
 

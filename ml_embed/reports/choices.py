@@ -28,6 +28,7 @@ class CubePoint:
 
     @property
     def costs(self) -> tuple[int, int, int]:
+        """What is paid for it on the three axes."""
         return self.parameters, self.cut.depth, self.cut.dim
 
     def beats(self, other: "CubePoint") -> bool:
@@ -98,17 +99,16 @@ def _facts(point: CubePoint, deepest: int) -> tuple[str, str, str, str]:
 
 
 def _choices(points: Sequence[CubePoint], deepest: int) -> str:
-    names = ("model", "quality", "parameters", "relative latency", "bytes per vector")
-    head = "".join(f"<th>{name}</th>" for name in names)
-    rows = [
-        f"<tr><th>{point.cut}</th>"
-        + "".join(f"<td>{fact}</td>" for fact in _facts(point, deepest))
-        + "</tr>"
-        for point in sorted(best_choices(points), key=lambda point: -point.quality)
-    ]
+    names = ("model", "parameters", "relative latency", "bytes per vector", "quality")
+    lines = ["".join(f"<th>{name}</th>" for name in names)]
+    for point in sorted(best_choices(points), key=lambda point: -point.quality):
+        quality, *costs = _facts(point, deepest)
+        facts = "".join(f"<td>{fact}</td>" for fact in (*costs, quality))
+        lines.append(f"<th>{point.cut}</th>{facts}")
     note = "No other cut is at most as large, deep and long as one of these, and better. "
     note += "Latency is that of the layers run, relative to the deepest."
-    return f'<p class="note">{note}</p><table><tr>{head}</tr>{"".join(rows)}</table>'
+    table = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<p class="note">{note}</p><table>{table}</table>'
 
 
 def _rank_table(points: Sequence[CubePoint], rank: int) -> str:

@@ -22,6 +22,10 @@ from ml_embed.reports.tables import Result, mean_chance, number_text
 
 AXES = ("rank", "depth", "dim")
 Line = Mapping[str, Any]
+Curves = Mapping[str, Sequence[Point]]
+"""name -> points"""
+Chart = tuple[str, Curves, str]
+"""title, curves, what the y axis shows"""
 
 
 def grid_values(line: Line) -> dict[tuple[str, Cut], dict[str, float]]:
@@ -237,48 +241,44 @@ def _fact(value: Any) -> str:
 
 
 def _curves(lines: list[dict[str, Any]], metric: str) -> str:
-    train = _series(line for line in lines if line["split"] == "train")
-    valid = _series(line for line in lines if line["split"] == "valid")
-    by_suffix = {
-        suffix: {
-            name.split("/")[0]: points
-            for name, points in sorted(source.items())
-            if name.endswith(suffix)
-        }
-        for source, suffixes in (
-            (train, ("/training_loss_hard", "/training_loss_in_batch")),
-            (valid, ("/ndcg@10", "/recall@1", "/valid_loss_hard", "/valid_loss_in_batch")),
-        )
-        for suffix in suffixes
-    }
-    charts: list[tuple[str, Mapping[str, Sequence[Point]], str]] = [
-        ("Loss, the whole objective", {"training": train.get("loss", ())}, "loss"),
-        (
-            "Distillation term",
-            {"training": train.get("distillation_loss", ())},
-            "mean squared error",
-        ),
-        ("Validation: mean loss", {"validation": valid.get("loss", ())}, "loss"),
-        ("Validation: nDCG@10", by_suffix["/ndcg@10"], "nDCG@10"),
-        ("Validation: recall@1", by_suffix["/recall@1"], "recall@1"),
-        *(
-            (f"Validation grid: {metric} by {axis}", curves, metric)
-            for axis, curves in grid_curves(lines, metric).items()
-        ),
-        ("Training: loss over hard negatives", by_suffix["/training_loss_hard"], "loss"),
-        ("Training: in-batch loss", by_suffix["/training_loss_in_batch"], "loss"),
-        ("Validation: loss over hard negatives", by_suffix["/valid_loss_hard"], "loss"),
-        ("Validation: in-batch loss", by_suffix["/valid_loss_in_batch"], "loss"),
-        ("Throughput", {"real tokens": train.get("tokens_per_second", ())}, "tokens per second"),
-        ("Gradient norm before clipping", {"training": train.get("grad_norm", ())}, "norm"),
-        ("Learning rate", {"training": train.get("learning_rate", ())}, "learning rate"),
-    ]
     boxes = []
-    for title, series, label in charts:
+    for title, series, label in _charts(lines, metric):
         picture = line_chart(series, "optimizer step", label, logarithmic=label == "norm")
         if picture:
             boxes.append(f"<div><h3>{title}</h3>{picture}</div>")
     return f'<h2>Training</h2><div class="charts">{"".join(boxes)}</div>'
+
+
+def _charts(lines: list[dict[str, Any]], metric: str) -> list[Chart]:
+    train, valid = (
+        _series(line for line in lines if line["split"] == split) for split in ("train", "valid")
+    )
+    grid = grid_curves(lines, metric).items()
+
+    def one(name: str, key: str) -> Curves:
+        return {name: train.get(key, ())}
+
+    return [
+        ("Loss, the whole objective", one("training", "loss"), "loss"),
+        ("Distillation term", one("training", "distillation_loss"), "mean squared error"),
+        ("Validation: mean loss", {"validation": valid.get("loss", ())}, "loss"),
+        ("Validation: nDCG@10", _by_dataset(valid, "ndcg@10"), "nDCG@10"),
+        ("Validation: recall@1", _by_dataset(valid, "recall@1"), "recall@1"),
+        *((f"Validation grid: {metric} by {axis}", curves, metric) for axis, curves in grid),
+        ("Training: loss over hard negatives", _by_dataset(train, "training_loss_hard"), "loss"),
+        ("Training: in-batch loss", _by_dataset(train, "training_loss_in_batch"), "loss"),
+        ("Validation: loss over hard negatives", _by_dataset(valid, "valid_loss_hard"), "loss"),
+        ("Validation: in-batch loss", _by_dataset(valid, "valid_loss_in_batch"), "loss"),
+        ("Throughput", one("real tokens", "tokens_per_second"), "tokens per second"),
+        ("Gradient norm before clipping", one("training", "grad_norm"), "norm"),
+        ("Learning rate", one("training", "learning_rate"), "learning rate"),
+    ]
+
+
+def _by_dataset(series: Curves, metric: str) -> Curves:
+    return {
+        name.split("/")[0]: series[name] for name in sorted(series) if name.endswith(f"/{metric}")
+    }
 
 
 def _series(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[Point]]:

@@ -144,7 +144,7 @@ def folders(tmp_path_factory):
 
 
 @pytest.mark.parametrize("sharing", ["shared", "per_layer"])
-def test_every_cell_is_what_the_cut_model_achieves(folders, sharing):
+def test_every_cut_is_what_the_cut_model_achieves(folders, sharing):
     result = evaluate_cube(folders / sharing, folders / "candidates", device="cpu", progress=False)
     assert len(result["rows"]) == len(RANKS) * len(EXITS) * len(DIMS) * 2
     assert json.loads(json.dumps(result)) == result
