@@ -58,8 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
     from ml_embed.training.loop import train
     from ml_embed.training.setup import open_inputs, set_up, with_model_folders
 
-    config = with_model_folders(config)
     with failures_from_outside(), heartbeat():
+        config = with_model_folders(config)
         accelerator = make_accelerator(config)
         if accelerator.device.type == "cpu":
             keep_freed_memory()
