@@ -56,7 +56,7 @@ class Resolved:
     mean_tokens_per_step: int
     """real tokens of an average step, over all processes"""
     valid_grid: Cube | None
-    """cells that validation measures beside the whole model; null = none"""
+    """cuts that validation measures beside the whole model; null = none"""
     memory_gib: dict[str, float]
     """estimate for one process without sharding"""
     datasets: tuple[DatasetPlan, ...]
@@ -217,7 +217,7 @@ def _nested_sizes(config: TrainConfig, backbone: Qwen3Config) -> tuple[tuple, tu
 
 
 def _valid_grid(config: TrainConfig, exits: tuple, dims: tuple, ranks: tuple) -> Cube | None:
-    """The cells that validation measures; a null axis is looked at whole."""
+    """The cuts that validation measures; a null axis is looked at whole."""
     asked = {
         "valid_ranks": config.valid_ranks,
         "valid_layers": config.valid_layers,

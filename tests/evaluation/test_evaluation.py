@@ -258,20 +258,9 @@ def test_bad_candidates_are_named(tmp_path, change, message):
 
 def test_the_script_writes_numbers_and_a_picture(folders, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    flags = [
-        "--model",
-        folders / "shared",
-        "--baseline",
-        folders / "plain",
-        "--data",
-        folders / "candidates",
-    ]
-    assert (
-        load_script("evaluate").main(
-            [*map(str, flags), "--output", str(tmp_path / "out"), "--device", "cpu"]
-        )
-        == 0
-    )
+    flags = ["--model", folders / "shared", "--baseline", folders / "plain", "--device", "cpu"]
+    flags += ["--data", folders / "candidates", "--output", tmp_path / "out"]
+    assert load_script("evaluate").main([*map(str, flags)]) == 0
     written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert written["model"]["rows"]
     assert written["baseline"]["rows"]
@@ -284,16 +273,8 @@ def test_without_matplotlib_the_numbers_are_still_written(folders, tmp_path, cap
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name)
     )
-    flags = [
-        "--model",
-        folders / "shared",
-        "--data",
-        folders / "candidates",
-        "--output",
-        tmp_path,
-        "--dim",
-        8,
-    ]
+    flags = ["--model", folders / "shared", "--data", folders / "candidates", "--dim", 8]
+    flags += ["--output", tmp_path]
     assert load_script("evaluate").main([*map(str, flags), "--device", "cpu"]) == 0
     assert "ml-embed[plot]" in capsys.readouterr().out
     written = json.loads((tmp_path / "evaluation.json").read_text())
@@ -303,16 +284,8 @@ def test_without_matplotlib_the_numbers_are_still_written(folders, tmp_path, cap
 
 
 def test_no_number_is_lost_to_a_disk_that_fills_up(folders, tmp_path, capsys, monkeypatch):
-    flags = [
-        "--model",
-        folders / "shared",
-        "--data",
-        folders / "candidates",
-        "--output",
-        tmp_path,
-        "--dim",
-        8,
-    ]
+    flags = ["--model", folders / "shared", "--data", folders / "candidates", "--dim", 8]
+    flags += ["--output", tmp_path]
     assert load_script("evaluate").main([*map(str, flags), "--device", "cpu"]) == 0
     written = json.loads((tmp_path / "evaluation.json").read_text())
 

@@ -1,5 +1,4 @@
-"""mteb's tasks on cuts of a tiny model, offline: a retrieval task of one's own over the embedded
-corpus."""
+"""mteb's tasks on cuts of a tiny model, offline: a task of one's own over the embedded corpus."""
 
 import functools
 import importlib.util
@@ -281,7 +280,9 @@ def test_a_row_says_what_its_cut_costs(evaluated, folder):
     assert f"{row['parameters']:,}" in table[1]
 
 
-def test_texts_are_encoded_once_a_rank_and_nothing_is_computed_twice(folder, tmp_path, monkeypatch):
+def test_texts_are_encoded_once_per_rank_and_nothing_is_computed_twice(
+    folder, tmp_path, monkeypatch
+):
     calls = []
     encode = ml_embed.evaluation.mteb.encode_all_exits
     monkeypatch.setattr(

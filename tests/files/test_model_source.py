@@ -15,7 +15,7 @@ from ml_embed import Embedder
 from ml_embed.errors import UserError
 from ml_embed.evaluation.cube import evaluate_baseline, evaluate_cube
 from ml_embed.files.model_source import find_model_folder, find_tokenizer_folder
-from ml_embed.inference.text_models import OwnModel, load_text_model
+from ml_embed.inference.text_models import OwnModel, SentenceTransformersModel, load_text_model
 from ml_embed.model_folders.export import export_model
 from ml_embed.model_folders.read import weights_digest
 from ml_embed.model_folders.record import ModelRecord
@@ -87,6 +87,17 @@ def test_a_text_model_is_read_as_one_of_ours_and_keeps_its_name(hub, nested):
     assert model.name == "ada/nested"
     expected = load_text_model(nested, "cpu").encode(TEXTS)
     np.testing.assert_array_equal(model.encode(TEXTS), expected)
+
+
+def test_a_model_of_sentence_transformers(hub, nested, tmp_path):
+    pytest.importorskip("sentence_transformers")
+    other = shutil.copytree(nested, tmp_path / "other")
+    (other / "ml_embed.json").unlink()
+    put_on_hub(hub, "bob/other", other)
+    model = load_text_model("bob/other", "cpu")
+    assert isinstance(model, SentenceTransformersModel)
+    assert model.name == "bob/other"
+    np.testing.assert_array_equal(model.encode(TEXTS), load_text_model(other, "cpu").encode(TEXTS))
 
 
 def test_evaluation(hub, nested, tmp_path):

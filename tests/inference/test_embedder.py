@@ -1,5 +1,4 @@
-"""Inference against transformers, one text at a time, and against sentence-transformers, on tiny
-random models."""
+"""Inference against transformers and sentence-transformers, on tiny random models."""
 
 import json
 import pickle

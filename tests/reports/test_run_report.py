@@ -1,5 +1,4 @@
-"""The report of a run: what stands on the page, what its pictures show, and that it needs nothing
-else."""
+"""The report of a run: what stands on the page, what its pictures show, that it stands alone."""
 
 import json
 import re
@@ -28,11 +27,8 @@ from ml_embed.reports.tables import number_text
 from scripts.report import main
 
 VOID = {"meta"}
-GRID = {
-    "valid_ranks": [16],
-    "valid_layers": [1, 2],
-    "valid_dims": [8, 64],
-}  # the whole model is not in it
+# The whole model is not in it.
+GRID = {"valid_ranks": [16], "valid_layers": [1, 2], "valid_dims": [8, 64]}
 
 
 class Balanced(HTMLParser):
