@@ -97,9 +97,9 @@ def main(arguments: list[str] | None = None) -> int:
     origin = {key: options.pop(key) for key in ("input", "columns", "split", "subset")}
     folder = raw_folder(**origin, **{key: options[key] for key in ("output", "seed", "overwrite")})
     manifest = tokenize_folder(TokenizeOptions(input=folder, datasets=datasets, **options))
-    entries = manifest["datasets"].values()
+    entries = manifest.datasets.values()
     rows, documents, tokens = (
-        sum(entry[key] for entry in entries) for key in ("rows", "documents", "tokens")
+        sum(getattr(entry, key) for entry in entries) for key in ("rows", "documents", "tokens")
     )
     print(
         f"{options['output']}: {len(entries)} datasets, {rows:,} rows, {documents:,} documents, "

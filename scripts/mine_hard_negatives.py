@@ -1,9 +1,9 @@
 """Mine hard negatives for raw data with any embedding model, and write the raw layout with them.
 
 For each row: the nearest documents of its own dataset (all passages and negatives), without the
-query's own passages
-and text; the first few are dropped, too high scores too, and the best of the rest are kept. The
-defaults are the published ones. An interrupted run is continued by the same command.
+query's own passages and text; the first few are dropped, too high scores too, and the best of the
+rest are kept. The defaults are the published ones. An interrupted run is continued by the same
+command.
 
 Each query is compared with each document, on a GPU if there is one. For corpora where that takes
 too long, --search ann looks only where near documents are likely. Before it searches it prints the
@@ -23,7 +23,7 @@ sys.path.insert(
 
 from ml_embed.errors import UserError, exit_on_user_error
 from ml_embed.files.paths import check_writable, home_path
-from ml_embed.notices import parse_command
+from ml_embed.notices import bars_wanted, parse_command
 
 if TYPE_CHECKING:
     from ml_embed.recipe.ann import Approximation
@@ -124,7 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     from ml_embed.inference.text_models import load_text_model
     from ml_embed.prepare.raw import list_raw_datasets
-    from ml_embed.recipe.mining import Filter, mine_folder
+    from ml_embed.recipe.mining import Filter, MiningOptions, mine_folder
 
     rule = Filter(args.top, args.skip, args.max_score, args.max_ratio, args.count)
     rule.check()
@@ -132,16 +132,16 @@ def main(arguments: list[str] | None = None) -> None:
     check_writable(args.output)  # mistakes show before a model is loaded
     list_raw_datasets(args.input)
     model = load_text_model(args.model, args.device)
-    prompts = {"query_prompt": args.query_prompt, "passage_prompt": args.passage_prompt}
-    summary = mine_folder(
-        model,
+    options = MiningOptions(
         args.input,
         args.output,
         rule,
-        approximation=approximation,
-        overwrite=args.overwrite,
-        **prompts,
+        args.query_prompt,
+        args.passage_prompt,
+        approximation,
+        args.overwrite,
     )
+    summary = mine_folder(model, options, progress=bars_wanted())
     print(json.dumps({"output": str(args.output), **summary}, ensure_ascii=False))
 
 

@@ -18,8 +18,8 @@ FLOORS = (
     ("model",),
     ("prepare", "kernels", "losses"),
     ("data",),
-    ("config", "distributed"),
-    ("files", "sample_data"),
+    ("config", "distributed", "sample_data"),
+    ("files",),
     ("errors", "notices"),
 )
 FLOOR_OF = {room: len(FLOORS) - number for number, rooms in enumerate(FLOORS) for room in rooms}

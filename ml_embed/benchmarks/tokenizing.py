@@ -9,12 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+from ml_embed.prepare import raw
+from ml_embed.prepare.raw import RawRow
 
-from ml_embed.prepare.raw import SCHEMA
-
-GROUP_ROWS = 1000
 _PEAK = """
 lines = open("/proc/self/status").read().splitlines()  # getrusage's maximum would be the parent's
 peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
@@ -84,17 +81,13 @@ def write_raw(texts: list[str], path: Path, rows: int, negatives: int = 7) -> No
     being known."""
     path.parent.mkdir(parents=True, exist_ok=True)
     numbered = (f"{number} {text}" for number, text in enumerate(itertools.cycle(texts)))
-    with pq.ParquetWriter(path, SCHEMA) as writer:
-        for start in range(0, rows, GROUP_ROWS):
-            group = [
-                {
-                    "query": next(numbered),
-                    "passage": next(numbered),
-                    "negatives": list(itertools.islice(numbered, negatives)),
-                }
-                for _ in range(min(GROUP_ROWS, rows - start))
-            ]
-            writer.write_table(pa.Table.from_pylist(group, schema=SCHEMA))
+    raw.write_raw(
+        path,
+        (
+            RawRow(next(numbered), next(numbered), list(itertools.islice(numbered, negatives)))
+            for _ in range(rows)
+        ),
+    )
 
 
 def compare_tokenizing(

@@ -151,7 +151,7 @@ def _convert_all(sources: Sources, writer: ArrayWriter, bar: tqdm) -> dict:
             del corpora[corpus_path]
     return {
         "format_version": FORMAT_VERSION,
-        "manifest": sources.manifest,
+        "manifest": None if sources.manifest is None else sources.manifest.to_json(),
         "max_token_id": largest_id,
         "lengths": writer.position(list(ARRAYS)),
         "datasets": datasets,
@@ -384,11 +384,11 @@ def _check_against_manifest(sources: Sources, name: str, slices: Slices, corpus:
     if sources.manifest is None:
         return
     start, stop = slices["passage_documents"]
-    for key, found, path in (
-        ("rows", stop - start, sources.queries[name]),
-        ("documents", corpus.num_documents, sources.corpora[name]),
+    entry = sources.manifest.datasets[name]
+    for key, promised, found, path in (
+        ("rows", entry.rows, stop - start, sources.queries[name]),
+        ("documents", entry.documents, corpus.num_documents, sources.corpora[name]),
     ):
-        promised = sources.manifest["datasets"][name].get(key)
         if found != promised:
             raise UserError(
                 f"{path} has {found} rows, but the manifest promises {promised} {key}. Run "

@@ -5,16 +5,16 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from ml_embed.data.manifest import MANIFEST, Manifest
 from ml_embed.errors import UserError
 from ml_embed.files.parquet import open_parquet
+from ml_embed.files.work_record import journal_of
 
-MANIFEST = "manifest.json"
-MANIFEST_FORMAT_VERSION = 1
 QUERY_SUFFIX = "_query.parquet"
 CORPUS_SUFFIX = "_corpus.parquet"
 SHARED_CORPUS = "corpus.parquet"
+CONTINUE = "Run tokenize_data_qwen.py again with the same flags; it continues where it stopped."
 
 
 @dataclass(frozen=True)
@@ -22,32 +22,34 @@ class Sources:
     """The files of a folder of tokenized data."""
 
     folder: Path
-    manifest: dict[str, Any] | None
-    """manifest.json of our own layout; None for the originally released layout, which has none."""
+    manifest: Manifest | None
+    """of our own layout; None for the originally released layout, which has none"""
     queries: dict[str, Path]
-    """The query file of each dataset, sorted by the dataset's name."""
+    """the query file of each dataset, sorted by the dataset's name"""
     corpora: dict[str, Path]
-    """The corpus file of each dataset; in the released layout many may share one."""
+    """the corpus file of each dataset; in the released layout many may share one"""
 
     def files(self) -> Iterator[Path]:
         """Every file once, in a fixed order."""
         yield from sorted({*self.queries.values(), *self.corpora.values()})
 
     def fingerprint(self, format_version: int) -> str:
-        """Changes when a file's name, size or modification time, the manifest or `format_version`
-        changes."""
+        """A digest of the manifest, of each file's name, size and time, and of `format_version`."""
         stats = ((path.name, path.stat()) for path in self.files())
         described = {
             "format_version": format_version,
-            "manifest": self.manifest,
+            "manifest": None if self.manifest is None else self.manifest.to_json(),
             "files": [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
         }
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def find_sources(folder: Path) -> Sources:
-    """List a folder of tokenized data. Raises UserError if it is missing, empty, unfinished or
-    lacks a file."""
+    """List a folder of tokenized data.
+
+    Raises:
+        UserError: the folder is missing, empty or unfinished, or it lacks a file.
+    """
     if not folder.is_dir():
         raise UserError(
             f"folder of tokenized data {folder} does not exist. Make it with tokenize_data_qwen.py."
@@ -61,15 +63,16 @@ def find_sources(folder: Path) -> Sources:
         raise UserError(
             f"{folder} holds no *{QUERY_SUFFIX} file. Make them with tokenize_data_qwen.py."
         )
+    if journal_of(folder / MANIFEST).exists():
+        raise UserError(f"{folder}: its tokenization was not finished. {CONTINUE}")
     if (folder / MANIFEST).exists():
         return _own_layout(folder, queries)
     return _released_layout(folder, queries)
 
 
 def _own_layout(folder: Path, queries: dict[str, Path]) -> Sources:
-    manifest = read_manifest(folder / MANIFEST)
-    listed = manifest["datasets"]
-    for name in sorted(queries.keys() ^ listed.keys()):
+    manifest = Manifest.read(folder / MANIFEST)
+    for name in sorted(queries.keys() ^ manifest.datasets.keys()):
         problem = f"lists {name!r} but {name}{QUERY_SUFFIX} is missing"
         if name in queries:
             problem = f"does not list {queries[name].name}"
@@ -96,32 +99,6 @@ def _released_layout(folder: Path, queries: dict[str, Path]) -> Sources:
         with open_parquet(path) as file:
             if "passage_doc_id" in file.schema_arrow.names:
                 raise UserError(
-                    f"{folder} has no {MANIFEST}: its tokenization was not finished. "
-                    "Run tokenize_data_qwen.py again with the same flags; it continues where it "
-                    "stopped."
+                    f"{folder} has no {MANIFEST}: its tokenization was not finished. {CONTINUE}"
                 )
     return Sources(folder, None, queries, corpora)
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """manifest.json, its format version and keys checked. Raises UserError."""
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read {path}: {error}. Run tokenize_data_qwen.py again with --overwrite."
-        ) from error
-    version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if version != MANIFEST_FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format version {version!r}; this program reads version "
-            f"{MANIFEST_FORMAT_VERSION}. "
-            "Tokenize the data again with this version's tokenize_data_qwen.py."
-        )
-    missing = {"datasets", "eos_id", "vocab_size", "tokenizer_fingerprint"} - manifest.keys()
-    if missing:
-        raise UserError(
-            f"{path} lacks {', '.join(sorted(missing))}. Run tokenize_data_qwen.py with "
-            "--overwrite."
-        )
-    return manifest

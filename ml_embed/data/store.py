@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ml_embed.data.convert import ARRAYS, FORMAT_VERSION, INDEX, convert
+from ml_embed.data.manifest import Manifest
 from ml_embed.data.sources import Sources, find_sources
 from ml_embed.errors import UserError
 from ml_embed.files.arrays import map_array
@@ -115,9 +116,10 @@ class Store:
     def __init__(self, folder: Path, index: dict[str, Any], arrays: dict[str, np.ndarray]):
         self.folder = folder
         """Where the converted arrays lie."""
-        self.manifest: dict[str, Any] | None = index["manifest"]
-        """manifest.json of the tokenized folder; None in the released layout, which has none."""
-        self.eos_id: int | None = None if self.manifest is None else self.manifest["eos_id"]
+        manifest = index["manifest"]
+        self.manifest = None if manifest is None else Manifest.from_json(manifest)
+        """of the tokenized folder; None in the released layout, which has none"""
+        self.eos_id = None if self.manifest is None else self.manifest.eos_id
         self.max_token_id: int = index["max_token_id"]
         """The largest token id in the data: the model's vocabulary must be larger."""
         self.datasets: dict[str, TokenizedDataset] = {

@@ -142,7 +142,7 @@ def _digest_of_sample(vectors: np.ndarray) -> str:
 
 
 @dataclass(frozen=True)
-class TaughtDataset:
+class DatasetVectors:
     """A dataset's entry in teacher.json."""
 
     rows: int
@@ -155,7 +155,7 @@ class TaughtDataset:
     document_vectors: VectorFile
 
     @classmethod
-    def from_json(cls, entry: dict[str, Any]) -> "TaughtDataset":
+    def from_json(cls, entry: dict[str, Any]) -> "DatasetVectors":
         files = {key: VectorFile(**entry[key]) for key in ("query_vectors", "document_vectors")}
         return cls(**entry | files)
 
@@ -173,7 +173,7 @@ class TeacherVectors:
     """H', components of a vector"""
     normalized: bool
     """whether they are of unit length"""
-    datasets: dict[str, TaughtDataset]
+    datasets: dict[str, DatasetVectors]
 
     @classmethod
     def read(cls, folder: Path) -> "TeacherVectors":
@@ -190,18 +190,12 @@ class TeacherVectors:
             )
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            if record["format_version"] == 1:
-                raise UserError(
-                    f"{path} was written by an earlier version, which did not compare every token "
-                    "of the texts; run "
-                    "scripts/embed_teacher.py again, with --overwrite"
-                )
             if record["format_version"] != FORMAT_VERSION:
                 raise ValueError(
                     f"format version {record['format_version']!r}, not {FORMAT_VERSION}"
                 )
             datasets = {
-                name: TaughtDataset.from_json(entry) for name, entry in record["datasets"].items()
+                name: DatasetVectors.from_json(entry) for name, entry in record["datasets"].items()
             }
             dtype, width = record["dtype"], record["width"]
             if dtype not in DTYPES or not isinstance(width, int) or width < 1:

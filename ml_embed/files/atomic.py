@@ -3,58 +3,57 @@
 Everything is written under a hidden name beside its place, forced to disk, and renamed.
 """
 
-import contextlib
 import errno
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ml_embed.errors import UserError
-
-PARTIAL_SUFFIX = ".partial"
-
-
-def partial_path(path: Path) -> Path:
-    """Where a file is written before it is whole."""
-    return path.with_name(path.name + PARTIAL_SUFFIX)
-
-
-def commit(path: Path) -> None:
-    """Rename the finished partial file of `path` to `path`, after its bytes reached the disk."""
-    partial = partial_path(path)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text` (UTF-8) in one step."""
-    partial_path(path).write_text(text, encoding="utf-8")
-    commit(path)
-
-
-@contextmanager
-def disk_errors_are_user_errors(folder: Path, remedy: str) -> Iterator[None]:
-    """A full disk, missing permission or the like below `folder` becomes a UserError that ends in
-    `remedy`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"no space left while writing to {folder}. {remedy}") from error
-        raise UserError(f"cannot write to {folder}: {error}. {remedy}") from error
-
 
 CHECKSUMS_FILE = "checksums.json"
 MAX_SHARD_SIZE = "5GB"
 """Of a file of weights; larger models are split. The hub's own tools split there, too."""
 _PARTIAL = ".partial"
 _REPLACED = ".replaced"
+
+
+def partial_path(path: Path) -> Path:
+    """Where a file or folder is written before it is whole: `.NAME.partial` beside it."""
+    return path.with_name(f".{path.name}{_PARTIAL}")
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A path to write a file to; when the block ends well, that file becomes `path` in one step.
+
+    When the block fails, what it wrote is removed and `path` is as it was.
+    """
+    partial = partial_path(path)
+    try:
+        yield partial
+        _sync_file(partial)
+        partial.replace(path)
+    except BaseException:
+        with suppress(OSError):  # of a disk that fails; the next write tries again
+            partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+@contextmanager
+def disk_errors_are_user_errors(folder: Path, remedy: str) -> Iterator[None]:
+    """A disk error while writing below `folder` becomes a UserError that ends in `remedy`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"no space left while writing to {folder}. {remedy}") from error
+        raise UserError(f"cannot write to {folder}: {error}. {remedy}") from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -66,34 +65,34 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def _sync_files(folder: Path) -> None:
     for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        else:
-            sync_folder(path)
+        _sync_file(path) if path.is_file() else sync_folder(path)
     sync_folder(folder)
 
 
-@contextlib.contextmanager
+@contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill; when the block ends well it becomes `target`, replacing one that stands
-    there.
+    """A folder to fill; when the block ends well, it becomes `target` or takes its place.
 
     Where `target` is a link, what it points to is made or replaced. After a kill between the two
-    renames the old folder is put back by the next write, or by `settle_replacing`.
+    renames the old folder is put back by the next write, or by `restore_replaced`.
 
     Raises:
         UserError: the disk is full or fails. Nothing of the new folder is left, and an old `target`
             is as it was.
     """
     target = target.resolve()
-    partial = target.with_name(f".{target.name}{_PARTIAL}")
+    partial = partial_path(target)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        settle_replacing(target)
+        restore_replaced(target)
         partial.mkdir()
         yield partial
         _sync_files(partial)
@@ -101,10 +100,10 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             target.rename(_aside(target))
         partial.rename(target)
         sync_folder(target.parent)
-        settle_replacing(target)
+        restore_replaced(target)
     except BaseException as error:
-        with contextlib.suppress(OSError):  # of a disk that fails; the next write tries again
-            settle_replacing(target)
+        with suppress(OSError):  # of a disk that fails; the next write tries again
+            restore_replaced(target)
         shutil.rmtree(partial, ignore_errors=True)
         if is_disk_full(error):
             raise UserError(
@@ -122,9 +121,10 @@ def _aside(target: Path) -> Path:
     return target.with_name(f".{target.name}{_REPLACED}")
 
 
-def settle_replacing(target: Path) -> None:
-    """Put back a folder that an interrupted `atomic_folder` was replacing; if the new one is in
-    place, remove it.
+def restore_replaced(target: Path) -> None:
+    """Put back the folder that an interrupted `atomic_folder` was about to replace.
+
+    Where the new folder is in place already, the old one is removed.
 
     Args:
         target: not a link.
@@ -138,7 +138,7 @@ def settle_replacing(target: Path) -> None:
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder so that no part of it is ever seen under its name."""
-    aside = folder.with_name(f".{folder.name}{_PARTIAL}")
+    aside = partial_path(folder)
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
     shutil.rmtree(aside)
@@ -151,19 +151,11 @@ def is_disk_full(error: BaseException) -> bool:
     return any(f"os error {number})" in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, sort_keys: bool = False) -> None:
     """Write JSON atomically."""
-    partial = path.with_name(f".{path.name}{_PARTIAL}")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    text = json.dumps(value, indent=2, ensure_ascii=False, sort_keys=sort_keys) + "\n"
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def append_whole(path: Path, text: str) -> None:
@@ -176,16 +168,14 @@ def append_whole(path: Path, text: str) -> None:
                 data = data[file.write(data) :]
         except OSError as error:
             file.truncate(before)
-            raise OSError(
-                error.errno, error.strerror, str(path)
-            ) from None  # a failed write does not say where
+            # A failed write does not say where.
+            raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what an interrupted `atomic_folder` left in `folder`, and put back a folder it was
-    replacing."""
+    """Remove from `folder` what interrupted writes left, and put back a folder being replaced."""
     for path in folder.glob(f".*{_REPLACED}"):
-        settle_replacing(folder / path.name.removeprefix(".").removesuffix(_REPLACED))
+        restore_replaced(folder / path.name.removeprefix(".").removesuffix(_REPLACED))
     for path in folder.glob(f".*{_PARTIAL}"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -197,15 +187,15 @@ def checksum(path: Path) -> str:
 
 
 def write_checksums(folder: Path) -> None:
-    """Record the BLAKE2b sum of every file of a folder in it."""
+    """Record the BLAKE2b sum of every file of a folder in the folder."""
     sums = {
         str(p.relative_to(folder)): checksum(p) for p in sorted(folder.rglob("*")) if p.is_file()
     }
     (folder / CHECKSUMS_FILE).write_text(json.dumps(sums, indent=2), encoding="utf-8")
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a folder that `write_checksums` sealed; None if it is whole."""
+def checksum_problem(folder: Path) -> str | None:
+    """How a folder differs from the sums that `write_checksums` recorded; None if it does not."""
     try:
         sums = json.loads((folder / CHECKSUMS_FILE).read_text(encoding="utf-8"))
         for name, expected in sums.items():
@@ -224,8 +214,7 @@ def umask() -> int:
 
 
 def give_usual_permissions(folder: Path) -> None:
-    """safetensors makes files that only their owner can read; colleagues and servers must read them
-    too."""
+    """Let others read the weights: safetensors makes files that only their owner can read."""
     mode = 0o666 & ~umask()
     for path in folder.rglob("*.safetensors"):
         path.chmod(mode)

@@ -1,9 +1,10 @@
-"""Reading parquet files in bounded memory, with errors that name file, column and row."""
+"""Parquet files in bounded memory: read with errors that name file, column and row, and written."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -44,12 +45,28 @@ def open_parquet(path: Path) -> pq.ParquetFile:
 def read_batches(
     path: Path, columns: Sequence[str], batch_rows: int, row_groups: Sequence[int] | None = None
 ) -> Iterator[pa.RecordBatch]:
-    """The given columns as batches of at most `batch_rows` rows, in file order. Raises UserError on
-    a broken file."""
+    """The given columns as batches of at most `batch_rows` rows, in file order.
+
+    Raises:
+        UserError: the file is broken.
+    """
     with open_parquet(path) as file, broken_file_is_user_error(path):
         yield from file.iter_batches(
             batch_size=batch_rows, columns=list(columns), row_groups=row_groups
         )
+
+
+@contextmanager
+def parquet_writer(path: Path, schema: pa.Schema, **options: Any) -> Iterator[pq.ParquetWriter]:
+    """A file to write tables to, compressed by zstd; `options` are those of pq.ParquetWriter."""
+    writer = pq.ParquetWriter(path, schema, compression="zstd", **options)
+    try:
+        yield writer
+    except BaseException:
+        with suppress(OSError):  # a full disk refuses the footer too
+            writer.close()
+        raise
+    writer.close()
 
 
 def require_columns(path: Path, schema: pa.Schema, columns: Sequence[str]) -> None:
@@ -76,8 +93,11 @@ def is_integer_list(kind: pa.DataType) -> bool:
 
 
 def ragged_integers(batch: pa.RecordBatch, column: str, path: Path, first_row: int) -> Ragged:
-    """A list-of-integers column as numpy arrays, without copying. Raises UserError on nulls, naming
-    the row."""
+    """A list-of-integers column as numpy arrays, without copying.
+
+    Raises:
+        UserError: the column holds something else, or a null; the message names the row.
+    """
     lists = batch.column(column)
     if not is_integer_list(lists.type):
         raise UserError(

@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ml_embed.errors import UserError
-from ml_embed.files.atomic import settle_replacing
+from ml_embed.files.atomic import restore_replaced
 
 _STEP_FOLDER = re.compile(r"step_(\d+)")
 
@@ -95,7 +95,7 @@ def check_model_output(output: Path, overwrite: bool, source: Path | None = None
     if source is not None and source.resolve().is_relative_to(place):
         raise UserError(f"{output} is, or holds, the model that is read; give another --output")
     check_writable(place.parent if place.exists() else place)
-    settle_replacing(place)
+    restore_replaced(place)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         if not overwrite:
             raise UserError(

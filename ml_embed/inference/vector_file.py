@@ -1,6 +1,5 @@
 """Vectors written into a .npy file, for more of them than fit in memory."""
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ml_embed.errors import UserError
+from ml_embed.files.atomic import atomic_file
 from ml_embed.files.paths import check_writable
 
 
@@ -35,13 +35,8 @@ def write_vectors(path: Path, windows: Iterable[np.ndarray], dim: int) -> int:
         the number of rows.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        count = _write(unfinished, windows, dim)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return count
+    with atomic_file(path) as partial:
+        return _write(partial, windows, dim)
 
 
 def _write(path: Path, windows: Iterable[np.ndarray], dim: int) -> int:

@@ -1,13 +1,13 @@
-"""Anybody's data as raw contrastive data: a file or hub dataset with columns of other names, or
-labelled text.
+"""Anybody's data as raw contrastive data: files and hub datasets with other columns, labelled text.
 
-`query=question,passage=answer` renames columns. `text=review,label=stars` makes triples of labelled
-text: with two labels classification (a text, its label, the other label), with more clustering (a
-    text, another of its label, texts
-of other labels). What comes out is one raw .parquet file a dataset, which everything else reads.
+`query=question,passage=answer` renames columns. `text=review,label=stars` makes rows of labelled
+text. With two labels they are classification: a text, its label, the other label. With more they
+are clustering: a text, another of its label, texts of other labels. What comes out is one raw
+.parquet file per dataset, which everything else reads.
 """
 
 import filecmp
+import json
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,20 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from ml_embed.config import Task
 from ml_embed.errors import UserError
-from ml_embed.files.atomic import (
-    commit,
-    disk_errors_are_user_errors,
-    partial_path,
-    write_text_atomically,
-)
+from ml_embed.files.atomic import atomic_file, disk_errors_are_user_errors
+from ml_embed.files.locks import lock_folder
 from ml_embed.files.paths import expand_home, is_hub_name
-from ml_embed.prepare.raw import NEGATIVE_COLUMN, SCHEMA, TASK_METADATA
+from ml_embed.files.work_record import Finished, WorkRecord
+from ml_embed.prepare.raw import NEGATIVE_COLUMN, RawRow, row_of, text_of, value_of, write_raw
 
 BUILDERS = {
     ".csv": "csv",
@@ -41,9 +36,9 @@ BUILDERS = {
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 ROLES = ("query", "passage", "negatives", "text", "label")
 MOST_NEGATIVES = 24  # as in the published data
-BLOCK_ROWS = 4096
-ORIGIN_SUFFIX = ".origin"
-"""Of the hidden file beside a collected raw file that says where its data came from."""
+ORIGINS = ".origins.json"
+"""Says where each collected raw file came from."""
+LOCK = ".import.lock"
 
 
 @dataclass(frozen=True)
@@ -75,8 +70,7 @@ class Source:
 
 
 def _stem_and_suffix(path: Path) -> tuple[str, str]:
-    """ "a.en.CSV.gz" -> ("a.en", ".csv"): what is before and after, without a packed file's last
-    suffix."""
+    """ "a.en.CSV.gz" -> ("a.en", ".csv"): a packed file's last suffix does not count."""
     inner = Path(path.stem) if path.suffix.lower() in PACKED else path
     return inner.stem, inner.suffix.lower()
 
@@ -114,8 +108,7 @@ def parse_columns(text: str) -> dict[str, str]:
 
 
 def list_sources(given: str, split: str, subset: str | None) -> list[Source]:
-    """The data sets that `--input` means: a file, all readable files of a folder, or a name on the
-    hub.
+    """The datasets that `--input` means: a file, the files of a folder, or a name on the hub.
 
     Raises:
         UserError: nothing there, or two files of one name.
@@ -156,11 +149,10 @@ def raw_folder(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
-    """The folder of raw data that `--input` means, made in `output/raw` if it is anything else than
-    that.
+    """The folder of raw data that `--input` means; anything else is first made one, `output/raw`.
 
-    Several calls with the same `output` collect their datasets there. One never takes the place of
-    another source's, unless `overwrite` says so.
+    Several calls with the same `output` collect their datasets there. None replaces a dataset that
+    came from another source, unless `overwrite` says so.
 
     Raises:
         UserError: as `list_sources` and `import_source`.
@@ -172,10 +164,29 @@ def raw_folder(
     sources = list_sources(input, split, subset)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file: give a folder.")
+    folder = output / "raw"
     with disk_errors_are_user_errors(output, "Then run the same command again."):
-        for source in sources:
-            import_source(source, chosen, output / "raw", seed, overwrite, progress)
-    return output / "raw"
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock_folder(folder / LOCK, "collecting raw data in"):
+            record = open_origins(folder, overwrite)
+            for source in sources:
+                import_source(source, chosen, record, seed, progress)
+            record.finish(record.entries)
+    return folder
+
+
+def open_origins(folder: Path, overwrite: bool = False) -> WorkRecord:
+    """The record of where the raw files of a folder came from."""
+    remedy = "Rename the file, take another --output, or --overwrite to make that folder anew"
+    return WorkRecord(folder / ORIGINS, {}, _read_origins, overwrite, remedy)
+
+
+def _read_origins(path: Path) -> Finished:
+    try:
+        origins = json.loads(path.read_text(encoding="utf-8"))
+        return {}, {name: {"origin": entry["origin"]} for name, entry in origins.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove it, or --overwrite") from None
 
 
 def _is_missing_path(given: str) -> bool:
@@ -185,70 +196,55 @@ def _is_missing_path(given: str) -> bool:
 def import_source(
     source: Source,
     columns: Mapping[str, str] | None,
-    folder: Path,
+    record: WorkRecord,
     seed: int,
-    overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Write `folder/<name>.parquet` in the raw layout; the same source and seed give the same
-    bytes.
+    """Write `<name>.parquet` in the raw layout; the same source and seed give the same bytes.
 
-    Pairs stream. Labelled text is held in memory, and its task is written into the file.
+    Pairs stream. Labelled text is held in memory, and its task is noted in the file.
 
     Args:
         source: a file or a dataset on the hub.
         columns: role -> column (`parse_columns`); None takes columns that have the roles' names.
-        folder: where raw files are collected.
+        record: of the folder to write to (`open_origins`).
         seed: of the choice of positives and negatives of labelled text.
-        overwrite: also where the file there came from another source.
         progress: a bar on stderr.
     Returns:
         the file.
     Raises:
         UserError: the source cannot be read, a column is missing, a text is empty or no text, or
-            the file there came from another source.
+            the file there came from another source, without the record's `overwrite`.
     """
-    target = folder / f"{source.name}.parquet"
-    if columns is None:
-        columns = _columns_by_name(source)
-    rows = tqdm(
+    target = record.path.with_name(f"{source.name}.parquet")
+    columns = _columns_by_name(source) if columns is None else columns
+    records = tqdm(
         _read(source, columns), unit=" row", desc=f"reading {source.name}", disable=not progress
     )
-    task: Task | None = None
-    if "label" in columns:
-        by_label = _texts_by_label(rows, columns, source.path)
-        task = "classification" if len(by_label) == 2 else "clustering"
-        triples = (
-            _classification_rows(by_label)
-            if task == "classification"
-            else _clustering_rows(by_label, source, seed)
-        )
-    else:
-        triples = _pair_rows(rows, columns, source.path)
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        if not _write(target, triples, task):
+    rows, task = _make_rows(records, columns, source, seed)
+    with atomic_file(target) as partial:
+        if not write_raw(partial, rows, task).rows:
             raise UserError(f"{source.path} gives no rows: it is empty, or no label has two texts")
-        _note_origin(target, source, overwrite)
-        commit(target)
-    finally:
-        partial_path(target).unlink(missing_ok=True)
+        former = record.entries.get(source.name, {}).get("origin", source.origin)
+        differs = target.exists() and not filecmp.cmp(target, partial, shallow=False)
+        if differs and former != source.origin:
+            said = f"{source.origin} gives a dataset of the same name, {source.name!r}"
+            record.replace(source.name, f"{target} came from {former}, and {said}")
+        record.begin(source.name)
+    record.record(source.name, {"origin": source.origin})
     return target
 
 
-def _note_origin(target: Path, source: Source, overwrite: bool) -> None:
-    """Record where the finished partial file of `target` comes from; refuse to replace other data
-    from elsewhere."""
-    record = target.with_name(f".{source.name}{ORIGIN_SUFFIX}")
-    former = record.read_text(encoding="utf-8") if record.exists() else source.origin
-    differs = target.exists() and not filecmp.cmp(target, partial_path(target), shallow=False)
-    if differs and former != source.origin and not overwrite:
-        raise UserError(
-            f"{target} came from {former}, and {source.origin} gives a dataset of the same name, "
-            f"{source.name!r}. "
-            "Rename the file, take another --output, or --overwrite to make that folder anew"
-        )
-    write_text_atomically(record, source.origin)
+def _make_rows(
+    records: Iterable[dict], columns: Mapping[str, str], source: Source, seed: int
+) -> tuple[Iterator[RawRow], Task | None]:
+    """Raw rows, and the task of labelled text."""
+    if "label" not in columns:
+        return _pair_rows(records, columns, source.path), None
+    by_label = _texts_by_label(records, columns, source.path)
+    if len(by_label) == 2:
+        return _classification_rows(by_label), "classification"
+    return _clustering_rows(by_label, source, seed), "clustering"
 
 
 def _columns_by_name(source: Source) -> dict[str, str]:
@@ -314,52 +310,24 @@ def _read(source: Source, columns: Mapping[str, str]) -> Iterator[dict[str, Any]
         raise UserError(f"{source.path} cannot be read ({reason}){remedy}") from error
 
 
-def _value(row: Mapping[str, Any], column: str, where: str) -> Any:
-    if column not in row:
-        raise UserError(
-            f"{where}: no column {column!r}; its columns are {', '.join(map(repr, row))}. Name it "
-            "in --columns"
-        )
-    return row[column]
-
-
-def _text(row: Mapping[str, Any], column: str, where: str) -> str:
-    value = _value(row, column, where)
-    if not isinstance(value, str):
-        raise UserError(f"{where}: {column!r} is {type(value).__name__} instead of a string")
-    if not value:
-        raise UserError(f"{where}: {column!r} is empty. Fill it or remove the row")
-    return value
-
-
-def _pair_rows(
-    rows: Iterable[dict], columns: Mapping[str, str], path: str
-) -> Iterator[tuple[str, str, list[str]]]:
-    numbered = [column for role, column in columns.items() if NEGATIVE_COLUMN.fullmatch(role)]
-    for number, row in enumerate(rows):
-        where = f"{path}, row {number}"
-        negatives = [_value(row, column, where) for column in numbered]
-        if "negatives" in columns:
-            listed = _value(row, columns["negatives"], where)
-            negatives += [listed] if isinstance(listed, str) else list(listed or ())
-        for negative in negatives:
-            if negative is not None and not isinstance(negative, str):
-                raise UserError(
-                    f"{where}: a negative is {type(negative).__name__} instead of a string"
-                )
-        query, passage = (_text(row, columns[role], where) for role in ("query", "passage"))
-        yield query, passage, [negative for negative in negatives if negative]
+def _pair_rows(records: Iterable[dict], columns: Mapping[str, str], path: str) -> Iterator[RawRow]:
+    for number, record in enumerate(records):
+        listed = columns.get("negatives", "")
+        if isinstance(record.get(listed), str):  # a column of one negative per row
+            record = {**record, listed: [record[listed]]}
+        yield row_of(record, columns, f"{path}, row {number}")
 
 
 def _texts_by_label(
-    rows: Iterable[dict], columns: Mapping[str, str], path: str
+    records: Iterable[dict], columns: Mapping[str, str], path: str
 ) -> dict[str, list[str]]:
     """Label -> its texts, each text once: under the first label it came with."""
     by_label: dict[str, list[str]] = defaultdict(list)
     seen: set[str] = set()
-    for number, row in enumerate(rows):
+    for number, record in enumerate(records):
         where = f"{path}, row {number}"
-        text, label = _text(row, columns["text"], where), _value(row, columns["label"], where)
+        text = text_of(record, columns["text"], where)
+        label = value_of(record, columns["label"], where)
         if label is None or label == "":
             raise UserError(f"{where}: {columns['label']!r} is empty. Fill it or remove the row")
         if text not in seen:
@@ -373,52 +341,30 @@ def _texts_by_label(
     return dict(sorted(by_label.items()))
 
 
-def _classification_rows(by_label: Mapping[str, list[str]]) -> Iterator[tuple[str, str, list[str]]]:
+def _classification_rows(by_label: Mapping[str, list[str]]) -> Iterator[RawRow]:
     """A text, its label, the other label."""
     first, second = by_label
     for label, other in ((first, second), (second, first)):
         for text in by_label[label]:
-            yield text, label, [other]
+            yield RawRow(text, label, [other])
 
 
 def _clustering_rows(
     by_label: Mapping[str, list[str]], source: Source, seed: int
-) -> Iterator[tuple[str, str, list[str]]]:
-    """A text, another of its label, and texts of other labels, drawn anew for each; labels of one
-    text are left out."""
+) -> Iterator[RawRow]:
+    """A text, another of its label, texts of other labels, drawn again for each text.
+
+    Labels with a single text give no row: it has no positive.
+    """
     rng = random.Random(f"{seed}/{source.name}")
     everything = [text for texts in by_label.values() for text in texts]
     start = 0
     for texts in by_label.values():
-        strangers = range(
-            len(everything) - len(texts)
-        )  # all but this label's block, which begins at `start`
+        # All but this label's texts, which begin at `start`.
+        others = range(len(everything) - len(texts))
         for i, text in enumerate(texts if len(texts) > 1 else ()):
-            other = rng.randrange(len(texts) - 1)
-            drawn = rng.sample(strangers, min(MOST_NEGATIVES, len(strangers)))
+            positive = rng.randrange(len(texts) - 1)
+            drawn = rng.sample(others, min(MOST_NEGATIVES, len(others)))
             negatives = [everything[place + len(texts) * (place >= start)] for place in drawn]
-            yield text, texts[other + (other >= i)], negatives
+            yield RawRow(text, texts[positive + (positive >= i)], negatives)
         start += len(texts)
-
-
-def _write(target: Path, rows: Iterable[tuple[str, str, list[str]]], task: Task | None) -> int:
-    """Write the rows under the partial name of `target`; how many there were."""
-    count, block = 0, []
-    schema = SCHEMA.with_metadata({TASK_METADATA: task}) if task else SCHEMA
-    with pq.ParquetWriter(partial_path(target), schema, compression="zstd") as writer:
-        for row in rows:
-            block.append(row)
-            if len(block) == BLOCK_ROWS:
-                _write_block(writer, block)
-                count, block = count + len(block), []
-        _write_block(writer, block)
-    return count + len(block)
-
-
-def _write_block(writer: pq.ParquetWriter, block: list[tuple[str, str, list[str]]]) -> None:
-    if block:
-        arrays = [
-            pa.array(column, field.type)
-            for column, field in zip(zip(*block, strict=True), SCHEMA, strict=True)
-        ]
-        writer.write_table(pa.Table.from_arrays(arrays, schema=writer.schema))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ml_embed.config import DatasetConfig, TrainConfig, match_settings
+from ml_embed.data.manifest import DatasetEntry
 from ml_embed.data.store import Store
 from ml_embed.errors import UserError
 
@@ -33,24 +34,20 @@ class Prompts:
         )
 
     @classmethod
-    def of_manifest(cls, entry: Mapping[str, Any]) -> "Prompts":
+    def of_manifest(cls, entry: DatasetEntry) -> "Prompts":
         """From a dataset's entry in manifest.json. Raises UserError if it is damaged."""
-        prompts = entry.get("prompts", {})
+        prompts = {} if entry.prompts is None else entry.prompts
         try:
-            query, passage, share = (
-                prompts.get("query", ""),
-                prompts.get("passage", ""),
-                prompts.get("passage_share", 1),
-            )
-            return cls(query + "", passage + "", float(share))
+            query, passage = prompts.get("query", ""), prompts.get("passage", "")
+            return cls(query + "", passage + "", float(prompts.get("passage_share", 1)))
         except (AttributeError, TypeError, ValueError) as error:
             raise UserError(
                 f"manifest.json: the prompts {prompts!r} are damaged ({error}); tokenize again"
             ) from None
 
-    def to_json(self) -> dict[str, Any]:
-        """For the manifest; nothing where there is no prompt."""
-        return {"prompts": vars(self)} if self.query or self.passage else {}
+    def to_json(self) -> dict[str, Any] | None:
+        """For the manifest; None where there is no prompt."""
+        return dict(vars(self)) if self.query or self.passage else None
 
     def choose(self, documents: Sequence[bytes | memoryview], seed: int) -> np.ndarray:
         """(documents,) bool: which get the passage prompt. It depends on the document's UTF-8 and
@@ -74,7 +71,7 @@ def check_prompts(config: TrainConfig, store: Store) -> None:
     if store.manifest is None:  # the released layout does not say
         return
     problems = []
-    for name, entry in store.manifest["datasets"].items():
+    for name, entry in store.manifest.datasets.items():
         settings, used = match_settings(name, config.datasets), Prompts.of_manifest(entry)
         compared: list[tuple[str, str | float | None, str | float]] = [
             ("prompt", settings.prompt, used.query),
@@ -115,10 +112,9 @@ def prompts_to_record(
         former: the prompts of the model that training starts from, kept where no new one has the
             name.
     """
-    entries = store.manifest["datasets"] if store.manifest is not None else {}
     prompts = {
-        name: Prompts.of_manifest(entries[name])
-        if name in entries
+        name: Prompts.of_manifest(store.manifest.datasets[name])
+        if store.manifest is not None
         else Prompts.of_settings(match_settings(name, config.datasets))
         for name in store.datasets
     }

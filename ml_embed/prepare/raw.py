@@ -1,17 +1,19 @@
-"""Raw contrastive data: a folder of .parquet or .jsonl files, one dataset a file, read in bounded
-memory.
+"""Raw contrastive data: a folder of .parquet or .jsonl files, one file per dataset.
 
 Columns: `query`, `passage`, and negatives as `negative_1 ... negative_K` or as one list
-    `negatives`. A null, absent or
-empty negative means "none in that place"; an empty query or passage is an error, because nothing
-can be learned from it and it is a sign of a column that was filled wrongly. Rows of parquet files
-are counted from 0; in a .jsonl file blank lines are no rows, and errors give the line, counted from
-1. Suffixes may be in capitals.
+`negatives`. A null, absent or empty negative means "none in that place". An empty query or passage
+is an error: nothing can be learned from it, and it is a sign of a column that was filled wrongly.
+Errors name the row of a parquet file, counted from 0, or the line of a .jsonl file, counted from 1;
+blank lines are no rows. Suffixes may be in capitals. All is read in bounded memory.
+
+A format is one function from a file to `RawRow`s, whose records go through `row_of`. Parquet is
+read column by column instead, as `RowBatch`es, because most documents of a dataset are known.
 """
 
+import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
@@ -23,13 +25,14 @@ import pyarrow.compute as pc
 
 from ml_embed.config import TASKS, Task
 from ml_embed.errors import UserError
-from ml_embed.files.parquet import open_parquet, read_batches, require_columns
+from ml_embed.files.parquet import open_parquet, parquet_writer, read_batches, require_columns
 
 SUFFIXES = (".parquet", ".jsonl")
 SCHEMA = pa.schema(
     [("query", pa.string()), ("passage", pa.string()), ("negatives", pa.list_(pa.string()))]
 )
 """Of the raw files that this project writes."""
+WRITTEN_ROWS = 4096
 BATCH_ROWS = 256  # texts of 25 documents of 10 kB each: 64 MB
 NEGATIVE_COLUMN = re.compile(r"negative_(\d+)")
 TASK_METADATA = b"ml_embed_task"
@@ -80,8 +83,11 @@ class RowBatch:
 
 
 def list_raw_datasets(folder: Path) -> list[RawDataset]:
-    """The datasets of a folder, by name; hidden files and other file types are passed over. Raises
-    UserError."""
+    """The datasets of a folder, sorted by name; hidden files and other file types do not count.
+
+    Raises:
+        UserError: there is no folder or no dataset, or two files have one name.
+    """
     if not folder.is_dir():
         raise UserError(f"raw data folder {folder} does not exist or is no folder.")
     datasets: dict[str, RawDataset] = {}
@@ -96,7 +102,7 @@ def list_raw_datasets(folder: Path) -> list[RawDataset]:
         datasets[path.stem] = RawDataset(path.stem, path)
     if not datasets:
         raise UserError(
-            f"{folder} holds no .parquet or .jsonl file. Put one file a dataset there; of .csv, "
+            f"{folder} holds no .parquet or .jsonl file. Put one file per dataset there; of .csv, "
             ".tsv, .json or .arrow "
             "files, tokenize_data_qwen.py --columns query=...,passage=... makes such ones."
         )
@@ -119,8 +125,8 @@ def check_and_count_rows(dataset: RawDataset) -> int:
     return rows
 
 
-def declared_task(dataset: RawDataset) -> Task | None:
-    """The task that a parquet file says it is for; None where it says nothing."""
+def task_in_file(dataset: RawDataset) -> Task | None:
+    """The task that a parquet file names in its metadata; None where it names none."""
     if not dataset.is_parquet:
         return None
     with open_parquet(dataset.path) as file:
@@ -128,9 +134,53 @@ def declared_task(dataset: RawDataset) -> Task | None:
     return said if said in TASKS else None
 
 
+def describe_source(path: Path) -> dict[str, Any]:
+    """Name, size in bytes and SHA-256 of a raw file."""
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}.") from error
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest}
+
+
+@dataclass(frozen=True)
+class RawCounts:
+    """What a raw file holds."""
+
+    rows: int = 0
+    negatives: int = 0
+    rows_without_negatives: int = 0
+
+
+def write_raw(path: Path, rows: Iterable[RawRow], task: Task | None = None) -> RawCounts:
+    """Write rows as a raw parquet file, in row groups of WRITTEN_ROWS.
+
+    Args:
+        path: the file; whoever needs it to appear whole gives an `atomic_file`.
+        rows: are read one row group at a time.
+        task: is noted in the file, for `task_in_file`.
+    """
+    schema = SCHEMA.with_metadata({TASK_METADATA: task}) if task else SCHEMA
+    remaining, counts = iter(rows), []
+    with parquet_writer(path, schema) as writer:
+        while group := list(islice(remaining, WRITTEN_ROWS)):
+            columns = zip(zip(*group, strict=True), schema.types, strict=True)
+            arrays = [pa.array(column, kind) for column, kind in columns]
+            writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
+            counts += [len(row.negatives) for row in group]
+    return RawCounts(len(counts), sum(counts), counts.count(0))
+
+
 def read_rows(dataset: RawDataset, selected: np.ndarray | None = None) -> Iterator[RawRow]:
-    """The rows whose numbers are in `selected` (sorted; None = all), in file order. Raises
-    UserError on a bad row."""
+    """The rows of a dataset in file order.
+
+    Args:
+        dataset: the file.
+        selected: sorted numbers of the rows that are wanted; None = all.
+    Raises:
+        UserError: a row is bad; the message names it.
+    """
     if not dataset.is_parquet:
         yield from _read_jsonl(dataset.path, selected)
         return
@@ -147,13 +197,13 @@ def read_row_batches(dataset: RawDataset, selected: np.ndarray | None = None) ->
         yield from _read_parquet(dataset.path, selected)
         return
     rows = _read_jsonl(dataset.path, selected)
-    while chunk := list(islice(rows, BATCH_ROWS)):
-        texts = [text for row in chunk for text in (row.passage, *row.negatives)]
+    while batch := list(islice(rows, BATCH_ROWS)):
+        texts = [text for row in batch for text in (row.passage, *row.negatives)]
         yield RowBatch(
-            queries=[row.query for row in chunk],
+            queries=[row.query for row in batch],
             documents=[text.encode() for text in texts],
             characters=np.array([len(text) for text in texts]),
-            counts=np.array([1 + len(row.negatives) for row in chunk]),
+            counts=np.array([1 + len(row.negatives) for row in batch]),
             where=str(dataset.path),
         )
 
@@ -203,11 +253,12 @@ def _row_batch(path: Path, batch: pa.RecordBatch, numbers: np.ndarray) -> RowBat
     empty = (_lengths(queries) == 0) | (_lengths(columns[0]) == 0)
     if empty.any():
         row = int(np.argmax(empty))
-        _raise_empty(f"{path}, row {numbers[row]}", queries[row].as_py(), columns[0][row].as_py())
+        query, passage = queries[row].as_py(), columns[0][row].as_py()
+        wrong = ("passage", passage) if query else ("query", query)
+        _raise_empty(f"{path}, row {numbers[row]}", *wrong)
     there = np.flatnonzero(_lengths(documents))
-    order = there[
-        np.argsort(owner[there], kind="stable")
-    ]  # each row's passage, then its negatives as they stand
+    # Each row's passage, then its negatives as they stand.
+    order = there[np.argsort(owner[there], kind="stable")]
     where = f"{path}: text that is not UTF-8 in rows {numbers[0]} to {numbers[-1]}"
     return RowBatch(
         queries=_decoded(_views(queries, rows), where),
@@ -264,25 +315,55 @@ def _parse_line(line: bytes, where: str) -> RawRow:
         raise UserError(
             f"{where}: {type(record).__name__} instead of an object with 'query' and 'passage'."
         )
-    for column in ("query", "passage"):
-        if column not in record:
-            raise UserError(f"{where}: no {column!r}; its keys are {', '.join(map(repr, record))}.")
     numbered = _numbered_negatives(list(record))
     if "negatives" in record and numbered:
         raise UserError(f"{where}: both 'negatives' and {numbered[0]!r}. Keep one form.")
-    negatives = record.get("negatives")
-    if not isinstance(negatives, list | None):
-        raise UserError(
-            f"{where}: 'negatives' is {type(negatives).__name__}; it must be a list of strings."
-        )
-    named = [("query", record["query"]), ("passage", record["passage"])]
-    named += [("negatives", text) for text in negatives or ()] + [
-        (name, record[name]) for name in numbered
+    listed = ["negatives"] if "negatives" in record else []
+    return row_of(record, {name: name for name in ("query", "passage", *listed, *numbered)}, where)
+
+
+def row_of(record: Mapping[str, Any], columns: Mapping[str, str], where: str) -> RawRow:
+    """The row that a record of any format holds.
+
+    Args:
+        record: column -> value.
+        columns: query, passage, negatives, negative_1, ... -> the record's column of it.
+        where: file and row, for messages.
+    Raises:
+        UserError: a column is missing, or a text is none or empty.
+    """
+    negatives = [
+        value_of(record, column, where)
+        for role, column in columns.items()
+        if NEGATIVE_COLUMN.fullmatch(role)
     ]
-    query, passage, *rest = (_checked_text(text, column, where) for column, text in named)
-    if not query or not passage:
-        _raise_empty(where, query, passage)
-    return RawRow(query, passage, [text for text in rest if text])
+    if "negatives" in columns:
+        listed = value_of(record, columns["negatives"], where)
+        if not isinstance(listed, list | None):
+            raise UserError(
+                f"{where}: {columns['negatives']!r} is {type(listed).__name__}; it must be a list "
+                "of strings."
+            )
+        negatives += listed or []
+    texts = [_checked_text(text, "negatives", where) for text in negatives]
+    query, passage = (text_of(record, columns[role], where) for role in ("query", "passage"))
+    return RawRow(query, passage, [text for text in texts if text])
+
+
+def text_of(record: Mapping[str, Any], column: str, where: str) -> str:
+    """A text that must be there. Raises UserError, also for an empty one."""
+    text = _checked_text(value_of(record, column, where), column, where)
+    if not text:
+        _raise_empty(where, column, text)
+    return text
+
+
+def value_of(record: Mapping[str, Any], column: str, where: str) -> Any:
+    """What stands in a column. Raises UserError if there is no such column."""
+    if column not in record:
+        names = ", ".join(map(repr, record))
+        raise UserError(f"{where}: no column {column!r}; its columns are {names}.")
+    return record[column]
 
 
 def _checked_text(text: Any, column: str, where: str) -> str | None:
@@ -360,8 +441,7 @@ def _chosen(selected: np.ndarray, start: int, rows: int) -> np.ndarray:
     return selected[slice(*np.searchsorted(selected, [start, start + rows]))]
 
 
-def _raise_empty(where: str, query: str | None, passage: str | None) -> NoReturn:
-    column, text = ("passage", passage) if query else ("query", query)
+def _raise_empty(where: str, column: str, text: str | None) -> NoReturn:
     raise UserError(
         f"{where}: {column!r} is {'null' if text is None else 'empty'}. Fill it or remove the row."
     )

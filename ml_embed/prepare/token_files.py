@@ -1,14 +1,15 @@
-"""Parquet files of token ids, written block by block under a partial name."""
+"""Parquet files of token ids, written block by block."""
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ml_embed.files.atomic import commit, partial_path
+from ml_embed.files.atomic import atomic_file
+from ml_embed.files.parquet import parquet_writer
 
 QUERY_SCHEMA = pa.schema(
     [
@@ -20,37 +21,23 @@ QUERY_SCHEMA = pa.schema(
 CORPUS_SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32()))])
 
 
-class TokenFile:
-    """A parquet file that gets its final name only on `commit`. Equal blocks give equal bytes."""
+@contextmanager
+def token_file(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+    """A file for `append_columns`; it appears whole when the block ends well.
 
-    def __init__(self, path: Path, schema: pa.Schema):
-        self._path = path
-        self._schema = schema
-        # Token ids are nearly random bits: dictionaries and statistics cost time and save nothing.
-        self._writer = pq.ParquetWriter(
-            partial_path(path),
-            schema,
-            compression="zstd",
-            use_dictionary=False,
-            write_statistics=False,
-        )
+    Equal blocks give equal bytes.
+    """
+    # Token ids are nearly random bits: dictionaries and statistics cost time and save nothing.
+    options = {"use_dictionary": False, "write_statistics": False}
+    with atomic_file(path) as partial, parquet_writer(partial, schema, **options) as writer:
+        yield writer
 
-    def write(self, columns: Sequence[pa.Array]) -> None:
-        """Append one row group, unless it has no rows."""
-        table = pa.Table.from_arrays(list(columns), schema=self._schema)
-        if table.num_rows:
-            self._writer.write_table(table, row_group_size=table.num_rows)
 
-    def commit(self) -> None:
-        """Close, and give the file its final name."""
-        self._writer.close()
-        commit(self._path)
-
-    def discard(self) -> None:
-        """Close and remove what was written."""
-        with suppress(OSError):  # a full disk refuses the footer too
-            self._writer.close()
-        partial_path(self._path).unlink(missing_ok=True)
+def append_columns(file: pq.ParquetWriter, columns: Sequence[pa.Array]) -> None:
+    """Append one row group, unless it has no rows."""
+    table = pa.Table.from_arrays(list(columns), schema=file.schema)
+    if table.num_rows:
+        file.write_table(table, row_group_size=table.num_rows)
 
 
 def list_array(lengths: Sequence[int], values: np.ndarray) -> pa.ListArray:

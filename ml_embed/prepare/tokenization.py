@@ -1,9 +1,8 @@
 """Raw contrastive rows to token ids: what tokenize_data_qwen.py does.
 
-One pass over each dataset in blocks of rows. The main thread reads, numbers documents by first
-occurrence, and writes; meanwhile the tokenizers library works on the next blocks (Rust, on all
-cores, without the GIL). Blocks depend on the content alone, so files are byte-identical whatever
-the number of workers.
+One pass over each dataset in blocks of rows. The main thread reads, numbers the documents and
+writes; meanwhile the tokenizers library works on the next blocks (Rust, on all cores, without the
+GIL). Blocks depend on the content alone, so the number of workers does not change a byte.
 """
 
 import hashlib
@@ -19,33 +18,39 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from filelock import AcquireReturnProxy
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ml_embed.config import DatasetConfig, check_dataset_names, match_settings
+from ml_embed.config import DatasetConfig, Task, check_dataset_names, match_settings
+from ml_embed.data.manifest import MANIFEST, DatasetEntry, Manifest
+from ml_embed.data.sources import CORPUS_SUFFIX, QUERY_SUFFIX
 from ml_embed.data.tasks import task_of
 from ml_embed.errors import UserError
-from ml_embed.files.atomic import disk_errors_are_user_errors
+from ml_embed.files.atomic import disk_errors_are_user_errors, partial_path
 from ml_embed.files.locks import lock_folder
 from ml_embed.files.model_source import find_tokenizer_folder
+from ml_embed.files.work_record import Finished, WorkRecord
 from ml_embed.notices import notice
-from ml_embed.prepare.ledger import Ledger
 from ml_embed.prepare.numbering import TextNumbers, text_digest
 from ml_embed.prepare.prompts import Prompts
 from ml_embed.prepare.raw import (
+    RawDataset,
     RowBatch,
     check_and_count_rows,
-    declared_task,
+    describe_source,
     list_raw_datasets,
     read_row_batches,
+    task_in_file,
 )
 from ml_embed.prepare.token_files import (
     CORPUS_SCHEMA,
     QUERY_SCHEMA,
-    TokenFile,
+    append_columns,
     list_array,
     text_array,
+    token_file,
 )
 from ml_embed.prepare.tokenizer import TextTokenizer, fingerprint, load_tokenizer
 
@@ -54,6 +59,7 @@ BLOCK_CHARACTERS = 2_000_000
 BLOCK_TEXTS = 65_536
 BLOCKS_IN_FLIGHT = 3
 LOCK = ".tokenize.lock"
+REDO = "Use another --output, or --overwrite to make that folder anew."
 
 
 @dataclass(frozen=True)
@@ -120,88 +126,167 @@ class Block:
 
 @dataclass
 class Totals:
-    """What the manifest says of a dataset."""
+    """What the manifest counts of a dataset."""
 
     rows: int = 0
     documents: int = 0
     tokens: int = 0
-    negative_counts: list[int] = field(default_factory=list)  # [min, max, total]
+    negatives: dict[str, int] = field(default_factory=dict)
 
     def add(self, block: Block, ids: list[np.ndarray]) -> None:
         """Count a block and its token ids."""
         self.rows += len(block.passages)
         self.documents += len(block.documents)
         self.tokens += sum(map(len, ids))
-        low, high, total = self.negative_counts or [block.negative_counts[0], 0, 0]
-        counts = block.negative_counts
-        self.negative_counts = [min(low, *counts), max(high, *counts), total + sum(counts)]
-
-    def entry(self) -> dict[str, Any]:
-        """As it stands in the manifest."""
-        negatives = dict(zip(("min", "max", "total"), self.negative_counts, strict=True))
-        return {
-            "rows": self.rows,
-            "documents": self.documents,
-            "tokens": self.tokens,
-            "negatives": negatives,
+        counts, so_far = block.negative_counts, self.negatives
+        self.negatives = {
+            "min": min(so_far.get("min", counts[0]), *counts),
+            "max": max(so_far.get("max", 0), *counts),
+            "total": so_far.get("total", 0) + sum(counts),
         }
 
 
-def tokenize_folder(options: TokenizeOptions, progress: bool = True) -> dict[str, Any]:
-    """Tokenize every dataset of a raw folder; return the manifest. Continues what an interrupted
-    run left.
+@dataclass(frozen=True)
+class _Job:
+    """A dataset to tokenize."""
 
-    Raises UserError, before anything is written, for input that cannot be read and for an output
-    folder that holds something else than a part of the same result.
+    raw: RawDataset
+    rows: int
+    """in the file"""
+    prompts: Prompts
+    task: Task
+
+
+def tokenize_folder(options: TokenizeOptions, progress: bool = True) -> Manifest:
+    """Tokenize every dataset of a raw folder; continues what an interrupted run left.
+
+    Args:
+        options: see there.
+        progress: bars on stderr.
+    Returns:
+        the manifest that is also written.
+    Raises:
+        UserError: before anything is written, for input that cannot be read and for an output
+            folder that holds something else than a part of the same result.
     """
     options.check()
-    datasets = list_raw_datasets(options.input)
-    rows = {dataset.name: check_and_count_rows(dataset) for dataset in datasets}
+    jobs = _make_jobs(options)
     _use_threads(options.num_workers)
     tokenizer = load_tokenizer(find_tokenizer_folder(options.tokenizer))
-    encoder = TextTokenizer(tokenizer, options.max_seq_length)
-    names = list(rows)
-    check_dataset_names(names, options.datasets)
-    settings = {name: match_settings(name, options.datasets) for name in names}
-    prompts = {name: Prompts.of_settings(settings[name]) for name in names}
+    text_tokenizer = TextTokenizer(tokenizer, options.max_seq_length)
     with _exclusive(options.output):
-        ledger = Ledger(options.output, _settings(tokenizer, options), options.overwrite)
-        known = {
-            dataset.name: describe_source(dataset.path)
-            for dataset in datasets
-            if dataset.name in ledger.datasets
-        }
-        recorded = {name: used.to_json().get("prompts", {}) for name, used in prompts.items()}
-        ledger.check(names, known, recorded)
-        todo = [dataset for dataset in datasets if not ledger.is_complete(dataset.name)]
-        if len(todo) < len(datasets):
-            notice(f"{len(datasets) - len(todo)} of {len(datasets)} datasets are complete already")
-        with disk_errors_are_user_errors(
-            options.output, "Then run the same command again: it continues."
-        ):
-            for dataset in tqdm(todo, unit=" file", desc="files", disable=not progress):
-                ledger.begin(dataset.name)
-                source = _in_background(describe_source, dataset.path)
-                selected = select_rows(
-                    dataset.name, rows[dataset.name], options.max_samples, options.seed
-                )
-                used = prompts[dataset.name]
-                blocks = read_blocks(read_row_batches(dataset, selected), used, options.seed)
-                total = rows[dataset.name] if selected is None else len(selected)
-                entry = _tokenize_dataset(dataset.name, blocks, total, encoder, ledger, progress)
-                task = (
-                    settings[dataset.name].task or declared_task(dataset) or task_of(dataset.name)
-                )
-                ledger.record(
-                    dataset.name, entry | used.to_json() | {"source": source.result(), "task": task}
-                )
-            ledger.remove_replaced(names)
-            return ledger.finish()
+        record = _open_record(tokenizer, options)
+        _check_former(record, jobs, options.output)
+        todo = [job for job in jobs.values() if not _is_complete(job, record, options.output)]
+        if len(todo) < len(jobs):
+            notice(f"{len(jobs) - len(todo)} of {len(jobs)} datasets are complete already")
+        remedy = "Then run the same command again: it continues."
+        with disk_errors_are_user_errors(options.output, remedy):
+            for job in tqdm(todo, unit=" file", desc="files", disable=not progress):
+                record.begin(job.raw.name)
+                entry = _tokenize_job(job, text_tokenizer, options, progress)
+                record.record(job.raw.name, entry.to_json())
+            for name in record.gone(jobs):
+                for path in token_paths(options.output, name).values():
+                    path.unlink(missing_ok=True)
+                    partial_path(path).unlink(missing_ok=True)
+            manifest = Manifest.from_json({**record.settings, "datasets": record.entries})
+            record.finish(manifest.to_json(), sort_keys=True)
+            return manifest
+
+
+def _make_jobs(options: TokenizeOptions) -> dict[str, _Job]:
+    """The datasets of the input by name, checked as far as that goes without reading texts."""
+    datasets = list_raw_datasets(options.input)
+    rows = [check_and_count_rows(dataset) for dataset in datasets]
+    check_dataset_names([dataset.name for dataset in datasets], options.datasets)
+    jobs = {}
+    for dataset, number in zip(datasets, rows, strict=True):
+        settings = match_settings(dataset.name, options.datasets)
+        task = settings.task or task_in_file(dataset) or task_of(dataset.name)
+        jobs[dataset.name] = _Job(dataset, number, Prompts.of_settings(settings), task)
+    return jobs
+
+
+def _open_record(tokenizer: PreTrainedTokenizerBase, options: TokenizeOptions) -> WorkRecord:
+    """The record of the output folder, which `overwrite` makes anew unless that was interrupted."""
+    settings = Manifest(
+        eos_id=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
+        vocab_size=max(tokenizer.get_vocab().values()) + 1,
+        tokenizer_fingerprint=fingerprint(tokenizer),
+        max_seq_length=options.max_seq_length,
+        max_samples=options.max_samples,
+        seed=options.seed,
+    ).settings()
+    path, overwrite = options.output / MANIFEST, options.overwrite
+    record = WorkRecord(path, settings, _read_finished, overwrite, REDO)
+    if overwrite and record.replaced is None:
+        record.replace_all()
+    return record
+
+
+def _read_finished(path: Path) -> Finished:
+    manifest = Manifest.read(path)
+    return manifest.settings(), {name: e.to_json() for name, e in manifest.datasets.items()}
+
+
+def _check_former(record: WorkRecord, jobs: Mapping[str, _Job], folder: Path) -> None:
+    """Raise UserError if tokenizing would lose or mix anything in the folder.
+
+    With `overwrite`, note what is replaced instead.
+    """
+    for name, entry in list(record.entries.items()):
+        said = f"{folder} holds dataset {name!r}"
+        if name not in jobs:
+            record.replace(name, f"{said}, which the input does not have")
+        elif entry.get("source") != describe_source(jobs[name].raw.path):
+            record.replace(name, f"{said} made from another file than the input's")
+        elif entry.get("prompts") != jobs[name].prompts.to_json():
+            record.replace(name, f"{said} made with other prompts than now")
+    for name in jobs:
+        record.refuse_others(name, token_paths(folder, name).values())
+
+
+def _is_complete(job: _Job, record: WorkRecord, folder: Path) -> bool:
+    """Whether a dataset is recorded and its files have the recorded sizes."""
+    entry = record.entries.get(job.raw.name)
+    return entry is not None and all(
+        path.is_file() and path.stat().st_size == entry["bytes"][kind]
+        for kind, path in token_paths(folder, job.raw.name).items()
+    )
+
+
+def token_paths(folder: Path, name: str) -> dict[str, Path]:
+    """The query and the corpus file of a dataset, by the names that the manifest has for them."""
+    return {
+        "query": folder / f"{name}{QUERY_SUFFIX}",
+        "corpus": folder / f"{name}{CORPUS_SUFFIX}",
+    }
+
+
+def _tokenize_job(
+    job: _Job, text_tokenizer: TextTokenizer, options: TokenizeOptions, progress: bool
+) -> DatasetEntry:
+    """Write a dataset's files; its entry in the manifest."""
+    name = job.raw.name
+    source = _in_background(describe_source, job.raw.path)
+    selected = select_rows(name, job.rows, options.max_samples, options.seed)
+    blocks = read_blocks(read_row_batches(job.raw, selected), job.prompts, options.seed)
+    rows = job.rows if selected is None else len(selected)
+    paths = token_paths(options.output, name)
+    totals = _tokenize_dataset(name, blocks, rows, text_tokenizer, paths, progress)
+    return DatasetEntry(
+        **vars(totals),
+        task=job.task,
+        prompts=job.prompts.to_json(),
+        source=source.result(),
+        bytes={kind: path.stat().st_size for kind, path in paths.items()},
+    )
 
 
 def select_rows(name: str, num_rows: int, max_samples: int, seed: int) -> np.ndarray | None:
-    """Sorted numbers of the rows to keep, chosen uniformly as a function of (seed, dataset); None =
-    all."""
+    """Sorted numbers of the rows to keep, a random choice given by (seed, dataset); None = all."""
     if max_samples == 0 or num_rows <= max_samples:
         return None
     name_key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
@@ -210,19 +295,11 @@ def select_rows(name: str, num_rows: int, max_samples: int, seed: int) -> np.nda
     return np.sort(generator.choice(num_rows, size=max_samples, replace=False, shuffle=False))
 
 
-def describe_source(path: Path) -> dict[str, Any]:
-    """Name, size in bytes and SHA-256 of a raw file."""
-    try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error}.") from error
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest}
-
-
 def read_blocks(batches: Iterator[RowBatch], prompts: Prompts, seed: int) -> Iterator[Block]:
-    """Rows, prompts in front, as blocks of about BLOCK_CHARACTERS; documents are numbered by first
-    occurrence."""
+    """Rows with their prompts as blocks of about BLOCK_CHARACTERS.
+
+    Documents are numbered 0, 1, 2, ... in the order they are first seen.
+    """
     numbers = TextNumbers()
     front = prompts.passage.encode()
     block = Block()
@@ -236,13 +313,11 @@ def read_blocks(batches: Iterator[RowBatch], prompts: Prompts, seed: int) -> Ite
         new_texts = [
             fronts[i].decode() + text for i, text in zip(new, batch.decode(new), strict=True)
         ]
-        bounds = np.concatenate(
-            [[0], np.cumsum(batch.counts)]
-        )  # of each row's documents, and of the new ones in them
+        # Where each row's documents begin, and the new ones among them.
+        bounds = np.concatenate([[0], np.cumsum(batch.counts)])
         rows = pairwise(zip(bounds.tolist(), np.searchsorted(new, bounds).tolist(), strict=True))
-        characters = np.add.reduceat(
-            batch.characters + prompted * len(prompts.passage), bounds[:-1]
-        ).tolist()
+        lengths = batch.characters + prompted * len(prompts.passage)
+        characters = np.add.reduceat(lengths, bounds[:-1]).tolist()
         for query, size, ((start, first_new), (end, end_new)) in zip(
             batch.queries, characters, rows, strict=True
         ):
@@ -263,36 +338,28 @@ def _tokenize_dataset(
     name: str,
     blocks: Iterator[Block],
     total_rows: int,
-    encoder: TextTokenizer,
-    ledger: Ledger,
+    text_tokenizer: TextTokenizer,
+    paths: Mapping[str, Path],
     progress: bool,
-) -> dict[str, Any]:
-    """Write one dataset's two files; return its manifest entry."""
-    paths = ledger.files_of(name)
-    files = [TokenFile(paths["query"], QUERY_SCHEMA), TokenFile(paths["corpus"], CORPUS_SCHEMA)]
+) -> Totals:
+    """Write one dataset's query and corpus file."""
     totals = Totals()
-    try:
-        with tqdm(
-            total=total_rows, unit=" row", desc=name, leave=False, disable=not progress
-        ) as bar:
-            for block, ids in _encode_blocks(blocks, encoder):
-                _write_block(block, ids, *files)
-                totals.add(block, ids)
-                bar.set_postfix(
-                    texts=totals.rows + totals.documents, tokens=totals.tokens, refresh=False
-                )
-                bar.update(len(block.passages))
-    except BaseException:
-        for file in files:
-            file.discard()
-        raise
-    for file in files:
-        file.commit()
-    return totals.entry()
+    with (
+        token_file(paths["query"], QUERY_SCHEMA) as query_file,
+        token_file(paths["corpus"], CORPUS_SCHEMA) as corpus_file,
+        tqdm(total=total_rows, unit=" row", desc=name, leave=False, disable=not progress) as bar,
+    ):
+        for block, ids in _encode_blocks(blocks, text_tokenizer):
+            _write_block(block, ids, query_file, corpus_file)
+            totals.add(block, ids)
+            texts = totals.rows + totals.documents
+            bar.set_postfix(texts=texts, tokens=totals.tokens, refresh=False)
+            bar.update(len(block.passages))
+    return totals
 
 
 def _encode_blocks(
-    blocks: Iterator[Block], encoder: TextTokenizer
+    blocks: Iterator[Block], text_tokenizer: TextTokenizer
 ) -> Iterator[tuple[Block, list[np.ndarray]]]:
     """Blocks with their texts' ids, in order; the next blocks are read and tokenized meanwhile."""
     waiting: deque[tuple[Block, Future]] = deque()
@@ -300,43 +367,30 @@ def _encode_blocks(
     # (measured: a third more CPU time for the same texts).
     with ThreadPoolExecutor(1) as thread:
         for block in blocks:
-            waiting.append(
-                (block, thread.submit(encoder.tokenize, block.queries + block.documents))
-            )
+            texts = block.queries + block.documents
+            waiting.append((block, thread.submit(text_tokenizer.tokenize, texts)))
             if len(waiting) == BLOCKS_IN_FLIGHT:
                 done, encodings = waiting.popleft()
-                yield done, encoder.token_ids(encodings.result())
+                yield done, text_tokenizer.token_ids(encodings.result())
         while waiting:
             done, encodings = waiting.popleft()
-            yield done, encoder.token_ids(encodings.result())
+            yield done, text_tokenizer.token_ids(encodings.result())
 
 
 def _write_block(
-    block: Block, ids: list[np.ndarray], query_file: TokenFile, corpus_file: TokenFile
+    block: Block, ids: list[np.ndarray], query_file: pq.ParquetWriter, corpus_file: pq.ParquetWriter
 ) -> None:
     rows = len(block.passages)
+    passages = pa.array(block.passages, pa.int64())
     negatives = list_array(block.negative_counts, np.array(block.negatives, np.int64))
-    query_file.write([text_array(ids[:rows]), pa.array(block.passages, pa.int64()), negatives])
-    corpus_file.write([text_array(ids[rows:])])
-
-
-def _settings(tokenizer: PreTrainedTokenizerBase, options: TokenizeOptions) -> dict[str, Any]:
-    return {
-        "tokenizer_fingerprint": fingerprint(tokenizer),
-        "eos_id": tokenizer.eos_token_id,
-        "pad_id": tokenizer.pad_token_id,
-        "vocab_size": max(tokenizer.get_vocab().values()) + 1,
-        "max_seq_length": options.max_seq_length,
-        "max_samples": options.max_samples,
-        "seed": options.seed,
-    }
+    append_columns(query_file, [text_array(ids[:rows]), passages, negatives])
+    append_columns(corpus_file, [text_array(ids[rows:])])
 
 
 def _use_threads(num_workers: int | None) -> None:
-    """Set the size of the tokenizers library's thread pool, which is fixed by its first batch in
-    this process.
+    """Set how many threads the tokenizers library uses; its first batch fixes the number.
 
-    By itself the pool takes the cores that affinity and container limits leave.
+    By itself it takes the cores that affinity and container limits leave.
     """
     if num_workers is not None:
         os.environ["RAYON_NUM_THREADS"] = str(num_workers)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ml_embed.errors import UserError
 from ml_embed.files.arrays import RowFile, blocks
-from ml_embed.files.atomic import commit, partial_path
+from ml_embed.files.atomic import atomic_file
 from ml_embed.recipe.search import nearest
 
 FEWEST_DOCUMENTS = 100_000
@@ -76,8 +76,8 @@ def cell_count(documents: int) -> int:
 class ApproximateIndex:
     """The documents of a memory map, searchable.
 
-    Memory: N (code_bits D / 8 + 8) bytes, blocks of vectors, and while it finds the cells 256
-        sqrt(N) sampled vectors.
+    Memory: N (code_bits D / 8 + 8) bytes, blocks of vectors, and 256 sqrt(N) sampled vectors while
+    it finds the cells.
 
     What was built lies in a folder and is used again, at the block where an interruption stopped
     it. The same documents and settings give the same index.
@@ -112,9 +112,9 @@ class ApproximateIndex:
                 leave=False,
                 disable=not progress,
             ):
-                _write_atomically(
-                    cells, faiss.serialize_index(_trained(documents, approximation.code_bits))
-                )
+                trained = _trained(documents, approximation.code_bits)
+                with atomic_file(cells) as partial:
+                    faiss.serialize_index(trained).tofile(partial)
         self._index = faiss.deserialize_index(np.fromfile(cells, np.uint8))
         file = RowFile(codes, np.uint8, self._index.sa_code_size())
 
@@ -154,8 +154,7 @@ def remove_index(folder: Path) -> None:
 
 
 def sample_queries(queries: int) -> np.ndarray:
-    """(at most MEASURED_QUERIES,) which of so many queries the recall is measured with, in
-    order."""
+    """(at most MEASURED_QUERIES,) the sorted numbers of queries to measure the recall with."""
     chosen = np.random.default_rng(SEED).choice(
         queries, min(queries, MEASURED_QUERIES), replace=False
     )
@@ -165,8 +164,10 @@ def sample_queries(queries: int) -> np.ndarray:
 def recall(
     search: Search, queries: Tensor, documents: np.ndarray, count: int, excluded: Tensor
 ) -> float:
-    """Share of the exact nearest `count` documents of the queries that a search finds; arguments as
-    of `nearest`."""
+    """The share of the exact nearest `count` documents that a search finds.
+
+    The other arguments are those of `nearest`.
+    """
     exact_scores, exact = nearest(queries, documents, count, excluded)
     scores, found = search(queries, documents, count, excluded)
     found = found.masked_fill(scores == -torch.inf, -1)
@@ -194,9 +195,8 @@ def _trained(documents: np.ndarray, code_bits: int) -> Any:
     index = faiss.index_factory(width, name, faiss.METRIC_INNER_PRODUCT)
     index.cp.seed = SEED
     if code_bits == 2:
-        index.do_polysemous_training = (
-            False  # minutes of it, for a search by Hamming distance that is not used
-        )
+        # It takes minutes, for a search by Hamming distance that is not used.
+        index.do_polysemous_training = False
         index.pq.cp.seed, index.pq.cp.max_points_per_centroid = SEED, SAMPLE_PER_CELL
     sampled = min(len(documents), cells * SAMPLE_PER_CELL)
     rows = np.random.default_rng(SEED).choice(len(documents), sampled, replace=False)
@@ -204,14 +204,14 @@ def _trained(documents: np.ndarray, code_bits: int) -> Any:
     return index
 
 
-def _write_atomically(path: Path, content: np.ndarray) -> None:
-    content.tofile(partial_path(path))
-    commit(path)
-
-
 def _without(found: np.ndarray, excluded: np.ndarray, documents: int) -> np.ndarray:
-    """(Q, C) document rows with those of the (P, 2) excluded pairs, and faiss's -1 for none, moved
-    to the end as -1."""
+    """The (Q, C) document rows that were found, excluded ones moved to the end as -1.
+
+    Args:
+        found: (Q, C), with faiss's -1 for none.
+        excluded: (P, 2) pairs of query and document rows.
+        documents: N.
+    """
     pairs = np.arange(len(found))[:, None] * documents + found
     dropped = (found < 0) | np.isin(pairs, excluded[:, 0] * documents + excluded[:, 1])
     order = dropped.argsort(axis=1, kind="stable")
@@ -221,11 +221,9 @@ def _without(found: np.ndarray, excluded: np.ndarray, documents: int) -> np.ndar
 def _score(
     queries: Tensor, documents: np.ndarray, candidates: np.ndarray, count: int
 ) -> tuple[Tensor, Tensor]:
-    """The best (Q, K) of (Q, C) candidates by their exact scores, as `search.nearest` returns
-    them."""
-    distinct, places = np.unique(
-        candidates, return_inverse=True
-    )  # sorted: the memory map is read from front to back
+    """The best K of (Q, C) candidates by exact scores: what `search.nearest` returns."""
+    # Sorted, so that the memory map is read from front to back.
+    distinct, places = np.unique(candidates, return_inverse=True)
     vectors = torch.from_numpy(documents[distinct.clip(0)]).to(queries.device)
     scores = torch.einsum(
         "qd,qcd->qc", queries, vectors[torch.from_numpy(places).to(queries.device)]

@@ -1,10 +1,8 @@
-"""Hard negatives: for each query, documents of its dataset that a model takes for near, but not for
-too near.
+"""Hard negatives: for each query, documents of its dataset that are near it, but not too near.
 
 The published filter (F2LLM-v2, arXiv 2603.19223): of the 100 nearest documents drop the first 5,
-which are often right
-answers too; keep those that score below 0.8 and below 95 % of the positive's score; take the best
-24 of them.
+which are often right answers too; keep those that score below 0.8 and below 95 % of the positive's
+score; take the best 24 of them.
 
 The search is exact, or approximate for large corpora (ann.py); the scores that the filter sees are
 exact in both.
@@ -14,47 +12,45 @@ Letters: Q queries of a block, N documents, K neighbours, M negatives, D vector 
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ml_embed.config import Task
 from ml_embed.data.tasks import task_of
 from ml_embed.errors import UserError
-from ml_embed.files.arrays import RowFile, blocks
-from ml_embed.files.atomic import commit, disk_errors_are_user_errors, partial_path, write_json
+from ml_embed.files.arrays import RowFile
+from ml_embed.files.atomic import atomic_file, disk_errors_are_user_errors, write_json
 from ml_embed.files.locks import lock_folder
+from ml_embed.files.work_record import Finished, WorkRecord
 from ml_embed.inference.text_models import TextModel, check_finite
 from ml_embed.notices import notice
 from ml_embed.prepare.raw import (
-    SCHEMA,
-    TASK_METADATA,
     RawDataset,
+    RawRow,
     check_and_count_rows,
-    declared_task,
+    describe_source,
     list_raw_datasets,
     read_rows,
+    task_in_file,
+    write_raw,
 )
-from ml_embed.prepare.tokenization import describe_source
 from ml_embed.recipe import ann
 from ml_embed.recipe.search import nearest
 
 SUMMARY = "mining.json"
 LOCK = ".mining.lock"
 WORK_SUFFIX = ".mining"
+REMEDY = "Use another --output, or --overwrite to make that folder anew"
 ENCODED_BLOCK = 8192  # texts between two writes to disk; what an interruption costs at most
 QUERY_BLOCK = 1024
 VECTOR_SETTINGS = ("model", "query_prompt", "passage_prompt", "source")
-"""what the vectors of an unfinished dataset depend on; other settings can change without encoding
-again"""
+"""What the vectors of an unfinished dataset depend on: other settings may change."""
 INDEX_SETTINGS = (*VECTOR_SETTINGS, "code_bits")
 
 
@@ -117,8 +113,7 @@ class Corpus:
     query_of_row: np.ndarray  # (rows,) int64
     passage_of_row: np.ndarray  # (rows,) int64
     own_documents: list[list[int]]
-    """for each query, the documents that are no negatives of it: all its passages, and its own
-    text"""
+    """for each query, the documents that are no negatives of it: its passages and its own text"""
 
 
 def read_corpus(dataset: RawDataset) -> Corpus:
@@ -146,141 +141,139 @@ def read_corpus(dataset: RawDataset) -> Corpus:
     )
 
 
-def mine_folder(
-    model: TextModel,
-    source: Path,
-    output: Path,
-    rule: Filter,
-    query_prompt: str = "",
-    passage_prompt: str = "",
-    approximation: ann.Approximation | None = None,
-    overwrite: bool = False,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Write every dataset of a raw folder again with mined negatives in place of its own. Continues
-    what was begun.
+@dataclass(frozen=True)
+class MiningOptions:
+    """What to mine, and how."""
+
+    source: Path
+    """folder of raw data; its negatives, if any, are documents like the passages"""
+    output: Path
+    """folder to write; each file appears whole or not at all"""
+    rule: Filter = Filter()
+    """which neighbours to keep"""
+    query_prompt: str = ""
+    passage_prompt: str = ""
+    """put before the texts for the model; not written"""
+    approximation: ann.Approximation | None = None
+    """search datasets of `ann.FEWEST_DOCUMENTS` and more approximately; None = exactly"""
+    overwrite: bool = False
+    """make anew what was mined otherwise, and remove datasets that the input no longer has"""
+
+    def check(self) -> None:
+        """Raise UserError for values that make no sense."""
+        self.rule.check()
+        if self.approximation is not None:
+            self.approximation.check()
+        if self.source.resolve() == self.output.resolve():
+            raise UserError(f"--input and --output are both {self.source}: write to another folder")
+
+    def settings(self, model: str) -> dict[str, Any]:
+        """All that the mined negatives depend on, beside the data."""
+        prompts = {"query_prompt": self.query_prompt, "passage_prompt": self.passage_prompt}
+        if self.approximation is None:
+            search: dict[str, Any] = {"search": "exact"}
+        else:
+            search = {"search": "ann", **asdict(self.approximation)}
+        return {"model": model, **prompts, **asdict(self.rule), **search}
+
+
+def mine_folder(model: TextModel, options: MiningOptions, progress: bool = True) -> dict[str, Any]:
+    """Write the datasets of a raw folder again with mined negatives; continues what was begun.
 
     Classification datasets, whose passages are labels, keep the negatives they have.
 
     Memory: one dataset's texts, and blocks of vectors; all vectors of a dataset lie on disk while
-        it is mined. The
-    approximate search adds its codes (see ann.py).
+    it is mined. The approximate search adds its codes (see ann.py).
 
     Args:
         model: gives the vectors.
-        source: folder of raw data; its negatives, if any, are documents like the passages.
-        output: folder to write; each file appears whole or not at all.
-        rule: which neighbours to keep.
-        query_prompt, passage_prompt: put before the texts for the model; not written.
-        approximation: search large datasets approximately; None is exactly. Datasets with fewer
-            than `ann.FEWEST_DOCUMENTS` documents are searched exactly all the same.
-        overwrite: make datasets anew that were mined otherwise, and remove those that the input no
-            longer has.
+        options: see there.
         progress: bars on stderr.
     Returns:
         the summary that is also written as mining.json: settings, and for each dataset rows and
-        negatives found; with
-        an approximation also how it was searched, and the share of the exact nearest that was
-        found.
+        negatives found; with an approximation also how it was searched, and the share of the exact
+        nearest that was found.
     Raises:
         UserError: data that cannot be read, a vector that is not finite, an output folder that
             holds something else, or faiss is missing.
     """
-    rule.check()
-    if approximation is not None:
-        approximation.check()
-    datasets = list_raw_datasets(source)
-    for dataset in datasets:
+    options.check()
+    datasets = {dataset.name: dataset for dataset in list_raw_datasets(options.source)}
+    for dataset in datasets.values():
         check_and_count_rows(dataset)
-    if source.resolve() == output.resolve():
-        raise UserError(f"--input and --output are both {source}: write to another folder")
-    settings = {
-        "model": model.name,
-        "query_prompt": query_prompt,
-        "passage_prompt": passage_prompt,
-        **asdict(rule),
-    }
-    settings |= (
-        {"search": "exact"} if approximation is None else {"search": "ann", **asdict(approximation)}
-    )
+    output, settings = options.output, options.settings(model.name)
     with disk_errors_are_user_errors(output, "Then run the same command again: it continues."):
         output.mkdir(parents=True, exist_ok=True)
         with lock_folder(output / LOCK, "mining into"):
-            summary = _read_summary(
-                output, settings, {dataset.name for dataset in datasets}, overwrite
+            record = WorkRecord(
+                output / SUMMARY, settings, _read_finished, options.overwrite, REMEDY
             )
-            for dataset in tqdm(datasets, unit=" file", desc="files", disable=not progress):
-                target, digest = output / f"{dataset.name}.parquet", describe_source(dataset.path)
-                done = summary["datasets"].get(dataset.name)
-                if done is not None and done["source"] == digest and target.is_file():
-                    continue
-                if target.exists() and done is None and not overwrite:
-                    raise UserError(
-                        f"{target} exists and is not of this mining; use another --output, or "
-                        "--overwrite"
-                    )
-                if (declared_task(dataset) or task_of(dataset.name)) == "classification":
-                    entry = _keep_as_it_is(dataset, target)
-                else:
-                    work = output / f".{dataset.name}{WORK_SUFFIX}"
-                    mining = _Mining(
-                        model, rule, (query_prompt, passage_prompt), approximation, work, progress
-                    )
-                    entry = mining.run(dataset, target, settings | {"source": digest})
-                summary["datasets"][dataset.name] = entry | {"source": digest}
-                write_json(output / SUMMARY, summary)
+            _check_former(record, datasets, output)
+            for name in tqdm(datasets, unit=" file", desc="files", disable=not progress):
+                _mine_dataset(datasets[name], record, model, options, progress)
+            _remove_datasets(output, record.gone(datasets))
+            summary = {"settings": settings, "datasets": dict(sorted(record.entries.items()))}
+            record.finish(summary)
     return summary
 
 
-def _read_summary(
-    output: Path, settings: dict[str, Any], names: set[str], overwrite: bool
-) -> dict[str, Any]:
-    """What a former call left, or an empty summary; `names` are the input's datasets.
-
-    With `overwrite`, the files of recorded datasets that are none of them are removed.
-    """
-    fresh = {"settings": settings, "datasets": {}}
-    path = output / SUMMARY
-    if not path.is_file():
-        return fresh
+def _read_finished(path: Path) -> Finished:
     try:
-        former = json.loads(path.read_text(encoding="utf-8"))
-        differing = [key for key, value in settings.items() if former["settings"].get(key) != value]
-        gone = former["datasets"].keys() - names
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        return dict(summary["settings"]), dict(summary["datasets"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is damaged ({error}); use another --output, or remove that file"
         ) from None
-    if differing and not overwrite:
-        said = "; ".join(
-            f"{key} was {former['settings'].get(key)!r}, now {settings[key]!r}" for key in differing
-        )
-        raise UserError(
-            f"{output} was mined otherwise: {said}. Use another --output, or --overwrite to make "
-            "it anew"
-        )
-    if gone:
-        if not overwrite:
-            listing = ", ".join(map(repr, sorted(gone)))
-            raise UserError(
-                f"{output} holds what the input does not have: {listing}. Use another --output, or "
-                "--overwrite to "
-                "remove it there"
-            )
-        _remove_datasets(output, gone)
-        former["datasets"] = {
-            name: entry for name, entry in former["datasets"].items() if name in names
-        }
-        write_json(path, former)
-    return fresh if differing else former
 
 
-def _remove_datasets(output: Path, names: set[str]) -> None:
-    for path in output.iterdir():
-        if path.suffix == ".parquet" and path.stem in names:
-            path.unlink()
-        elif path.suffix == WORK_SUFFIX and path.stem.removeprefix(".") in names:
-            shutil.rmtree(path)
+def _check_former(record: WorkRecord, datasets: Mapping[str, RawDataset], output: Path) -> None:
+    """Raise UserError for datasets that the input does not have and for files of something else.
+
+    With `overwrite`, note what is replaced instead.
+    """
+    if gone := sorted(record.entries.keys() - datasets):
+        listing = ", ".join(map(repr, gone))
+        for name in gone:
+            record.replace(name, f"{output} holds what the input does not have: {listing}")
+    for name in datasets:
+        record.refuse_others(name, [output / f"{name}.parquet"])
+
+
+def _remove_datasets(output: Path, names: Iterable[str]) -> None:
+    for name in names:
+        (output / f"{name}.parquet").unlink(missing_ok=True)
+        shutil.rmtree(_work_folder(output, name), ignore_errors=True)
+
+
+def _work_folder(output: Path, name: str) -> Path:
+    """Where vectors and search results of an unfinished dataset lie."""
+    return output / f".{name}{WORK_SUFFIX}"
+
+
+def _mine_dataset(
+    dataset: RawDataset,
+    record: WorkRecord,
+    model: TextModel,
+    options: MiningOptions,
+    progress: bool,
+) -> None:
+    """Make a dataset's file, unless it is recorded as made of the same rows."""
+    name, output = dataset.name, options.output
+    target, work = output / f"{name}.parquet", _work_folder(output, name)
+    source, done = describe_source(dataset.path), record.entries.get(name)
+    if done is None or done["source"] != source or not target.is_file():
+        task, searched = task_in_file(dataset), dict[str, Any]()
+        if (task or task_of(name)) == "classification":
+            task, rows = "classification", read_rows(dataset)
+        else:
+            mining = _Mining(model, options, work, progress)
+            rows, searched = mining.run(dataset, record.settings | {"source": source})
+        record.begin(name)  # Not before: until here other settings may use what lies in `work`.
+        with atomic_file(target) as partial:
+            counts = write_raw(partial, rows, task)
+        record.record(name, asdict(counts) | searched | {"source": source})
+    shutil.rmtree(work, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -288,34 +281,28 @@ class _Mining:
     """The mining of one dataset; `work` keeps what is done."""
 
     model: TextModel
-    rule: Filter
-    prompts: tuple[str, str]
-    approximation: ann.Approximation | None
+    options: MiningOptions
     work: Path
     progress: bool
 
-    def run(self, dataset: RawDataset, target: Path, settings: dict[str, Any]) -> dict[str, Any]:
-        """Mine into `target`; the dataset's entry in the summary."""
+    def run(
+        self, dataset: RawDataset, settings: dict[str, Any]
+    ) -> tuple[Iterator[RawRow], dict[str, Any]]:
+        """The dataset's rows with mined negatives, and what the summary says of the search."""
         corpus = read_corpus(dataset)
         self._open_work(settings)
-        queries = self._vectors("queries", corpus.queries, self.prompts[0], dataset.name)
-        documents = self._vectors("documents", corpus.documents, self.prompts[1], dataset.name)
+        query_prompt, passage_prompt = self.options.query_prompt, self.options.passage_prompt
+        queries = self._vectors("queries", corpus.queries, query_prompt, dataset.name)
+        documents = self._vectors("documents", corpus.documents, passage_prompt, dataset.name)
         nearest_documents, searched = self._prepare_search(corpus, queries, documents, dataset.name)
 
         def search(start: int, stop: int) -> np.ndarray:
             return self._search(nearest_documents, corpus, queries, documents, slice(start, stop))
 
-        negatives = RowFile(self.work / "negatives.bin", np.int64, self.rule.count)
+        negatives = RowFile(self.work / "negatives.bin", np.int64, self.options.rule.count)
         title = f"{dataset.name}: searching"
         negatives.fill(len(corpus.query_of_row), QUERY_BLOCK, search, title, self.progress)
-        counts = _write(target, corpus, negatives.mapped(), declared_task(dataset))
-        shutil.rmtree(self.work)
-        return {
-            "rows": len(counts),
-            "negatives": int(counts.sum()),
-            "rows_without_negatives": int((counts == 0).sum()),
-            **searched,
-        }
+        return _mined_rows(corpus, negatives.mapped()), searched
 
     def _open_work(self, settings: dict[str, Any]) -> None:
         """Keep of what lies there all that was made for the same things."""
@@ -351,25 +338,22 @@ class _Mining:
         self, corpus: Corpus, queries: np.ndarray, documents: np.ndarray, name: str
     ) -> tuple[ann.Search, dict[str, Any]]:
         """How to search, and what the summary says of it."""
-        if self.approximation is None:
+        approximation, top = self.options.approximation, self.options.rule.top
+        if approximation is None:
             return nearest, {}
         if len(documents) < ann.FEWEST_DOCUMENTS:
             reason = f"{len(documents)} documents are fewer than {ann.FEWEST_DOCUMENTS}"
             notice(f"{name}: searched exactly: {reason}")
             return nearest, {"search": "exact", "why_exact": reason}
         index = ann.ApproximateIndex(
-            self.work, documents, self.approximation, f"{name}: ", self.progress
+            self.work, documents, approximation, f"{name}: ", self.progress
         )
         sample = ann.sample_queries(len(queries))
-        vectors, own = (
-            torch.from_numpy(queries[sample]).to(self.model.device),
-            _own_pairs(corpus, sample),
-        )
-        share = ann.recall(index.nearest, vectors, documents, self.rule.top, own)
+        vectors = torch.from_numpy(queries[sample]).to(self.model.device)
+        share = ann.recall(index.nearest, vectors, documents, top, _own_pairs(corpus, sample))
         notice(
-            f"{name}: finds {share:.1%} of the exact {self.rule.top} nearest ({len(sample)} "
-            "queries, "
-            f"--nprobe {self.approximation.nprobe} of {index.cells} cells); more cells find more"
+            f"{name}: finds {share:.1%} of the exact {top} nearest ({len(sample)} queries, "
+            f"--nprobe {approximation.nprobe} of {index.cells} cells); more cells find more"
         )
         return index.nearest, {
             "search": "ann",
@@ -390,10 +374,11 @@ class _Mining:
         numbers = corpus.query_of_row[rows]
         vectors = torch.from_numpy(queries[numbers]).to(self.model.device)
         own = torch.from_numpy(documents[corpus.passage_of_row[rows]]).to(self.model.device)
+        rule = self.options.rule
         with torch.inference_mode():
-            scores, found = search(vectors, documents, self.rule.top, _own_pairs(corpus, numbers))
+            scores, found = search(vectors, documents, rule.top, _own_pairs(corpus, numbers))
             positive = (vectors * own).sum(1)
-            return filter_neighbours(scores, found, positive, self.rule).cpu().numpy()
+            return filter_neighbours(scores, found, positive, rule).cpu().numpy()
 
 
 def _own_pairs(corpus: Corpus, queries: np.ndarray) -> Tensor:
@@ -403,37 +388,9 @@ def _own_pairs(corpus: Corpus, queries: np.ndarray) -> Tensor:
     )
 
 
-def _write(target: Path, corpus: Corpus, negatives: np.ndarray, task: Task | None) -> np.ndarray:
-    """Write a raw file; (rows,) how many negatives each row has."""
-    counts = (negatives >= 0).sum(1)
-    schema = SCHEMA.with_metadata({TASK_METADATA: task}) if task else SCHEMA
-    with pq.ParquetWriter(partial_path(target), schema, compression="zstd") as writer:
-        for rows in blocks(len(counts), QUERY_BLOCK):
-            columns = [
-                [corpus.queries[query] for query in corpus.query_of_row[rows]],
-                [corpus.documents[passage] for passage in corpus.passage_of_row[rows]],
-                [
-                    [corpus.documents[number] for number in row if number >= 0]
-                    for row in negatives[rows]
-                ],
-            ]
-            arrays = [
-                pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)
-            ]
-            writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
-    commit(target)
-    return counts
-
-
-def _keep_as_it_is(dataset: RawDataset, target: Path) -> dict[str, Any]:
-    """Write a dataset again with its own negatives; its summary entry."""
-    rows = list(read_rows(dataset))
-    columns = [[getattr(row, name) for row in rows] for name in ("query", "passage", "negatives")]
-    arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
-    schema = SCHEMA.with_metadata({TASK_METADATA: "classification"})
-    pq.write_table(
-        pa.Table.from_arrays(arrays, schema=schema), partial_path(target), compression="zstd"
-    )
-    commit(target)
-    counts = [len(row.negatives) for row in rows]
-    return {"rows": len(rows), "negatives": sum(counts), "rows_without_negatives": counts.count(0)}
+def _mined_rows(corpus: Corpus, negatives: np.ndarray) -> Iterator[RawRow]:
+    """Rows with the documents that (rows, M) `negatives` names, -1 for none."""
+    columns = (corpus.query_of_row, corpus.passage_of_row, negatives)
+    for query, passage, chosen in zip(*columns, strict=True):
+        texts = [corpus.documents[number] for number in chosen if number >= 0]
+        yield RawRow(corpus.queries[query], corpus.documents[passage], texts)

@@ -1,20 +1,18 @@
-"""A teacher's vectors of tokenized data, computed once beforehand, so that training does not run
-the teacher.
+"""A teacher's vectors of tokenized data, computed once, so that training does not run the teacher.
 
-The texts come back from their token ids. So a vector belongs to the very query or document that
-training reads, and data in the released layout, of which no raw text exists, can be taught too. A
+The texts are decoded from their token ids. So a vector belongs to the very query or document that
+training reads, and data in the released layout, of which no raw text exists, works too. A
 byte-level tokenizer (Qwen3's) gives back every character, after its Unicode normalisation (NFC); a
-text that was cut inside a character ends in U+FFFD. Other
-tokenizers give back what they kept: lower-case letters, single spaces.
+text that was cut inside a character ends in U+FFFD. Other tokenizers give back what they kept:
+lower-case letters, single spaces.
 
 Letters: n texts of a block, H' the teacher's vector length.
 """
 
 import hashlib
-import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +28,7 @@ from ml_embed.data.teacher_vectors import (
     DTYPES,
     RECORD,
     DatasetTexts,
-    TaughtDataset,
+    DatasetVectors,
     TeacherVectors,
     VectorFile,
     describe_texts,
@@ -38,9 +36,10 @@ from ml_embed.data.teacher_vectors import (
 )
 from ml_embed.errors import UserError
 from ml_embed.files.arrays import RowFile, blocks
-from ml_embed.files.atomic import disk_errors_are_user_errors, write_json
+from ml_embed.files.atomic import disk_errors_are_user_errors
 from ml_embed.files.locks import lock_folder
 from ml_embed.files.model_source import find_tokenizer_folder
+from ml_embed.files.work_record import Entry, Finished, WorkRecord, journal_of
 from ml_embed.inference.text_models import TextModel, check_finite
 from ml_embed.model_folders.read import weights_digest
 from ml_embed.prepare.prompts import Prompts
@@ -48,7 +47,7 @@ from ml_embed.prepare.tokenizer import TextTokenizer, fingerprint, load_tokenize
 
 LOCK = ".teacher.lock"
 OWN_CACHE = "cache"
-UNFINISHED = "teacher.partial.json"
+REMEDY = "Use another --output, or --overwrite to make that folder anew"
 VECTORS_SUFFIX = ".vectors"
 DIGESTED_TOKENS = 2**20  # between two moves of the progress bar: 4 MB
 BLOCK = 8192  # texts between two writes to disk; what an interruption costs at most
@@ -125,7 +124,7 @@ def tokenizer_of_data(options: TeacherOptions) -> PreTrainedTokenizerBase:
     """
     manifest = find_sources(options.data).manifest
     tokenizer = load_tokenizer(find_tokenizer_folder(options.tokenizer))
-    if manifest is not None and manifest["tokenizer_fingerprint"] != fingerprint(tokenizer):
+    if manifest is not None and manifest.tokenizer_fingerprint != fingerprint(tokenizer):
         raise UserError(
             f"--tokenizer: {options.tokenizer} is not the tokenizer that {options.data} was made "
             "with; "
@@ -137,11 +136,10 @@ def tokenizer_of_data(options: TeacherOptions) -> PreTrainedTokenizerBase:
 def embed_teacher(
     model: TextModel, options: TeacherOptions, progress: bool = True
 ) -> dict[str, Any]:
-    """Write the teacher's vectors of every dataset. Continues what was begun; adds datasets that
-    are new in the data.
+    """Write the teacher's vectors of every dataset; continues what was begun.
 
-    Vectors are as the model gives them before any normalisation at its end. Memory: a block of
-    texts and vectors.
+    Datasets that are new in the data are added. Vectors are as the model gives them before any
+    normalisation at its end. Memory: a block of texts and vectors.
 
     Args:
         model: the teacher.
@@ -155,10 +153,8 @@ def embed_teacher(
     """
     tokenizer = tokenizer_of_data(options)
     probe = model.encode(PROBES, normalize=False)
-    width, normalized = (
-        probe.shape[1],
-        bool(np.allclose(np.linalg.norm(probe, axis=1), 1, atol=UNIT_TOLERANCE)),
-    )
+    norms = np.linalg.norm(probe, axis=1)
+    form = {"dtype": options.dtype, "width": probe.shape[1]}
     settings = {
         "model": model.name,
         "weights": weights_digest(Path(model.name)) if Path(model.name).is_dir() else None,
@@ -166,28 +162,57 @@ def embed_teacher(
         "passage_prompt": options.passage_prompt,
         "strip_prompts": options.strip_prompts,
     }
-    with disk_errors_are_user_errors(
-        options.output, "Then run the same command again: it continues."
-    ):
-        options.output.mkdir(parents=True, exist_ok=True)
-        with lock_folder(options.output / LOCK, "embedding into"):
-            former = _claim(options, settings | {"dtype": options.dtype, "width": width})
-            datasets = former | _embed_datasets(model, tokenizer, options, width, progress)
+    output, remedy = options.output, "Then run the same command again: it continues."
+    with disk_errors_are_user_errors(output, remedy):
+        output.mkdir(parents=True, exist_ok=True)
+        with lock_folder(output / LOCK, "embedding into"):
+            record = _open_record(options, settings | form)
+            kept = record.replaced is None and (output / RECORD).is_file()
+            former = TeacherVectors.read(output).datasets if kept else {}
+            datasets = _embed_datasets(model, tokenizer, record, options, progress)
+            normalized = bool(np.allclose(norms, 1, atol=UNIT_TOLERANCE))
             folder = TeacherVectors(
-                options.output, settings, options.dtype, width, normalized, datasets
+                output, settings, **form, normalized=normalized, datasets=former | datasets
             )
-            write_json(options.output / RECORD, folder.to_json())
-            _remove_leftovers(folder)
+            record.finish(folder.to_json())
+            _remove_unused(folder)
     return folder.to_json()
+
+
+def _open_record(options: TeacherOptions, settings: dict[str, Any]) -> WorkRecord:
+    """The record of the output folder, whose items are files of vectors.
+
+    Raises:
+        UserError: the folder holds something else, or was made otherwise, without `overwrite`.
+    """
+    folder, path = options.output, options.output / RECORD
+    others = [place.name for place in folder.iterdir() if place.name != LOCK]
+    if others and not (path.is_file() or journal_of(path).is_file()):
+        raise UserError(f"{folder} holds something else ({others[0]}); use another --output")
+    record = WorkRecord(path, settings, _read_finished, options.overwrite, REMEDY)
+    if options.overwrite and record.replaced is None:
+        record.replace_all()
+    record.write()
+    return record
+
+
+def _read_finished(path: Path) -> Finished:
+    made = TeacherVectors.read(path.parent)
+    files: dict[str, Entry] = {
+        file.file: {}
+        for entry in made.datasets.values()
+        for file in (entry.query_vectors, entry.document_vectors)
+    }
+    return made.settings | {"dtype": made.dtype, "width": made.width}, files
 
 
 def _embed_datasets(
     model: TextModel,
     tokenizer: PreTrainedTokenizerBase,
+    record: WorkRecord,
     options: TeacherOptions,
-    width: int,
     progress: bool,
-) -> dict[str, TaughtDataset]:
+) -> dict[str, DatasetVectors]:
     """Make the files of all datasets whole; their entries."""
     store = open_store(options.data, options.cache_dir or options.output / OWN_CACHE, progress)
     decoder = TextDecoder(tokenizer)
@@ -201,15 +226,13 @@ def _embed_datasets(
         name: _parts(dataset, digests[name], store, decoder, options)
         for name, dataset in store.datasets.items()
     }
-    by_path = {
-        part.path: part for pair in parts.values() for part in pair
-    }  # a shared corpus is one
+    # A corpus that datasets share is one part.
+    by_path = {part.path: part for pair in parts.values() for part in pair}
     for part in tqdm(by_path.values(), unit=" file", desc="files", disable=not progress):
-        _embed(part, model, decoder, options.dtype, width, progress)
+        _embed(part, record, model, decoder, progress)
     described = describe_texts(store)
     return {
-        name: _entry(described[name], digests[name], parts[name], options.dtype, width)
-        for name in parts
+        name: _entry(described[name], digests[name], parts[name], record.settings) for name in parts
     }
 
 
@@ -228,53 +251,6 @@ def digest_of_all(
         digest.update(np.ascontiguousarray(tokens[piece]).data)
         progress(tokens[piece].nbytes)
     return digest.hexdigest()
-
-
-def _claim(options: TeacherOptions, settings: dict[str, Any]) -> dict[str, TaughtDataset]:
-    """The entries of a former call whose vectors were made in the same way; none if there was no
-    call, or it is to be replaced.
-
-    Raises:
-        UserError: the folder holds something else.
-    """
-    folder = options.output
-    if (folder / RECORD).is_file() and not options.overwrite:
-        former = TeacherVectors.read(folder)
-        made, datasets = (
-            former.settings | {"dtype": former.dtype, "width": former.width},
-            former.datasets,
-        )
-    elif (folder / UNFINISHED).is_file() and not options.overwrite:
-        made, datasets = _read_unfinished(folder / UNFINISHED), {}
-    else:
-        known = (folder / RECORD).is_file() or (folder / UNFINISHED).is_file()
-        others = [path.name for path in folder.iterdir() if path.name != LOCK]
-        if others and not known:
-            raise UserError(f"{folder} holds something else ({others[0]}); use another --output")
-        write_json(folder / UNFINISHED, {})  # until all that was made otherwise is gone
-        (folder / RECORD).unlink(missing_ok=True)
-        for path in folder.glob(f"*{VECTORS_SUFFIX}"):
-            path.unlink()
-        write_json(folder / UNFINISHED, settings)
-        return {}
-    differing = [
-        f"{key} was {made.get(key)!r}, now {value!r}"
-        for key, value in settings.items()
-        if made.get(key) != value
-    ]
-    if differing:
-        raise UserError(
-            f"{folder} was made otherwise: {'; '.join(differing)}. Use another --output, or "
-            "--overwrite to make it anew"
-        )
-    return datasets
-
-
-def _read_unfinished(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); use --overwrite to begin anew") from None
 
 
 def _check_by_texts(
@@ -317,8 +293,9 @@ def _parts(
 ) -> tuple[_Part, _Part]:
     """A dataset's queries and documents, told apart from others by their digests."""
     queries, documents = digests
-    entry = store.manifest["datasets"][dataset.name] if store.manifest is not None else {}
-    former = Prompts.of_manifest(entry) if options.strip_prompts else Prompts()
+    former = Prompts()
+    if options.strip_prompts and store.manifest is not None:
+        former = Prompts.of_manifest(store.manifest.datasets[dataset.name])
 
     def part(
         kind: str, digest: str, total: int, ids: Callable, former_prompt: str, prompt: str
@@ -344,16 +321,21 @@ def _parts(
 
 
 def _embed(
-    part: _Part, model: TextModel, decoder: TextDecoder, dtype: str, width: int, progress: bool
+    part: _Part, record: WorkRecord, model: TextModel, decoder: TextDecoder, progress: bool
 ) -> None:
     """Make a file whole."""
+    name, dtype, width = part.path.name, record.settings["dtype"], record.settings["width"]
+    if name in record.entries:
+        return
+    if name not in record.unfinished:  # of other vectors, which --overwrite replaces
+        part.path.unlink(missing_ok=True)
+    record.begin(name)
 
     def make(start: int, stop: int) -> np.ndarray:
         texts = decoder([part.ids(number) for number in range(start, stop)])
         texts = [part.prompt + text.removeprefix(part.former_prompt) for text in texts]
-        vectors = model.encode(
-            texts, normalize=False
-        )  # sorts a call's texts by length, so that little is padded
+        # One call sorts its texts by length, so that little is padded.
+        vectors = model.encode(texts, normalize=False)
         check_finite(vectors, part.title, start)
         with np.errstate(over="ignore"):
             stored = vectors.astype(DTYPES[dtype])
@@ -364,23 +346,23 @@ def _embed(
 
     RowFile(part.path, DTYPES[dtype], width).fill(part.total, BLOCK, make, part.title, progress)
     with part.path.open("rb") as file:
-        os.fsync(file.fileno())  # before teacher.json says that it is whole
+        os.fsync(file.fileno())  # before the record says that it is whole
+    record.record(name, {})
 
 
 def _entry(
     texts: DatasetTexts,
     digests: tuple[str, str],
     parts: tuple[_Part, _Part],
-    dtype: str,
-    width: int,
-) -> TaughtDataset:
+    settings: Mapping[str, Any],
+) -> DatasetVectors:
+    dtype, width = settings["dtype"], settings["width"]
     files = (VectorFile.describe(part.path, dtype, width) for part in parts)
-    return TaughtDataset(texts.rows, texts.documents, "-".join(digests), texts.check, *files)
+    return DatasetVectors(texts.rows, texts.documents, "-".join(digests), texts.check, *files)
 
 
-def _remove_leftovers(folder: TeacherVectors) -> None:
-    """What the finished folder does not need: former data's vectors, the mark of unfinished work,
-    its own cache."""
+def _remove_unused(folder: TeacherVectors) -> None:
+    """Remove what the finished folder does not need: vectors of former data, and its own cache."""
     used = {
         file.file
         for entry in folder.datasets.values()
@@ -389,5 +371,4 @@ def _remove_leftovers(folder: TeacherVectors) -> None:
     for path in folder.folder.glob(f"*{VECTORS_SUFFIX}"):
         if path.name not in used:
             path.unlink()
-    (folder.folder / UNFINISHED).unlink(missing_ok=True)
     shutil.rmtree(folder.folder / OWN_CACHE, ignore_errors=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 from ml_embed.errors import UserError
 from ml_embed.evaluation.metrics import METRICS
+from ml_embed.files.atomic import atomic_file
 from ml_embed.model_folders.cut import Cut
 from ml_embed.model_folders.sizes import BYTES_PER_COMPONENT, cut_parameters
 from ml_embed.reports.charts import Point, line_chart
@@ -142,7 +143,8 @@ def write_report(
         parts.append(_validated(*validated, metric))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(_page(f"{name} - training report", parts), encoding="utf-8")
+        with atomic_file(output) as partial:
+            partial.write_text(_page(f"{name} - training report", parts), encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"{output} cannot be written ({error.strerror}); choose another --output"

@@ -3,12 +3,12 @@ classification."""
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ml_embed.errors import UserError
+from ml_embed.files.atomic import atomic_file
 from ml_embed.sample_data.plan import BLOCK_SIZE, Plan, plan_datasets
 
 RETRIEVAL, CLUSTERING, DIRECTION = "udhr_retrieval", "udhr_clustering", "udhr_direction"
@@ -264,6 +264,5 @@ def _write(rows: list[Row], file: Path) -> None:
     import pyarrow.parquet as pq
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
-    pq.write_table(pa.Table.from_pylist(rows), partial, compression="zstd")
-    partial.replace(file)
+    with atomic_file(file) as partial:
+        pq.write_table(pa.Table.from_pylist(rows), partial, compression="zstd")

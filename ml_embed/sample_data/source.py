@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ml_embed.errors import UserError
+from ml_embed.files.atomic import atomic_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -125,7 +126,9 @@ def write_corpus(table: pa.Table, file: Path) -> None:
     """Write the corpus parquet; the same table gives the same bytes."""
     import pyarrow.parquet as pq
 
-    pq.write_table(table, file, compression="zstd", compression_level=19, row_group_size=len(table))
+    options = {"compression": "zstd", "compression_level": 19, "row_group_size": len(table)}
+    with atomic_file(file) as partial:
+        pq.write_table(table, partial, **options)
 
 
 def _folder_files(folder: Path) -> dict[str, str]:

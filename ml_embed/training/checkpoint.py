@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from ml_embed.distributed import zero2
 from ml_embed.errors import UserError
-from ml_embed.files.atomic import atomic_folder, damage, remove_folder, write_checksums
+from ml_embed.files.atomic import atomic_folder, checksum_problem, remove_folder, write_checksums
 from ml_embed.files.paths import numbered_folders
 from ml_embed.notices import warn
 
@@ -121,7 +121,7 @@ def find_state(folder: Path) -> Path | None:
     """
     states = numbered_folders(folder)
     for _, path in reversed(states):
-        problem = damage(path)
+        problem = checksum_problem(path)
         if problem is None:
             return path
         warn(f"{path} is damaged ({problem}); trying the one before")
@@ -151,7 +151,7 @@ def read_progress(path: Path) -> dict[str, Any]:
         raise UserError(
             f"--resume: {path} is not a resume state (a folder like RUN/resume/step_100)"
         )
-    problem = damage(path)
+    problem = checksum_problem(path)
     if problem is not None:
         raise UserError(
             f"--resume: {path} is damaged ({problem}); use --resume auto to take the newest whole "

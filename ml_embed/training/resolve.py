@@ -80,9 +80,8 @@ def resolve(config: TrainConfig, backbone: Qwen3Config, store: Store, world_size
             f"{backbone.vocab_size}; tokenize the data with the tokenizer in {config.model_path}"
         )
     check_dataset_names(list(store.datasets), config.datasets)
-    entries = store.manifest["datasets"] if store.manifest is not None else {}
     plans = tuple(
-        plan_dataset(name, dataset.num_rows, config, _declared_task(entries.get(name, {})))
+        plan_dataset(name, dataset.num_rows, config, _task_in_manifest(store, name))
         for name, dataset in store.datasets.items()
     )
     global_batch = config.train_batch_size * world_size
@@ -122,9 +121,10 @@ def resolve(config: TrainConfig, backbone: Qwen3Config, store: Store, world_size
     )
 
 
-def _declared_task(entry: Mapping[str, object]) -> Task | None:
+def _task_in_manifest(store: Store, name: str) -> Task | None:
     """The task that the manifest gives a dataset, if it is one."""
-    return next((task for task in TASKS if entry.get("task") == task), None)
+    given = None if store.manifest is None else store.manifest.datasets[name].task
+    return next((task for task in TASKS if task == given), None)
 
 
 def make_schedule(

@@ -87,7 +87,8 @@ def run_fingerprint(
 def _data_digest(store: Store) -> str:
     """Tells data apart by content, wherever it lies: manifest, rows, and how often each token
     occurs."""
-    digest = hashlib.blake2b(json.dumps(store.manifest, sort_keys=True).encode(), digest_size=16)
+    manifest = None if store.manifest is None else store.manifest.to_json()
+    digest = hashlib.blake2b(json.dumps(manifest, sort_keys=True).encode(), digest_size=16)
     for name, dataset in store.datasets.items():
         digest.update(f"{name}:{dataset.num_rows}:{dataset.num_documents}".encode())
         digest.update(dataset.token_counts.tobytes())

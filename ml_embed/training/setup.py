@@ -94,7 +94,7 @@ def open_inputs(
 def _check_tokenizer(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, store: Store) -> None:
     if store.manifest is None:  # the released layout does not say which tokenizer it was made with
         return
-    if store.manifest["tokenizer_fingerprint"] != tokenizer_fingerprint(tokenizer):
+    if store.manifest.tokenizer_fingerprint != tokenizer_fingerprint(tokenizer):
         raise UserError(
             f"train_data_path: {config.train_data_path} was tokenized with another tokenizer than "
             "the one in "

@@ -109,7 +109,7 @@ def test_own_layout_gives_back_what_was_written(tmp_path):
     store = open_store(write_own(tmp_path / "data"), tmp_path / "cache", progress=False)
     dataset = store.datasets["toy"]
     assert rows(dataset) == EXPECTED
-    assert (store.eos_id, store.max_token_id, store.manifest["vocab_size"]) == (9, 15, 20)
+    assert (store.eos_id, store.max_token_id, store.manifest.vocab_size) == (9, 15, 20)
     assert dataset.query(0).dtype == dataset.document(0).dtype == np.int32
     assert dataset.query_lengths.tolist() == [3, 2, 4, 2]
     assert dataset.document_lengths.tolist() == [2, 3, 2, 3, 2]

@@ -34,7 +34,7 @@ sys.path[:0] = [
 from helpers.tiny_runs import TIMEOUT, Inputs, Launch, metrics  # noqa: E402
 
 import run as run_script  # noqa: E402
-from ml_embed.files.atomic import damage  # noqa: E402
+from ml_embed.files.atomic import checksum_problem  # noqa: E402
 from ml_embed.files.paths import numbered_folders  # noqa: E402
 
 STEPS = 14  # more than an epoch, so that checkpoints of epochs are broken too
@@ -242,7 +242,7 @@ class Storm:
     def _file_of_newest(self, name: str) -> Path | None:
         """A file to damage, if a whole state remains beside it."""
         states = numbered_folders(self.inputs.run_dir(name) / "resume")
-        if len(states) < 2 or any(damage(path) for _, path in states):
+        if len(states) < 2 or any(checksum_problem(path) for _, path in states):
             return None
         return states[-1][1] / STATE_FILES[self.random.integers(len(STATE_FILES))]
 

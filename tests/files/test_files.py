@@ -13,7 +13,7 @@ from ml_embed.errors import UserError
 from ml_embed.files.atomic import (
     append_whole,
     atomic_folder,
-    damage,
+    checksum_problem,
     is_disk_full,
     remove_folder,
     remove_leftovers,
@@ -225,17 +225,17 @@ def test_every_flipped_bit_and_every_torn_file_is_found(tmp_path, name):
     (tmp_path / "a").write_bytes(b"abc")
     (tmp_path / "inner" / "b").write_bytes(b"def")
     write_checksums(tmp_path)
-    assert damage(tmp_path) is None
+    assert checksum_problem(tmp_path) is None
     path = tmp_path / name
     whole = path.read_bytes()
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
-        assert damage(tmp_path) is not None, length
+        assert checksum_problem(tmp_path) is not None, length
     if name != "checksums.json":  # a flip in its blanks changes nothing that is read
         for position in range(8 * len(whole)):
             flipped = bytearray(whole)
             flipped[position // 8] ^= 1 << position % 8
             path.write_bytes(flipped)
-            assert damage(tmp_path) is not None, position
+            assert checksum_problem(tmp_path) is not None, position
     path.unlink()
-    assert damage(tmp_path) is not None
+    assert checksum_problem(tmp_path) is not None

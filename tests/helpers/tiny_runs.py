@@ -31,9 +31,10 @@ from ml_embed.files.atomic import write_checksums, write_json
 from ml_embed.prepare.token_files import (
     CORPUS_SCHEMA,
     QUERY_SCHEMA,
-    TokenFile,
+    append_columns,
     list_array,
     text_array,
+    token_file,
 )
 from ml_embed.prepare.tokenizer import fingerprint
 
@@ -78,18 +79,16 @@ def write_tokenized(folder: Path, tokenizer, datasets: Mapping[str, tuple] = DAT
             generator.integers(0, documents, generator.integers(fewest, most + 1))
             for _ in range(rows)
         ]
-        queries = TokenFile(folder / f"{name}_query.parquet", QUERY_SCHEMA)
         flat = np.concatenate([*negatives, np.empty(0, np.int64)]).astype(np.int64)
         columns = [
             text_array([text() for _ in range(rows)]),
             pa.array(generator.integers(0, documents, rows)),
             list_array([len(n) for n in negatives], flat),
         ]
-        queries.write(columns)
-        queries.commit()
-        corpus = TokenFile(folder / f"{name}_corpus.parquet", CORPUS_SCHEMA)
-        corpus.write([text_array([text() for _ in range(documents)])])
-        corpus.commit()
+        with token_file(folder / f"{name}_query.parquet", QUERY_SCHEMA) as file:
+            append_columns(file, columns)
+        with token_file(folder / f"{name}_corpus.parquet", CORPUS_SCHEMA) as file:
+            append_columns(file, [text_array([text() for _ in range(documents)])])
         described[name] = {"rows": rows, "documents": documents}
     manifest = {
         "format_version": 1,

@@ -13,8 +13,15 @@ from helpers.in_process import train
 
 import tokenize_data_qwen
 from ml_embed.errors import UserError
-from ml_embed.prepare.own_data import Source, import_source, list_sources, parse_columns, raw_folder
-from ml_embed.prepare.raw import RawDataset, declared_task
+from ml_embed.prepare.own_data import (
+    Source,
+    import_source,
+    list_sources,
+    open_origins,
+    parse_columns,
+    raw_folder,
+)
+from ml_embed.prepare.raw import RawDataset, task_in_file
 
 PAIRS = [
     {"question": f"what is {i}?", "answer": f"it is {i}, NA", "wrong": f"it is {i + 1}"}
@@ -48,9 +55,9 @@ def write_parquet(path, rows):
 
 
 def imported(path, columns, folder, seed=0):
-    file = import_source(
-        Source(str(path)), columns and parse_columns(columns), folder, seed, progress=False
-    )
+    folder.mkdir(exist_ok=True)
+    columns = columns and parse_columns(columns)
+    file = import_source(Source(str(path)), columns, open_origins(folder), seed, progress=False)
     return pq.read_table(file).to_pylist(), file
 
 
@@ -95,7 +102,7 @@ def test_two_labels_are_classification(tmp_path):
     reviews = [{"review": f"text {i}", "stars": "good" if i % 3 else "bad"} for i in range(7)]
     path = write_csv(tmp_path / "reviews.csv", reviews)
     rows, file = imported(path, "text=review,label=stars", tmp_path / "raw")
-    assert declared_task(RawDataset("reviews", file)) == "classification"
+    assert task_in_file(RawDataset("reviews", file)) == "classification"
     other = {"good": "bad", "bad": "good"}
     expected = {row["review"]: (row["stars"], [other[row["stars"]]]) for row in reviews}
     assert {row["query"]: (row["passage"], row["negatives"]) for row in rows} == expected
@@ -106,7 +113,7 @@ def test_more_labels_are_clustering(tmp_path):
     texts += [{"text": "text 1", "label": 2}, {"text": "alone", "label": 9}]
     path = write_parquet(tmp_path / "topics.parquet", texts)
     rows, file = imported(path, None, tmp_path / "raw")
-    assert declared_task(RawDataset("topics", file)) == "clustering"
+    assert task_in_file(RawDataset("topics", file)) == "clustering"
     label = {row["text"]: row["label"] for row in reversed(texts)}
     assert {row["query"] for row in rows} == label.keys() - {"alone"}, (
         "a text without company has no positive"
@@ -198,7 +205,7 @@ def test_columns_that_do_not_fit(tmp_path, columns, message):
     ("row", "message"),
     [
         ({"question": "", "answer": "a"}, "row 6: 'question' is empty"),
-        ({"question": "q", "answer": None}, "row 6: 'answer' is NoneType instead of a string"),
+        ({"question": "q", "answer": None}, "row 6: 'answer' is null"),
     ],
 )
 def test_rows_that_cannot_be_learned_from(tmp_path, row, message):

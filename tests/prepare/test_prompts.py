@@ -13,6 +13,7 @@ from helpers.tiny_world import TASKS
 from transformers import AutoTokenizer
 
 import tokenize_data_qwen
+from ml_embed.data.manifest import DatasetEntry
 from ml_embed.errors import UserError
 from ml_embed.inference.embedder import Embedder
 from ml_embed.prepare import tokenization
@@ -72,7 +73,7 @@ def test_prompts_stand_in_front_of_the_tokenized_texts(world, prompted):
 @pytest.mark.parametrize("damaged", [[], {"query": 3}, {"passage_share": "much"}, "text"])
 def test_a_manifest_with_damaged_prompts_is_named(damaged):
     with pytest.raises(UserError, match="are damaged"):
-        Prompts.of_manifest({"prompts": damaged})
+        Prompts.of_manifest(DatasetEntry(rows=1, documents=1, prompts=damaged))
 
 
 def test_a_share_of_documents_gets_the_prompt_always_the_same_ones():

@@ -30,7 +30,6 @@ from ml_embed.prepare.raw import (
     read_row_batches,
     read_rows,
 )
-from ml_embed.prepare.token_files import TokenFile
 from ml_embed.prepare.tokenization import TokenizeOptions, select_rows, tokenize_folder
 from ml_embed.prepare.tokenizer import append_eos_template, fingerprint, load_tokenizer
 
@@ -110,7 +109,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 def test_everything_written_is_right(tokenizer_folder, tmp_path):
     write_raw(tmp_path / "raw", "imdb")
-    manifest = tokenize_folder(options(tokenizer_folder, tmp_path), progress=False)
+    manifest = tokenize_folder(options(tokenizer_folder, tmp_path), progress=False).to_json()
     tokenizer = load_tokenizer(tokenizer_folder)
 
     def expected(texts):
@@ -310,7 +309,7 @@ def test_interrupted_run_is_continued(tokenizer_folder, tmp_path, monkeypatch):
             # As after a kill: one file has its final name, the other is half written, nothing is
             # recorded.
             (tmp_path / "tokens/b_query.parquet").write_bytes(b"PAR1")
-            (tmp_path / "tokens/b_corpus.parquet.partial").write_bytes(b"PAR1")
+            (tmp_path / "tokens/.b_corpus.parquet.partial").write_bytes(b"PAR1")
             raise KeyboardInterrupt
         return original(name, *arguments)
 
@@ -335,7 +334,7 @@ def test_bad_row_leaves_no_half_written_file_and_is_continued(tokenizer_folder, 
     assert contents(tmp_path / "tokens").keys() == {
         "a_query.parquet",
         "a_corpus.parquet",
-        "manifest.partial.json",
+        "manifest.partial.jsonl",
     }
     write_raw(tmp_path / "raw", "b")
     tokenize_folder(options(tokenizer_folder, tmp_path), progress=False)
@@ -350,7 +349,7 @@ def interrupt_in(tokenizer_folder, tmp_path, monkeypatch, stopping: str, **chang
     def interrupted(name, *arguments):
         if name == stopping:
             (tmp_path / f"tokens/{name}_query.parquet").write_bytes(b"PAR1")
-            (tmp_path / f"tokens/{name}_corpus.parquet.partial").write_bytes(b"PAR1")
+            (tmp_path / f"tokens/.{name}_corpus.parquet.partial").write_bytes(b"PAR1")
             raise KeyboardInterrupt
         return original(name, *arguments)
 
@@ -381,21 +380,6 @@ def test_an_unfinished_dataset_that_leaves_the_input_leaves_nothing(
     assert "b" in open_store(tmp_path / "tokens", tmp_path / "cache", progress=False).datasets
 
 
-def test_the_record_of_an_earlier_version_is_continued(tokenizer_folder, tmp_path, monkeypatch):
-    """It named the unfinished dataset as a string, of which no letter is a dataset."""
-    write_raw(tmp_path / "raw", "ab")
-    interrupt_in(tokenizer_folder, tmp_path, monkeypatch, "ab")
-    partial = tmp_path / "tokens/manifest.partial.json"
-    partial.write_text(json.dumps(json.loads(partial.read_text()) | {"unfinished": "ab"}))
-    other = tmp_path / "tokens/b_query.parquet"
-    other.write_bytes(b"of somebody else")
-    tokenize_folder(options(tokenizer_folder, tmp_path), progress=False)
-    assert other.read_bytes() == b"of somebody else"
-    other.unlink()
-    tokenize_folder(options(tokenizer_folder, tmp_path, output=tmp_path / "whole"), progress=False)
-    assert contents(tmp_path / "tokens") == contents(tmp_path / "whole")
-
-
 def test_two_unfinished_datasets_are_both_continued(tokenizer_folder, tmp_path, monkeypatch):
     for name in ("a", "d"):
         write_raw(tmp_path / "raw", name)
@@ -421,10 +405,10 @@ def test_second_run_writes_nothing_and_a_new_dataset_is_added(
     assert times == {path: path.stat().st_mtime_ns for path in times}
     write_raw(tmp_path / "raw", "b")
     manifest = tokenize_folder(options(tokenizer_folder, tmp_path), progress=False)
-    assert list(manifest["datasets"]) == ["a", "b"]
+    assert list(manifest.datasets) == ["a", "b"]
     a_query = tmp_path / "tokens/a_query.parquet"
     assert a_query.stat().st_mtime_ns == times[a_query]
-    assert not (tmp_path / "tokens/manifest.partial.json").exists()
+    assert not (tmp_path / "tokens/manifest.partial.jsonl").exists()
 
 
 def test_damaged_output_is_made_again(tokenizer_folder, tmp_path):
@@ -443,9 +427,7 @@ def test_other_settings_or_sources_are_refused_unless_overwritten(tokenizer_fold
     foreign = tmp_path / "tokens/notes.txt"
     foreign.write_text("mine")
     before = contents(tmp_path / "tokens")
-    with pytest.raises(
-        UserError, match="max_seq_length is 32 there, now 16; seed is 42 there, now 1"
-    ):
+    with pytest.raises(UserError, match="max_seq_length was 32, now 16; seed was 42, now 1"):
         tokenize_folder(
             options(tokenizer_folder, tmp_path, max_seq_length=16, seed=1), progress=False
         )
@@ -458,7 +440,7 @@ def test_other_settings_or_sources_are_refused_unless_overwritten(tokenizer_fold
         tokenize_folder(options(tokenizer_folder, tmp_path), progress=False)
     assert contents(tmp_path / "tokens") == before
     changed = options(tokenizer_folder, tmp_path, max_seq_length=16, overwrite=True)
-    assert tokenize_folder(changed, progress=False)["max_seq_length"] == 16
+    assert tokenize_folder(changed, progress=False).max_seq_length == 16
     after = contents(tmp_path / "tokens")
     assert after.keys() == {"a_query.parquet", "a_corpus.parquet", "manifest.json", "notes.txt"}
     assert foreign.read_text() == "mine"
@@ -491,7 +473,7 @@ def interrupt_overwriting(tokenizer_folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_an_interrupted_overwrite_is_continued(tokenizer_folder, tmp_path, monkeypatch, overwrite):
     changed, made = interrupt_overwriting(tokenizer_folder, tmp_path, monkeypatch)
-    with pytest.raises(UserError, match="max_seq_length is 10 there, now 32"):
+    with pytest.raises(UserError, match="max_seq_length was 10, now 32"):
         tokenize_folder(options(tokenizer_folder, tmp_path), progress=False)
     tokenize_folder(replace(changed, overwrite=overwrite), progress=False)
     assert made == ["a", "b", "b", "c"]
@@ -544,14 +526,14 @@ def test_unrecorded_files_are_not_replaced(tokenizer_folder, tmp_path):
 def test_full_disk_is_a_user_error_and_leaves_no_half_written_file(
     tokenizer_folder, tmp_path, monkeypatch
 ):
-    def full(self, columns):
+    def full(file, columns):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     write_raw(tmp_path / "raw", "a")
-    monkeypatch.setattr(TokenFile, "write", full)
+    monkeypatch.setattr(tokenization, "append_columns", full)
     with pytest.raises(UserError, match=r"no space left while writing to .*it continues"):
         tokenize_folder(options(tokenizer_folder, tmp_path), progress=False)
-    assert contents(tmp_path / "tokens").keys() == {"manifest.partial.json"}
+    assert contents(tmp_path / "tokens").keys() == {"manifest.partial.jsonl"}
 
 
 def test_two_runs_into_one_folder_are_refused(tokenizer_folder, tmp_path):
@@ -781,7 +763,7 @@ GOOD_LINE = b'{"query": "q", "passage": "p"}'
         (b'{"query": "q", "passage": ', "not valid JSON"),
         (b'{"query": "\xff", "passage": "p"}', "not valid JSON"),
         (b'["q", "p"]', "list instead of an object"),
-        (b'{"query": "q"}', "no 'passage'; its keys are 'query'"),
+        (b'{"query": "q"}', "no column 'passage'; its columns are 'query'"),
         (b'{"query": 3, "passage": "p"}', "'query' is int instead of a string"),
         (b'{"query": null, "passage": "p"}', "'query' is null"),
         (b'{"query": "q", "passage": ""}', "'passage' is empty"),

@@ -16,13 +16,17 @@ from helpers.tiny_models import make_tokenizer, write_model
 from ml_embed.errors import UserError
 from ml_embed.files.arrays import RowFile
 from ml_embed.inference.text_models import load_text_model
-from ml_embed.prepare.raw import TASK_METADATA, RawDataset, declared_task
+from ml_embed.prepare.raw import TASK_METADATA, RawDataset, task_in_file
 from ml_embed.recipe import ann, mining
 from ml_embed.recipe.ann import Approximation
-from ml_embed.recipe.mining import Filter, filter_neighbours, mine_folder
+from ml_embed.recipe.mining import Filter, MiningOptions, filter_neighbours
 from scripts.mine_hard_negatives import main
 
 DOCUMENTS = 60
+
+
+def mine_folder(model, source, output, rule, progress=True, **options):
+    return mining.mine_folder(model, MiningOptions(source, output, rule, **options), progress)
 
 
 class WordModel:
@@ -210,7 +214,9 @@ WIDE = Filter(top=20, skip=2, max_score=2, max_ratio=2)
 
 
 @pytest.mark.usefixtures("sixty_are_many")
-def test_an_approximate_search_of_all_cells_mines_the_exact_negatives(raw, tmp_path, capsys):
+def test_an_approximate_search_of_all_cells_mines_the_exact_negatives(raw, tmp_path, monkeypatch):
+    notices: list[str] = []
+    monkeypatch.setattr(mining, "notice", notices.append)
     mine_folder(WordModel(), raw, tmp_path / "exact", WIDE, progress=False)
     summary = mine_folder(
         WordModel(), raw, tmp_path / "ann", WIDE, approximation=Approximation(nprobe=1000)
@@ -229,7 +235,7 @@ def test_an_approximate_search_of_all_cells_mines_the_exact_negatives(raw, tmp_p
     assert few["why_exact"].endswith("documents are fewer than 30")
     assert summary == json.loads((tmp_path / "ann" / "mining.json").read_text())
     assert summary["settings"].items() >= {"search": "ann", "nprobe": 1000, "code_bits": 4}.items()
-    said = capsys.readouterr().err
+    said = "\n".join(notices)
     assert "letters: finds 100.0% of the exact 20 nearest" in said
     assert "few: searched exactly" in said
     assert not list((tmp_path / "ann").glob(".*.mining")), "working files are gone"
@@ -385,7 +391,7 @@ def test_labels_are_not_mined(tmp_path):
         ("groups", "clustering"),
     ):
         file = tmp_path / "mined" / f"{name}.parquet"
-        assert declared_task(RawDataset(name, file)) == task
+        assert task_in_file(RawDataset(name, file)) == task
         assert (pq.read_table(file).to_pylist() == rows) == (task == "classification")
 
 
@@ -399,7 +405,7 @@ def test_folders_that_hold_something_else_are_not_mixed_with(raw, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "few.parquet").write_bytes(b"precious")
-    with pytest.raises(UserError, match="is not of this mining"):
+    with pytest.raises(UserError, match=r"exists, but is not recorded in mining\.json"):
         mine_folder(WordModel(), raw, other, Filter(), progress=False)
     assert (other / "few.parquet").read_bytes() == b"precious"
     with pytest.raises(UserError, match="write to another folder"):

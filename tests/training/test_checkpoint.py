@@ -16,7 +16,7 @@ from helpers.tiny_runs import Inputs, final_state, metrics
 import run as run_script
 from ml_embed.data.store import open_converted
 from ml_embed.errors import UserError
-from ml_embed.files.atomic import damage, write_checksums
+from ml_embed.files.atomic import checksum_problem, write_checksums
 from ml_embed.files.paths import numbered_folders
 from ml_embed.inference.embedder import Embedder
 
@@ -103,7 +103,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_good_checkpoint(
         states = numbered_folders(run_dir / "resume")
         assert states
         assert 0 < states[-1][0] < STEPS
-        assert all(damage(path) is None for _, path in states)
+        assert all(checksum_problem(path) is None for _, path in states)
         assert not list(run_dir.rglob(".*"))
         assert all(
             json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()

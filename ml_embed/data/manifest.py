@@ -1,0 +1,107 @@
+"""manifest.json of a folder of tokenized data: what it says, and the one place that reads it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ml_embed.errors import UserError
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class DatasetEntry:
+    """What the manifest says of one dataset. Values that are None do not stand in the file."""
+
+    rows: int
+    documents: int
+    tokens: int | None = None
+    """of queries and documents, each document once"""
+    negatives: Mapping[str, int] | None = None
+    """`min` and `max` per row, and `total`"""
+    task: str | None = None
+    prompts: Mapping[str, Any] | None = None
+    """`Prompts.to_json`; None if no text got one"""
+    source: Mapping[str, Any] | None = None
+    """file, bytes and sha256 of the raw data"""
+    bytes: Mapping[str, int] | None = None
+    """size of the `query` and the `corpus` file"""
+
+    def to_json(self) -> dict[str, Any]:
+        return _without_none(self)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All of it. Values that are None do not stand in the file."""
+
+    eos_id: int
+    vocab_size: int
+    """largest token id of the tokenizer, plus one"""
+    tokenizer_fingerprint: str
+    pad_id: int | None = None
+    max_seq_length: int | None = None
+    """tokens of a text at most, EOS included"""
+    max_samples: int | None = None
+    """rows kept of each dataset; 0 = all"""
+    seed: int | None = None
+    """of the choice of rows and of documents that get a prompt"""
+    datasets: Mapping[str, DatasetEntry] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> "Manifest":
+        """Raises UserError if the file is missing, damaged or of another format version."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"cannot read {path}: {error}. Run tokenize_data_qwen.py again with --overwrite."
+            ) from error
+        version = content.get("format_version") if isinstance(content, dict) else None
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"{path} has format version {version!r}; this program reads version "
+                f"{FORMAT_VERSION}. "
+                "Tokenize the data again with this version's tokenize_data_qwen.py."
+            )
+        required = {"datasets", "eos_id", "vocab_size", "tokenizer_fingerprint"}
+        if missing := required - content.keys():
+            raise UserError(
+                f"{path} lacks {', '.join(sorted(missing))}. Run tokenize_data_qwen.py with "
+                "--overwrite."
+            )
+        try:
+            return cls.from_json(content)
+        except (TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path} is damaged ({error}). Run tokenize_data_qwen.py with --overwrite."
+            ) from error
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Manifest":
+        """Raises TypeError or AttributeError if a key is missing or of another kind."""
+        listed = content["datasets"].items()
+        datasets = {name: _of_json(DatasetEntry, entry) for name, entry in listed}
+        return _of_json(cls, {**content, "datasets": datasets})
+
+    def to_json(self) -> dict[str, Any]:
+        datasets = {name: entry.to_json() for name, entry in self.datasets.items()}
+        return {**self.settings(), "datasets": datasets}
+
+    def settings(self) -> dict[str, Any]:
+        """What holds for all datasets, as it stands in the file."""
+        listed = {key: value for key, value in _without_none(self).items() if key != "datasets"}
+        return {"format_version": FORMAT_VERSION, **listed}
+
+
+def _of_json(kind: type, content: Mapping[str, Any]) -> Any:
+    """A dataclass from its JSON object; keys that it does not have are passed over."""
+    known = {field.name for field in fields(kind)}
+    return kind(**{key: value for key, value in content.items() if key in known})
+
+
+def _without_none(record: Any) -> dict[str, Any]:
+    return {key: value for key, value in vars(record).items() if value is not None}
