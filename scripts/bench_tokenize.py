@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_command(parser, arguments)
 
     from ml_embed.benchmarks.common import print_result, print_table
-    from ml_embed.benchmarks.tokenizing import compare_tokenizing, peak_memory, write_raw
+    from ml_embed.benchmarks.tokenizing import compare_tokenizing, peak_memory, write_articles
     from ml_embed.prepare.tokenizer_training import train_tokenizer
     from ml_embed.sample_data.plan import plan_datasets, training_texts
 
@@ -43,8 +43,8 @@ def main(arguments: list[str] | None = None) -> None:
             folder / "small" / "texts.parquet",
         )
         train_tokenizer(articles, 16_384).save_pretrained(tokenizer)
-        write_raw(articles, raw, args.rows)
-        write_raw(articles, small, max(1, args.rows // 4))
+        write_articles(articles, raw, args.rows)
+        write_articles(articles, small, max(1, args.rows // 4))
         result = compare_tokenizing(
             tokenizer, raw, folder / "out", args.repeats, naive_rows=max(1, args.rows // 20)
         )

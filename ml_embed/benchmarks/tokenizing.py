@@ -9,8 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ml_embed.prepare import raw
-from ml_embed.prepare.raw import RawRow
+from ml_embed.prepare.raw import RawRow, write_raw
 
 _PEAK = """
 lines = open("/proc/self/status").read().splitlines()  # getrusage's maximum would be the parent's
@@ -76,12 +75,12 @@ print(json.dumps({"seconds": seconds, "peak_mib": peak, "bytes": size}))
 )
 
 
-def write_raw(texts: list[str], path: Path, rows: int, negatives: int = 7) -> None:
+def write_articles(texts: list[str], path: Path, rows: int, negatives: int = 7) -> None:
     """Rows of articles; a number in front makes each a text of its own, so that none is spared by
     being known."""
     path.parent.mkdir(parents=True, exist_ok=True)
     numbered = (f"{number} {text}" for number, text in enumerate(itertools.cycle(texts)))
-    raw.write_raw(
+    write_raw(
         path,
         (
             RawRow(next(numbered), next(numbered), list(itertools.islice(numbered, negatives)))

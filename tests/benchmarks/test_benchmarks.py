@@ -25,7 +25,7 @@ from ml_embed.benchmarks.data import BatchShape, measure_batches, measure_openin
 from ml_embed.benchmarks.encoding import compare_encoding, mixed_texts, write_model
 from ml_embed.benchmarks.gradcache import measure_batch
 from ml_embed.benchmarks.samples import make_sample
-from ml_embed.benchmarks.tokenizing import write_raw
+from ml_embed.benchmarks.tokenizing import write_articles
 from ml_embed.benchmarks.training import compare_training
 from ml_embed.benchmarks.training_setup import TrainingShape
 from ml_embed.kernels.compilation import COMPILES_SINCE
@@ -151,7 +151,7 @@ def test_tokenizing(sample, tmp_path):
     """End to end against the library's own batches, without the start of new processes that the
     script has."""
     _, articles = mixed_texts(1)
-    write_raw(articles, tmp_path / "raw" / "texts.parquet", rows=150)
+    write_articles(articles, tmp_path / "raw" / "texts.parquet", rows=150)
     rows = pq.read_table(tmp_path / "raw" / "texts.parquet").to_pylist()
     texts = [text for row in rows for text in (row["query"], row["passage"], *row["negatives"])]
     library = sample.tokenizer.backend_tokenizer
