@@ -5,17 +5,15 @@ import sys
 
 from ml_embed.errors import exit_on_user_error
 from ml_embed.files.paths import home_path
-from ml_embed.notices import parse_command
+from ml_embed.notices import bars_wanted, parse_command
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=(
-            "Tokenize raw contrastive data (one .parquet or .jsonl file a dataset; columns query, "
-            "passage, "
-            "negative_1 ... negative_K or negatives) for run.py. An interrupted run is continued "
-            "by "
-            "the same command."
+            "Tokenize raw contrastive data (one .parquet or .jsonl file per dataset; columns "
+            "query, passage, negative_1 ... negative_K or negatives) for run.py. An interrupted "
+            "run is continued by the same command."
         )
     )
     parser.add_argument(
@@ -28,8 +26,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         required=True,
         help=(
             "folder of raw data; or a .csv, .tsv, .json, .jsonl, .parquet or .arrow file, or the "
-            "name of a dataset "
-            "on the Hugging Face hub, which is written to OUTPUT/raw first"
+            "name of a dataset on the Hugging Face hub, which is written to OUTPUT/raw first"
         ),
     )
     parser.add_argument(
@@ -43,8 +40,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="ROLE=COLUMN,...",
         help=(
             "which columns are what, e.g. query=question,passage=answer (and negatives=..., "
-            "negative_1=...), or "
-            "text=review,label=stars for labelled text; default: columns have the roles' names"
+            "negative_1=...), or text=review,label=stars for labelled text; default: columns have "
+            "the roles' names"
         ),
     )
     parser.add_argument("--split", default="train", help="split of a hub dataset (default: train)")
@@ -78,8 +75,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help=(
             "make all datasets anew, or continue doing so after an interruption; without it, other "
-            "data there is an "
-            "error"
+            "data there is an error"
         ),
     )
     return parse_command(parser, arguments)
@@ -95,8 +91,11 @@ def main(arguments: list[str] | None = None) -> int:
     config = options.pop("config")
     datasets = load_config(config)[0].datasets if config else {}
     origin = {key: options.pop(key) for key in ("input", "columns", "split", "subset")}
-    folder = raw_folder(**origin, **{key: options[key] for key in ("output", "seed", "overwrite")})
-    manifest = tokenize_folder(TokenizeOptions(input=folder, datasets=datasets, **options))
+    progress = bars_wanted()
+    kept = {key: options[key] for key in ("output", "seed", "overwrite")}
+    folder = raw_folder(**origin, **kept, progress=progress)
+    settings = TokenizeOptions(input=folder, datasets=datasets, **options)
+    manifest = tokenize_folder(settings, progress)
     entries = manifest.datasets.values()
     rows, documents, tokens = (
         sum(getattr(entry, key) for entry in entries) for key in ("rows", "documents", "tokens")

@@ -1,5 +1,4 @@
-"""Compute a teacher's vectors of tokenized data, once: training with `teacher_vectors_path` then
-runs no teacher.
+"""Compute a teacher's vectors of tokenized data once, for training with `teacher_vectors_path`.
 
 The texts are read back from the data's token ids, so the teacher may have any tokenizer. Its
 vectors lie in a folder, for each dataset those of the queries and of the documents, and training
@@ -12,13 +11,12 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # works from a clone that is not installed, too
+# Works from a clone that is not installed, too.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ml_embed.errors import exit_on_user_error
 from ml_embed.files.paths import check_writable, home_path
-from ml_embed.notices import parse_command
+from ml_embed.notices import bars_wanted, parse_command
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -85,7 +83,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "converted once for both (default a folder in --output that is removed at the end)",
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="throw away what --output holds and begin anew"
+        "--overwrite",
+        action="store_true",
+        help="make everything anew, or go on with that after an interruption",
     )
     return parse_command(parser, arguments)
 
@@ -109,7 +109,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     check_writable(args.output)  # mistakes show before a model is loaded
     tokenizer_of_data(options)
-    record = embed_teacher(load_text_model(args.model, args.device, args.batch_size), options)
+    model = load_text_model(args.model, args.device, args.batch_size)
+    record = embed_teacher(model, options, progress=bars_wanted())
     print(json.dumps({"output": str(args.output), **record}, ensure_ascii=False))
 
 

@@ -17,9 +17,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # works from a clone that is not installed, too
+# Works from a clone that is not installed, too.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ml_embed.errors import UserError, exit_on_user_error
 from ml_embed.files.paths import check_writable, home_path

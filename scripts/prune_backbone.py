@@ -1,8 +1,7 @@
-"""Prune a Qwen3 backbone to fewer layers and smaller hidden and MLP sizes, by activations on
-calibration text.
+"""Prune a Qwen3 backbone to fewer layers and to its most active hidden and MLP dimensions.
 
-The new folder is a plain backbone, to be trained: `run.py` takes it as model_path and transformers
-loads it.
+Which dimensions are active is measured on calibration text. The new folder is a plain backbone, to
+be trained: `run.py` takes it as model_path and transformers loads it.
 """
 
 import argparse
@@ -10,14 +9,13 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # works from a clone that is not installed, too
+# Works from a clone that is not installed, too.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ml_embed.errors import UserError, exit_on_user_error
 from ml_embed.files.paths import home_path
 from ml_embed.model_folders.backbone import PRESETS
-from ml_embed.notices import parse_command
+from ml_embed.notices import bars_wanted, parse_command
 
 
 @exit_on_user_error
@@ -46,9 +44,8 @@ def main(arguments: list[str] | None = None) -> None:
         default=[],
         metavar="PATH",
         help=(
-            "calibration text: .txt (a text a line), .parquet or .jsonl files (all string "
-            "columns), or folders of "
-            "them, such as the raw training data; needed to cut a width"
+            "calibration text: .txt (one text per line), .parquet or .jsonl files (all string "
+            "columns), or folders of them, such as the raw training data; needed to cut a width"
         ),
     )
     parser.add_argument(
@@ -84,6 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
         "max_seq_length": args.max_seq_length,
         "device": args.device,
         "overwrite": args.overwrite,
+        "progress": bars_wanted(),
     }
     result = prune_backbone(args.model, args.output, *sizes, texts, **options)
     print(json.dumps({"output": str(args.output), **result}))

@@ -1,4 +1,4 @@
-"""One-dimensional .npy files: written piece by piece, read as memory maps."""
+"""Arrays on disk that are written block by block and read as memory maps."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,13 +23,11 @@ class ArrayFile:
         self._header_bytes = self._file.tell()
 
     def append(self, values: np.ndarray) -> None:
-        """Add the values of a one-dimensional array at the end, cast to the file's type (the caller
-        checked ranges)."""
+        """Add a one-dimensional array at the end, cast to the file's type without a check."""
         assert values.ndim == 1
         # write() and not tofile(): tofile turns "disk full" into an error without its errno.
-        self._file.write(
-            np.ascontiguousarray(values, dtype=self._dtype).data.cast("B") if len(values) else b""
-        )
+        if len(values):
+            self._file.write(np.ascontiguousarray(values, dtype=self._dtype).data.cast("B"))
         self.length += len(values)
 
     def mapped(self) -> np.ndarray:
@@ -37,9 +35,8 @@ class ArrayFile:
         self._file.flush()
         if self.length == 0:  # mmap takes no empty range
             return np.empty(0, self._dtype)
-        return np.memmap(self._path, self._dtype, "r", self._header_bytes, (self.length,)).view(
-            np.ndarray
-        )
+        mapped = np.memmap(self._path, self._dtype, "r", self._header_bytes, (self.length,))
+        return mapped.view(np.ndarray)
 
     def close(self) -> None:
         """Write the true length into the header and close the file."""
@@ -49,8 +46,7 @@ class ArrayFile:
         self._file.close()
 
     def discard(self) -> None:
-        """Close the file as it is, for a conversion that failed: its folder is about to be
-        removed."""
+        """Close the file as it is, where its folder is about to be removed."""
         try:
             self._file.close()
         except OSError:  # flushing to a full disk fails once more
@@ -64,15 +60,13 @@ class ArrayFile:
 def map_array(path: Path) -> np.ndarray:
     """A read-only array over the file's memory map; nothing is read before it is used.
 
-    A plain ndarray rather than np.memmap, because slicing that subclass costs several times as
-    much.
+    It is a plain ndarray: slices of a np.memmap cost several times as much.
     """
     return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
 
 
 class RowFile:
-    """Rows of `width` items of one dtype, one behind another. A row that was not written whole does
-    not count."""
+    """A file of rows of `width` items, without a header; half a row at its end does not count."""
 
     def __init__(self, path: Path, dtype: type, width: int):
         self.path = path

@@ -8,15 +8,12 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 from ml_embed.errors import UserError
 from ml_embed.notices import notice
 
-_NO_LOCKS_HERE = (
-    errno.ENOLCK,
-    errno.ENOTSUP,
-)  # some shared file systems; for ENOSYS filelock has another way
+_NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOTSUP)
+"""What some shared file systems answer; for ENOSYS filelock has another way."""
 
 
 def take_lock(path: Path, seconds: float = 0, waiting: str | None = None) -> AcquireReturnProxy:
-    """Hold the lock file `path` until the returned context ends; the system lets go of it when this
-    process dies.
+    """Hold the lock file `path` until the returned context ends, or this process dies.
 
     On a file system without locks nothing is held: `is_locked` of the context's value tells.
 
@@ -45,11 +42,13 @@ def take_lock(path: Path, seconds: float = 0, waiting: str | None = None) -> Acq
 
 
 def lock_folder(path: Path, doing: str) -> AcquireReturnProxy:
-    """`take_lock`, so that two runs never write the same files.
+    """Hold the lock file of a folder, so that two commands never write the same files.
 
+    Args:
+        path: the lock file.
+        doing: what the holder of the lock does with the folder, e.g. "mining into".
     Raises:
-        UserError: another process holds it; it is `doing` something ("mining into") the lock file's
-            folder.
+        UserError: another process holds the lock.
     """
     try:
         return take_lock(path)

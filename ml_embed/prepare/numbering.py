@@ -1,4 +1,4 @@
-"""Numbers for texts by first occurrence, in bounded memory: 24 bytes a distinct text once settled.
+"""Numbers texts in the order they are first seen, in 24 bytes of memory per distinct text.
 
 Texts are told apart by 128-bit hashes (BLAKE2b). Two different texts share one with probability
 2^-128: among 100 million texts the odds that any two do are below 2e-23.
@@ -21,8 +21,8 @@ def text_digest(encoded: bytes | memoryview, front: bytes = b"") -> bytes:
 class TextNumbers:
     """Numbers distinct digests 0, 1, 2, ... in the order they are first seen.
 
-    New digests go to a dict; when it is full they are settled into arrays sorted by the digest's
-    first half.
+    New digests go to a dict. When it is full they are settled: moved to arrays that are sorted by
+    the digests' first halves.
     """
 
     def __init__(self, recent_limit: int = RECENT_LIMIT):

@@ -93,8 +93,7 @@ def parse_columns(text: str) -> dict[str, str]:
         if role not in ROLES and not NEGATIVE_COLUMN.fullmatch(role):
             raise UserError(
                 f"--columns: {role!r} is no role; take query, passage, negatives, negative_1, ..., "
-                "or text and label, "
-                "e.g. query=question,passage=answer"
+                "or text and label, e.g. query=question,passage=answer"
             )
         if role in columns:
             raise UserError(f"--columns: {role!r} is given twice")
@@ -262,8 +261,8 @@ def _columns_by_name(source: Source) -> dict[str, str]:
     if len(columns) < 2:
         raise UserError(
             f"{source.path} has the columns {', '.join(map(repr, row))}; say which are what with "
-            "--columns, e.g. "
-            "--columns query=question,passage=answer or --columns text=review,label=stars"
+            "--columns, e.g. --columns query=question,passage=answer or "
+            "--columns text=review,label=stars"
         )
     return columns
 

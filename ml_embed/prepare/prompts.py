@@ -1,5 +1,4 @@
-"""Instructions in front of texts: put there when data is tokenized, and remembered for whoever uses
-the model.
+"""Prompts: instructions that tokenization puts in front of texts, and that a model folder records.
 
 A prompt is the exact text in front, e.g. "Instruct: Given a question, find its answer.\\nQuery: ".
 """
@@ -50,8 +49,11 @@ class Prompts:
         return dict(vars(self)) if self.query or self.passage else None
 
     def choose(self, documents: Sequence[bytes | memoryview], seed: int) -> np.ndarray:
-        """(documents,) bool: which get the passage prompt. It depends on the document's UTF-8 and
-        the seed alone, so that a document stays one document wherever it stands."""
+        """(documents,) bool: which documents get the passage prompt.
+
+        That depends on a document's UTF-8 and the seed alone: wherever a document stands, it stays
+        the same document.
+        """
         if not self.passage or self.passage_share in (0, 1):
             return np.full(len(documents), bool(self.passage) and self.passage_share == 1)
         key = seed.to_bytes(16, "little", signed=True)

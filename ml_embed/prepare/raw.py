@@ -68,8 +68,7 @@ class RowBatch:
     queries: list[str]
     """(rows,)"""
     documents: Sequence[bytes | memoryview]
-    """UTF-8 of each row's passage and then its negatives, of all rows joined; checked when it is
-    decoded"""
+    """UTF-8 of each row's passage, then its negatives, of all rows joined; `decode` checks it"""
     characters: np.ndarray
     """(documents,) characters of each"""
     counts: np.ndarray
@@ -103,8 +102,8 @@ def list_raw_datasets(folder: Path) -> list[RawDataset]:
     if not datasets:
         raise UserError(
             f"{folder} holds no .parquet or .jsonl file. Put one file per dataset there; of .csv, "
-            ".tsv, .json or .arrow "
-            "files, tokenize_data_qwen.py --columns query=...,passage=... makes such ones."
+            ".tsv, .json or .arrow files, tokenize_data_qwen.py --columns query=...,passage=... "
+            "makes such ones."
         )
     return sorted(datasets.values(), key=lambda dataset: dataset.name)
 

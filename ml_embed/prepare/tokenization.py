@@ -80,10 +80,9 @@ class TokenizeOptions:
     """threads that tokenize; None = all cores this process may use"""
     seed: int = 42
     overwrite: bool = False
-    """make everything anew, or go on with doing so after an interruption, instead of refusing"""
+    """make everything anew instead of refusing; after an interruption, go on with that"""
     datasets: Mapping[str, DatasetConfig] = field(default_factory=dict)
-    """task and prompts by dataset name or shell-style pattern; the first match in the order given
-    counts"""
+    """task and prompts by dataset name or shell-style pattern; the first match counts"""
 
     def check(self) -> None:
         """Raise UserError for a value out of range."""

@@ -1,14 +1,13 @@
 """Loading a tokenizer, giving it exactly one EOS, and turning texts into token ids.
 
 Two paths lead from a text to ids: `TextTokenizer`, which prepares training data, and the tokenizer
-that is saved beside
-a model, which servers call. `append_eos_template` makes the second give the same ids as the first.
+that is saved beside a model, which servers call. `append_eos_template` makes the second give the
+same ids as the first.
 
 A text whose own characters spell a special token ("<|im_end|>") is read as that token, as the
 tokenizer does everywhere else; EOS is then appended all the same. So a text that ends in the EOS
-string ends in two EOS ids, here and
-in the saved tokenizer: the last position is always ours, and what a text says never changes where
-it is pooled.
+string ends in two EOS ids, here and in the saved tokenizer: the model always pools the EOS that was
+appended, whatever the text says.
 """
 
 import hashlib
@@ -39,10 +38,11 @@ VOCABULARY_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
-BEGINNING_CHARACTERS = (
-    8  # a token; twice what English takes, so that one beginning is nearly always enough
-)
-_CUT = re.compile(r"(?<=\S)(?= )|(?<=\n)(?=\S)|(?<=[0-9])")  # see `_can_be_cut`
+BEGINNING_CHARACTERS = 8
+"""Per token of a beginning: twice what English takes, so that one beginning is nearly always
+enough."""
+_CUT = re.compile(r"(?<=\S)(?= )|(?<=\n)(?=\S)|(?<=[0-9])")
+"""Where a text can be cut: before a space, at the start of a line, after a digit."""
 
 
 def load_tokenizer(folder: Path, needs_padding: bool = True) -> PreTrainedTokenizerBase:
@@ -74,8 +74,8 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 (hex) of all that decides the ids of a text.
 
     The post-processor, truncation and padding are left out: they add to ids or cut them but do not
-    change them. So a
-    tokenizer keeps its fingerprint when it is saved with an EOS-appending post-processor.
+    change them. So a tokenizer keeps its fingerprint when it is saved with a post-processor that
+    appends EOS.
     """
     description = json.loads(tokenizer.backend_tokenizer.to_str())
     for key in ("post_processor", "truncation", "padding"):
@@ -84,8 +84,7 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def append_eos_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make the tokenizer end every text with exactly one EOS of its own, after truncation too. In
-    place, idempotent.
+    """Make a tokenizer, in place, append exactly one EOS to each text, after truncation too.
 
     Afterwards `tokenizer(text, truncation=True, max_length=n).input_ids` are the ids
     `TextTokenizer(tokenizer, n)` gives. A post-processor that adds anything else (a BOS, a [CLS])
@@ -135,8 +134,7 @@ class TextTokenizer:
         )
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
-        """One int32 array of 1..max_length ids per text; before the EOS they are the ids of that
-        text alone."""
+        """For each text 1..max_length int32 ids: those of that text alone, then EOS."""
         return self.token_ids(self.tokenize(texts))
 
     def tokenize(self, texts: list[str]) -> list[Encoding]:
@@ -155,42 +153,38 @@ class TextTokenizer:
         return self._backend.encode_batch_fast(texts, add_special_tokens=False)
 
     def _beginning(self, text: str, characters: int) -> str:
-        """At least so many characters of a text, up to where it can be cut; all of it if that is
-        not near."""
+        """At least so many characters of a text, up to the next `_CUT`; all if none is near."""
         if len(text) <= characters or not self._can_be_cut:
             return text
         place = _CUT.search(text, characters, 2 * characters)
         return text if place is None else text[: place.start()]
 
     def token_ids(self, encodings: list[Encoding]) -> list[np.ndarray]:
-        """The second half of a call: Python, less than a tenth of the first half's CPU time
-        (measured)."""
+        """The second half of a call: Python, under a tenth of the first half's time (measured)."""
         return [self._finish(encoding.ids) for encoding in encodings]
 
     def _finish(self, ids: list[int]) -> np.ndarray:
         del ids[self.max_length - 1 :]
         ids.append(self.eos_id)
-        return np.fromiter(
-            ids, np.int32, len(ids)
-        )  # measured: faster than np.array for lists of ints
+        return np.fromiter(ids, np.int32, len(ids))  # measured: faster than np.array here
 
 
 def _can_be_cut(description: dict[str, Any]) -> bool:
-    """Whether the ids of a text's beginning up to a `_CUT` are the first ids of the whole text, for
-    every text and the tokenizer that tokenizer.json describes so.
+    """Whether a text may be cut at any `_CUT` without a change of the ids before it.
 
-    They are with Qwen's pre-tokenization, because of each of its steps:
-    - Added tokens are found first, from the left. None holds such a place within, so none lies
-      across one, and none is looked for with regard to what stands beside it.
-    - NFC changes nothing across the place: neither a space nor a line end nor a digit composes with
-      what follows, and a space composes with nothing before it.
-    - QWEN_SPLIT_PATTERN begins a new piece there. None of its alternatives matches a space after
-      anything but white space, or a digit with anything beside it; a run of white space that ends
-      in a line end is matched whole. Only
-      the last two look ahead, from within a run of white space: it ends before the place, or at it
-      in a line end, and
-      then an earlier alternative takes it.
-    - The model then sees each piece alone, and draws no lots (dropout).
+    Args:
+        description: the tokenizer's tokenizer.json.
+
+    With Qwen's pre-tokenization it may, because none of the steps looks across such a place:
+    - Added tokens are found first, from the left. None of them spans such a place, and none depends
+      on what stands beside it.
+    - NFC joins nothing there: a space, a line end or a digit does not compose with what follows,
+      and a space does not compose with what stands before it.
+    - QWEN_SPLIT_PATTERN begins a new piece there. No alternative matches a space after anything but
+      white space, or a digit together with anything else. Only the last two alternatives look
+      ahead, at the end of a run of white space; that run ends before the place, or at the place
+      with a line end, and then an earlier alternative has matched it whole.
+    - The model (BPE) sees each piece alone, if it has no random part (dropout).
     """
     steps = (description["pre_tokenizer"] or {}).get("pretokenizers", [])
     pattern = [step.get("pattern") for step in steps]
@@ -213,8 +207,7 @@ def _looks_beside(token: dict[str, Any]) -> bool:
 
 
 def _added_ids(tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
-    """The ids that the post-processor puts after a text; None if it puts any before it or changes
-    it."""
+    """The ids that the post-processor appends to a text; None if it does anything else to it."""
     backend = tokenizer.backend_tokenizer
     if backend.post_processor is None:
         return []

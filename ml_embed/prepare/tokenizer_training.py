@@ -32,7 +32,8 @@ def train_tokenizer(
     `<|endoftext|>` as padding. It appends nothing by itself. The same texts in the same order give
     the same tokenizer.
 
-    Raises UserError if `vocab_size` is under 258 or there is no text.
+    Raises:
+        UserError: `vocab_size` is under 258, or there is no text.
     """
     from tokenizers import (
         Regex,
@@ -79,13 +80,15 @@ def train_tokenizer(
 
 
 def read_texts(paths: Iterable[str | Path]) -> Iterator[str]:
-    """Every distinct text of some files, or of folders of such files, once, in the order of the
-    (sorted) files.
+    """Every distinct text of files, or of folders of files, in the order of the (sorted) files.
 
-    `.txt` has one text a line; of `.parquet` and `.jsonl` all string columns and lists of strings
+    `.txt` has one text per line. Of `.parquet` and `.jsonl` all string columns and lists of strings
     are read, so that a folder of raw data can be given as it is. A text that occurs often counts
-    once: labels and repeated documents would otherwise drown the rest. Raises UserError for a path
-        that is missing, unknown or broken, before any is read.
+    once: labels and repeated documents would otherwise drown the rest.
+
+    Raises:
+        UserError: a path is missing or of an unknown kind (before any is read), or a file is
+            broken.
     """
     files = [file for path in paths for file in text_files(Path(path))]
     readers = {".txt": _read_txt, ".parquet": _read_parquet, ".jsonl": _read_jsonl}

@@ -1,5 +1,4 @@
-"""Approximate nearest-neighbour search for large corpora, with faiss; what it finds has its exact
-score.
+"""Approximate nearest-neighbour search for large corpora, with faiss, but with exact scores.
 
 The documents are sorted into about 4 sqrt(N) cells (k-means over a sample), each document as a code
 of a few bits per dimension. A query looks into the `nprobe` nearest cells and ranks what lies there
@@ -31,8 +30,8 @@ FEWEST_DOCUMENTS = 100_000
 CODES = {8: "SQ8", 4: "SQ4", 2: "PQ{quarter}"}
 """faiss's name for the codes of so many bits per dimension; PQ takes a byte for four dimensions."""
 CANDIDATES_PER_NEIGHBOUR = 3
-"""Scored again for each neighbour asked for. Measured (100,000 clustered vectors, D = 256, 4 bits):
-with 2, 0.2 % of the neighbours in the probed cells are lost, with 4 none."""
+"""Scored again for each neighbour that is asked for. Measured with 100,000 clustered vectors, D =
+256, 4 bits: with 2, 0.2 % of the neighbours in the probed cells are lost, with 4 none."""
 SAMPLE_PER_CELL = 64  # faiss asks for 39 to 256; k-means takes most of the time of building
 BLOCK = 65536  # documents encoded at a time: with D = 1,024, 256 MB
 SCORED_FLOATS = 2**25  # candidate vectors in memory at a time: 128 MB
@@ -48,8 +47,7 @@ class Approximation:
     """How exact the approximate search is."""
 
     nprobe: int = 64
-    """cells that a query looks into; time grows with it, and so does the share of true neighbours
-    that is found"""
+    """cells that a query looks into; with more, more true neighbours are found in more time"""
     code_bits: int = 4
     """8, 4 or 2 bits per dimension of a document in memory"""
 
@@ -130,8 +128,7 @@ class ApproximateIndex:
     def nearest(
         self, queries: Tensor, documents: np.ndarray, count: int, excluded: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Like `search.nearest`, over the documents that the index was built from; some neighbours
-        may be missed."""
+        """Like `search.nearest` over the indexed documents; some neighbours may be missed."""
         count = min(count, len(documents))
         candidates = CANDIDATES_PER_NEIGHBOUR * count
         most_excluded = int(excluded[:, 0].bincount().max()) if len(excluded) else 0

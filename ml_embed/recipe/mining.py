@@ -56,7 +56,7 @@ INDEX_SETTINGS = (*VECTOR_SETTINGS, "code_bits")
 
 @dataclass(frozen=True)
 class Filter:
-    """Which neighbours count as hard negatives."""
+    """Which neighbours count as hard negatives; the defaults are the published ones."""
 
     top: int = 100
     """nearest documents looked at; a query's own passages and its own text are none of them"""

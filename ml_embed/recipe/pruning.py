@@ -1,5 +1,4 @@
-"""A smaller backbone out of a larger one: its first layers, and the most active hidden and MLP
-dimensions.
+"""A smaller backbone out of a larger one: its first layers, its most active dimensions.
 
 As F2LLM-v2 (arXiv 2603.19223) makes its 80M, 160M and 330M models: the importance of a dimension is
 the norm of its activations on calibration text. The attention heads stay as they are. The result is
@@ -153,8 +152,11 @@ def prune_backbone(
 def choose_sizes(
     config: Qwen3Config, layers: int | None, hidden: int | None, intermediate: int | None
 ) -> Sizes:
-    """The wanted shape; None is all of it. Raises UserError, for all sizes that are not possible at
-    once."""
+    """The wanted shape; None is all of it.
+
+    Raises:
+        UserError: sizes are not possible; all problems at once.
+    """
     asked = {
         "layers": (layers, config.num_hidden_layers),
         "hidden size": (hidden, config.hidden_size),
@@ -183,14 +185,17 @@ def cut_config(config: Qwen3Config, sizes: Sizes) -> Qwen3Config:
 
 def measure(
     backbone: Qwen3Model,
-    encoder: TextTokenizer,
+    text_tokenizer: TextTokenizer,
     texts: Iterable[str],
     device: str | None,
     progress: bool,
 ) -> tuple[Activations, int]:
-    """Run calibration text through a backbone, which is taken over; its activations and how many
-    tokens there were.
+    """Run calibration text through a backbone and record what its norms and MLPs see.
 
+    Args:
+        backbone: is moved to the device, and not to be used afterwards.
+    Returns:
+        the activations, and the number of tokens.
     Raises:
         UserError: there is no text.
     """
@@ -207,7 +212,7 @@ def measure(
         tqdm(desc="calibrating", unit=" texts", disable=not progress) as bar,
     ):
         while window := list(itertools.islice(iterator, WINDOW)):
-            ids = encoder(window)
+            ids = text_tokenizer(window)
             for _ in pooled_vectors(model, [ids[i] for i in longest_first(ids)]):
                 pass  # the hooks have seen it
             tokens += sum(map(len, ids))
@@ -288,15 +293,17 @@ def cut_width(
 
 
 def _gain(entering: Moments, kept: Tensor) -> float:
-    """What the root mean square of a norm's input is multiplied by when only `kept` dimensions
-    enter."""
+    """The root mean square of a norm's `kept` input dimensions, relative to that of all."""
     mean = entering.mean.cpu()
     return (mean[kept].mean() / mean.mean()).sqrt().item()
 
 
 def calibration_texts(paths: Iterable[str | Path], count: int) -> list[str]:
-    """Up to `count` texts, taken from all files in turn. Raises UserError for a file that cannot be
-    read."""
+    """Up to `count` texts, taken from all files in turn.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
     files = [file for path in paths for file in text_files(Path(path))]
     readers = [read_texts([file]) for file in files]
     in_turn = (

@@ -6,7 +6,7 @@ byte-level tokenizer (Qwen3's) gives back every character, after its Unicode nor
 text that was cut inside a character ends in U+FFFD. Other tokenizers give back what they kept:
 lower-case letters, single spaces.
 
-Letters: n texts of a block, H' the teacher's vector length.
+Letters: n texts of a block, T tokens.
 """
 
 import hashlib
@@ -74,10 +74,9 @@ class TeacherOptions:
     """take away the prompts that the data was tokenized with, if its manifest names any"""
     dtype: str = "float16"
     cache_dir: Path | None = None
-    """folder of the memory-mapped form of the data, as in a training config; None = made in
-    `output`, then removed"""
+    """folder for the converted data, as in a training config; None = one that is removed again"""
     overwrite: bool = False
-    """make everything anew if the folder holds vectors made otherwise"""
+    """make everything anew instead of refusing; after an interruption, go on with that"""
 
 
 class TextDecoder:
@@ -127,8 +126,7 @@ def tokenizer_of_data(options: TeacherOptions) -> PreTrainedTokenizerBase:
     if manifest is not None and manifest.tokenizer_fingerprint != fingerprint(tokenizer):
         raise UserError(
             f"--tokenizer: {options.tokenizer} is not the tokenizer that {options.data} was made "
-            "with; "
-            "its texts could not be read back"
+            "with; its texts could not be read back"
         )
     return tokenizer
 
@@ -239,28 +237,28 @@ def _embed_datasets(
 def digest_of_all(
     lengths: np.ndarray, tokens: np.ndarray, progress: Callable[[int], object]
 ) -> str:
-    """Of texts by their lengths, (n,) int32, and tokens, (T,) int32: equal only for the same texts
-    in the same order.
+    """A digest of texts that is equal only for the same texts in the same order.
 
     Args:
-        progress: is told the bytes of tokens read, one piece after another.
+        lengths: (n,) int32, tokens of each text.
+        tokens: (T,) int32, of all texts joined.
+        progress: is called with the bytes of each block of tokens.
     """
     digest = hashlib.blake2b(f"{len(lengths)} texts ".encode(), digest_size=16)
     digest.update(np.ascontiguousarray(lengths).data)
-    for piece in blocks(len(tokens), DIGESTED_TOKENS):
-        digest.update(np.ascontiguousarray(tokens[piece]).data)
-        progress(tokens[piece].nbytes)
+    for block in blocks(len(tokens), DIGESTED_TOKENS):
+        digest.update(np.ascontiguousarray(tokens[block]).data)
+        progress(tokens[block].nbytes)
     return digest.hexdigest()
 
 
 def _check_by_texts(
     store: Store, tokenizer: PreTrainedTokenizerBase, decoder: TextDecoder, options: TeacherOptions
 ) -> None:
-    """For data that does not say what it was made with: texts that are read back must give their
-    ids again.
+    """Raise UserError if decoded texts, tokenized again, do not give their ids.
 
-    But for the ends of texts that were cut: what is left of a word may be other ids than its first
-    ones were.
+    This is for data that does not say what it was made with. The last ids of a text that was cut
+    may differ: a part of a word may have other ids than the word began with.
     """
     dataset = next(iter(store.datasets.values()))
     ids = [dataset.document(number) for number in range(min(CHECKED_TEXTS, dataset.num_documents))]
@@ -272,8 +270,8 @@ def _check_by_texts(
     if not fits:
         raise UserError(
             f"--tokenizer: {options.tokenizer} does not read the data in {options.data}: texts "
-            "that it gives back are "
-            "other ids when tokenized again. Give the tokenizer that the data was made with"
+            "that it gives back are other ids when tokenized again. Give the tokenizer that the "
+            "data was made with"
         )
 
 
