@@ -129,7 +129,8 @@ def test_everything_written_is_right(tokenizer_folder, tmp_path):
     assert corpus.to_pydict() == {"input_ids": expected(DOCUMENTS)}
     assert max(map(len, expected(DOCUMENTS))) == 32  # one was cut
 
-    assert json.loads((tmp_path / "tokens/manifest.json").read_text()) == manifest
+    text = json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    assert (tmp_path / "tokens/manifest.json").read_text() == text
     source = (tmp_path / "raw/imdb.parquet").read_bytes()
     assert manifest["datasets"]["imdb"] == {
         "rows": 5,

@@ -412,6 +412,32 @@ def test_folders_that_hold_something_else_are_not_mixed_with(raw, tmp_path):
         mine_folder(WordModel(), raw, raw, Filter(), progress=False)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_interrupted_overwrite_goes_on(raw, tmp_path, monkeypatch, overwrite):
+    changed, output = Filter(count=3), tmp_path / "mined"
+    mine_folder(WordModel(), raw, output, Filter(), progress=False)
+    original, made = mining._mine_dataset, []
+
+    def stops_at_the_second(dataset, *args):
+        made.append(dataset.name)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        original(dataset, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mining, "_mine_dataset", stops_at_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            mine_folder(WordModel(), raw, output, changed, overwrite=True, progress=False)
+    with pytest.raises(UserError, match="count was 3, now 24"):
+        mine_folder(WordModel(), raw, output, Filter(), progress=False)
+    first = (output / f"{made[0]}.parquet").stat().st_mtime_ns
+    mine_folder(WordModel(), raw, output, changed, overwrite=overwrite, progress=False)
+    assert (output / f"{made[0]}.parquet").stat().st_mtime_ns == first
+    mine_folder(WordModel(), raw, tmp_path / "whole", changed, progress=False)
+    for path in (tmp_path / "whole").glob("*.*"):
+        assert (output / path.name).read_bytes() == path.read_bytes()
+
+
 @pytest.mark.parametrize("rule", [Filter(), Filter(count=3)])
 def test_datasets_that_the_input_no_longer_has_are_refused_or_removed(raw, tmp_path, rule):
     """Removed with `overwrite`, whether the others are made anew for it or are kept."""

@@ -327,6 +327,49 @@ def test_folders_that_hold_something_else_are_not_mixed_with(world, tmp_path):
     assert (precious / "thesis.vectors").read_bytes() == b"years of work"
 
 
+def test_an_interrupted_overwrite_goes_on_and_keeps_no_old_vector(world, tmp_path, monkeypatch):
+    """The files' names do not tell one prompt from another, so the old ones have to go."""
+    monkeypatch.setattr(teacher_module, "BLOCK", 5)
+    output, changed = tmp_path / "out", {"query_prompt": "q: ", "overwrite": True}
+    embed_teacher(LetterModel(), teacher_options(world, output), progress=False)
+
+    class Stops(LetterModel):
+        def encode(self, texts, normalize=True):
+            if len(self.seen) > 30:
+                raise KeyboardInterrupt
+            return super().encode(texts, normalize)
+
+    with pytest.raises(KeyboardInterrupt):
+        embed_teacher(Stops(), teacher_options(world, output, **changed), progress=False)
+    with pytest.raises(UserError, match="not finished"):
+        TeacherVectors.read(output)
+    with pytest.raises(UserError, match="query_prompt was 'q: ', now ''"):
+        embed_teacher(LetterModel(), teacher_options(world, output), progress=False)
+    whole, again = LetterModel(), LetterModel()
+    embed_teacher(again, teacher_options(world, output, **changed), progress=False)
+    changed["overwrite"] = False
+    embed_teacher(whole, teacher_options(world, tmp_path / "whole", **changed), progress=False)
+    assert len(again.seen) < len(whole.seen) - 20
+    for path in (tmp_path / "whole").glob("*.[jv]*"):
+        assert (output / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_finished_folder_stays_usable_while_data_is_added(world, tmp_path):
+    first, output = tmp_path / "first", tmp_path / "out"
+    tokenize_folder(TokenizeOptions(str(world.backbone), world.raw, first, max_samples=9), False)
+    record = embed_teacher(LetterModel(), teacher_options(world, output, first), progress=False)
+
+    class Stops(LetterModel):
+        def encode(self, texts, normalize=True):
+            if self.seen:
+                raise KeyboardInterrupt
+            return super().encode(texts, normalize)
+
+    with pytest.raises(KeyboardInterrupt):
+        embed_teacher(Stops(), teacher_options(world, output), progress=False)
+    assert TeacherVectors.read(output).to_json() == record
+
+
 @pytest.mark.parametrize(
     ("scale", "message"), [(1e4, "too large for float16; use --dtype float32"), (np.nan, "NaN")]
 )
