@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ml_embed.prepare.raw import RawRow, write_raw
+from ml_embed.prepare.raw_parquet import write_raw
+from ml_embed.prepare.rows import RawRow
 
 _PEAK = """
 lines = open("/proc/self/status").read().splitlines()  # getrusage's maximum would be the parent's

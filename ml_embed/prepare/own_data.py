@@ -23,7 +23,8 @@ from ml_embed.files.atomic import atomic_file, disk_errors_are_user_errors
 from ml_embed.files.locks import lock_folder
 from ml_embed.files.paths import expand_home, is_hub_name
 from ml_embed.files.work_record import Finished, WorkRecord
-from ml_embed.prepare.raw import NEGATIVE_COLUMN, RawRow, row_of, text_of, value_of, write_raw
+from ml_embed.prepare.raw_parquet import write_raw
+from ml_embed.prepare.rows import NEGATIVE_COLUMN, RawRow, row_of, text_of, value_of
 
 BUILDERS = {
     ".csv": "csv",

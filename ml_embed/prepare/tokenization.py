@@ -37,13 +37,13 @@ from ml_embed.prepare.numbering import TextNumbers, text_digest
 from ml_embed.prepare.prompts import Prompts
 from ml_embed.prepare.raw import (
     RawDataset,
-    RowBatch,
     check_and_count_rows,
     describe_source,
     list_raw_datasets,
     read_row_batches,
     task_in_file,
 )
+from ml_embed.prepare.rows import RowBatch
 from ml_embed.prepare.token_files import (
     CORPUS_SCHEMA,
     QUERY_SCHEMA,

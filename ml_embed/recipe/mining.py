@@ -32,14 +32,14 @@ from ml_embed.inference.text_models import TextModel, check_finite
 from ml_embed.notices import notice
 from ml_embed.prepare.raw import (
     RawDataset,
-    RawRow,
     check_and_count_rows,
     describe_source,
     list_raw_datasets,
     read_rows,
     task_in_file,
-    write_raw,
 )
+from ml_embed.prepare.raw_parquet import write_raw
+from ml_embed.prepare.rows import RawRow
 from ml_embed.recipe import ann
 from ml_embed.recipe.search import nearest
 

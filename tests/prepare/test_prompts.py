@@ -18,7 +18,7 @@ from ml_embed.errors import UserError
 from ml_embed.inference.embedder import Embedder
 from ml_embed.prepare import tokenization
 from ml_embed.prepare.prompts import Prompts
-from ml_embed.prepare.raw import RowBatch
+from ml_embed.prepare.rows import RowBatch
 from ml_embed.prepare.tokenization import read_blocks
 
 FACTS = "Instruct: Find the fact.\nQuery: "

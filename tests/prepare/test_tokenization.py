@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ml_embed.data.store import open_store
 from ml_embed.errors import UserError
-from ml_embed.prepare import raw, tokenization
+from ml_embed.prepare import raw_parquet, tokenization
 from ml_embed.prepare.numbering import TextNumbers, text_digest
 from ml_embed.prepare.raw import (
     RawDataset,
@@ -260,7 +260,7 @@ def test_blocks_do_not_change_the_result(tokenizer_folder, tmp_path, monkeypatch
     write_raw(tmp_path / "raw")
     tokenize_folder(options(tokenizer_folder, tmp_path), progress=False)
     monkeypatch.setattr(tokenization, "BLOCK_TEXTS", 1)
-    monkeypatch.setattr(raw, "BATCH_ROWS", 1)
+    monkeypatch.setattr(raw_parquet, "BATCH_ROWS", 1)
     tokenize_folder(options(tokenizer_folder, tmp_path, output=tmp_path / "small"), progress=False)
     for kind in ("query", "corpus"):
         one, other = (
@@ -626,7 +626,7 @@ def test_rows_without_negative_columns_and_with_null_lists(tmp_path):
     ],
 )
 def test_every_type_of_text_gives_the_same_rows(tmp_path, monkeypatch, kind, selected):
-    monkeypatch.setattr(raw, "BATCH_ROWS", 3)
+    monkeypatch.setattr(raw_parquet, "BATCH_ROWS", 3)
     lists = [
         ["n1", "", "ñ2"],
         None,
@@ -674,7 +674,7 @@ def test_every_type_of_text_gives_the_same_rows(tmp_path, monkeypatch, kind, sel
 
 @pytest.mark.parametrize("column", ["query", "passage", "negatives", "negative_2"])
 def test_text_that_is_not_utf8_is_named(tokenizer_folder, tmp_path, monkeypatch, column):
-    monkeypatch.setattr(raw, "BATCH_ROWS", 2)
+    monkeypatch.setattr(raw_parquet, "BATCH_ROWS", 2)
     bad = pa.array([b"a", b"b", b"c", b"d\xff", b"e"], pa.binary()).view(pa.string())
     good = pa.array(list("vwxyz"))
     columns = {"query": good, "passage": good, column: bad}

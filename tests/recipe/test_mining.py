@@ -16,7 +16,8 @@ from helpers.tiny_models import make_tokenizer, write_model
 from ml_embed.errors import UserError
 from ml_embed.files.arrays import RowFile
 from ml_embed.inference.text_models import load_text_model
-from ml_embed.prepare.raw import TASK_METADATA, RawDataset, task_in_file
+from ml_embed.prepare.raw import RawDataset, task_in_file
+from ml_embed.prepare.raw_parquet import TASK_METADATA
 from ml_embed.recipe import ann, mining
 from ml_embed.recipe.ann import Approximation
 from ml_embed.recipe.mining import Filter, MiningOptions, filter_neighbours
