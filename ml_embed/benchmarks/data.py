@@ -17,8 +17,10 @@ from ml_embed.benchmarks.naive_data import NaiveDataset
 from ml_embed.data.batch import ContrastiveBatch
 from ml_embed.data.batch_builder import BatchBuilder
 from ml_embed.data.loader import Loader
+from ml_embed.data.manifest import MANIFEST, DatasetEntry, Manifest
 from ml_embed.data.schedule import DatasetPlan, Schedule
 from ml_embed.data.store import TokenizedDataset, open_store
+from ml_embed.files.atomic import write_json
 
 SYNTHETIC = "synthetic"
 SYNTHETIC_TOKENS = (
@@ -119,15 +121,9 @@ def write_synthetic(folder: Path, documents: int, rows: int) -> None:
         "negative_doc_ids": pa.ListArray.from_arrays(offsets, pa.array(negatives)),
     }
     pq.write_table(pa.table(columns), folder / f"{SYNTHETIC}_query.parquet")
-    manifest = {
-        "format_version": 1,
-        "eos_id": 1,
-        "pad_id": 0,
-        "vocab_size": 30_000,
-        "tokenizer_fingerprint": "",
-    }
-    manifest["datasets"] = {SYNTHETIC: {"rows": rows, "documents": documents}}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    entry = DatasetEntry(rows, documents)
+    manifest = Manifest(1, 30_000, tokenizer_fingerprint="", datasets={SYNTHETIC: entry})
+    write_json(folder / MANIFEST, manifest.to_json())
 
 
 _OPEN = """
