@@ -1,9 +1,8 @@
-"""Every key of the training config: its meaning, unit, range and default; loading, overriding,
-checking.
+"""Every key of the training config: its meaning, unit, range, default and off value.
 
-The config the user gave is never changed: it is saved as given, with the overrides of the command
-line in it, and
-derived numbers live in `ml_embed.training.resolve`.
+The docstring under a key is its row in configs/README.md and its help in error messages. The
+user's config is never changed: it is saved as given, with the command line's overrides in it.
+Derived numbers live in `ml_embed.training.resolve`.
 """
 
 import ast
@@ -26,14 +25,17 @@ from ml_embed.errors import UserError
 from ml_embed.files.paths import expand_home, file_in_the_way, home_path
 
 Task = Literal["retrieval", "clustering", "classification"]
+"""Retrieval compares a query with its own negatives and with all passages of the global batch;
+clustering and classification (of two labels) with its own negatives only."""
 TASKS: tuple[Task, ...] = get_args(Task)
 
 DistillationLoss = Literal["vectors", "similarity"]
 PATH_SUFFIXES = ("_path", "_dir")
-"""Keys that end so are paths, whose `~` is the home folder."""
+"""Keys with these endings are paths; a `~` in them is the home folder."""
 WRITTEN_FOLDERS = ("output_dir", "tb_dir", "cache_dir")
+"""Keys that name folders which a run writes to."""
 HIGHEST_WEIGHT = 1000
-"""Of a dataset: an epoch holds its rows that many times, and must stay countable."""
+"""Highest `weight` of a dataset, so that the number of rows in an epoch stays countable."""
 
 
 def _key(
@@ -43,30 +45,32 @@ def _key(
     above: float | None = None,
     high: float | None = None,
 ) -> Any:
-    """A config field with its range: low <= value <= high, value > above."""
+    """A config field with the range of its value: low <= value <= high, value > above."""
     return dataclasses.field(default=default, metadata={"low": low, "above": above, "high": high})
 
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """Settings of one dataset (or of all whose name matches a shell-style pattern)."""
+    """Settings of one dataset, or of all datasets whose names match a shell-style pattern."""
 
     task: Task | None = None
-    """which losses apply and how many negatives; null = the default for the name
-    (`ml_embed/data/dataset_tasks.json`)"""
+    """which losses apply and how many negatives are drawn; null = what the tokenized data says,
+    else what the dataset's name says (`ml_embed/data/dataset_tasks.json`), else retrieval"""
     num_hard_neg: int | None = _key(None, low=0)
-    """negatives drawn for each sample; null = the task's default"""
+    """hard negatives drawn per sample; 0 = none; null = the default of the task (num_hard_neg,
+    num_hard_neg_clustering, or 1 for classification)"""
     weight: float = _key(1.0, above=0, high=HIGHEST_WEIGHT)
-    """how often the dataset's rows are drawn in an epoch; 1 = once each, 1000 at most"""
+    """how many times per epoch the dataset's rows are drawn, 1000 at most; 1 = once; 0.1 = a tenth
+    of its rows per epoch"""
     max_samples: int | None = _key(None, low=1)
-    """training rows used, a fixed random choice; null = all"""
+    """most rows used for training, a random choice fixed by the seed; null = all"""
     prompt: str | None = None
-    """text that tokenize_data_qwen.py --config puts before each query; null = none"""
+    """text that `tokenize_data_qwen.py --config` puts before each query; null = none"""
     passage_prompt: str | None = None
-    """text that it puts before passages and negatives; null = none"""
+    """text that `tokenize_data_qwen.py --config` puts before passages and negatives; null = none"""
     passage_prompt_share: float = _key(1.0, low=0, high=1)
-    """share of passages and negatives that get passage_prompt; published for symmetric tasks:
-    0.3"""
+    """share of passages and negatives that get passage_prompt; 1 = all; F2LLM-v2 uses 0.3 for
+    symmetric tasks"""
 
 
 @dataclass(frozen=True)
@@ -74,128 +78,147 @@ class TrainConfig:
     """One training run. Keys without a default are required."""
 
     model_path: str
-    """folder (or hub name) of the Qwen3 backbone with its tokenizer"""
+    """backbone to start from: a Qwen3 folder with its tokenizer, or its name on the Hugging Face
+    hub"""
     experiment_id: str
-    """name of the run: everything is written to output_dir/experiment_id"""
+    """name of the run; everything is written to output_dir/experiment_id"""
     output_dir: str
     """folder of all runs"""
     tb_dir: str
-    """folder of the TensorBoard logs, one subfolder a run"""
+    """folder of the TensorBoard logs, one subfolder per run"""
     cache_dir: str
-    """folder of the memory-mapped form of the tokenized data, made once and shared by all runs"""
+    """folder for the copy of the tokenized data that training maps into memory; it is made once and
+    shared by all runs"""
     train_data_path: str
-    """folder that tokenize_data_qwen.py wrote (or the originally released layout)"""
+    """folder of tokenized data, written by tokenize_data_qwen.py or laid out as the F2LLM-v2
+    release"""
 
     train_batch_size: int = _key(8, low=1)
-    """samples (query, passage, negatives) a process and optimizer step"""
+    """samples (a query, its passage and its negatives) per process and optimizer step"""
     max_seq_length: int = _key(2048, low=2)
-    """tokens of a text, EOS included; longer ones are cut"""
+    """most tokens per text, the end token included; longer texts are cut"""
     learning_rate: float = _key(1e-4, above=0)
-    """peak learning rate, reached at the end of the warm-up"""
+    """highest learning rate, reached at the end of the warm-up"""
     min_lr: float = _key(1e-6, low=0)
-    """floor of the learning rate after the warm-up"""
+    """lowest learning rate after the warm-up; 0 = no lower limit"""
     weight_decay: float = _key(1e-2, low=0)
-    """AdamW's decoupled weight decay, on all trained parameters"""
+    """decoupled weight decay of AdamW, on all trained parameters; 0 = off"""
     warmup_steps: int = _key(100, low=0)
-    """optimizer steps of linear warm-up"""
+    """optimizer steps in which the learning rate rises linearly from 0 to learning_rate; 0 = no
+    warm-up"""
     scheduler_type: Literal["cosine", "constant_with_warmup"] = "cosine"
-    """learning rate after the warm-up"""
+    """learning rate after the warm-up: "cosine" falls to min_lr along a cosine,
+    "constant_with_warmup" stays"""
     train_steps: int = _key(-1, low=-1)
-    """optimizer steps; -1 = as many as train_epochs take"""
+    """optimizer steps of the run; -1 = as many as train_epochs passes over the data take"""
     train_epochs: int = _key(5, low=1)
     """passes over the data; not used when train_steps is given"""
     max_grad_norm: float = _key(1.0, low=0)
-    """gradient norm above which gradients are scaled down; 0 = off"""
+    """gradients are scaled down to this norm where they exceed it; 0 = off"""
 
     use_mrl: bool = False
-    """nested vector lengths (Matryoshka representation learning)"""
+    """train several vector lengths at once (Matryoshka Representation Learning, MRL); false = only
+    the whole vector"""
     use_mll: bool = False
-    """nested depths (Matryoshka layer learning)"""
+    """train exits after several layers at once (Matryoshka Layer Learning, MLL); false = only after
+    the last layer"""
     use_mel: bool = False
-    """nested ranks of the token table (Matryoshka embedding learning); needs r > 0"""
+    """train several ranks of the token table at once (Matryoshka Embedding Learning, MEL; needs r >
+    0); false = only rank r"""
     r: int = _key(0, low=0)
-    """rank of the factorised token table; 0 = a whole table"""
+    """rank of the two factors that replace the token table; 0 = keep the whole table"""
     mrl_dims: tuple[int, ...] | None = _key(None, low=1)
-    """vector lengths to train; null = 8, 16, 32, ...; the hidden size is always one of them"""
+    """vector lengths trained with use_mrl; the hidden size is always added; null = 8, 16, 32, ...
+    up to the hidden size"""
     mll_layers: tuple[int, ...] | None = _key(None, low=1)
-    """exit layers to train; null = 1, 2, 4, 8, 16, 24, ...; the last layer is always one of them"""
+    """layers after which use_mll trains an exit; the last layer is always added; null = 1, 2, 4, 8,
+    16, 24, ... up to 48"""
     mel_ranks: tuple[int, ...] | None = _key(None, low=1)
-    """ranks to train; null = 64, 128, 256, ...; r is always one of them"""
+    """ranks trained with use_mel; r is always added; null = 64, 128, 256, ... up to r"""
     mel_init: Literal["svd", "frequency"] = "svd"
-    """factors at the start: the best for all tokens alike, or for the tokens that the data really
-    holds"""
+    """best approximation of the token table that the factors start from: "svd" counts all tokens
+    alike, "frequency" counts each as often as it occurs in the training data"""
     mll_norm: Literal["shared", "per_layer"] = "shared"
-    """one final norm for all exits, or a copy trained apart for each"""
+    """final norm of the exits: "shared" is one norm for all, with "per_layer" each exit trains its
+    own copy"""
 
     num_hard_neg: int = _key(7, low=0)
-    """negatives of a retrieval sample"""
+    """hard negatives drawn per retrieval sample, anew in each epoch; 0 = none"""
     num_hard_neg_clustering: int = _key(9, low=0)
-    """negatives of a clustering sample"""
+    """hard negatives drawn per clustering sample, anew in each epoch; 0 = none"""
     temperature: float = _key(0.05, above=0)
-    """divides the cosines in all contrastive losses"""
+    """all contrastive losses divide their cosines by this"""
     mask_false_negatives: bool = True
-    """a document that is a sample's own positive is never that sample's negative, wherever it
-    stands"""
+    """a sample's own positive document is never counted as its negative, wherever it stands in the
+    batch; false = off"""
     false_negative_margin: float | None = _key(None, low=0, high=2)
-    """negatives whose cosine to the query is above the positive's by more than this are left out
-    too; null = off"""
+    """negatives whose cosine to the query exceeds the positive's by more than this are masked as
+    well; null = off"""
     datasets: dict[str, DatasetConfig] = dataclasses.field(default_factory=dict)
-    """settings by dataset name or shell-style pattern; the first match in the order given counts"""
+    """settings per dataset, under its name or a shell-style pattern such as "sts_*"; an exact name
+    goes before patterns, an earlier pattern before a later one"""
     valid_fraction: float = _key(0.01, low=0, high=0.5)
     """share of each dataset's rows held out for validation; 0 = no validation"""
 
     teacher_model_path: str | None = None
-    """folder of a model whose vectors are distilled; null = no distillation"""
+    """Qwen3 model whose vectors are distilled, run beside the student (a folder or a hub name);
+    null = none"""
     teacher_vectors_path: str | None = None
-    """folder that scripts/embed_teacher.py wrote: a teacher's vectors, computed beforehand; null =
+    """folder of a teacher's vectors, computed beforehand by `scripts/embed_teacher.py`; null =
     none"""
     kd_loss: DistillationLoss = "vectors"
-    """what is distilled: the teacher's vectors themselves, or the cosines between them (a teacher
-    of any width)"""
+    """what is distilled: "vectors" are the teacher's own, "similarity" the cosines between them
+    (then the teacher may have any width)"""
     kd_weight: float = _key(1.0, low=0)
-    """weight of the distillation term"""
+    """weight of the distillation loss in the total loss; 0 = it does not count"""
 
     lora_r: int = _key(0, low=0)
-    """rank of the LoRA adapters that train in place of the layers' matrices (needs peft); 0 = the
+    """rank of LoRA adapters, which train in place of the layers' matrices (needs peft); 0 = the
     layers train whole"""
     lora_alpha: float | None = _key(None, above=0)
-    """the adapters' product is scaled by lora_alpha / lora_r; null = 2 * lora_r"""
+    """the output of the LoRA adapters is multiplied by lora_alpha / lora_r; null = 2 * lora_r"""
 
     seed: int = _key(0, low=0)
-    """all randomness (order, negatives, ranks) is a function of it"""
+    """all randomness (order of the rows, negatives, ranks) follows from this number"""
     attention: Literal["auto", "varlen", "flash", "sdpa"] = "auto"
-    """attention kernel; auto = the best there is"""
+    """attention kernel: "varlen" is torch's for packed sequences and "flash" is flash-attn (both on
+    CUDA in bf16 or fp16), "sdpa" takes one sequence at a time; "auto" is the fastest of these that
+    can run"""
     gradient_checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, about a third more time"""
+    """compute activations a second time in the backward pass instead of keeping them: less memory,
+    about a third more time"""
     max_tokens_per_forward: int = _key(0, low=0)
-    """tokens encoded at once (GradCache: same gradients, bounded memory, in validation too); 0 =
-    the whole batch"""
+    """tokens encoded at once; a larger batch is encoded in chunks, with the same gradients
+    (GradCache) and bounded memory, in validation too; 0 = no limit"""
     compile_layers: bool = False
-    """fuse each layer's elementwise work with torch.compile: faster steps, after a minute or so for
-    the first ones"""
+    """compile the layers with torch.compile: faster steps, after a minute or so for the first
+    ones"""
 
     log_interval: int = _key(20, low=1)
-    """optimizer steps a log line"""
+    """optimizer steps per log line"""
     validation_steps: int = _key(100, low=0)
-    """optimizer steps between validations; 0 = only at the end"""
+    """optimizer steps between validations; 0 = only at the end of the run"""
     valid_ranks: tuple[int, ...] | None = _key(None, low=1)
-    """ranks at which validation also measures retrieval, with valid_layers and valid_dims; null =
-    the largest"""
+    """ranks of the cuts whose retrieval quality validation also measures (all combinations with
+    valid_layers and valid_dims); null = only the largest rank"""
     valid_layers: tuple[int, ...] | None = _key(None, low=1)
-    """exits at which it does; null = the last"""
+    """depths, in layers, of the cuts whose retrieval quality validation also measures (all
+    combinations with valid_ranks and valid_dims); null = only the full depth"""
     valid_dims: tuple[int, ...] | None = _key(None, low=1)
-    """vector lengths at which it does; null = the whole"""
+    """vector lengths of the cuts whose retrieval quality validation also measures (all combinations
+    with valid_ranks and valid_layers); null = only the whole vector"""
     checkpointing_steps: int = _key(100, low=0)
     """optimizer steps between checkpoints; 0 = only at the end of each epoch"""
     save_total_limit: int | None = _key(None, low=1)
-    """step_N model folders to keep, the newest; null = all"""
+    """how many step_N model folders are kept, the newest; null = all"""
     report_to: tuple[str, ...] = ("tensorboard",)
-    """accelerate trackers; [] = metrics.jsonl only"""
+    """names of accelerate's trackers, which get the metrics too; [] = only metrics.jsonl"""
     num_processes: int = 0
-    """ignored: accelerate decides"""
+    """ignored: accelerate decides how many processes there are"""
 
     @property
     def run_dir(self) -> Path:
+        """The folder of this run."""
         return Path(self.output_dir) / self.experiment_id
 
 
@@ -206,8 +229,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[TrainC
         path: a JSON file holding one object.
         overrides: `key=value` strings; the value is JSON, or else a plain string.
     Returns:
-        the checked config, and the user's own object as given, with the overrides applied: what a
-        run saves.
+        the checked config, and the user's own object with the overrides applied, which a run saves.
     Raises:
         UserError: names every problem at once.
     """
@@ -242,7 +264,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[TrainC
 
 
 def parse_config(given: Mapping[str, Any], source: str = "config") -> TrainConfig:
-    """A checked config from a plain object; raises one UserError that lists every problem."""
+    """A checked config from a plain object.
+
+    Raises:
+        UserError: lists every problem at once.
+    """
     problems: list[str] = []
     config = _parse_dataclass(TrainConfig, given, "", problems)
     if not problems:
@@ -262,7 +288,7 @@ def parse_config(given: Mapping[str, Any], source: str = "config") -> TrainConfi
 
 
 def _check_together(config: TrainConfig) -> list[str]:
-    """Problems between keys that are each fine alone."""
+    """Problems of keys that are each fine alone but do not fit together."""
     problems = []
     if config.use_mel and config.r == 0:
         problems.append(
@@ -427,7 +453,7 @@ def _kind(value: Any) -> str:
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """Field name -> the docstring under it as one line (also the table of keys)."""
+    """Field name -> the docstring under the field, as one line."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(definition, ast.ClassDef)
     docs = {}
@@ -441,7 +467,7 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 def match_settings(name: str, datasets: Mapping[str, DatasetConfig]) -> DatasetConfig:
-    """Settings under the dataset's own name, or else the first pattern that matches it."""
+    """Settings under the dataset's own name, or else under the first pattern that matches it."""
     if name in datasets:
         return datasets[name]
     return next(
@@ -451,8 +477,11 @@ def match_settings(name: str, datasets: Mapping[str, DatasetConfig]) -> DatasetC
 
 
 def check_dataset_names(names: Sequence[str], datasets: Mapping[str, DatasetConfig]) -> None:
-    """Refuse settings that match no dataset: a typing mistake would otherwise train with
-    defaults."""
+    """Refuse settings that match no dataset: they would silently not apply.
+
+    Raises:
+        UserError: names the settings and the datasets.
+    """
     unused = [p for p in datasets if p not in names and not fnmatch.filter(names, p)]
     if unused:
         raise UserError(
