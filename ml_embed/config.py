@@ -60,10 +60,10 @@ class DatasetConfig:
     """hard negatives drawn per sample; 0 = none; null = the default of the task (num_hard_neg,
     num_hard_neg_clustering, or 1 for classification)"""
     weight: float = _key(1.0, above=0, high=HIGHEST_WEIGHT)
-    """how many times per epoch the dataset's rows are drawn, 1000 at most; 1 = once; 0.1 = a tenth
-    of its rows per epoch"""
+    """how many times per epoch the dataset's rows are drawn; 1 = once; 0.1 = only a tenth of
+    them"""
     max_samples: int | None = _key(None, low=1)
-    """most rows used for training, a random choice fixed by the seed; null = all"""
+    """largest number of rows used for training, a random choice fixed by the seed; null = all"""
     prompt: str | None = None
     """text that `tokenize_data_qwen.py --config` puts before each query; null = none"""
     passage_prompt: str | None = None
@@ -96,7 +96,7 @@ class TrainConfig:
     train_batch_size: int = _key(8, low=1)
     """samples (a query, its passage and its negatives) per process and optimizer step"""
     max_seq_length: int = _key(2048, low=2)
-    """most tokens per text, the end token included; longer texts are cut"""
+    """largest number of tokens per text, the end token included; longer texts are cut"""
     learning_rate: float = _key(1e-4, above=0)
     """highest learning rate, reached at the end of the warm-up"""
     min_lr: float = _key(1e-6, low=0)
@@ -107,8 +107,8 @@ class TrainConfig:
     """optimizer steps in which the learning rate rises linearly from 0 to learning_rate; 0 = no
     warm-up"""
     scheduler_type: Literal["cosine", "constant_with_warmup"] = "cosine"
-    """learning rate after the warm-up: "cosine" falls to min_lr along a cosine,
-    "constant_with_warmup" stays"""
+    """learning rate after the warm-up: "cosine" falls along a cosine to 0, but not below min_lr;
+    "constant_with_warmup" stays at learning_rate"""
     train_steps: int = _key(-1, low=-1)
     """optimizer steps of the run; -1 = as many as train_epochs passes over the data take"""
     train_epochs: int = _key(5, low=1)
@@ -143,9 +143,9 @@ class TrainConfig:
     own copy"""
 
     num_hard_neg: int = _key(7, low=0)
-    """hard negatives drawn per retrieval sample, anew in each epoch; 0 = none"""
+    """hard negatives drawn per retrieval sample, other ones in each epoch; 0 = none"""
     num_hard_neg_clustering: int = _key(9, low=0)
-    """hard negatives drawn per clustering sample, anew in each epoch; 0 = none"""
+    """hard negatives drawn per clustering sample, other ones in each epoch; 0 = none"""
     temperature: float = _key(0.05, above=0)
     """all contrastive losses divide their cosines by this"""
     mask_false_negatives: bool = True
@@ -182,8 +182,8 @@ class TrainConfig:
     """all randomness (order of the rows, negatives, ranks) follows from this number"""
     attention: Literal["auto", "varlen", "flash", "sdpa"] = "auto"
     """attention kernel: "varlen" is torch's for packed sequences and "flash" is flash-attn (both on
-    CUDA in bf16 or fp16), "sdpa" takes one sequence at a time; "auto" is the fastest of these that
-    can run"""
+    CUDA in bf16 or fp16), "sdpa" is torch's scaled dot-product attention and runs everywhere;
+    "auto" is the fastest of them that can run"""
     gradient_checkpointing: bool = False
     """compute activations a second time in the backward pass instead of keeping them: less memory,
     about a third more time"""
