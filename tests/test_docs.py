@@ -323,7 +323,9 @@ def test_every_script_config_and_page_is_told_of():
 
 
 def test_the_table_of_rooms_names_every_file():
-    rows = re.findall(r"^\| \d+ \| `(\w+)/` \|[^|]*\| ([^|]*) \|$", TEXT["ml_embed/README.md"], re.M)
+    rows = re.findall(
+        r"^\| \d+ \| `(\w+)/` \|[^|]*\| ([^|]*) \|$", TEXT["ml_embed/README.md"], re.M
+    )
     assert {room: sorted(re.findall(r"`(\w+)`", files)) for room, files in rows} == {
         folder.name: sorted(path.stem for path in folder.glob("*.py") if path.name != "__init__.py")
         for folder in (ROOT / "ml_embed").iterdir()
