@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--repeats",
         type=int,
         default=20,
-        help="turns of each version, a block of batches each (default 20)",
+        help="turns of each version, a group of batches each (default 20)",
     )
     parser.add_argument(
         "--skip-naive-opening", action="store_true", help="it takes about 1 kB of memory a document"

@@ -47,7 +47,7 @@ def measure_batches(
     plan = DatasetPlan(name, "retrieval", shape.negatives, dataset.num_rows, 0, dataset.num_rows)
     schedule = Schedule([plan], {name: dataset.num_rows}, shape.batch_size, seed=0)
     loader = Loader(schedule, store, BatchBuilder(0, shape.max_length, eos_id, True, 0, 1), None)
-    block = loader.steps_of_a_block
+    group = loader.steps_per_group
     first_steps = range(schedule.steps_per_epoch)[:8]
     for batch, rows in zip(loader.build(first_steps), schedule.batches(first_steps), strict=True):
         _check_same(batch, naive, dataset, rows.rows, shape.max_length, eos_id)
@@ -55,20 +55,20 @@ def measure_batches(
     naive_rows = itertools.cycle(
         rng.permutation(dataset.num_rows)[: shape.batch_size].tolist() for _ in range(64)
     )
-    steps = itertools.count(step=block)
-    # A block at a time, as training builds them: in strict turns each would find the caches filled
+    steps = itertools.count(step=group)
+    # A group at a time, as training builds them: in strict turns each would find the caches filled
     # by the other.
     timing = measure(
         {
             "naive": lambda: [
                 naive.collate(next(naive_rows), None, shape.negatives, shape.max_length, eos_id)
-                for _ in range(block)
+                for _ in range(group)
             ],
-            "fast": lambda: loader.build(range(start := next(steps), start + block)),
+            "fast": lambda: loader.build(range(start := next(steps), start + group)),
         },
         repeats,
     )
-    return {name: Timing(tuple(s / block for s in t.seconds)) for name, t in timing.items()}
+    return {name: Timing(tuple(s / group for s in t.seconds)) for name, t in timing.items()}
 
 
 def _check_same(
