@@ -1,14 +1,15 @@
-"""The data path against a naive one (lists of ids, a dict of string ids, padding): batches, and
-opening a corpus."""
+"""Measure opening a corpus and building batches, against a naive version.
+
+The naive version keeps lists of ids and a dict of string ids, and pads its batches.
+"""
 
 import argparse
 import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # works from a clone that is not installed, too
+# works from a clone that is not installed, too
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ml_embed.errors import exit_on_user_error
 from ml_embed.notices import parse_command
@@ -16,7 +17,9 @@ from ml_embed.notices import parse_command
 
 @exit_on_user_error
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--documents",
         type=int,
@@ -30,7 +33,9 @@ def main(arguments: list[str] | None = None) -> None:
         help="turns of each version, a group of batches each (default 20)",
     )
     parser.add_argument(
-        "--skip-naive-opening", action="store_true", help="it takes about 1 kB of memory a document"
+        "--skip-naive-opening",
+        action="store_true",
+        help="it takes about 1 kB of memory per document",
     )
     args = parse_command(parser, arguments)
 

@@ -1,14 +1,12 @@
-"""Embedder.encode against sentence-transformers' encode with the same weights, on CPU and texts of
-mixed length."""
+"""Measure Embedder.encode on the CPU, against sentence-transformers' encode of the same model."""
 
 import argparse
 import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # works from a clone that is not installed, too
+# works from a clone that is not installed, too
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ml_embed.errors import exit_on_user_error
 from ml_embed.notices import parse_command

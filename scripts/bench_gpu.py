@@ -1,8 +1,8 @@
-"""On one CUDA GPU: are the variable-length kernels and the packed step right, and how fast are
-they?
+"""Check and measure the training step on one CUDA GPU, against a naive step in the same run.
 
-Qwen3-0.6B's shape with random weights, rank 512, at most 1,024 tokens, bfloat16; the naive step in
-the same run. Needs no data. Without a GPU it says so and ends with 0.
+Checks the variable-length attention kernels and the packed step; then measures steps of
+Qwen3-0.6B's shape: random weights, rank 512, at most 1,024 tokens, bfloat16. Needs no data. Without
+a GPU it says so and ends with 0.
 """
 
 import argparse
@@ -10,9 +10,8 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # works from a clone that is not installed, too
+# works from a clone that is not installed, too
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ml_embed.errors import exit_on_user_error
 from ml_embed.notices import parse_command
@@ -35,9 +34,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--compile", action="store_true", help="also with compile_layers (minutes to warm up)"
     )
-    parser.add_argument(
-        "--liger", action="store_true", help="also with liger-kernel's norms, rotary and MLP"
-    )
     args = parse_command(parser, arguments)
 
     import torch
@@ -51,20 +47,16 @@ def main(arguments: list[str] | None = None) -> None:
 
     from ml_embed.benchmarks.common import print_result, print_table
     from ml_embed.benchmarks.gpu import (
-        MODEL_06B,
-        SHAPE_06B,
         check_kernels,
-        check_liger,
         check_naive,
         measure_training,
     )
+    from ml_embed.benchmarks.gpu_common import MODEL_06B, SHAPE_06B
 
     agreement = {"naive": check_naive(), "kernels": check_kernels()}
-    if args.liger:
-        agreement["liger"] = check_liger()
     print(f"agreement: {agreement}")
     shape = dataclasses.replace(SHAPE_06B, batch_size=args.batch_size)
-    result = measure_training(shape, args.repeats, args.compile, args.liger, **MODEL_06B)
+    result = measure_training(shape, MODEL_06B, args.repeats, args.compile)
     rows = [
         [name, "out of memory", "", "", ""]
         if m is None

@@ -1,8 +1,6 @@
-"""tokenize_data_qwen.py's work end to end (reading, numbering, writing) against the tokenizers
-library alone.
+"""Measure tokenizing a file, with reading and writing, against the tokenizers library alone.
 
-Both take the same texts, none of which occurs twice; the naive version tokenizes one text after
-another.
+Both take the same texts, none of which occurs twice. A naive version tokenizes text by text.
 """
 
 import argparse
@@ -10,9 +8,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # works from a clone that is not installed, too
+# works from a clone that is not installed, too
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ml_embed.errors import exit_on_user_error
 from ml_embed.notices import parse_command

@@ -1,4 +1,4 @@
-"""The data path: opening a corpus, and building batches from it, fast and naive."""
+"""Opening a corpus and building batches from it, against a naive version."""
 
 import itertools
 import json
@@ -21,11 +21,11 @@ from ml_embed.data.schedule import DatasetPlan, Schedule
 from ml_embed.data.store import TokenizedDataset, open_store
 
 SYNTHETIC = "synthetic"
-SYNTHETIC_TOKENS = (
-    16  # of a document: opening and looking up do not depend on it, the disk space does
-)
+SYNTHETIC_TOKENS = 16
+"""per text; opening and looking up do not depend on it, disk space does"""
 NEGATIVES_STORED = 24
-GROUP_ROWS = 250_000
+BLOCK_ROWS = 250_000
+"""documents written at once"""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class BatchShape:
 def measure_batches(
     tokenized: Path, cache: Path, name: str, eos_id: int, shape: BatchShape, repeats: int
 ) -> dict[str, Timing]:
-    """Seconds to build a batch, by both versions, after checking that they give the same texts.
+    """Seconds per batch of both versions, after checking that they give the same texts.
 
-    Ours begins at the number of a step, as training does; the naive one is given its random rows.
+    Ours also draws the rows of each step, as training does; the naive one gets random rows.
     """
     store = open_store(tokenized, cache, progress=False)
     dataset, naive = store.datasets[name], NaiveDataset(tokenized, name)
@@ -56,8 +56,8 @@ def measure_batches(
         rng.permutation(dataset.num_rows)[: shape.batch_size].tolist() for _ in range(64)
     )
     steps = itertools.count(step=group)
-    # A group at a time, as training builds them: in strict turns each would find the caches filled
-    # by the other.
+    # Turns of a group of batches, as training builds them: after each single batch the processor's
+    # caches would hold the other version's data.
     timing = measure(
         {
             "naive": lambda: [
@@ -79,9 +79,10 @@ def _check_same(
     length: int,
     eos_id: int,
 ) -> None:
-    """The packed texts are the padded ones without padding. Raises AssertionError otherwise."""
+    """Check that the packed texts are the padded ones without padding (AssertionError)."""
     texts = [ids.tolist() for ids in batch.texts.input_ids.split(batch.texts.packed.lengths)]
-    places = [  # where each drawn negative stands among its row's own
+    # Where each drawn negative stands among its row's own.
+    places = [
         [int(np.flatnonzero(dataset.negatives(int(row)) == document)[0]) for document in own]
         for row, own in zip(rows, batch.negative_documents.tolist(), strict=True)
     ]
@@ -96,8 +97,7 @@ def _check_same(
 
 
 def write_synthetic(folder: Path, documents: int, rows: int) -> None:
-    """A tokenized folder with `documents` short documents of random ids and `rows` rows that refer
-    to them."""
+    """Write a tokenized folder of short documents of random ids, and rows that refer to them."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
 
@@ -109,8 +109,8 @@ def write_synthetic(folder: Path, documents: int, rows: int) -> None:
 
     schema = pa.schema([("input_ids", pa.list_(pa.int32()))])
     with pq.ParquetWriter(folder / f"{SYNTHETIC}_corpus.parquet", schema) as writer:
-        for start in range(0, documents, GROUP_ROWS):
-            writer.write_table(pa.table([texts(min(GROUP_ROWS, documents - start))], schema=schema))
+        for start in range(0, documents, BLOCK_ROWS):
+            writer.write_table(pa.table([texts(min(BLOCK_ROWS, documents - start))], schema=schema))
     negatives = rng.integers(0, documents, rows * NEGATIVES_STORED)
     offsets = pa.array(np.arange(rows + 1, dtype=np.int32) * NEGATIVES_STORED)
     columns = {
@@ -151,8 +151,10 @@ _NAIVE = (
 
 
 def measure_opening(tokenized: Path, cache: Path, with_naive: bool) -> dict[str, dict[str, Any]]:
-    """Seconds and private memory (MiB) of a fresh process that opens the corpus: the first time
-    (which converts), every time after, and naively."""
+    """Seconds and private memory (MiB) of a new process that opens a corpus.
+
+    "first" also converts it, "again" finds it converted, "naive" is the naive version.
+    """
     results = {"first": _open(_FAST, tokenized, cache), "again": _open(_FAST, tokenized, cache)}
     if with_naive:
         results["naive"] = _open(_NAIVE, tokenized, cache)

@@ -1,4 +1,4 @@
-"""Embedder.encode against sentence-transformers' encode: the same folder, the same texts."""
+"""Embedder.encode against sentence-transformers' encode of the same model and texts."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +26,7 @@ MAX_LENGTH = 512
 
 
 def mixed_texts(count: int, seed: int = 0) -> tuple[list[str], list[str]]:
-    """Texts of mixed length (a few words to several articles), and the texts a tokenizer is trained
-    on."""
+    """Texts to encode, of a few words to several articles, and texts to train a tokenizer on."""
     articles = training_texts(plan_datasets(50, seed))
     rng = np.random.default_rng(seed)
     texts = []
@@ -38,7 +37,7 @@ def mixed_texts(count: int, seed: int = 0) -> tuple[list[str], list[str]]:
 
 
 def write_model(folder: Path, tokenizer: Any, rank: int, **shape: int) -> None:
-    """A model folder with random weights, every exit and dim."""
+    """Write a model folder with random weights and all default exits, dims and ranks."""
     backbone = make_backbone(tokenizer, **shape)
     config = backbone.config
     layers, hidden = config.num_hidden_layers, config.hidden_size
@@ -53,7 +52,7 @@ def write_model(folder: Path, tokenizer: Any, rank: int, **shape: int) -> None:
 
 
 def compare_encoding(folder: Path, texts: list[str], repeats: int) -> dict[str, Any]:
-    """Seconds of both, after checking that the vectors agree. Raises SystemExit if they do not."""
+    """Time both, after checking that their vectors agree (SystemExit if not)."""
     from sentence_transformers import SentenceTransformer
 
     ours = Embedder.from_pretrained(folder, device="cpu")

@@ -1,5 +1,4 @@
-"""Tokenizing a folder end to end against the tokenizers library alone, and against one text after
-another."""
+"""Tokenizing a file end to end, against the tokenizers library alone and against a naive loop."""
 
 import itertools
 import json
@@ -14,7 +13,8 @@ import pyarrow.parquet as pq
 
 from ml_embed.prepare.raw import SCHEMA
 
-GROUP_ROWS = 1000
+BLOCK_ROWS = 1000
+"""rows written at once"""
 _PEAK = """
 lines = open("/proc/self/status").read().splitlines()  # getrusage's maximum would be the parent's
 peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
@@ -44,9 +44,9 @@ _OURS = (
     """
 import json, sys, time
 from pathlib import Path
-from ml_embed.tokenization import TokenizeOptions, tokenize_folder
-from ml_embed.tokenizer import load_tokenizer
-# the imports that the first one makes are no work on text; "raw" leaves them out too
+from ml_embed.prepare.tokenization import TokenizeOptions, tokenize_folder
+from ml_embed.prepare.tokenizer import load_tokenizer
+# The first tokenizer imports much, which is no work on text; "raw" does not count it either.
 load_tokenizer(sys.argv[1])
 start = time.perf_counter()
 folders = Path(sys.argv[2]).parent, Path(sys.argv[3])
@@ -80,27 +80,34 @@ print(json.dumps({"seconds": seconds, "peak_mib": peak, "bytes": size}))
 
 
 def write_raw(texts: list[str], path: Path, rows: int, negatives: int = 7) -> None:
-    """Rows of articles; a number in front makes each a text of its own, so that none is spared by
-    being known."""
+    """Write rows of articles, each with a number before it, so that no text occurs twice."""
     path.parent.mkdir(parents=True, exist_ok=True)
     numbered = (f"{number} {text}" for number, text in enumerate(itertools.cycle(texts)))
     with pq.ParquetWriter(path, SCHEMA) as writer:
-        for start in range(0, rows, GROUP_ROWS):
-            group = [
+        for start in range(0, rows, BLOCK_ROWS):
+            block = [
                 {
                     "query": next(numbered),
                     "passage": next(numbered),
                     "negatives": list(itertools.islice(numbered, negatives)),
                 }
-                for _ in range(min(GROUP_ROWS, rows - start))
+                for _ in range(min(BLOCK_ROWS, rows - start))
             ]
-            writer.write_table(pa.Table.from_pylist(group, schema=SCHEMA))
+            writer.write_table(pa.Table.from_pylist(block, schema=SCHEMA))
 
 
 def compare_tokenizing(
     tokenizer: Path, raw: Path, output: Path, repeats: int, naive_rows: int
 ) -> dict[str, Any]:
-    """Seconds, MB of text a second and peak memory of each, in new processes that take turns."""
+    """Speed and peak memory of all three versions, in new processes that take turns.
+
+    Args:
+        tokenizer: folder of the tokenizer.
+        raw: parquet file of texts.
+        output: folder that our version writes, again and again.
+        repeats: processes of each version.
+        naive_rows: rows of the file that the naive version reads; it is slow.
+    """
     arguments = {"raw": (_RAW, ""), "ours": (_OURS, ""), "naive": (_NAIVE, str(naive_rows))}
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in arguments}
     for _ in range(repeats):
@@ -126,7 +133,7 @@ def compare_tokenizing(
 
 
 def peak_memory(tokenizer: Path, raw: Path, output: Path) -> float:
-    """MiB at most of a process that tokenizes a file."""
+    """Peak memory, in MiB, of a process that tokenizes a file end to end."""
     return _run(_OURS, tokenizer, raw, output, "")["peak_mib"]
 
 
