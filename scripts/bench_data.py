@@ -39,48 +39,10 @@ def main(arguments: list[str] | None = None) -> None:
     )
     args = parse_command(parser, arguments)
 
-    from ml_embed.benchmarks.common import print_result, print_table, ratio, ratio_range
-    from ml_embed.benchmarks.data import (
-        BatchShape,
-        measure_batches,
-        measure_opening,
-        write_synthetic,
-    )
-    from ml_embed.benchmarks.samples import make_sample
+    from ml_embed.benchmarks.data import report_data
 
-    shape = BatchShape()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        sample = make_sample(folder / "sample", rows=2000)
-        eos_id = sample.tokenizer.eos_token_id
-        timing = measure_batches(
-            sample.tokenized, folder / "cache", "udhr_retrieval", eos_id, shape, args.repeats
-        )
-        write_synthetic(folder / "synthetic", args.documents, max(1, args.documents // 20))
-        opening = measure_opening(
-            folder / "synthetic", folder / "cache", not args.skip_naive_opening
-        )
-    print(
-        f"batches of {shape.batch_size} rows, {2 + shape.negatives} texts each, same texts in both "
-        "versions"
-    )
-    print_table(
-        ["version", "one batch"], [[name, t.in_unit(1000, "ms")] for name, t in timing.items()]
-    )
-    print(f"opening a corpus of {args.documents:,} documents in a new process")
-    rows = [
-        [name, f"{x['seconds']:.3f} s", f"{x['private_mib']:.1f} MiB"]
-        for name, x in opening.items()
-    ]
-    print_table(["version", "time", "private memory"], rows)
-    result = {
-        "ratio": ratio(timing["naive"], timing["fast"]),
-        "ratio_range": ratio_range(timing["naive"], timing["fast"]),
-        "seconds": timing,
-        "sizes": vars(shape) | {"documents": args.documents},
-        "opening": opening,
-    }
-    print_result("data", result)
+    with tempfile.TemporaryDirectory() as folder:
+        report_data(Path(folder), args.documents, args.repeats, not args.skip_naive_opening)
 
 
 if __name__ == "__main__":

@@ -43,38 +43,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps({"benchmark": "gpu", "skipped": "no CUDA GPU"}))
         return
 
-    import dataclasses
+    from ml_embed.benchmarks.gpu import report_gpu
 
-    from ml_embed.benchmarks.common import print_result, print_table
-    from ml_embed.benchmarks.gpu import (
-        check_kernels,
-        check_naive,
-        measure_training,
-    )
-    from ml_embed.benchmarks.gpu_common import MODEL_06B, SHAPE_06B
-
-    agreement = {"naive": check_naive(), "kernels": check_kernels()}
-    print(f"agreement: {agreement}")
-    shape = dataclasses.replace(SHAPE_06B, batch_size=args.batch_size)
-    result = measure_training(shape, MODEL_06B, args.repeats, args.compile)
-    rows = [
-        [name, "out of memory", "", "", ""]
-        if m is None
-        else [
-            name,
-            m.timing.in_unit(1000, "ms"),
-            f"{m.tokens_per_second:,.0f}",
-            f"{m.mfu:.1%}",
-            f"{m.peak_mib:,.0f} MiB",
-        ]
-        for name, m in result["versions"].items()
-    ]
-    print_table(["version", "one step", "real tokens/s", "MFU", "peak memory"], rows)
-    naive, fast = result["versions"]["naive"], result["versions"]["fast"]
-    both = naive is not None and fast is not None
-    result["ratio"] = naive.timing.median / fast.timing.median if both else None
-    result["memory_share"] = fast.peak_mib / naive.peak_mib if both else None
-    print_result("gpu", result | {"agreement": agreement}, device="cuda")
+    report_gpu(args.batch_size, args.repeats, args.compile)
 
 
 if __name__ == "__main__":

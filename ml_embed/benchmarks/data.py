@@ -12,8 +12,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ml_embed.benchmarks.common import Timing, measure
+from ml_embed.benchmarks.common import (
+    Timing,
+    measure,
+    print_result,
+    print_table,
+    ratio,
+    ratio_range,
+)
 from ml_embed.benchmarks.naive_data import NaiveDataset
+from ml_embed.benchmarks.samples import make_sample
 from ml_embed.data.batch import ContrastiveBatch
 from ml_embed.data.batch_builder import BatchBuilder
 from ml_embed.data.loader import Loader
@@ -30,6 +38,8 @@ BLOCK_ROWS = 250_000
 
 @dataclass(frozen=True)
 class BatchShape:
+    """Sizes of the batches that are built."""
+
     batch_size: int = 8
     negatives: int = 7
     max_length: int = 256
@@ -166,3 +176,37 @@ def _open(version: tuple[str, str], tokenized: Path, cache: Path) -> dict[str, A
     arguments = [sys.executable, "-c", program, str(tokenized), str(cache), SYNTHETIC]
     output = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
     return json.loads(output.splitlines()[-1])
+
+
+def report_data(folder: Path, documents: int, repeats: int, with_naive_opening: bool) -> None:
+    """Measure; print tables and the JSON line.
+
+    Args:
+        folder: empty folder for data.
+        documents: of the corpus that is opened.
+        repeats: turns of each version, a group of batches each.
+        with_naive_opening: also open the corpus naively.
+    """
+    shape, cache = BatchShape(), folder / "cache"
+    sample = make_sample(folder / "sample", rows=2000)
+    eos_id = sample.tokenizer.eos_token_id
+    timing = measure_batches(sample.tokenized, cache, "udhr_retrieval", eos_id, shape, repeats)
+    write_synthetic(folder / "synthetic", documents, max(1, documents // 20))
+    opening = measure_opening(folder / "synthetic", cache, with_naive_opening)
+    print(f"batches of {shape.batch_size} rows of {2 + shape.negatives} texts, the same in both")
+    batches = [[name, own.in_unit(1000, "ms")] for name, own in timing.items()]
+    print_table(["version", "one batch"], batches)
+    print(f"opening a corpus of {documents:,} documents in a new process")
+    rows = [
+        [name, f"{own['seconds']:.3f} s", f"{own['private_mib']:.1f} MiB"]
+        for name, own in opening.items()
+    ]
+    print_table(["version", "time", "private memory"], rows)
+    result = {
+        "ratio": ratio(timing["naive"], timing["fast"]),
+        "ratio_range": ratio_range(timing["naive"], timing["fast"]),
+        "seconds": timing,
+        "sizes": vars(shape) | {"documents": documents},
+        "opening": opening,
+    }
+    print_result("data", result)

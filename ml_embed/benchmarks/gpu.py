@@ -1,13 +1,16 @@
 """The training step on one CUDA GPU: first whether it is right, then speed, memory and MFU."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ml_embed.benchmarks.common import matrix_peak, require_agreement
+from ml_embed.benchmarks.common import matrix_peak, print_result, print_table, require_agreement
 from ml_embed.benchmarks.gpu_common import (
+    MODEL_06B,
+    SHAPE_06B,
     SMALL,
     SMALL_MODEL,
     Measured,
@@ -92,3 +95,30 @@ def measure_training(
         "real_tokens": batch.num_tokens,
         "sizes": vars(shape),
     }
+
+
+def report_gpu(batch_size: int, repeats: int, compiled: bool) -> None:
+    """Check and measure Qwen3-0.6B's shape; print a table and the JSON line."""
+    agreement = {"naive": check_naive(), "kernels": check_kernels()}
+    print(f"agreement: {agreement}")
+    shape = replace(SHAPE_06B, batch_size=batch_size)
+    result = measure_training(shape, MODEL_06B, repeats, compiled)
+    rows = [[name, *_cells(measured)] for name, measured in result["versions"].items()]
+    print_table(["version", "one step", "real tokens/s", "MFU", "peak memory"], rows)
+    naive, fast = result["versions"]["naive"], result["versions"]["fast"]
+    both = naive is not None and fast is not None
+    result["ratio"] = naive.timing.median / fast.timing.median if both else None
+    result["memory_share"] = fast.peak_mib / naive.peak_mib if both else None
+    print_result("gpu", result | {"agreement": agreement}, device="cuda")
+
+
+def _cells(measured: Measured | None) -> list[str]:
+    """A version's cells of the table."""
+    if measured is None:
+        return ["out of memory", "", "", ""]
+    return [
+        measured.timing.in_unit(1000, "ms"),
+        f"{measured.tokens_per_second:,.0f}",
+        f"{measured.mfu:.1%}",
+        f"{measured.peak_mib:,.0f} MiB",
+    ]

@@ -195,8 +195,8 @@ def grouped_heads(setting: Setting) -> dict[str, Any]:
 def losses(setting: Setting) -> dict[str, Any]:
     """Time of the objective alone, and of the in-batch loss with a large gathered batch.
 
-    A good answer: the objective takes a small share of a step, and `LOGITS_AT_ONCE` (the middle of
-    the sizes tried) is about the fastest.
+    A good answer: the objective takes a small share of a step, and the usual `LOGITS_AT_ONCE`,
+    which is the first of those tried, is about the fastest.
     """
     shape, model = setting.shape(8)
     batch, spec = random_batch(shape, model).to(setting.device), matryoshka_spec(shape.hidden)

@@ -47,7 +47,7 @@ H100_FLOPS = 989e12
 """bfloat16 FLOP/s that NVIDIA states for an H100 SXM, without sparsity"""
 FLOAT32_TOLERANCE = 1e-4
 HALF_ERRORS_ALLOWED = 1.5
-"""error of our bfloat16 gradient in errors of the naive one"""
+"""how many times the naive bfloat16 gradient's error ours may have"""
 
 
 def precision(setting: Setting) -> dict[str, Any]:
@@ -66,11 +66,11 @@ def precision(setting: Setting) -> dict[str, Any]:
     ):
         loss, found = make(batch, SMALL, setting.accelerator(mode), SMALL_MODEL).gradients()
         found = plain_names(found)
-        errors = {name: relative_error(found[name], grad) for name, grad in exact.items()}
+        each = {weight: relative_error(found[weight], grad) for weight, grad in exact.items()}
         result[name] = {
             "loss": loss,
-            "gradient": relative_error(_flat(found[name] for name in exact), _flat(exact.values())),
-            "worst": max(errors.items(), key=lambda item: item[1]),
+            "gradient": relative_error(_flat(found[w] for w in exact), _flat(exact.values())),
+            "worst": max(each.items(), key=lambda item: item[1]),
         }
     errors = {name: result[name]["gradient"] for name in ("fast_fp32", "fast_bf16", "naive_bf16")}
     result["ok"] = (

@@ -46,12 +46,9 @@ class NaiveEncoder(nn.Module):
         """(E, N, H) vectors of N texts in one padded batch; `table` is A B, (V, H)."""
         device = table.device
         longest = max(map(len, texts))
-        ids = torch.tensor(
-            [text + [0] * (longest - len(text)) for text in texts], device=device
-        )  # (N, S)
-        mask = torch.tensor(
-            [[1] * len(text) + [0] * (longest - len(text)) for text in texts], device=device
-        )
+        padded = [text + [0] * (longest - len(text)) for text in texts]
+        real = [[1] * len(text) + [0] * (longest - len(text)) for text in texts]
+        ids, mask = (torch.tensor(rows, device=device) for rows in (padded, real))  # (N, S)
         output = self.backbone(
             inputs_embeds=F.embedding(ids, table),
             attention_mask=mask,

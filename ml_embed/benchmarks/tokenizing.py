@@ -11,7 +11,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ml_embed.benchmarks.common import print_result, print_table
 from ml_embed.prepare.raw import SCHEMA
+from ml_embed.prepare.tokenizer_training import train_tokenizer
+from ml_embed.sample_data.plan import plan_datasets, training_texts
 
 BLOCK_ROWS = 1000
 """rows written at once"""
@@ -143,3 +146,25 @@ def _run(program: str, tokenizer: Path, raw: Path, output: Path, extra: str) -> 
     return json.loads(
         subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
     )
+
+
+def report_tokenizing(folder: Path, rows: int, repeats: int) -> None:
+    """Measure the tokenizing of `rows` rows; print a table and the JSON line."""
+    articles = training_texts(plan_datasets(50, 0))
+    tokenizer, output = folder / "tokenizer", folder / "out"
+    raw, small = (folder / size / "texts.parquet" for size in ("raw", "small"))
+    train_tokenizer(articles, 16_384).save_pretrained(tokenizer)
+    write_raw(articles, raw, rows)
+    write_raw(articles, small, max(1, rows // 4))
+    result = compare_tokenizing(tokenizer, raw, output, repeats, naive_rows=max(1, rows // 20))
+    quarter = peak_memory(tokenizer, small, folder / "less")
+    speeds, peaks = result["megabytes_per_second"], result["peak_mib"]
+    table = [[name, f"{v:.2f}", f"{peaks[name]:.0f} MiB"] for name, v in speeds.items()]
+    print_table(["version", "MB/s", "peak memory"], table)
+    print(
+        f"{result['share_of_raw']:.0%} of the library's own throughput, {result['ratio']:.1f} "
+        "times the naive one's"
+    )
+    print(f"a file a quarter as long: {quarter:.0f} MiB")
+    peaks["ours, a quarter of the file"] = quarter
+    print_result("tokenize", result | {"sizes": {"rows": rows, "repeats": repeats}})

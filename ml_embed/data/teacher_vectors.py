@@ -240,6 +240,22 @@ class TeacherVectors:
         parts = (self._vectors(entry.query_vectors)[rows], found[: len(rows)], negatives)
         return PartVectors(*(torch.from_numpy(part).unsqueeze(0) for part in parts))
 
+    def problems_of(self, name: str, texts: DatasetTexts) -> list[str]:
+        """What is wrong with the vectors of a dataset that has these texts."""
+        again = "run scripts/embed_teacher.py"
+        entry = self.datasets.get(name)
+        if entry is None:
+            return [f"dataset {name!r} is not there; {again} again with the same flags"]
+        if entry.check != texts.check:
+            return [
+                f"dataset {name!r} has other texts or another order there ({entry.rows} rows, "
+                f"{entry.documents} documents) than in the data ({texts.rows}, "
+                f"{texts.documents}); {again} again"
+            ]
+        files = (entry.query_vectors, entry.document_vectors)
+        found = (file.problem(self.folder, self.dtype, self.width) for file in files)
+        return [f"{problem}; {again} with --overwrite" for problem in found if problem]
+
     def _vectors(self, file: VectorFile) -> np.ndarray:
         # Mapped again for each batch, in microseconds: a process may not hold thousands of maps.
         return map_vectors(self.folder / file.file, self.dtype, self.width)
@@ -269,26 +285,7 @@ def open_teacher_vectors(
     if kd_loss == "vectors" and teacher.normalized:
         problems.append(f"its vectors are of unit length, which the student's are not; {KD_REMEDY}")
     for name, texts in describe_texts(store).items():
-        entry = teacher.datasets.get(name)
-        if entry is None:
-            problems.append(
-                f"dataset {name!r} is not there; run scripts/embed_teacher.py again with the same "
-                "flags"
-            )
-        elif entry.check != texts.check:
-            problems.append(
-                f"dataset {name!r} has other texts or another order there ({entry.rows} rows, "
-                f"{entry.documents} documents) than in the data ({texts.rows}, "
-                f"{texts.documents}); run scripts/embed_teacher.py again"
-            )
-        else:
-            files = (entry.query_vectors, entry.document_vectors)
-            found = (file.problem(folder, teacher.dtype, teacher.width) for file in files)
-            problems += [
-                f"{problem}; run scripts/embed_teacher.py with --overwrite"
-                for problem in found
-                if problem
-            ]
+        problems += teacher.problems_of(name, texts)
     if problems:
         listing = "\n".join(f"  - {problem}" for problem in problems)
         raise UserError(f"teacher_vectors_path: {folder} does not fit:\n{listing}")

@@ -144,9 +144,8 @@ def test_released_layout_equals_own_layout(tmp_path, shared):
 
 def test_counts_leave_out_documents_of_other_datasets(tmp_path):
     folder = write_released(tmp_path / "data", names=("a", "b"))
-    table = pq.read_table(folder / "a_query.parquet").slice(
-        1, 1
-    )  # query [3, 9], passage [11, 12, 9], no negatives
+    # Query [3, 9], passage [11, 12, 9], no negatives.
+    table = pq.read_table(folder / "a_query.parquet").slice(1, 1)
     pq.write_table(table, folder / "a_query.parquet")
     store = open_store(folder, tmp_path / "cache", progress=False)
     assert {i: n for i, n in enumerate(store.datasets["a"].token_counts) if n} == {
