@@ -4,6 +4,8 @@ Both versions take turns, so that other work on the machine slows both. benchmar
 holds the recorded ratios.
 """
 
+import ast
+import importlib
 import json
 import subprocess
 import sys
@@ -15,12 +17,13 @@ import transformers
 from helpers import ROOT
 from packaging.version import Version
 
+from ml_embed.benchmarks import tokenizing
 from ml_embed.benchmarks.common import measure
 from ml_embed.benchmarks.data import BatchShape, measure_batches, measure_opening, write_synthetic
 from ml_embed.benchmarks.encoding import compare_encoding, mixed_texts, write_model
 from ml_embed.benchmarks.gradcache import measure_batch
 from ml_embed.benchmarks.samples import make_sample
-from ml_embed.benchmarks.tokenizing import peak_memory, write_raw
+from ml_embed.benchmarks.tokenizing import write_raw
 from ml_embed.benchmarks.training import compare_training
 from ml_embed.benchmarks.training_setup import TrainingShape
 from ml_embed.kernels.compilation import COMPILES_SINCE
@@ -129,8 +132,9 @@ def test_tokenizing(sample, tmp_path):
     assert_not_slower("tokenize_share_of_raw", best_ratio(timing, "raw", "ours"))
 
 
-def test_a_process_of_its_own_tokenizes(sample, tmp_path):
-    write_raw(["some text"], tmp_path / "raw" / "texts.parquet", rows=3)
-    raw = tmp_path / "raw" / "texts.parquet"
-    assert peak_memory(sample.tokenizer_folder, raw, tmp_path / "out") > 10
-    assert (tmp_path / "out" / "manifest.json").is_file()
+@pytest.mark.parametrize("program", [tokenizing._RAW, tokenizing._OURS, tokenizing._NAIVE])
+def test_what_new_processes_import_exists(program):
+    for node in ast.walk(ast.parse(program)):
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(node.module)
+            assert all(hasattr(module, alias.name) for alias in node.names), node.module
