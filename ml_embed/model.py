@@ -1,11 +1,9 @@
-"""The encoder: a Qwen3 backbone, its factorised token table (MEL), and pooling heads at several
-depths (MLL).
+"""The encoder: a Qwen3 backbone with a factorised token table (MEL) and several exits (MLL).
 
-The nested dims (MRL) are a property of the loss, not of the model: every vector is read whole here
-and cut there.
+Nested vector lengths (MRL) need nothing of the model: its vectors have all H components, and the
+loss or the user cuts them.
 
-Letters: V vocabulary, H hidden size, r rank, L layers, T tokens of a packed batch, N sequences, E
-    exits.
+Letters: V vocabulary, H hidden size, r rank, T tokens of a packed batch, N sequences, E exits.
 """
 
 import math
@@ -24,28 +22,24 @@ from ml_embed.kernels.compilation import compile_in_place
 from ml_embed.kernels.last_layer import read_last_tokens_only
 from ml_embed.kernels.rms_norm import fuse_norms
 
-EXIT_LAYERS = (1, 2, 4, 8, 16, 24, 32, 40, 48)
-SMALLEST_DIM = 8
-SMALLEST_RANK = 64
-
 NormSharing = Literal["shared", "per_layer"]
 
 
 def factorize_table(
     table: Tensor, rank: int, token_share: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The best factors A (V, r), B (r, H) of a token table E (V, H), at r and at every smaller rank
-    they are cut to.
+    """The factors A (V, r), B (r, H) whose product is closest to a token table E (V, H).
 
-    B holds the r leading eigenvectors of sum_x p(x) E_x^T E_x as rows and A = E B^T. With p uniform
-    this is the truncated SVD, A = U_r S_r and B = V_r^T (Eckart-Young).
+    They minimise sum_x p(x) |E_x - A_x B|^2, at r and, cut to their leading components, at every
+    smaller rank. The rows of B are the r leading eigenvectors of sum_x p(x) E_x^T E_x, and
+    A = E B^T. With p uniform this is the truncated SVD, A = U_r S_r and B = V_r^T (Eckart-Young).
 
     Args:
         table: (V, H).
         rank: r, at most min(V, H).
-        token_share: p, (V,), non-negative; None is uniform.
+        token_share: p, (V,), non-negative: the share of each token in the data; None is uniform.
     Returns:
-        A, B in the table's dtype. Each row of B is signed so that its largest component is
+        A, B in the table's dtype. Each row of B has the sign that makes its largest component
         positive.
     """
     assert 1 <= rank <= min(table.shape), (rank, table.shape)
@@ -59,7 +53,7 @@ def factorize_table(
 
 
 class FactorizedEmbedding(nn.Module):
-    """A token table kept as two factors, E ~ A B: neither E nor its gradient ever exists (MEL)."""
+    """A token table as two factors, E ~ A B; neither E nor its gradient is ever computed (MEL)."""
 
     def __init__(self, A: Tensor, B: Tensor):
         super().__init__()
@@ -72,13 +66,13 @@ class FactorizedEmbedding(nn.Module):
         return self.B.shape[0]
 
     def forward(self, input_ids: Tensor, rank: int | None = None) -> Tensor:
-        """(T,) token ids -> (T, H) vectors A[ids, :rank] B[:rank]; rank None is the whole of it."""
+        """(T,) token ids -> (T, H) vectors A[ids, :rank] B[:rank]; rank None is r."""
         rows = F.embedding(input_ids, self.A)[:, :rank]
         return rows @ self.B[:rank]
 
 
 class PlainEmbedding(nn.Embedding):
-    """A whole token table (r = 0), called like a factorised one."""
+    """A token table that is not factorised (r = 0), called like one that is."""
 
     def forward(self, input_ids: Tensor, rank: int | None = None) -> Tensor:
         assert rank is None
@@ -86,12 +80,11 @@ class PlainEmbedding(nn.Embedding):
 
 
 class MatryoshkaEncoder(nn.Module):
-    """Packed token ids -> one vector for each text and exit.
+    """Packed token ids -> one vector per exit and text.
 
-    transformers' own Qwen3 runs, with our attention, on CPUs with our norms, and without the last
-    layer's unread rows (`ml_embed.kernels`, `rms_norm`, `last_layer`). Two of its parts are held
-    here instead: the token table, which becomes factors, and the final norm, so that it sees N
-        pooled rows and not T tokens at each exit.
+    The layers are transformers' own; `ml_embed.kernels` makes them faster. The token table and the
+    final norm are taken out of the backbone and held here: the table becomes factors, and the norm
+    is applied after pooling, to N rows instead of T at each exit.
     """
 
     _no_split_modules = ("Qwen3DecoderLayer",)  # what sharding engines keep whole
@@ -108,16 +101,15 @@ class MatryoshkaEncoder(nn.Module):
     ):
         """
         Args:
-            backbone: a Qwen3 model; it is taken over, not copied.
-            exits: layers after which a vector is read, ascending, the last one included.
-            factors: A (V, r), B (r, H) in place of the backbone's token table; None keeps the
-                table.
-            norm_sharing: one final norm for all exits, or a copy trained apart for each.
-            kernel: which attention kernel runs (`ml_embed.kernels`).
-            gradient_checkpointing: recompute each layer in the backward pass; one (T, H) tensor a
-                layer is kept.
-            compile_layers: fuse what stands around attention in all layers but the last, by
-                torch.compile.
+            backbone: a Qwen3 model; it is changed and used, not copied.
+            exits: layers after which a vector is read, ascending, the last layer included.
+            factors: A (V, r), B (r, H) in place of the backbone's token table; None keeps it.
+            norm_sharing: one final norm for all exits, or a copy per exit, each trained apart.
+            kernel: what computes attention (`ml_embed.kernels.attention`).
+            gradient_checkpointing: keep one (T, H) tensor per layer and compute each layer again in
+                the backward pass.
+            compile_layers: fuse the operations around attention, by torch.compile, in all layers
+                but the last.
         """
         super().__init__()
         check_supported(backbone.config)
@@ -126,22 +118,7 @@ class MatryoshkaEncoder(nn.Module):
             exits,
             backbone.config.num_hidden_layers,
         )
-        register_packed_attention()
-        backbone.set_attn_implementation(ATTENTION_NAME)
-        read_last_tokens_only(backbone.layers[-1])
-        if gradient_checkpointing:
-            # transformers renamed the method after 5.3 and warns of the old name
-            enable = getattr(
-                backbone, "activation_checkpointing_enable", backbone.gradient_checkpointing_enable
-            )
-            enable({"use_reentrant": False})
-        not_compiled = backbone.layers
-        if compile_layers:
-            # Not the last one: cut up by the hooks that narrow it, it is slower compiled (by 5 to
-            # 10 % of a step).
-            compile_in_place(backbone.layers[:-1])
-            not_compiled = backbone.layers[-1:]
-        fuse_norms(not_compiled, type(backbone.norm))
+        _prepare_layers(backbone, gradient_checkpointing, compile_layers)
         self.config: Qwen3Config = backbone.config
         self.exits = tuple(exits)
         self.norm_sharing = norm_sharing
@@ -152,18 +129,16 @@ class MatryoshkaEncoder(nn.Module):
             )
         else:
             self.embedding = FactorizedEmbedding(*factors)
-        final_norm = backbone.norm
-        if norm_sharing == "shared":
-            self.norms = nn.ModuleList([final_norm])
-        else:
-            self.norms = nn.ModuleList([_copy_norm(final_norm, self.config) for _ in self.exits])
+        shared = norm_sharing == "shared"
+        norms = [backbone.norm] if shared else [_copy_norm(backbone) for _ in self.exits]
+        self.norms = nn.ModuleList(norms)
         backbone.register_module("embed_tokens", None)
         backbone.register_module("norm", nn.Identity())
         self.backbone = backbone
 
     @property
     def rank(self) -> int:
-        """r of the factors; 0 is a whole token table."""
+        """r of the factors; 0 without factors."""
         return self.embedding.rank if isinstance(self.embedding, FactorizedEmbedding) else 0
 
     def forward(
@@ -172,9 +147,9 @@ class MatryoshkaEncoder(nn.Module):
         """Vectors of all texts at all exits, not normalised.
 
         Args:
-            input_ids: (T,) int64, the texts one behind another, each ending in EOS.
-            packed: their lengths.
-            rank: leading components of the token factors to use; None is all.
+            input_ids: (T,) int64, one text after another, each ending in EOS.
+            packed: where the texts end.
+            rank: how many leading components of the token factors to use; None is all.
         Returns:
             (E, N, H) float32: FinalRMSNorm of each exit layer's hidden state at each text's last
             token.
@@ -188,25 +163,43 @@ class MatryoshkaEncoder(nn.Module):
             packed=packed,
             kernel=self.kernel,
         )
-        layers = (
-            output.hidden_states
-            if len(self.exits) > 1
-            else {self.exits[0]: output.last_hidden_state}
-        )
-        last_tokens = packed.last_tokens
+        layers = [output.last_hidden_state]
+        if len(self.exits) > 1:
+            layers = [output.hidden_states[layer] for layer in self.exits]
         # Pool first, normalise after: the norm sees N rows, not T, at each exit.
-        pooled = [
-            layers[exit_layer].squeeze(0).index_select(0, last_tokens).float()
-            for exit_layer in self.exits
-        ]
+        last_tokens = packed.last_tokens
+        pooled = [hidden.squeeze(0).index_select(0, last_tokens).float() for hidden in layers]
         if self.norm_sharing == "shared":
             return self.norms[0](torch.stack(pooled))
         return torch.stack([norm(rows) for norm, rows in zip(self.norms, pooled, strict=True)])
 
 
-def _copy_norm(norm: nn.Module, config: Qwen3Config) -> nn.Module:
-    copy = type(norm)(config.hidden_size, eps=config.rms_norm_eps)
-    copy.load_state_dict(norm.state_dict())
+def _prepare_layers(
+    backbone: Qwen3Model, gradient_checkpointing: bool, compile_layers: bool
+) -> None:
+    """Let the layers run with this project's kernels (`ml_embed.kernels`)."""
+    register_packed_attention()
+    backbone.set_attn_implementation(ATTENTION_NAME)
+    read_last_tokens_only(backbone.layers[-1])
+    if gradient_checkpointing:
+        # transformers renamed the method after 5.3 and warns of the old name
+        enable = getattr(
+            backbone, "activation_checkpointing_enable", backbone.gradient_checkpointing_enable
+        )
+        enable({"use_reentrant": False})
+    not_compiled = backbone.layers
+    if compile_layers:
+        # Not the last one: the hooks that narrow it split it into pieces, and compiled it is slower
+        # (by 5 to 10 % of a step).
+        compile_in_place(backbone.layers[:-1])
+        not_compiled = backbone.layers[-1:]
+    fuse_norms(not_compiled, type(backbone.norm))
+
+
+def _copy_norm(backbone: Qwen3Model) -> nn.Module:
+    """A copy of the final norm, with its weights."""
+    copy = type(backbone.norm)(backbone.config.hidden_size, eps=backbone.config.rms_norm_eps)
+    copy.load_state_dict(backbone.norm.state_dict())
     return copy
 
 
@@ -231,13 +224,19 @@ def check_supported(config: Any) -> None:
         )
 
 
+# The nested sizes that are trained where the config names none (arXiv 2605.15081).
+EXIT_LAYERS = (1, 2, 4, 8, 16, 24, 32, 40, 48)
+SMALLEST_DIM = 8
+SMALLEST_RANK = 64
+
+
 def default_exits(num_layers: int) -> tuple[int, ...]:
-    """Layers after which a vector is read, ascending; always ends with the last one."""
+    """Layers after which a vector is read, ascending: those of `EXIT_LAYERS` and the last one."""
     return tuple(sorted({layer for layer in EXIT_LAYERS if layer <= num_layers} | {num_layers}))
 
 
 def _doublings(smallest: int, largest: int) -> set[int]:
-    """{smallest, 2 smallest, 4 smallest, ... < largest} and largest."""
+    """{smallest, 2 smallest, 4 smallest, ...} below `largest`, and `largest`."""
     sizes = {largest}
     size = smallest
     while size < largest:
@@ -247,20 +246,19 @@ def _doublings(smallest: int, largest: int) -> set[int]:
 
 
 def default_dims(hidden_size: int) -> tuple[int, ...]:
-    """Nested vector lengths, largest first: H, ..., 32, 16, 8."""
+    """Nested vector lengths, largest first: H, then the powers of two below it, down to 8."""
     return tuple(sorted(_doublings(SMALLEST_DIM, hidden_size), reverse=True))
 
 
 def default_ranks(rank: int) -> tuple[int, ...]:
-    """Nested ranks of the token table, ascending: 64, 128, 256, ..., r."""
+    """Nested ranks of the token table, ascending: powers of two from 64 to below r, and r."""
     return tuple(sorted(_doublings(SMALLEST_RANK, rank)))
 
 
 def dim_weights(dims: Sequence[int]) -> tuple[float, ...]:
-    """Loss weight c_n = 1 / (n sqrt(d_1 / d_n)) of the n-th largest dim, n from 1 (arXiv
-    2605.15081).
+    """The loss weight c_n = 1 / (n sqrt(d_1 / d_n)) of each nested vector length d_n, n from 1.
 
-    `dims` are given largest first; d_1 is the whole vector.
+    `dims` are given largest first; d_1 is the whole vector (arXiv 2605.15081).
     """
     largest = dims[0]
     return tuple(1.0 / (n * math.sqrt(largest / dim)) for n, dim in enumerate(dims, start=1))

@@ -1,8 +1,8 @@
-"""On one CUDA GPU: are the variable-length kernels and the packed step right, and how fast are
-they?
+"""Check and measure the training step on one CUDA GPU, against a naive step in the same run.
 
-Qwen3-0.6B's shape with random weights, rank 512, at most 1,024 tokens, bfloat16; the naive step in
-the same run. Needs no data. Without a GPU it says so and ends with 0.
+Checks the variable-length attention kernels and the packed step; then measures steps of
+Qwen3-0.6B's shape: random weights, rank 512, at most 1,024 tokens, bfloat16. Needs no data. Without
+a GPU it says so and ends with 0.
 """
 
 import argparse
@@ -10,9 +10,8 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # works from a clone that is not installed, too
+# works from a clone that is not installed, too
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ml_embed.errors import exit_on_user_error
 from ml_embed.notices import parse_command
@@ -35,9 +34,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--compile", action="store_true", help="also with compile_layers (minutes to warm up)"
     )
-    parser.add_argument(
-        "--liger", action="store_true", help="also with liger-kernel's norms, rotary and MLP"
-    )
     args = parse_command(parser, arguments)
 
     import torch
@@ -47,42 +43,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps({"benchmark": "gpu", "skipped": "no CUDA GPU"}))
         return
 
-    import dataclasses
+    from ml_embed.benchmarks.gpu import report_gpu
 
-    from ml_embed.benchmarks.common import print_result, print_table
-    from ml_embed.benchmarks.gpu import (
-        MODEL_06B,
-        SHAPE_06B,
-        check_kernels,
-        check_liger,
-        check_naive,
-        measure_training,
-    )
-
-    agreement = {"naive": check_naive(), "kernels": check_kernels()}
-    if args.liger:
-        agreement["liger"] = check_liger()
-    print(f"agreement: {agreement}")
-    shape = dataclasses.replace(SHAPE_06B, batch_size=args.batch_size)
-    result = measure_training(shape, args.repeats, args.compile, args.liger, **MODEL_06B)
-    rows = [
-        [name, "out of memory", "", "", ""]
-        if m is None
-        else [
-            name,
-            m.timing.in_unit(1000, "ms"),
-            f"{m.tokens_per_second:,.0f}",
-            f"{m.mfu:.1%}",
-            f"{m.peak_mib:,.0f} MiB",
-        ]
-        for name, m in result["versions"].items()
-    ]
-    print_table(["version", "one step", "real tokens/s", "MFU", "peak memory"], rows)
-    naive, fast = result["versions"]["naive"], result["versions"]["fast"]
-    both = naive is not None and fast is not None
-    result["ratio"] = naive.timing.median / fast.timing.median if both else None
-    result["memory_share"] = fast.peak_mib / naive.peak_mib if both else None
-    print_result("gpu", result | {"agreement": agreement}, device="cuda")
+    report_gpu(args.batch_size, args.repeats, args.compile)
 
 
 if __name__ == "__main__":

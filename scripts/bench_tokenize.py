@@ -1,8 +1,6 @@
-"""tokenize_data_qwen.py's work end to end (reading, numbering, writing) against the tokenizers
-library alone.
+"""Measure tokenizing a file, with reading and writing, against the tokenizers library alone.
 
-Both take the same texts, none of which occurs twice; the naive version tokenizes one text after
-another.
+Both take the same texts, none of which occurs twice. A naive version tokenizes text by text.
 """
 
 import argparse
@@ -10,9 +8,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # works from a clone that is not installed, too
+# works from a clone that is not installed, too
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ml_embed.errors import exit_on_user_error
 from ml_embed.notices import parse_command
@@ -29,39 +26,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3, help="runs of each (default 3)")
     args = parse_command(parser, arguments)
 
-    from ml_embed.benchmarks.common import print_result, print_table
-    from ml_embed.benchmarks.tokenizing import compare_tokenizing, peak_memory, write_articles
-    from ml_embed.prepare.tokenizer_training import train_tokenizer
-    from ml_embed.sample_data.plan import plan_datasets, training_texts
+    from ml_embed.benchmarks.tokenizing import report_tokenizing
 
-    articles = training_texts(plan_datasets(50, 0))
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        tokenizer, raw, small = (
-            folder / "tokenizer",
-            folder / "raw" / "texts.parquet",
-            folder / "small" / "texts.parquet",
-        )
-        train_tokenizer(articles, 16_384).save_pretrained(tokenizer)
-        write_articles(articles, raw, args.rows)
-        write_articles(articles, small, max(1, args.rows // 4))
-        result = compare_tokenizing(
-            tokenizer, raw, folder / "out", args.repeats, naive_rows=max(1, args.rows // 20)
-        )
-        result["peak_mib"]["ours, a quarter of the file"] = peak_memory(
-            tokenizer, small, folder / "less"
-        )
-    speeds, peaks = result["megabytes_per_second"], result["peak_mib"]
-    print_table(
-        ["version", "MB/s", "peak memory"],
-        [[k, f"{v:.2f}", f"{peaks[k]:.0f} MiB"] for k, v in speeds.items()],
-    )
-    print(
-        f"{result['share_of_raw']:.0%} of the library's own throughput, {result['ratio']:.1f} "
-        "times the naive one's"
-    )
-    print(f"a file a quarter as long: {peaks['ours, a quarter of the file']:.0f} MiB")
-    print_result("tokenize", result | {"sizes": vars(args)})
+    with tempfile.TemporaryDirectory() as folder:
+        report_tokenizing(Path(folder), args.rows, args.repeats)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The training step against a naive one (padding, table multiplied out, norm over whole sequences)
-on the CPU.
+"""Measure the training step on the CPU, against a naive one with the same weights and batch.
 
-Ours runs as by default and with compile_layers. Same weights and rows; losses and every gradient
-are compared first; speeds are told as ratios and as shares of what square matrix products reach. 8
-layers, width 256, a table of 151,936 rows at rank 128, 8 rows of 9 texts of the embedded corpus, at
-most 256 tokens. With --gradcache: memory as the batch grows.
+The naive step pads, multiplies the token table out and normalises whole sequences. Ours runs as it
+does by default, and with compile_layers. First the losses and all gradients are compared; speeds
+are given as ratios, and as shares of the speed of square matrix products. The model has 8 layers of
+width 256 and a table of 151,936 rows at rank 128; the batch has 8 rows of 9 texts of at most 256
+tokens. With --gradcache it measures memory as the batch grows.
 """
 
 import argparse
@@ -12,9 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # works from a clone that is not installed, too
+# works from a clone that is not installed, too
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ml_embed.errors import exit_on_user_error
 from ml_embed.notices import parse_command

@@ -1,7 +1,7 @@
-"""Make raw training data and evaluation sets of the embedded corpus (see
-ml_embed/sample_data/README.md).
+"""Make raw training data and evaluation sets of the embedded corpus.
 
-Prints, as one JSON object, what chance and trivial cues achieve on every evaluation split.
+See ml_embed/sample_data/README.md. Prints one JSON object: what chance and trivial cues achieve on
+each evaluation split.
 """
 
 import argparse
@@ -9,9 +9,8 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # works from a clone that is not installed, too
+# works from a clone that is not installed, too
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ml_embed.errors import exit_on_user_error
 from ml_embed.files.paths import check_writable, home_path
@@ -85,6 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def summary(plan: Plan, eval_dir: Path) -> dict[str, object]:
+    """What was made, and what trivial cues achieve on each evaluation split."""
     import pyarrow.parquet as pq
 
     return {

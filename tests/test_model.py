@@ -1,5 +1,4 @@
-"""The encoder against transformers' own Qwen3, one sequence at a time, in values and in every
-gradient."""
+"""The encoder's vectors and gradients against transformers' own Qwen3, one sequence at a time."""
 
 import pytest
 import torch
@@ -55,8 +54,7 @@ def test_packed_vectors_and_all_gradients_equal_transformers(world, backbone, se
 
 @pytest.mark.parametrize("rank", [8, 24, None])
 def test_factors_give_the_gradients_of_the_multiplied_table(world, backbone, sequences, rank):
-    """The chain rule by hand: dA = dE B^T and dB = A^T dE for the leading components, zero for the
-    others."""
+    """By the chain rule dA = dE B^T and dB = A^T dE in the leading components, 0 in the others."""
     table = backbone.embed_tokens.weight.detach()
     A, B = factorize_table(table, 32)
     naive = AutoModel.from_pretrained(world.backbone)

@@ -1,4 +1,4 @@
-"""Timing two ways of doing the same, and telling the result with all that is needed to judge it."""
+"""Timing several versions of the same work, and printing what is needed to judge the result."""
 
 import datetime
 import json
@@ -38,7 +38,7 @@ class Timing:
         }
 
     def in_unit(self, scale: float, unit: str) -> str:
-        """For a table: median (fastest .. slowest)."""
+        """Median (fastest .. slowest), for a table."""
         low, high = min(self.seconds) * scale, max(self.seconds) * scale
         return f"{self.median * scale:.3g} {unit} ({low:.3g} .. {high:.3g})"
 
@@ -49,10 +49,13 @@ def measure(
     warm_up: int = 1,
     synchronize: Callable[[], None] = lambda: None,
 ) -> dict[str, Timing]:
-    """Run all candidates in turn, `repeats` times, so that whatever else the machine does slows all
-    of them alike.
+    """Time candidates that take turns, so that other work on the machine slows all of them alike.
 
-    `synchronize` waits for an accelerator, before and after each call.
+    Args:
+        candidates: what to run, by name.
+        repeats: timed calls of each.
+        warm_up: calls of each before that are not timed.
+        synchronize: waits for a GPU; called before and after each timed call.
     """
     for _ in range(warm_up):
         for run in candidates.values():
@@ -69,7 +72,7 @@ def measure(
 
 
 def ratio(slow: Timing, fast: Timing) -> float:
-    """How many times faster: the median of the ratios of neighbouring repeats."""
+    """How many times faster `fast` is: the median of the ratios of neighbouring repeats."""
     return statistics.median(s / f for s, f in zip(slow.seconds, fast.seconds, strict=True))
 
 
@@ -80,15 +83,19 @@ def ratio_range(slow: Timing, fast: Timing) -> tuple[float, float]:
 
 
 def memory_mib(kind: str) -> float:
-    """This process's memory now, in MiB: "Private" is its own alone, "Rss" is all that is resident
-    (Linux)."""
+    """This process's memory now, in MiB, on Linux.
+
+    `kind` "Private" is memory that no other process shares, "Rss" all that is resident.
+    """
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith(kind)) / 1024
 
 
 def matrix_peak(size: int, repeats: int, device: Any = "cpu", dtype: Any = None) -> float:
-    """FLOP/s of a large square matrix product: the best of `repeats`, to be taken in the same run
-    as what it judges."""
+    """FLOP/s of a large square matrix product, the best of `repeats`.
+
+    To be measured in the same run as the work that it is compared with.
+    """
     import torch
 
     device = torch.device(device)
@@ -102,12 +109,10 @@ def matrix_peak(size: int, repeats: int, device: Any = "cpu", dtype: Any = None)
 
 
 class SquareProducts:
-    """Large square matrix products on the CPU, at least as many FLOPs of them as some other work
-    has.
+    """Large square matrix products on the CPU, with at least as many FLOPs as some other work.
 
-    They take turns with that work, for about as long: on a shared machine a short burst can be
-    twice as fast as what
-    lasts for seconds, and would not be a peak that anything long could reach.
+    They take turns with that work, for about as long. On a shared machine a short burst can be
+    twice as fast as what lasts for seconds; no long work could reach such a peak.
     """
 
     def __init__(self, size: int, flops: float):
@@ -119,7 +124,7 @@ class SquareProducts:
         self.flops = self._count * 2 * size**3
 
     def seconds(self) -> float:
-        """What they take now."""
+        """The time that they take now."""
         import torch
 
         start = time.perf_counter()
@@ -129,14 +134,14 @@ class SquareProducts:
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """Commit, date, versions and hardware."""
+    """Date, commit, versions and hardware. `device` is "cpu" or "cuda"."""
     import torch
 
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "commit": _commit(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in LIBRARIES},
+        "versions": {name: version(name) for name in LIBRARIES},
         "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU: {_cpu_name()}",
         "cores": len(os.sched_getaffinity(0)),
         "torch_threads": torch.get_num_threads(),
@@ -144,7 +149,8 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """The installed version of a package; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -175,7 +181,7 @@ def _cpu_name() -> str:
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table as markdown, aligned."""
+    """Print a markdown table with aligned columns."""
     cells = [[str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = [
@@ -187,7 +193,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 
 
 def print_result(benchmark: str, result: Mapping[str, Any], device: str = "cpu") -> None:
-    """The last line of a benchmark: one JSON object."""
+    """Print a benchmark's last line: one JSON object, with its environment."""
     print(
         json.dumps(
             {"benchmark": benchmark, **result, "environment": environment(device)}, default=_plain
@@ -196,12 +202,12 @@ def print_result(benchmark: str, result: Mapping[str, Any], device: str = "cpu")
 
 
 def _plain(value: Any) -> Any:
-    """Timings and the like tell themselves; NumPy and torch numbers become Python's."""
+    """For json: what `to_json` gives, or the Python number of NumPy's and torch's."""
     return value.to_json() if hasattr(value, "to_json") else value.item()
 
 
 def require_agreement(name: str, difference: float, tolerance: float) -> None:
-    """Stop the benchmark if the two ways do not give the same: then their speeds mean nothing."""
+    """Stop the benchmark if two versions differ: their speeds would mean nothing."""
     if not difference <= tolerance:
         raise SystemExit(
             f"{name}: the two versions differ by {difference:.3g}, more than {tolerance:.3g}"

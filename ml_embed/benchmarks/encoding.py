@@ -1,4 +1,4 @@
-"""Embedder.encode against sentence-transformers' encode: the same folder, the same texts."""
+"""Embedder.encode against sentence-transformers' encode of the same model and texts."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,8 +7,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from ml_embed.benchmarks.common import MIB, measure, ratio, ratio_range, require_agreement
-from ml_embed.benchmarks.samples import make_backbone
+from ml_embed.benchmarks.common import (
+    MIB,
+    measure,
+    print_result,
+    print_table,
+    ratio,
+    ratio_range,
+    require_agreement,
+)
+from ml_embed.benchmarks.samples import QWEN3_VOCABULARY, make_backbone
 from ml_embed.inference.embedder import Embedder
 from ml_embed.model import (
     MatryoshkaEncoder,
@@ -19,6 +27,7 @@ from ml_embed.model import (
 )
 from ml_embed.model_folders.record import ModelRecord
 from ml_embed.model_folders.write import save_model_folder
+from ml_embed.prepare.tokenizer_training import train_tokenizer
 from ml_embed.sample_data.plan import plan_datasets, training_texts
 
 TOLERANCE = 1e-4  # of unit vectors' components, float32; measured 4e-7
@@ -26,8 +35,7 @@ MAX_LENGTH = 512
 
 
 def mixed_texts(count: int, seed: int = 0) -> tuple[list[str], list[str]]:
-    """Texts of mixed length (a few words to several articles), and the texts a tokenizer is trained
-    on."""
+    """Texts to encode, of a few words to several articles, and texts to train a tokenizer on."""
     articles = training_texts(plan_datasets(50, seed))
     rng = np.random.default_rng(seed)
     texts = []
@@ -38,7 +46,7 @@ def mixed_texts(count: int, seed: int = 0) -> tuple[list[str], list[str]]:
 
 
 def write_model(folder: Path, tokenizer: Any, rank: int, **shape: int) -> None:
-    """A model folder with random weights, every exit and dim."""
+    """Write a model folder with random weights and all default exits, dims and ranks."""
     backbone = make_backbone(tokenizer, **shape)
     config = backbone.config
     layers, hidden = config.num_hidden_layers, config.hidden_size
@@ -53,7 +61,7 @@ def write_model(folder: Path, tokenizer: Any, rank: int, **shape: int) -> None:
 
 
 def compare_encoding(folder: Path, texts: list[str], repeats: int) -> dict[str, Any]:
-    """Seconds of both, after checking that the vectors agree. Raises SystemExit if they do not."""
+    """Time both, after checking that their vectors agree (SystemExit if not)."""
     from sentence_transformers import SentenceTransformer
 
     ours = Embedder.from_pretrained(folder, device="cpu")
@@ -95,3 +103,23 @@ def rank_memory(folder: Path, ranks: list[int]) -> dict[int, float]:
         rank: Embedder.from_pretrained(folder, rank=rank, device="cpu").num_parameters * 4 / MIB
         for rank in ranks
     }
+
+
+def report_encoding(folder: Path, count: int, repeats: int) -> None:
+    """Measure the encoding of `count` texts; print tables and the JSON line."""
+    texts, articles = mixed_texts(count)
+    write_model(folder, train_tokenizer(articles, 16_384), rank=256)
+    result = compare_encoding(folder, texts, repeats)
+    depths = measure_depths(folder, texts, [1, 2, 4, 8], repeats)
+    ranks = rank_memory(folder, [64, 128, 256])
+    encoders = [[name, timing.in_unit(1, "s")] for name, timing in result["seconds"].items()]
+    print_table(["encode", "time"], encoders)
+    print(f"ratio {result['ratio']:.2f}; vectors agree within {result['difference']:.1e}")
+    shares = [[depth, f"{s:.2f} s", f"{s / depths[8]:.0%}"] for depth, s in depths.items()]
+    print_table(["depth", "time", "of 8 layers"], shares)
+    sizes = [[rank, f"{size:.0f} MiB"] for rank, size in ranks.items()]
+    print_table(["rank", "parameters in memory"], sizes)
+    print(f"(the whole table alone: {QWEN3_VOCABULARY * 256 * 4 / MIB:.0f} MiB)")
+    shape = {"texts": count, "layers": 8, "hidden": 256, "vocabulary": QWEN3_VOCABULARY}
+    more = {"seconds_at_depth": depths, "mib_at_rank": ranks, "sizes": shape}
+    print_result("encode", result | more)

@@ -1,5 +1,4 @@
-"""Memory of a training step as the batch grows, at one budget of tokens a forward pass
-(GradCache)."""
+"""Memory of a training step as the batch grows while GradCache's chunks stay as large."""
 
 import json
 import subprocess
@@ -21,7 +20,9 @@ from ml_embed.benchmarks.training_setup import (
 )
 
 MAX_TOKENS = 2048
-LARGEST_WHOLE = 512  # at once; 4,096 would need over 10 GiB
+"""of a chunk"""
+LARGEST_WHOLE = 512
+"""rows of a batch that is also run whole; 4,096 would need over 10 GiB"""
 NEGATIVES, MAX_LENGTH = 1, 32
 MODEL = {
     "intermediate_size": 128,
@@ -37,8 +38,10 @@ _CHILD = "import sys; from ml_embed.benchmarks.gradcache import child; child(*sy
 def measure_batch(
     tokenized: Path, cache: Path, eos_id: int, batch_size: int, budgets: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """A step at each budget (tokens; 0 = the whole batch at once) in one new process: seconds, peak
-    resident MiB."""
+    """Seconds and peak resident MiB of a step, at each budget, in one new process.
+
+    A budget is the most tokens of a chunk; 0 = the whole batch at once.
+    """
     arguments = [str(tokenized), str(cache), str(eos_id), str(batch_size), *map(str, budgets)]
     output = subprocess.run(
         [sys.executable, "-c", _CHILD, *arguments], check=True, capture_output=True, text=True
@@ -47,7 +50,7 @@ def measure_batch(
 
 
 def child(tokenized: str, cache: str, eos_id: str, batch_size: str, *budgets: str) -> None:
-    """What the new process runs; prints a list as JSON."""
+    """What the new process runs: prints the list of results as JSON."""
     shape = TrainingShape(int(batch_size), NEGATIVES, MAX_LENGTH, RANK, LAYERS, HIDDEN)
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     batch = pick_batch(open_sample(Path(tokenized), Path(cache)), shape, int(eos_id))
@@ -73,8 +76,7 @@ def _peak_mib() -> float:
 
 
 def report_gradcache(folder: Path, batch_sizes: list[int]) -> None:
-    """Measure each batch size in chunks, and the smaller ones at once; print the table and the JSON
-    line."""
+    """Measure each batch size in chunks, small ones also whole; print a table and the JSON line."""
     sample = make_sample(
         folder / "sample", rows=max(6000, max(batch_sizes)), languages=150, vocabulary=4000
     )

@@ -1,11 +1,10 @@
-"""Two ways to start the factors of a pretrained token table, compared rank by rank without any
-training.
+"""Compares the two ways to start the factors of a pretrained token table, without any training.
 
-The model stays as it is but for its table E, which is replaced by the leading r components of its
-factors. Token frequencies come from the odd articles of the embedded corpus, all figures from the
+Of a pretrained model only the token table is changed: it becomes the product of its factors, cut to
+each rank. Tokens are counted in the odd articles of the embedded corpus; all figures are of the
 even ones.
 
-Letters: V vocabulary, H hidden size, r rank, G languages, N articles, T tokens.
+Letters: V vocabulary, H hidden size, r rank, G languages, N articles.
 """
 
 from __future__ import annotations
@@ -54,13 +53,11 @@ class Measurement:
     start: Start | None
     rank: int | None
     error: float
-    """share of the table's squared length that is lost, each token weighted by its share of the
-    measured text"""
+    """share of the table's squared norm that is lost, each token weighted by how often it occurs"""
     cosine: float
     """mean cosine between a text's vector and the uncut model's"""
     recall: float
-    """an article in one language finds the same one in another among all measured; mean over
-    ordered pairs"""
+    """how often an article in one language finds itself in another, mean over ordered pairs"""
 
 
 def packaged_model() -> Path:
@@ -136,14 +133,13 @@ def _load(folder: Path) -> Any:
 
 
 def _articles(numbers: Sequence[int]) -> list[str]:
-    """G N texts, one language's articles behind another's."""
+    """G N texts, language by language."""
     texts = {(row["code"], row["article"]): row["text"] for row in load_articles().to_pylist()}
     return [texts[code, number] for code in LANGUAGES for number in numbers]
 
 
 def count_tokens(tokenizer: Any, texts: list[str], vocabulary: int) -> Tensor:
-    """(V,) float64: how often each id occurs, the ids that the tokenizer puts around each text
-    included."""
+    """(V,) float64: how often each id occurs, with the ids that the tokenizer adds to a text."""
     encoded = tokenizer(texts, truncation=True)["input_ids"]
     return torch.from_numpy(
         np.bincount(np.concatenate(encoded), minlength=vocabulary).astype(np.float64)
@@ -153,6 +149,7 @@ def count_tokens(tokenizer: Any, texts: list[str], vocabulary: int) -> Tensor:
 def _cut_tables(
     table: Tensor, share: Tensor, ranks: Sequence[int]
 ) -> Iterator[tuple[Start, int, Tensor]]:
+    """(start, rank, (V, H) table of that rank) for both starts and all ranks."""
     for start in STARTS:
         A, B = factorize_table(table, max(ranks), share if start == "frequency" else None)
         for rank in sorted(ranks):
@@ -174,8 +171,10 @@ def _encode(model: Any, texts: list[str]) -> Tensor:
 
 
 def pair_recall(vectors: Tensor) -> float:
-    """Share of articles (G, N, H) that find themselves first in another language, over all ordered
-    pairs."""
+    """Share of articles whose nearest vector in another language is their own, over ordered pairs.
+
+    `vectors` are (G, N, H).
+    """
     languages, articles, _ = vectors.shape
     right = torch.arange(articles)
     found = [
@@ -188,7 +187,7 @@ def pair_recall(vectors: Tensor) -> float:
 
 
 def markdown_table(rows: Sequence[Measurement]) -> str:
-    """A line a rank, svd and frequency side by side."""
+    """One line per rank, svd and frequency side by side."""
     by_cell = {(row.start, row.rank): row for row in rows}
     ranks = sorted({row.rank for row in rows if row.rank is not None})
     figures = (("error", "lost"), ("cosine", "cosine"), ("recall", "recall@1"))

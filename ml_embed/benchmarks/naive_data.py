@@ -1,7 +1,6 @@
-"""A straightforward data path, to compare with: lists of Python integers, a dict of string ids,
-padded batches.
+"""A naive data path, to compare with: lists of Python integers, a dict of ids, padded batches.
 
-Letters: R rows, K negatives, N texts, S longest text.
+Letters: N texts, S length of the longest.
 """
 
 import random
@@ -13,8 +12,7 @@ from torch import Tensor
 
 
 class NaiveDataset:
-    """Both parquet files of one dataset read into Python objects, the corpus as a dict from string
-    ids to tokens."""
+    """Both parquet files of a dataset as Python objects; the corpus is a dict of id to tokens."""
 
     def __init__(self, folder: Path, name: str):
         corpus = pq.read_table(folder / f"{name}_corpus.parquet").column("input_ids").to_pylist()
@@ -37,10 +35,14 @@ class NaiveDataset:
         max_length: int,
         eos_id: int,
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Padded ids and mask, (N, S) each: of the queries, and of the passages followed by the
-        negatives.
+        """(ids, mask), each (N, S), of the queries, and of the passages followed by the negatives.
 
-        `negatives` are places among each row's own; None draws `count` of them.
+        Args:
+            rows: row numbers.
+            negatives: which of its own negatives each row uses; None draws them.
+            count: how many to draw.
+            max_length: tokens of a text.
+            eos_id: last token of a cut text, and padding.
         """
         queries, documents, drawn = [], [], []
         for number, row in enumerate(rows):
@@ -55,7 +57,7 @@ class NaiveDataset:
 
 
 def cut(ids: list[int], max_length: int, eos_id: int) -> list[int]:
-    """At most `max_length` ids, the last of a cut text replaced by EOS."""
+    """A text's ids, or its first `max_length` ids with the last one replaced by EOS."""
     return ids if len(ids) <= max_length else [*ids[: max_length - 1], eos_id]
 
 

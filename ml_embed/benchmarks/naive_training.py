@@ -1,9 +1,8 @@
-"""A straightforward training step, to compare with: the same mathematics without any of this
-project's savings.
+"""A naive training step, to compare with: the same mathematics, written the simplest way.
 
-Padded batches (queries, documents), the token table multiplied out in each step, the final norm
-over whole sequences at every exit, a loss loop over exits and dims, torch's default AdamW. Plain
-transformers with its own SDPA attention.
+Queries and documents are padded, the token table is multiplied out in each step, the final norm
+runs over whole sequences at each exit, and the loss is a loop over exits and dims. transformers'
+own attention and torch's default AdamW.
 
 Letters: R rows, K negatives, S longest text, N texts, H hidden size, V vocabulary, r rank, E exits.
 """
@@ -32,7 +31,7 @@ class NaiveBatch:
 
 
 class NaiveEncoder(nn.Module):
-    """Qwen3 with token factors A (V, r), B (r, H)."""
+    """Qwen3 with token factors A (V, r), B (r, H) and a shared final norm."""
 
     def __init__(self, backbone: Qwen3Model, A: Tensor, B: Tensor, exits: Sequence[int]):
         super().__init__()
@@ -44,15 +43,12 @@ class NaiveEncoder(nn.Module):
         self.exits = tuple(exits)
 
     def forward(self, texts: Sequence[list[int]], table: Tensor) -> Tensor:
-        """(E, N, H) vectors of N texts, by one padded batch; `table` is A B, (V, H)."""
+        """(E, N, H) vectors of N texts in one padded batch; `table` is A B, (V, H)."""
         device = table.device
         longest = max(map(len, texts))
-        ids = torch.tensor(
-            [text + [0] * (longest - len(text)) for text in texts], device=device
-        )  # (N, S)
-        mask = torch.tensor(
-            [[1] * len(text) + [0] * (longest - len(text)) for text in texts], device=device
-        )
+        padded = [text + [0] * (longest - len(text)) for text in texts]
+        real = [[1] * len(text) + [0] * (longest - len(text)) for text in texts]
+        ids, mask = (torch.tensor(rows, device=device) for rows in (padded, real))  # (N, S)
         output = self.backbone(
             inputs_embeds=F.embedding(ids, table),
             attention_mask=mask,
@@ -67,8 +63,7 @@ class NaiveEncoder(nn.Module):
 
 
 def naive_loss(encoder: NaiveEncoder, batch: NaiveBatch, spec: MatryoshkaSpec) -> Tensor:
-    """The retrieval objective: mean over exits of (hard + in-batch), a sum over nested dims
-    each."""
+    """The retrieval objective: mean over exits of hard + in-batch loss, each summed over dims."""
     table = encoder.A @ encoder.B
     rows, count = len(batch.queries), len(batch.negatives[0])
     query = encoder(batch.queries, table)  # (E, R, H)

@@ -1,7 +1,6 @@
-"""Real text for the benchmarks: articles of the embedded corpus, tokenized, and backbones of any
-shape to read them.
+"""Text and models for the benchmarks: tokenized articles of the embedded corpus, random backbones.
 
-The tokenizer is trained on the same text; the token table has Qwen3's 151,936 rows all the same.
+The tokenizer is trained on the articles and is small; token tables have Qwen3's 151,936 rows.
 """
 
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ QWEN3_VOCABULARY = 151_936
 
 @dataclass(frozen=True)
 class Sample:
-    """Folders of raw and tokenized data of the retrieval task, and the tokenizer they share."""
+    """Folders of raw and of tokenized data of one retrieval dataset, and its tokenizer."""
 
     raw: Path
     tokenized: Path
@@ -37,15 +36,14 @@ def make_sample(
     tokenizer_folder: Path | None = None,
     vocabulary: int = 16_384,
 ) -> Sample:
-    """Write `rows` rows (query, passage, 23 negatives: articles in many languages) and their token
-    ids.
+    """Write a retrieval dataset and its token ids: rows of a query, a passage and 23 negatives.
 
     Args:
         folder: an empty or new folder.
         rows: rows of the retrieval dataset.
         languages: translations that the rows are made of.
-        tokenizer_folder: a tokenizer to use, Qwen3's where it is at hand; None trains one.
-        vocabulary: tokens of a trained one.
+        tokenizer_folder: a tokenizer to use; None trains one.
+        vocabulary: tokens of a tokenizer that is trained.
     """
     folder.mkdir(parents=True, exist_ok=True)
     plan = build_datasets(
@@ -65,8 +63,12 @@ def make_sample(
 
 
 def make_backbone(tokenizer: PreTrainedTokenizerBase | None, **shape: int) -> Qwen3Model:
-    """A Qwen3 model with random weights (seed 0) in float32; `shape` overrides the benchmark's
-    usual one."""
+    """A Qwen3 model with random weights (seed 0) in float32.
+
+    Args:
+        tokenizer: what its end and padding ids come from; None for none.
+        shape: entries of Qwen3Config that replace those of the CPU benchmark.
+    """
     settings: dict[str, Any] = {
         "vocab_size": QWEN3_VOCABULARY,
         "hidden_size": 256,

@@ -1,5 +1,4 @@
-"""Tokenizing a folder end to end against the tokenizers library alone, and against one text after
-another."""
+"""Tokenizing a file end to end, against the tokenizers library alone and against a naive loop."""
 
 import itertools
 import json
@@ -9,8 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ml_embed.benchmarks.common import print_result, print_table
 from ml_embed.prepare.raw_parquet import write_raw
 from ml_embed.prepare.rows import RawRow
+from ml_embed.prepare.tokenizer_training import train_tokenizer
+from ml_embed.sample_data.plan import plan_datasets, training_texts
 
 _PEAK = """
 lines = open("/proc/self/status").read().splitlines()  # getrusage's maximum would be the parent's
@@ -41,9 +43,9 @@ _OURS = (
     """
 import json, sys, time
 from pathlib import Path
-from ml_embed.tokenization import TokenizeOptions, tokenize_folder
-from ml_embed.tokenizer import load_tokenizer
-# the imports that the first one makes are no work on text; "raw" leaves them out too
+from ml_embed.prepare.tokenization import TokenizeOptions, tokenize_folder
+from ml_embed.prepare.tokenizer import load_tokenizer
+# The first tokenizer imports much, which is no work on text; "raw" does not count it either.
 load_tokenizer(sys.argv[1])
 start = time.perf_counter()
 folders = Path(sys.argv[2]).parent, Path(sys.argv[3])
@@ -77,8 +79,7 @@ print(json.dumps({"seconds": seconds, "peak_mib": peak, "bytes": size}))
 
 
 def write_articles(texts: list[str], path: Path, rows: int, negatives: int = 7) -> None:
-    """Rows of articles; a number in front makes each a text of its own, so that none is spared by
-    being known."""
+    """Write rows of articles, each with a number before it, so that no text occurs twice."""
     path.parent.mkdir(parents=True, exist_ok=True)
     numbered = (f"{number} {text}" for number, text in enumerate(itertools.cycle(texts)))
     write_raw(
@@ -93,7 +94,15 @@ def write_articles(texts: list[str], path: Path, rows: int, negatives: int = 7) 
 def compare_tokenizing(
     tokenizer: Path, raw: Path, output: Path, repeats: int, naive_rows: int
 ) -> dict[str, Any]:
-    """Seconds, MB of text a second and peak memory of each, in new processes that take turns."""
+    """Speed and peak memory of all three versions, in new processes that take turns.
+
+    Args:
+        tokenizer: folder of the tokenizer.
+        raw: parquet file of texts.
+        output: folder that our version writes, again and again.
+        repeats: processes of each version.
+        naive_rows: rows of the file that the naive version reads; it is slow.
+    """
     arguments = {"raw": (_RAW, ""), "ours": (_OURS, ""), "naive": (_NAIVE, str(naive_rows))}
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in arguments}
     for _ in range(repeats):
@@ -119,7 +128,7 @@ def compare_tokenizing(
 
 
 def peak_memory(tokenizer: Path, raw: Path, output: Path) -> float:
-    """MiB at most of a process that tokenizes a file."""
+    """Peak memory, in MiB, of a process that tokenizes a file end to end."""
     return _run(_OURS, tokenizer, raw, output, "")["peak_mib"]
 
 
@@ -129,3 +138,25 @@ def _run(program: str, tokenizer: Path, raw: Path, output: Path, extra: str) -> 
     return json.loads(
         subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
     )
+
+
+def report_tokenizing(folder: Path, rows: int, repeats: int) -> None:
+    """Measure the tokenizing of `rows` rows; print a table and the JSON line."""
+    articles = training_texts(plan_datasets(50, 0))
+    tokenizer, output = folder / "tokenizer", folder / "out"
+    raw, small = (folder / size / "texts.parquet" for size in ("raw", "small"))
+    train_tokenizer(articles, 16_384).save_pretrained(tokenizer)
+    write_articles(articles, raw, rows)
+    write_articles(articles, small, max(1, rows // 4))
+    result = compare_tokenizing(tokenizer, raw, output, repeats, naive_rows=max(1, rows // 20))
+    quarter = peak_memory(tokenizer, small, folder / "less")
+    speeds, peaks = result["megabytes_per_second"], result["peak_mib"]
+    table = [[name, f"{v:.2f}", f"{peaks[name]:.0f} MiB"] for name, v in speeds.items()]
+    print_table(["version", "MB/s", "peak memory"], table)
+    print(
+        f"{result['share_of_raw']:.0%} of the library's own throughput, {result['ratio']:.1f} "
+        "times the naive one's"
+    )
+    print(f"a file a quarter as long: {quarter:.0f} MiB")
+    peaks["ours, a quarter of the file"] = quarter
+    print_result("tokenize", result | {"sizes": {"rows": rows, "repeats": repeats}})

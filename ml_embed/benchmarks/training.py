@@ -1,5 +1,4 @@
-"""The training step against the naive one: agreement, seconds, CPU seconds, share of the
-matrix-product peak."""
+"""The training step on the CPU, against the naive one: same gradients, then speed."""
 
 import resource
 import time
@@ -27,9 +26,9 @@ from ml_embed.benchmarks.training_setup import (
     TrainingShape,
     fast_contender,
     largest_difference,
-    layer_parameters,
     naive_contender,
     open_sample,
+    parameters_without_table,
     pick_batch,
 )
 from ml_embed.errors import UserError
@@ -37,9 +36,11 @@ from ml_embed.kernels.allocator import keep_freed_memory
 from ml_embed.kernels.compilation import check_compiler, check_transformers
 from ml_embed.notices import notice
 
-TOLERANCE = 1e-4  # of a gradient's largest entry, float32; measured 3e-6, and 5e-6 compiled
+TOLERANCE = 1e-4
+"""share of a gradient's largest entry, in float32; measured 3e-6, and 5e-6 compiled"""
 PEAK_SIZE = 1536
-STEPS_A_TURN = 2
+"""rows and columns of the square products"""
+STEPS_PER_TURN = 2
 
 
 def compare_training(
@@ -50,15 +51,21 @@ def compare_training(
     tokenizer: Path | None = None,
     **model: int,
 ) -> dict[str, Any]:
-    """Steps of the naive and the fast version, and of the fast one compiled if asked for, in turn
-    on one batch.
+    """Time steps of the naive and the fast version, which take turns, on one batch.
 
-    Each version makes several steps in a turn, as training does, and the first is not timed: it
-    would pay for memory that another version gave back.
+    A turn is several steps, as in training. Its first step is not timed: it asks for memory that
+    another version gave back.
 
+    Args:
+        folder: empty folder for data.
+        shape: sizes of batch and model.
+        repeats: turns of each version.
+        compiled: also the fast version with `compile_layers`.
+        tokenizer: folder of a tokenizer; None trains one.
+        model: more sizes, as `make_backbone` takes them.
     Returns:
-        What `_judge` says of the fast version, the same of the compiled one as "compiled", and what
-        they share.
+        what `_judge` says of the fast version; the same of the compiled one, as "compiled"; and
+        what they have in common.
     Raises:
         SystemExit: losses or gradients differ.
     """
@@ -73,7 +80,7 @@ def compare_training(
     }
     if compiled:
         contenders["compiled"] = fast_contender(batch, shape, accelerator, model, compiled=True)
-    parameters = layer_parameters(contenders["fast"].model)
+    parameters = parameters_without_table(contenders["fast"].model)
     agreement = check_agreement(contenders)
     turns = take_turns(
         contenders, SquareProducts(PEAK_SIZE, 6 * parameters * batch.num_tokens), repeats
@@ -100,7 +107,7 @@ def compare_training(
 
 
 def check_agreement(contenders: Mapping[str, Contender]) -> dict[str, dict[str, float]]:
-    """Each version against "naive", as `compare_gradients` tells it."""
+    """`compare_gradients` of each version with "naive"."""
     naive = contenders["naive"].gradients()
     others = (name for name in contenders if name != "naive")
     return {
@@ -109,11 +116,10 @@ def check_agreement(contenders: Mapping[str, Contender]) -> dict[str, dict[str, 
 
 
 def compare_gradients(fast: Gradients, naive: Gradients, tolerance: float) -> dict[str, float]:
-    """Both losses, and the largest difference of any gradient in units of that gradient's largest
-    entry.
+    """Compare losses and gradients; differences are shares of a gradient's largest entry.
 
     Raises:
-        SystemExit: beyond the tolerance.
+        SystemExit: a difference exceeds the tolerance.
     """
     (fast_loss, fast_gradients), (naive_loss, naive_gradients) = fast, naive
     require_agreement("losses", abs(fast_loss - naive_loss) / abs(naive_loss), tolerance)
@@ -124,35 +130,34 @@ def compare_gradients(fast: Gradients, naive: Gradients, tolerance: float) -> di
 
 @dataclass(frozen=True)
 class Turns:
-    """What versions that took turns needed, and square products between them."""
+    """Times of versions that took turns, and of square products in between."""
 
     seconds: dict[str, Timing]
-    """Of a step of each version, a turn each."""
+    """per step of each version, one value per turn"""
     cpu_seconds: dict[str, float]
-    """Of all steps of each version."""
+    """of all timed steps of each version"""
     products: Timing
-    """Of square products with `flops` FLOPs, a turn each."""
+    """of the square products, one value per turn"""
     flops: float
+    """of the square products of one turn"""
 
 
 def take_turns(
     contenders: Mapping[str, Contender], products: SquareProducts, repeats: int
 ) -> Turns:
-    """All versions one behind another, `repeats` times: whatever else the machine does slows all of
-    them alike."""
+    """Let versions take turns, so that other work on the machine slows all of them alike."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     cpu_seconds = dict.fromkeys(contenders, 0.0)
     of_products = []
     for _ in range(repeats):
         for name, contender in contenders.items():
-            keep_freed_memory(
-                name != "naive"
-            )  # as run.py does; the naive step runs with the C library's defaults
+            # As run.py does; the naive step runs with the C library's defaults.
+            keep_freed_memory(name != "naive")
             contender.step()
             cpu_before, start = _cpu_seconds(), time.perf_counter()
-            for _ in range(STEPS_A_TURN):
+            for _ in range(STEPS_PER_TURN):
                 contender.step()
-            seconds[name].append((time.perf_counter() - start) / STEPS_A_TURN)
+            seconds[name].append((time.perf_counter() - start) / STEPS_PER_TURN)
             cpu_seconds[name] += _cpu_seconds() - cpu_before
             if name == "fast":  # in the middle, beside both versions whose share they judge
                 of_products.append(products.seconds())
@@ -161,8 +166,10 @@ def take_turns(
 
 
 def _judge(name: str, turns: Turns, work: float) -> dict[str, Any]:
-    """A version against the naive one, and its `work` (FLOPs of a step) against the square
-    products'."""
+    """How much faster a version is than the naive one, and its share of the products' speed.
+
+    `work` are the FLOPs of a step.
+    """
     naive, own = turns.seconds["naive"], turns.seconds[name]
     share = work / turns.flops
     return {
@@ -175,7 +182,7 @@ def _judge(name: str, turns: Turns, work: float) -> dict[str, Any]:
 
 
 def report_training(folder: Path, repeats: int, compiled: bool, tokenizer: Path | None) -> None:
-    """Measure, and print the table and the JSON line."""
+    """Measure; print a table and the JSON line."""
     if compiled:
         try:
             check_transformers()
@@ -208,7 +215,7 @@ def report_training(folder: Path, repeats: int, compiled: bool, tokenizer: Path 
 
 
 def _verdict(judged: Mapping[str, Any]) -> list[str]:
-    """For a table."""
+    """The last cells of a version's line in the table."""
     low, high = judged["ratio_range"]
     least, most = judged["share_of_peak_range"]
     return [

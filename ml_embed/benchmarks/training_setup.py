@@ -1,4 +1,4 @@
-"""Both versions of the training step on one batch of real text: same weights, same rows."""
+"""The fast and the naive training step on the same batch, with the same weights."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from ml_embed.data.schedule import DatasetPlan
 from ml_embed.data.store import TokenizedDataset, open_store
 from ml_embed.kernels.attention import choose_kernel
 from ml_embed.losses.nested import MatryoshkaSpec
-from ml_embed.losses.objective import batch_objective
+from ml_embed.losses.objective import LossTerms, batch_objective
 from ml_embed.model import (
     MatryoshkaEncoder,
     default_dims,
@@ -31,12 +31,12 @@ from ml_embed.training.gradcache import forward_backward
 TEMPERATURE = 0.05
 LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-4, 1e-2, 1.0
 Gradients = tuple[float, dict[str, Tensor]]
-"""A loss, and the gradient of every parameter by its name."""
+"""A loss, and the gradient of each parameter by its name."""
 
 
 @dataclass(frozen=True)
 class TrainingShape:
-    """What is trained on; the defaults are the usual CPU set-up."""
+    """Sizes of a batch and of a model; the defaults are those of the CPU benchmark."""
 
     batch_size: int = 8
     negatives: int = 7
@@ -48,15 +48,15 @@ class TrainingShape:
 
 @dataclass
 class Contender:
-    """One version: its model, and a function that adds the gradients of the batch and returns the
-    loss."""
+    """One version of the training step, with its model and its batch."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     forward_backward: Callable[[], Tensor]
+    """adds the gradients of the batch and returns the loss"""
 
     def step(self) -> float:
-        """A whole training step."""
+        """One whole training step; returns the loss."""
         self.optimizer.zero_grad()
         loss = self.forward_backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
@@ -64,12 +64,11 @@ class Contender:
         return loss.item()
 
     def gradients(self) -> Gradients:
-        """Of the batch, at the present weights."""
+        """The loss and the gradients of the batch at the present weights."""
         self.optimizer.zero_grad()
         loss = self.forward_backward().item()
-        return loss, {
-            name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None
-        }
+        named = self.model.named_parameters()
+        return loss, {name: p.grad.clone() for name, p in named if p.grad is not None}
 
 
 def open_sample(tokenized: Path, cache: Path) -> TokenizedDataset:
@@ -80,7 +79,7 @@ def open_sample(tokenized: Path, cache: Path) -> TokenizedDataset:
 def pick_batch(
     dataset: TokenizedDataset, shape: TrainingShape, eos_id: int, seed: int = 0
 ) -> ContrastiveBatch:
-    """A batch of random rows that have all their negatives."""
+    """A batch of `shape.batch_size` random rows, with negatives drawn as in training."""
     plan = DatasetPlan(
         dataset.name, "retrieval", shape.negatives, dataset.num_rows, 0, dataset.num_rows
     )
@@ -91,7 +90,7 @@ def pick_batch(
 
 
 def as_lists(batch: ContrastiveBatch) -> NaiveBatch:
-    """The same batch as the naive version takes it, repeated texts repeated."""
+    """The same batch as the naive step takes it; a text that occurs twice stands there twice."""
     texts = [ids.tolist() for ids in batch.texts.input_ids.split(batch.texts.packed.lengths)]
     return NaiveBatch(
         queries=[texts[i] for i in batch.query.tolist()],
@@ -103,8 +102,36 @@ def as_lists(batch: ContrastiveBatch) -> NaiveBatch:
 
 
 def matryoshka_spec(hidden: int) -> MatryoshkaSpec:
+    """All default vector lengths of a hidden size."""
     dims = default_dims(hidden)
     return MatryoshkaSpec(dims, dim_weights(dims), TEMPERATURE)
+
+
+def accumulate_gradients(
+    model: nn.Module,
+    accelerator: Accelerator,
+    batch: ContrastiveBatch,
+    spec: MatryoshkaSpec,
+    max_tokens: int = 0,
+    rank: int | None = None,
+    margin: float | None = None,
+) -> Tensor:
+    """Add the gradients of this project's objective on a batch; returns the loss.
+
+    Args:
+        model: prepared encoder.
+        accelerator: what prepared it.
+        batch: on the model's device.
+        spec: nested dims, their weights, temperature.
+        max_tokens: tokens of a GradCache chunk; 0 = the whole batch at once.
+        rank: of the token factors; None is all.
+        margin: `false_negative_margin`; None is off.
+    """
+
+    def objective(vectors: Tensor) -> LossTerms:
+        return batch_objective(vectors, batch, spec, false_negative_margin=margin)
+
+    return forward_backward(model, accelerator, batch.texts, rank, objective, max_tokens).total
 
 
 def fast_contender(
@@ -115,7 +142,16 @@ def fast_contender(
     max_tokens: int = 0,
     compiled: bool = False,
 ) -> Contender:
-    """This project's step; `model_shape` is what `make_backbone` takes."""
+    """This project's step.
+
+    Args:
+        batch: what it trains on.
+        shape: sizes of the model.
+        accelerator: device and precision.
+        model_shape: more sizes, as `make_backbone` takes them.
+        max_tokens: tokens of a GradCache chunk; 0 = the whole batch at once.
+        compiled: with `compile_layers`.
+    """
     device = accelerator.device
     backbone = make_backbone(
         None, num_hidden_layers=shape.layers, hidden_size=shape.hidden, **model_shape
@@ -131,14 +167,7 @@ def fast_contender(
     batch, spec = batch.to(device), matryoshka_spec(shape.hidden)
 
     def run() -> Tensor:
-        return forward_backward(
-            model,
-            accelerator,
-            batch.texts,
-            None,
-            lambda vectors: batch_objective(vectors, batch, spec),
-            max_tokens,
-        ).total.detach()
+        return accumulate_gradients(model, accelerator, batch, spec, max_tokens).detach()
 
     model.train()
     return Contender(model, optimizer, run)
@@ -150,7 +179,7 @@ def naive_contender(
     accelerator: Accelerator,
     model_shape: Mapping[str, int],
 ) -> Contender:
-    """The straightforward step; parameters have the names of the fast one's."""
+    """The naive step, with the same weights; `plain_names` maps the fast one's names to its own."""
     backbone = make_backbone(
         None, num_hidden_layers=shape.layers, hidden_size=shape.hidden, **model_shape
     )
@@ -169,8 +198,8 @@ def naive_contender(
     return Contender(encoder, optimizer, run)
 
 
-def layer_parameters(model: nn.Module) -> int:
-    """Parameters but the token table's."""
+def parameters_without_table(model: nn.Module) -> int:
+    """Parameters of a model except those of its token table or factors."""
     return sum(
         p.numel()
         for name, p in model.named_parameters()
@@ -178,17 +207,21 @@ def layer_parameters(model: nn.Module) -> int:
     )
 
 
+def plain_names(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The fast version's gradients under the naive version's names."""
+    return {
+        name.replace("embedding.", "").replace("norms.0.", "norm."): gradient
+        for name, gradient in gradients.items()
+    }
+
+
 def largest_difference(fast: dict[str, Tensor], naive: dict[str, Tensor]) -> float:
-    """Over all parameters, the largest difference of gradients in units of the largest entry of
-    that gradient.
+    """The largest difference of any gradient, as a share of that gradient's largest entry.
 
     Raises:
         AssertionError: the two do not have the same parameters, or a gradient is zero throughout.
     """
-    renamed = {
-        name.replace("embedding.", "").replace("norms.0.", "norm."): grad
-        for name, grad in fast.items()
-    }
+    renamed = plain_names(fast)
     assert renamed.keys() == naive.keys(), renamed.keys() ^ naive.keys()
     worst = 0.0
     for name, grad in naive.items():

@@ -1,1 +1,1 @@
-"""Tokenized folder -> memory-mapped store -> schedule -> packed batches."""
+"""From a folder of tokenized data to packed batches: store, schedule, loader."""

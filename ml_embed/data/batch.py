@@ -1,9 +1,9 @@
-"""One process's share of a step: distinct texts in one packed row, and the indices that the losses
-need.
+"""One process's share of a training step: packed texts, and what the losses need to know of them.
 
 Letters: n rows of the global batch, W processes, R = ceil(n / W) rows of each process (fillers
-    included), K negatives,
-N distinct texts of this process, T tokens, E exits, H vector length.
+included), K negatives, N distinct texts of this process, T tokens, E exits, H vector length.
+
+Fillers are rows of weight 0 that make the shares of all processes equally long.
 """
 
 from dataclasses import dataclass, replace
@@ -18,19 +18,22 @@ from ml_embed.data.packing import PackedBatch, PackedSequences
 
 @dataclass(frozen=True)
 class PartVectors:
-    """Vectors of the texts of a share, by the parts that they play. A teacher may give one text two
-    vectors, one as a query and one as a document, because it has other prompts for them."""
+    """The vectors of a share's queries, passages and negatives.
+
+    A text that is a query in one row and a document in another may have two different vectors: a
+    teacher has a prompt for each.
+    """
 
     query: Tensor
     """(E, R, H)"""
     passage: Tensor
     """(E, R, H)"""
     negatives: Tensor
-    """(E, R, K, H), of any finite value where a sample has fewer than K"""
+    """(E, R, K, H); where a sample has fewer than K, any finite numbers"""
 
     @classmethod
     def of_texts(cls, vectors: Tensor, batch: "ContrastiveBatch") -> "PartVectors":
-        """From (E, N, H) vectors of the batch's distinct texts, with gradients."""
+        """From the (E, N, H) vectors of the batch's distinct texts; gradients flow back to them."""
         negatives = vectors.index_select(1, batch.negatives.flatten()).unflatten(
             1, batch.negatives.shape
         )
@@ -43,6 +46,7 @@ class PartVectors:
         return torch.cat([self.passage.unsqueeze(2), self.negatives], dim=2)
 
     def to(self, device: torch.device) -> "PartVectors":
+        """A copy on `device`; from pinned memory it does not wait."""
         moved = (
             part.to(device, non_blocking=True)
             for part in (self.query, self.passage, self.negatives)
@@ -61,35 +65,37 @@ class ContrastiveBatch:
     query: Tensor
     """(R,) index into the texts"""
     passage: Tensor
-    """(R,)"""
+    """(R,) index into the texts"""
     negatives: Tensor
-    """(R, K), 0 where a sample has fewer than K"""
+    """(R, K) index into the texts, 0 where a sample has fewer than K"""
     excluded_candidates: Tensor
-    """(R, 1 + K) bool: fillers, and negatives that are the sample's own positive document"""
+    """(R, 1 + K) bool, the passage first: negatives that a sample lacks, or that are its own
+    positive document"""
     sample_weights: Tensor
-    """(R,) float32, W / n, or 0 for a row that only fills up. Engines average gradients over
-    processes, so the shares of all processes add up to the mean over the n rows"""
+    """(R,) float32, W / n, and 0 for fillers: engines average gradients over processes, so the
+    shares of all processes add up to the mean over the n rows"""
     negative_weights: Tensor
-    """(R, K) float32, W / (negatives of the global batch), 0 for fillers: the weight of each in a
-    mean over all"""
+    """(R, K) float32, W / (negatives of the global batch), and 0 where there is none or for
+    fillers: the weights of a mean over all negatives"""
     gathered_rows: Tensor
-    """(n,) which rows of the W R gathered ones are real, in the global order"""
+    """(n,) which of the W R rows that the processes gather are no fillers, in the global order"""
     target: Tensor
     """(R,) where each sample's passage stands among those n"""
     excluded_passages: Tensor | None
-    """(R, n) bool: the sample's own document in another row; None when there is none"""
+    """(R, n) bool: passages of other rows that are the sample's own document; None if none is"""
     passage_documents: Tensor
-    """(R,) the document number of each passage"""
+    """(R,) document number of each passage"""
     negative_documents: Tensor
-    """(R, K)"""
+    """(R, K) document number of each negative, -1 where a sample has fewer than K"""
     num_tokens: int
-    """real tokens of this process's queries, passages and negatives"""
+    """tokens of this process's queries, passages and negatives"""
     num_encoded_tokens: int
     """T: the same with each distinct text counted once"""
     teacher: PartVectors | None = None
-    """a teacher's vectors that were computed beforehand; None without them"""
+    """vectors that a teacher computed beforehand; None without them"""
 
     def to(self, device: torch.device) -> "ContrastiveBatch":
+        """A copy on `device`; from pinned memory it does not wait."""
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True)
             for name, value in vars(self).items()
@@ -100,8 +106,11 @@ class ContrastiveBatch:
 
 
 def token_chunks(packed: PackedSequences, max_tokens: int) -> list[tuple[int, int]]:
-    """[first, last) texts of each chunk, in order, with at most `max_tokens` tokens (or one text
-    that has more)."""
+    """Cut texts into GradCache chunks of at most `max_tokens` tokens; a longer text is one alone.
+
+    Returns:
+        (first, last) of each chunk, in order: it holds the texts first to last - 1.
+    """
     chunks, first, tokens = [], 0, 0
     for text, length in enumerate(packed.lengths):
         if text > first and tokens + length > max_tokens:
@@ -112,7 +121,7 @@ def token_chunks(packed: PackedSequences, max_tokens: int) -> list[tuple[int, in
 
 
 def slice_texts(texts: PackedBatch, first: int, last: int) -> PackedBatch:
-    """Texts first .. last - 1 as a packed batch of their own."""
+    """The texts first to last - 1 as a packed batch."""
     before = sum(texts.packed.lengths[:first])
     lengths = texts.packed.lengths[first:last]
     ids = texts.input_ids[before : before + sum(lengths)]

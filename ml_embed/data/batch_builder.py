@@ -1,12 +1,12 @@
-"""From rows of a dataset to packed batches: what is drawn, told apart, sorted and masked.
+"""Builds packed batches from row numbers: draws negatives, finds equal texts, sorts, and masks.
 
-Batches are built in blocks: the array operations are done once for several steps, which makes a
-batch of a few rows
-three times cheaper. A batch does not depend on the block that it is built in.
+Batches are built in groups: array operations run once for several steps, which makes a batch of
+few rows three times cheaper. A batch does not depend on the group in which it is built.
 
-Letters: S steps of a block, n rows of the global batch, W processes, R = ceil(n / W) rows of each
-    process (fillers
-included), K negatives, M distinct texts of a block.
+Letters: S steps of a group, n rows of the global batch, W processes, R = ceil(n / W) rows of each
+process (fillers included), K negatives, M distinct texts of a group.
+
+Fillers are copies of a row, with weight 0, that make the shares of all processes equally long.
 """
 
 from collections.abc import Iterable
@@ -26,11 +26,10 @@ ID_BYTES = np.dtype(np.int32).itemsize
 
 
 class TextPool:
-    """The distinct texts of each batch of a block, told apart by their ids: a query may be some
-    row's document.
+    """Collects the distinct texts of each batch of a group, and numbers them.
 
-    Ids are kept as bytes (of int32): they are the keys of a dictionary, and are joined without an
-    array for each text.
+    Texts with the same token ids are the same text, whether it is a query or a document. Ids are
+    kept as bytes (of int32), which are dictionary keys and are joined without an array per text.
     """
 
     def __init__(self) -> None:
@@ -39,22 +38,21 @@ class TextPool:
         self._number: dict[bytes, int] = {}
 
     def add(self, texts: Iterable[bytes]) -> list[int]:
-        """A number for each text, counted over the whole block; the same one for the same text of a
-        batch."""
+        """The number of each text, counted over the group; equal texts of a batch share it."""
         number, first = self._number, self._first[-1]
         return [number.setdefault(ids, first + len(number)) for ids in texts]
 
     def end_batch(self) -> None:
-        """What is added from now on belongs to the next batch."""
+        """Begin the next batch: what is added from now on belongs to it."""
         self._texts += self._number
         self._first.append(len(self._texts))
         self._number = {}
 
     def pack(self) -> tuple[list[PackedBatch], np.ndarray, np.ndarray]:
-        """The texts of each batch, shortest first; for each number (M of them) its place in its
-        batch and its tokens.
+        """Pack the texts of each batch, shortest first: attention runs equal lengths in one call.
 
-        Equal lengths stand together: attention runs them in one call.
+        Returns:
+            the packed texts of each batch; (M,) each number's place in its batch; (M,) its tokens.
         """
         first = np.array(self._first)
         batch_of = np.repeat(np.arange(len(first) - 1), np.diff(first))
@@ -72,17 +70,33 @@ class TextPool:
 
 
 def cut_to_length(ids: bytes, max_bytes: int, eos: bytes) -> bytes:
-    """At most `max_bytes` of a text's ids; the last id of a cut text is replaced by EOS."""
+    """A text's ids, or its first `max_bytes` bytes of them with the last id replaced by EOS."""
     return ids if len(ids) <= max_bytes else ids[: max_bytes - len(eos)] + eos
 
 
 @dataclass(frozen=True)
+class _GroupTexts:
+    """The distinct texts of each step of a group, and which of them each row uses."""
+
+    packed: list[PackedBatch]
+    """the texts of each step, shortest first"""
+    query: np.ndarray
+    """(S, R) place among the step's texts"""
+    passage: np.ndarray
+    """(S, R) the same"""
+    negatives: np.ndarray
+    """(S, R, K) the same, 0 where a row has fewer than K"""
+    tokens: np.ndarray
+    """(S, R) tokens of all texts of a row"""
+
+
+@dataclass(frozen=True)
 class BatchBuilder:
-    """Turns the rows of global batches into this process's share of them."""
+    """Builds one process's share of global batches."""
 
     seed: int
     max_length: int
-    """tokens of a text, EOS included"""
+    """most tokens of a text, EOS included"""
     eos_id: int
     mask_false_negatives: bool
     process: int
@@ -91,76 +105,70 @@ class BatchBuilder:
     def build(
         self, dataset: TokenizedDataset, plan: DatasetPlan, rows: np.ndarray, epoch: int
     ) -> ContrastiveBatch:
-        """The batch of one step; `rows` is (n,), the rest as in `build_block`."""
-        return self.build_block(dataset, plan, rows[None], epoch)[0]
+        """The batch of one step; `rows` is (n,), the rest as in `build_group`."""
+        return self.build_group(dataset, plan, rows[None], epoch)[0]
 
-    def build_block(
+    def build_group(
         self, dataset: TokenizedDataset, plan: DatasetPlan, rows: np.ndarray, epoch: int
     ) -> list[ContrastiveBatch]:
-        """
+        """This process's share of several steps of one dataset.
+
         Args:
-            dataset, plan: what the rows belong to.
-            rows: (S, n) the global batches of several steps, the same on every process.
-            epoch: renews the draw of negatives.
+            dataset: what the rows belong to.
+            plan: how the dataset is trained on.
+            rows: (S, n) the global batch of each step, the same on every process.
+            epoch: each epoch draws other negatives.
         """
-        n, processes = rows.shape[1], self.processes
-        share = share_of_process(n, self.process, processes)
         own = self.own_rows(rows)  # (S, R)
-        real = share.stop - share.start
-        is_real = np.arange(own.shape[1]) < real
-
-        own_documents = dataset.passage_documents[own]  # (S, R)
-        negative_documents = self._draw(dataset, plan, own, epoch)  # (S, R, K), -1 for none
-        present = negative_documents >= 0
-        excluded = np.zeros((*own.shape, 1 + present.shape[2]), bool)
-        excluded[..., 1:] = ~present
-        if self.mask_false_negatives:
-            excluded[..., 1:] |= negative_documents == own_documents[..., None]
-
-        texts, (query, passage, negatives), tokens = self._texts(
-            dataset, own, own_documents, negative_documents
-        )
-        num_tokens = tokens[:, :real].sum(axis=1).tolist()
-        negatives_of_row = _negative_counts(dataset, rows).clip(max=plan.num_negatives)
-        negative_weight = (processes / negatives_of_row.sum(axis=1).clip(min=1)).astype(np.float32)
-        negative_weights = (present & is_real[:, None]) * negative_weight[:, None, None]
+        documents = dataset.passage_documents[own]  # (S, R)
+        negatives = self._draw(dataset, plan, own, epoch)  # (S, R, K), -1 for none
+        texts = self._texts(dataset, own, documents, negatives)
+        excluded = self._excluded_candidates(documents, negatives)
+        weights = self._negative_weights(dataset, plan, rows, negatives >= 0)
         all_documents = dataset.passage_documents[rows]
-        # The same in every batch of the block, and never written to.
-        gathered_rows = self._gathered_rows(n, len(is_real))
-        sample_weights = torch.from_numpy((is_real * (processes / n)).astype(np.float32))
-        target = torch.from_numpy((share.start + np.arange(len(is_real))) * is_real)
-        width = present.sum(axis=2).max(axis=1).tolist()  # K of each batch alone
+        num_tokens = texts.tokens[:, self._is_real(rows.shape[1])].sum(axis=1).tolist()
+        gathered_rows, sample_weights, target = self._same_in_every_step(rows.shape[1])
+        most = (negatives >= 0).sum(axis=2).max(axis=1).tolist()  # K of each batch alone
         return [
             ContrastiveBatch(
                 dataset=plan.name,
                 task=plan.task,
-                texts=texts[s],
-                query=torch.from_numpy(query[s]),
-                passage=torch.from_numpy(passage[s]),
-                negatives=torch.from_numpy(negatives[s, :, :k]),
+                texts=texts.packed[s],
+                query=torch.from_numpy(texts.query[s]),
+                passage=torch.from_numpy(texts.passage[s]),
+                negatives=torch.from_numpy(texts.negatives[s, :, :k]),
                 excluded_candidates=torch.from_numpy(excluded[s, :, : 1 + k]),
-                sample_weights=sample_weights,
-                negative_weights=torch.from_numpy(negative_weights[s, :, :k]),
-                gathered_rows=gathered_rows,
-                target=target,
-                excluded_passages=self._excluded_passages(all_documents[s], share, len(is_real)),
-                passage_documents=torch.from_numpy(own_documents[s]),
-                negative_documents=torch.from_numpy(negative_documents[s, :, :k]),
+                negative_weights=torch.from_numpy(weights[s, :, :k]),
+                excluded_passages=self._excluded_passages(all_documents[s]),
+                passage_documents=torch.from_numpy(documents[s]),
+                negative_documents=torch.from_numpy(negatives[s, :, :k]),
                 num_tokens=num_tokens[s],
-                num_encoded_tokens=len(texts[s].input_ids),
+                num_encoded_tokens=len(texts.packed[s].input_ids),
+                gathered_rows=gathered_rows,
+                sample_weights=sample_weights,
+                target=target,
             )
-            for s, k in enumerate(width)
+            for s, k in enumerate(most)
         ]
 
     def own_rows(self, rows: np.ndarray) -> np.ndarray:
-        """(..., R) this process's rows of global batches (..., n), in the order of `build`, fillers
-        included."""
-        n = rows.shape[-1]
-        own = rows[..., share_of_process(n, self.process, self.processes)]
-        # A share that is short is filled up with weightless copies: every process must take part in
-        # the collectives.
-        fillers = -(-n // self.processes) - own.shape[-1]
+        """(..., R) this process's rows, fillers last, of global batches (..., n)."""
+        own = rows[..., self._share(rows.shape[-1])]
+        # Every process must take part in the collectives with the same shapes.
+        fillers = self._rows_per_process(rows.shape[-1]) - own.shape[-1]
         return np.concatenate([own, np.repeat(rows[..., :1], fillers, axis=-1)], axis=-1)
+
+    def _share(self, n: int) -> slice:
+        return share_of_process(n, self.process, self.processes)
+
+    def _rows_per_process(self, n: int) -> int:
+        """R, fillers included."""
+        return -(-n // self.processes)
+
+    def _is_real(self, n: int) -> np.ndarray:
+        """(R,) bool: which of this process's rows are no fillers."""
+        share = self._share(n)
+        return np.arange(self._rows_per_process(n)) < share.stop - share.start
 
     def _draw(
         self, dataset: TokenizedDataset, plan: DatasetPlan, own: np.ndarray, epoch: int
@@ -180,21 +188,19 @@ class BatchBuilder:
         self,
         dataset: TokenizedDataset,
         own: np.ndarray,
-        own_documents: np.ndarray,
-        negative_documents: np.ndarray,
-    ) -> tuple[list[PackedBatch], tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
-        """The distinct texts of each batch; the places among them of the queries (S, R), passages
-        (S, R) and negatives (S, R, K), 0 for none; the tokens of each row, (S, R)."""
-        present = negative_documents >= 0
-        drawn = negative_documents[present]
-        documents, index = np.unique(
-            np.concatenate([own_documents.ravel(), drawn]), return_inverse=True
+        documents: np.ndarray,
+        negatives: np.ndarray,
+    ) -> _GroupTexts:
+        """Look up, cut and pack the texts of rows `own`, with their documents and negatives."""
+        present = negatives >= 0
+        distinct, index = np.unique(
+            np.concatenate([documents.ravel(), negatives[present]]), return_inverse=True
         )
-        distinct = self._cut(dataset.document_bytes(documents))
+        looked_up = self._cut(dataset.document_bytes(distinct))
         parts = (
             self._cut(dataset.query_bytes(own.ravel())),
-            [distinct[i] for i in index[: own.size].tolist()],
-            [distinct[i] for i in index[own.size :].tolist()],
+            [looked_up[i] for i in index[: own.size].tolist()],
+            [looked_up[i] for i in index[own.size :].tolist()],
         )
         ends = np.arange(1, len(own) + 1) * own.shape[1], present.sum(axis=(1, 2)).cumsum()
         pool = TextPool()
@@ -205,38 +211,60 @@ class BatchBuilder:
             pool.end_batch()
         packed, place, length = pool.pack()
         query, passage = (np.array(number).reshape(own.shape) for number in numbers[:2])
-        negatives, tokens = np.zeros_like(negative_documents), np.zeros_like(negative_documents)
-        negatives[present], tokens[present] = place[numbers[2]], length[numbers[2]]
-        return (
-            packed,
-            (place[query], place[passage], negatives),
-            length[query] + length[passage] + tokens.sum(axis=2),
-        )
+        places, tokens = np.zeros_like(negatives), np.zeros_like(negatives)
+        places[present], tokens[present] = place[numbers[2]], length[numbers[2]]
+        row_tokens = length[query] + length[passage] + tokens.sum(axis=2)
+        return _GroupTexts(packed, place[query], place[passage], places, row_tokens)
 
     def _cut(self, texts: list[bytes]) -> list[bytes]:
         longest, eos = self.max_length * ID_BYTES, np.int32(self.eos_id).tobytes()
         return [cut_to_length(ids, longest, eos) for ids in texts]
 
-    def _gathered_rows(self, n: int, per_process: int) -> Tensor:
+    def _same_in_every_step(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`gathered_rows`, `sample_weights`, `target` of each batch of n rows, shared by them."""
+        is_real, per_process = self._is_real(n), self._rows_per_process(n)
         shares = [share_of_process(n, process, self.processes) for process in range(self.processes)]
-        blocks = [
-            p * per_process + np.arange(share.stop - share.start) for p, share in enumerate(shares)
+        real_rows = [
+            number * per_process + np.arange(share.stop - share.start)
+            for number, share in enumerate(shares)
         ]
-        return torch.from_numpy(np.concatenate(blocks))
+        target = (self._share(n).start + np.arange(per_process)) * is_real
+        weights = (is_real * (self.processes / n)).astype(np.float32)
+        gathered_rows = torch.from_numpy(np.concatenate(real_rows))
+        return gathered_rows, torch.from_numpy(weights), torch.from_numpy(target)
 
-    def _excluded_passages(
-        self, documents: np.ndarray, share: slice, per_process: int
-    ) -> Tensor | None:
-        """(R, n): passages of other rows that are the sample's own document (decision 9: by
-        document, not by text).
+    def _negative_weights(
+        self, dataset: TokenizedDataset, plan: DatasetPlan, rows: np.ndarray, present: np.ndarray
+    ) -> np.ndarray:
+        """(S, R, K) float32 weight of each own negative in a mean over those of the global batch.
 
-        `documents` are those of the global batch, (n,).
+        `present` (S, R, K) says which negatives there are.
         """
-        if not self.mask_false_negatives or len(set(documents.tolist())) == len(documents):
+        used = _negative_counts(dataset, rows).clip(max=plan.num_negatives).sum(axis=1)  # (S,)
+        weight = (self.processes / used.clip(min=1)).astype(np.float32)
+        return (present & self._is_real(rows.shape[1])[:, None]) * weight[:, None, None]
+
+    def _excluded_candidates(self, documents: np.ndarray, negatives: np.ndarray) -> np.ndarray:
+        """(S, R, 1 + K): negatives that a row lacks, or that are its own positive document."""
+        excluded = np.zeros((*documents.shape, 1 + negatives.shape[2]), bool)
+        excluded[..., 1:] = negatives < 0
+        if self.mask_false_negatives:
+            excluded[..., 1:] |= negatives == documents[..., None]
+        return excluded
+
+    def _excluded_passages(self, documents: np.ndarray) -> Tensor | None:
+        """(R, n): passages of other rows that are a row's own document; None if there are none.
+
+        `documents` are those of the global batch, (n,). Documents are compared, not texts.
+        """
+        n = len(documents)
+        if not self.mask_false_negatives or len(set(documents.tolist())) == n:
             return None
+        share = self._share(n)
         same = documents[share, None] == documents[None, :]
         same[np.arange(len(same)), share.start + np.arange(len(same))] = False
-        return torch.from_numpy(np.pad(same, ((0, per_process - len(same)), (0, 0))))
+        fillers = self._rows_per_process(n) - len(same)
+        return torch.from_numpy(np.pad(same, ((0, fillers), (0, 0))))
 
 
 def _negative_counts(dataset: TokenizedDataset, rows: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""Tokenized parquet files to flat arrays that training maps into memory.
+"""Converts tokenized parquet files to flat arrays, which training maps into memory.
 
-All datasets share one file per kind of array (a process may not hold thousands of open maps);
-`index.json` says which slice of each file belongs to which dataset and corpus.
+There is one file per kind of array, shared by all datasets, because a process may not hold
+thousands of open maps. `index.json` says which slice of each file belongs to which dataset.
 """
 
 import json
@@ -41,21 +41,23 @@ ARRAYS: dict[str, type[np.integer]] = {
     "negative_documents": np.int64,
     "token_counts": np.int64,
 }
-"""The array files and their types. Offsets start at 0 in every dataset or corpus and have one item
-more than rows."""
+"""The array files and their types. Offsets start at 0 in each dataset or corpus, and there is one
+more of them than rows."""
 
-BATCH_ROWS = 16384
-GATHER_DOCUMENTS = 65536
-LARGEST_TOKEN_ID = (
-    2**24 - 1
-)  # far beyond any vocabulary: a larger id means that the file is no token file
+BLOCK_ROWS = 16384
+"""rows of a parquet file that are read at once"""
+COUNTED_DOCUMENTS = 65536
+"""documents whose tokens are counted at once"""
+LARGEST_TOKEN_ID = 2**24 - 1
+"""far beyond any vocabulary: a larger id means that the file is no token file"""
 
 Slices = dict[str, tuple[int, int]]
+"""(start, stop) in the file of each named array"""
 
 
 @dataclass
 class TokenCounts:
-    """How often each token id occurs; grows with the largest id seen."""
+    """How often each token id occurs; as long as the largest id seen needs."""
 
     counts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
@@ -76,13 +78,58 @@ class Corpus:
     """A corpus that was converted."""
 
     slices: Slices
-    counts: np.ndarray  # (largest id + 1,) occurrences of each token id in all documents
-    ids: DocumentIds | None  # None in our own layout, whose ids are row numbers
+    counts: np.ndarray
+    """(largest id + 1,) occurrences of each token id in all documents"""
+    ids: DocumentIds | None
+    """None in our own layout, whose ids are row numbers"""
 
     @property
     def num_documents(self) -> int:
         start, stop = self.slices["document_lengths"]
         return stop - start
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows of a parquet file, read at once."""
+
+    path: Path
+    first_row: int
+    """number of the first of them in the file"""
+    rows: pa.RecordBatch
+
+    def token_lists(self, column: str) -> Ragged:
+        """A column of lists of token ids, none of them empty and all ids possible."""
+        tokens = ragged_integers(self.rows, column, self.path, self.first_row)
+        if (tokens.lengths == 0).any():
+            row = self.first_row + first_true(tokens.lengths == 0)
+            raise UserError(f"{self.path}: column {column!r} has no tokens in row {row}.")
+        wrong = (tokens.values < 0) | (tokens.values > LARGEST_TOKEN_ID)
+        if wrong.any():
+            at = first_true(wrong)
+            raise UserError(
+                f"{self.path}: column {column!r} holds token id {tokens.values[at]} in row "
+                f"{self.first_row + row_of_value(tokens.lengths, at)}; ids are 0 to "
+                f"{LARGEST_TOKEN_ID}."
+            )
+        return tokens
+
+    def strings(self, column: str, nulls_allowed: bool) -> pa.Array:
+        """A column of document ids as strings."""
+        strings = self.rows.column(column)
+        if pa.types.is_null(strings.type) and nulls_allowed:
+            return strings.cast(pa.string())
+        if pa.types.is_dictionary(strings.type):
+            strings = strings.dictionary_decode()
+        if not (pa.types.is_string(strings.type) or pa.types.is_large_string(strings.type)):
+            raise UserError(
+                f"{self.path}: column {column!r} is {strings.type}; it must hold document ids as "
+                "strings."
+            )
+        if strings.null_count and not nulls_allowed:
+            row = self.first_row + first_true(strings.is_null())
+            raise UserError(f"{self.path}: column {column!r} is null in row {row}.")
+        return strings
 
 
 class ArrayWriter:
@@ -94,7 +141,7 @@ class ArrayWriter:
         }
 
     def position(self, names: list[str]) -> dict[str, int]:
-        """The present length of each named array."""
+        """The length of each named array so far."""
         return {name: self.files[name].length for name in names}
 
     def slices_since(self, starts: dict[str, int]) -> Slices:
@@ -102,7 +149,11 @@ class ArrayWriter:
         return {name: (start, self.files[name].length) for name, start in starts.items()}
 
     def append_offsets(self, name: str, lengths: np.ndarray, base: int) -> int:
-        """Append the running ends of `lengths` after `base`; return the last one."""
+        """Append where texts of these lengths end, the first one beginning at `base`.
+
+        Returns:
+            where the last one ends.
+        """
         ends = base + np.cumsum(lengths)
         self.files[name].append(ends)
         return int(ends[-1]) if len(ends) else base
@@ -111,15 +162,16 @@ class ArrayWriter:
 def convert(sources: Sources, folder: Path, progress: bool) -> None:
     """Write every array and index.json of `sources` into the existing, empty `folder`.
 
-    Reads in batches of rows, so memory does not grow with the data (but for 16 bytes a document in
-    the released layout). Raises UserError for data that cannot be right, naming file, column and
-    row.
+    Files are read block by block, so memory does not grow with the data, except for 16 bytes per
+    document in the released layout.
+
+    Raises:
+        UserError: data that cannot be right; the message names file, column and row.
     """
     writer = ArrayWriter(folder)
+    rows = _total_rows(sources)
     try:
-        with tqdm(
-            total=_total_rows(sources), unit=" rows", desc="converting data", disable=not progress
-        ) as bar:
+        with tqdm(total=rows, unit=" rows", desc="converting data", disable=not progress) as bar:
             index = _convert_all(sources, writer, bar)
         for file in writer.files.values():
             file.close()
@@ -166,12 +218,12 @@ def _convert_corpus(path: Path, sources: Sources, writer: ArrayWriter, bar: tqdm
     counts = TokenCounts()
     writer.files["document_offsets"].append(np.zeros(1, np.int64))
     end = 0
-    for first_row, batch in _batches(path, columns, bar):
-        tokens = _token_lists(batch, "input_ids", path, first_row)
+    for block in _blocks(path, columns, bar):
+        tokens = block.token_lists("input_ids")
         end = _append_texts(writer, "document", tokens, end)
         counts.add(tokens.values)
         if ids is not None:
-            ids.add(_strings(batch, "doc_id", path, first_row, nulls_allowed=False))
+            ids.add(block.strings("doc_id", nulls_allowed=False))
     corpus = Corpus(writer.slices_since(starts), counts.counts, ids)
     if ids is not None:
         _check_repeated_ids(ids.finish(), path, corpus, writer)
@@ -192,111 +244,80 @@ def _convert_queries(
     counts = TokenCounts()
     used = np.zeros(corpus.num_documents, bool)
     query_end = negative_end = 0
-    for first_row, batch in _batches(
-        path, ["query_input_ids", passage_column, *negative_columns], bar
-    ):
-        queries = _token_lists(batch, "query_input_ids", path, first_row)
+    for block in _blocks(path, ["query_input_ids", passage_column, *negative_columns], bar):
+        queries = block.token_lists("query_input_ids")
         query_end = _append_texts(writer, "query", queries, query_end)
         counts.add(queries.values)
         if corpus.ids is None:
-            passages, negatives = _numbered_documents(
-                batch, path, first_row, corpus.num_documents, corpus_path
-            )
+            passages, negatives = _numbered_documents(block, corpus.num_documents, corpus_path)
         else:
-            passages, negatives = _named_documents(
-                batch, path, first_row, corpus.ids, corpus_path, negative_columns
-            )
+            passages, negatives = _named_documents(block, negative_columns, corpus.ids, corpus_path)
         writer.files["passage_documents"].append(passages)
         writer.files["negative_documents"].append(negatives.values)
         negative_end = writer.append_offsets("negative_offsets", negatives.lengths, negative_end)
         used[passages] = True
         used[negatives.values] = True
-    counts.add_counts(
-        corpus.counts if used.all() else _count_documents(np.flatnonzero(used), corpus, writer)
-    )
+    if used.all():
+        counts.add_counts(corpus.counts)
+    else:
+        counts.add_counts(_count_documents(np.flatnonzero(used), corpus, writer))
     return counts.counts, writer.slices_since(starts)
 
 
-def _batches(path: Path, columns: list[str], bar: tqdm) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """(first row's number, batch) over a file that must have the columns and at least one row."""
+def _blocks(path: Path, columns: list[str], bar: tqdm) -> Iterator[Block]:
+    """All rows of a file, which must have the columns and at least one row."""
     with open_parquet(path) as file:
         require_columns(path, file.schema_arrow, columns)
         if file.metadata.num_rows == 0:
             raise UserError(f"{path} has no rows. Remove the dataset or write it again.")
     first_row = 0
-    for batch in read_batches(path, columns, BATCH_ROWS):
-        yield first_row, batch
-        first_row += batch.num_rows
-        bar.update(batch.num_rows)
+    for rows in read_batches(path, columns, BLOCK_ROWS):
+        yield Block(path, first_row, rows)
+        first_row += rows.num_rows
+        bar.update(rows.num_rows)
 
 
 def _append_texts(writer: ArrayWriter, kind: str, tokens: Ragged, end: int) -> int:
+    """Append texts, "query" or "document", after those that end at `end`; return the new end."""
     writer.files[f"{kind}_tokens"].append(tokens.values)
     writer.files[f"{kind}_lengths"].append(tokens.lengths)
     return writer.append_offsets(f"{kind}_offsets", tokens.lengths, end)
 
 
-def _token_lists(batch: pa.RecordBatch, column: str, path: Path, first_row: int) -> Ragged:
-    """A column of token ids; every list must hold at least one, and ids must be possible ones."""
-    tokens = ragged_integers(batch, column, path, first_row)
-    if (tokens.lengths == 0).any():
-        raise UserError(
-            f"{path}: column {column!r} has no tokens in row "
-            f"{first_row + first_true(tokens.lengths == 0)}."
-        )
-    wrong = (tokens.values < 0) | (tokens.values > LARGEST_TOKEN_ID)
-    if wrong.any():
-        at = first_true(wrong)
-        raise UserError(
-            f"{path}: column {column!r} holds token id {tokens.values[at]} in row "
-            f"{first_row + row_of_value(tokens.lengths, at)}; ids are 0 to {LARGEST_TOKEN_ID}."
-        )
-    return tokens
-
-
 def _numbered_documents(
-    batch: pa.RecordBatch, path: Path, first_row: int, num_documents: int, corpus_path: Path
+    block: Block, num_documents: int, corpus_path: Path
 ) -> tuple[np.ndarray, Ragged]:
     """Passages (rows,) and negatives of our own layout, whose ids are row numbers of the corpus."""
-    passages = batch.column("passage_doc_id")
-    if not pa.types.is_integer(passages.type):
-        raise UserError(
-            f"{path}: column 'passage_doc_id' is {passages.type}; it must be an integer."
-        )
-    if passages.null_count:
-        raise UserError(
-            f"{path}: 'passage_doc_id' is null in row {first_row + first_true(passages.is_null())}."
-        )
-    negatives = ragged_integers(batch, "negative_doc_ids", path, first_row)
-    columns = (
-        ("passage_doc_id", Ragged(passages.to_numpy(), np.ones(batch.num_rows, np.int64))),
-        ("negative_doc_ids", negatives),
-    )
-    for column, documents in columns:
+    path, first_row, column = block.path, block.first_row, block.rows.column("passage_doc_id")
+    if not pa.types.is_integer(column.type):
+        raise UserError(f"{path}: column 'passage_doc_id' is {column.type}; it must be an integer.")
+    if column.null_count:
+        row = first_row + first_true(column.is_null())
+        raise UserError(f"{path}: 'passage_doc_id' is null in row {row}.")
+    passages = column.to_numpy()
+    negatives = ragged_integers(block.rows, "negative_doc_ids", path, first_row)
+    one_per_row = Ragged(passages, np.ones(len(passages), np.int64))
+    for name, documents in (("passage_doc_id", one_per_row), ("negative_doc_ids", negatives)):
         wrong = (documents.values < 0) | (documents.values >= num_documents)
         if wrong.any():
             at = first_true(wrong)
             raise UserError(
-                f"{path}: column {column!r} names document {documents.values[at]} in row "
+                f"{path}: column {name!r} names document {documents.values[at]} in row "
                 f"{first_row + row_of_value(documents.lengths, at)}, but {corpus_path.name} has "
-                f"{num_documents} "
-                "documents. The two files are not of one tokenization: make them again."
+                f"{num_documents} documents. The two files are not of one tokenization: make them "
+                "again."
             )
-    return columns[0][1].values, negatives
+    return passages, negatives
 
 
 def _named_documents(
-    batch: pa.RecordBatch,
-    path: Path,
-    first_row: int,
-    ids: DocumentIds,
-    corpus_path: Path,
-    columns: list[str],
+    block: Block, negative_columns: list[str], ids: DocumentIds, corpus_path: Path
 ) -> tuple[np.ndarray, Ragged]:
     """Passages (rows,) and negatives of the released layout, whose ids are strings."""
 
     def documents(column: str, nulls_allowed: bool) -> np.ndarray:
-        names = _strings(batch, column, path, first_row, nulls_allowed)
+        """(rows,) row numbers in the corpus, -1 for none."""
+        names = block.strings(column, nulls_allowed)
         found = ids.rows_of(names.fill_null(""))
         absent = names.is_null().to_numpy(zero_copy_only=False)
         if nulls_allowed:
@@ -305,38 +326,18 @@ def _named_documents(
         if unknown.any():
             at = first_true(unknown)
             raise UserError(
-                f"{path}: column {column!r} names document {names[at].as_py()!r} in row "
-                f"{first_row + at}, "
-                f"which is not in {corpus_path}."
+                f"{block.path}: column {column!r} names document {names[at].as_py()!r} in row "
+                f"{block.first_row + at}, which is not in {corpus_path}."
             )
         return np.where(absent, -1, found)
 
     passages = documents("passage_input_ids", nulls_allowed=False)
     # (rows, K), with -1 where a row has fewer negatives than K.
-    negatives = np.full((batch.num_rows, len(columns)), -1, np.int64)
-    for i, column in enumerate(columns):
+    negatives = np.full((block.rows.num_rows, len(negative_columns)), -1, np.int64)
+    for i, column in enumerate(negative_columns):
         negatives[:, i] = documents(column, nulls_allowed=True)
     present = negatives >= 0
     return passages, Ragged(negatives[present], present.sum(axis=1))
-
-
-def _strings(
-    batch: pa.RecordBatch, column: str, path: Path, first_row: int, nulls_allowed: bool
-) -> pa.Array:
-    strings = batch.column(column)
-    if pa.types.is_null(strings.type) and nulls_allowed:
-        return strings.cast(pa.string())
-    if pa.types.is_dictionary(strings.type):
-        strings = strings.dictionary_decode()
-    if not (pa.types.is_string(strings.type) or pa.types.is_large_string(strings.type)):
-        raise UserError(
-            f"{path}: column {column!r} is {strings.type}; it must hold document ids as strings."
-        )
-    if strings.null_count and not nulls_allowed:
-        raise UserError(
-            f"{path}: column {column!r} is null in row {first_row + first_true(strings.is_null())}."
-        )
-    return strings
 
 
 def _negative_columns(path: Path) -> list[str]:
@@ -353,10 +354,11 @@ def _negative_columns(path: Path) -> list[str]:
 
 
 def _check_repeated_ids(pairs: np.ndarray, path: Path, corpus: Corpus, writer: ArrayWriter) -> None:
-    """A document may stand in a corpus twice, but not with different tokens: which is meant could
-    not be known."""
-    offsets = writer.files["document_offsets"].mapped()[slice(*corpus.slices["document_offsets"])]
-    tokens = writer.files["document_tokens"].mapped()[slice(*corpus.slices["document_tokens"])]
+    """Refuse a corpus that has two different documents with the same id.
+
+    `pairs` (n, 2) are rows with the same id. Equal documents are allowed.
+    """
+    offsets, tokens = _mapped_documents(corpus, writer)
     for first, again in pairs:
         one, other = (tokens[offsets[row] : offsets[row + 1]] for row in (first, again))
         if not np.array_equal(one, other):
@@ -367,17 +369,22 @@ def _check_repeated_ids(pairs: np.ndarray, path: Path, corpus: Corpus, writer: A
 
 def _count_documents(rows: np.ndarray, corpus: Corpus, writer: ArrayWriter) -> np.ndarray:
     """Occurrences of each token id in the given documents of a corpus."""
-    offsets = writer.files["document_offsets"].mapped()[slice(*corpus.slices["document_offsets"])]
-    tokens = writer.files["document_tokens"].mapped()[slice(*corpus.slices["document_tokens"])]
+    offsets, tokens = _mapped_documents(corpus, writer)
     counts = TokenCounts()
-    for start in range(0, len(rows), GATHER_DOCUMENTS):
-        chosen = rows[start : start + GATHER_DOCUMENTS]
+    for start in range(0, len(rows), COUNTED_DOCUMENTS):
+        chosen = rows[start : start + COUNTED_DOCUMENTS]
         lengths = offsets[chosen + 1] - offsets[chosen]
-        shift = offsets[chosen] - (
-            np.cumsum(lengths) - lengths
-        )  # from a position in the gathered text to the corpus
+        # From a token's position among the chosen documents to its position in the corpus.
+        shift = offsets[chosen] - (np.cumsum(lengths) - lengths)
         counts.add(tokens[np.arange(lengths.sum()) + np.repeat(shift, lengths)])
     return counts.counts
+
+
+def _mapped_documents(corpus: Corpus, writer: ArrayWriter) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets (documents + 1,) and tokens of a corpus that was just written."""
+    names = "document_offsets", "document_tokens"
+    offsets, tokens = (writer.files[n].mapped()[slice(*corpus.slices[n])] for n in names)
+    return offsets, tokens
 
 
 def _check_against_manifest(sources: Sources, name: str, slices: Slices, corpus: Corpus) -> None:

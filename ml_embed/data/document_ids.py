@@ -1,9 +1,9 @@
-"""String document ids to row numbers, for tens of millions of documents in 16 bytes each.
+"""Finds the row of a document by its id, a string: 16 bytes of memory per document.
 
-Ids are hashed to 64 bits with a multilinear hash (two sums of byte x random 64-bit weight of its
-position, the top 32 bits of each; D. Lemire and O. Kaser, "Strongly universal string hashing is
-fast", 2014): any two different ids collide with probability 2^-64, so among 50 million the odds of
-    one collision are 7e-5.
+Ids are hashed to 64 bits by a multilinear hash: two sums of byte x random 64-bit weight of its
+position, the top 32 bits of each (D. Lemire and O. Kaser, "Strongly universal string hashing is
+fast", 2014). Two different ids collide with probability 2^-64; among 50 million ids the odds of any
+collision are 7e-5.
 """
 
 from functools import cache
@@ -15,7 +15,7 @@ _WEIGHT_SEEDS = (0x5EED1, 0x5EED2)
 
 
 class DocumentIds:
-    """Collects a corpus's ids in row order with `add`, then answers `rows_of` after `finish`."""
+    """The row of each id of a corpus: `add` all ids in row order, `finish`, then ask `rows_of`."""
 
     def __init__(self) -> None:
         self._parts: list[np.ndarray] = []
@@ -23,12 +23,15 @@ class DocumentIds:
         self._rows = np.empty(0, np.int64)
 
     def add(self, ids: pa.Array) -> None:
-        """The ids (strings, no null) of the corpus's next rows."""
+        """Add the ids (strings, no null) of the corpus's next rows."""
         self._parts.append(hash_strings(ids))
 
     def finish(self) -> np.ndarray:
-        """Sort; return (pairs, 2) int64: every row whose id already occurred, after the row where
-        it first did."""
+        """Make `rows_of` ready, and find ids that occur more than once.
+
+        Returns:
+            (pairs, 2) int64: (the first row with an id, another row with it).
+        """
         hashes = np.concatenate(self._parts) if self._parts else np.empty(0, np.uint64)
         self._parts.clear()
         self._rows = np.argsort(hashes, kind="stable")
@@ -38,8 +41,7 @@ class DocumentIds:
         return np.stack([self._rows[first], self._rows[repeated]], axis=1)
 
     def rows_of(self, ids: pa.Array) -> np.ndarray:
-        """(len(ids),) int64: the first row with each id; -1 where the id is unknown. Nulls must be
-        filled before."""
+        """(len(ids),) int64: the first row with each id, -1 for an unknown id. No nulls."""
         hashes = hash_strings(ids)
         position = np.searchsorted(self._sorted_hashes, hashes)
         position[position == len(self._sorted_hashes)] = 0
@@ -69,16 +71,15 @@ def hash_strings(strings: pa.Array) -> np.ndarray:
 
 
 def _segment_sums(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Sums modulo 2^64 of values[ends[i]:ends[i + 1]]; differences of running sums are right modulo
-    2^64 too."""
+    """The sum of values[ends[i]:ends[i + 1]] for each i, modulo 2^64."""
+    # Differences of running sums are right modulo 2^64, too.
     running = np.concatenate([np.zeros(1, np.uint64), np.cumsum(values, dtype=np.uint64)])
     return running[ends[1:]] - running[ends[:-1]]
 
 
 @cache
 def _weights(seed: int, capacity: int) -> np.ndarray:
-    """The first `capacity` random weights of a stream; a longer table starts with the shorter
-    one."""
+    """`capacity` random weights; more weights of the same seed begin with these."""
     return np.random.Generator(np.random.PCG64(seed)).integers(
         0, 2**64, size=capacity, dtype=np.uint64
     )

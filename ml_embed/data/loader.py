@@ -1,7 +1,6 @@
-"""From step numbers to batches, a little ahead of their use.
+"""Builds the batches of steps, a little ahead of their use.
 
-A batch is a pure function of its step; which steps are built together only decides how fast that
-is.
+A batch depends on its step alone. Steps are built in groups, because that is faster.
 """
 
 import collections
@@ -18,40 +17,40 @@ from ml_embed.data.schedule import Schedule
 from ml_embed.data.store import Store
 from ml_embed.data.teacher_vectors import TeacherVectors
 
-PREFETCHED_BLOCKS = 2
-# A block is what one process builds at once. From about so many rows on, array operations cost
-# little a row.
-ROWS_OF_A_BLOCK = 512
-TOKENS_OF_A_BLOCK = 2**21  # at most, if every text were as long as texts may be: 16 MiB of ids
-VALIDATION_EPOCH = (
-    -1
-)  # negatives are drawn as in an epoch that training never has: always the same ones
+PREFETCHED_GROUPS = 2
+ROWS_PER_GROUP = 512
+"""most rows of this process in a group; from about this many on, array operations cost little per
+row"""
+TOKENS_PER_GROUP = 2**21
+"""most tokens of a group, were every text as long as texts may be: 16 MiB of ids"""
+VALIDATION_EPOCH = -1
+"""an epoch that training never has: validation draws the same negatives every time"""
 
 
 @dataclass(frozen=True)
 class Loader:
-    """This process's share of every step."""
+    """Makes this process's share of every step."""
 
     schedule: Schedule
     store: Store
     builder: BatchBuilder
     teacher_vectors: TeacherVectors | None
-    """vectors computed beforehand, which go along with the training batches"""
+    """vectors that a teacher computed beforehand, to go along with training batches; or None"""
 
     def training_batches(self, steps: range) -> Generator[ContrastiveBatch, None, None]:
-        """The batches of `steps` (counted from 0), in order, built by a thread ahead of their
-        use."""
-        size = self.steps_of_a_block
-        blocks = (steps[start : start + size] for start in range(0, len(steps), size))
+        """The batches of `steps` (counted from 0), in order; a thread builds them ahead of use."""
+        size = self.steps_per_group
+        groups = (steps[start : start + size] for start in range(0, len(steps), size))
         with ThreadPoolExecutor(1) as pool:
             pending = collections.deque(
-                pool.submit(self.build, b) for b in itertools.islice(blocks, PREFETCHED_BLOCKS)
+                pool.submit(self.build, group)
+                for group in itertools.islice(groups, PREFETCHED_GROUPS)
             )
             try:
                 while pending:
                     batches = pending.popleft().result()
                     pending.extend(
-                        pool.submit(self.build, block) for block in itertools.islice(blocks, 1)
+                        pool.submit(self.build, group) for group in itertools.islice(groups, 1)
                     )
                     yield from batches
             finally:
@@ -59,18 +58,19 @@ class Loader:
                     future.cancel()
 
     @property
-    def steps_of_a_block(self) -> int:
-        """Steps whose batches are built together. A batch that is kept keeps its block in memory,
-        and three blocks are
-        there at a time: one in use, the others ahead."""
+    def steps_per_group(self) -> int:
+        """Steps whose batches are built together.
+
+        A batch in use keeps its whole group in memory. Three groups are there at a time: the one in
+        use and two ahead of it.
+        """
         rows = -(-self.schedule.global_batch // self.builder.processes)
         texts = rows * (2 + max(plan.num_negatives for plan in self.schedule.plans.values()))
-        return max(
-            1, min(ROWS_OF_A_BLOCK // rows, TOKENS_OF_A_BLOCK // (texts * self.builder.max_length))
-        )
+        by_tokens = TOKENS_PER_GROUP // (texts * self.builder.max_length)
+        return max(1, min(ROWS_PER_GROUP // rows, by_tokens))
 
     def build(self, steps: Iterable[int]) -> list[ContrastiveBatch]:
-        """The batch of each step; steps of one dataset, epoch and size are built together."""
+        """The batch of each step; steps of the same dataset, epoch and size are built together."""
         chosen = self.schedule.batches(steps)
         alike = collections.defaultdict(list)
         for place, batch in enumerate(chosen):
@@ -79,23 +79,18 @@ class Loader:
         for (name, epoch, _), places in alike.items():
             rows = np.stack([chosen[place].rows for place in places])
             dataset, plan = self.store.datasets[name], self.schedule.plans[name]
-            built.update(
-                zip(places, self.builder.build_block(dataset, plan, rows, epoch), strict=True)
-            )
+            batches = self.builder.build_group(dataset, plan, rows, epoch)
+            built.update(zip(places, batches, strict=True))
         return [self._with_teacher(built[place], batch.rows) for place, batch in enumerate(chosen)]
 
     def _with_teacher(self, batch: ContrastiveBatch, rows: np.ndarray) -> ContrastiveBatch:
         if self.teacher_vectors is None:
             return batch
-        return replace(
-            batch, teacher=self.teacher_vectors.of_batch(batch, self.builder.own_rows(rows))
-        )
+        vectors = self.teacher_vectors.of_batch(batch, self.builder.own_rows(rows))
+        return replace(batch, teacher=vectors)
 
     def held_out_batches(self, dataset: str) -> Iterator[tuple[int, ContrastiveBatch]]:
         """(rows of the global batch, this process's share of it) over a dataset's held-out rows."""
-        plan = self.schedule.plans[dataset]
+        data, plan = self.store.datasets[dataset], self.schedule.plans[dataset]
         for rows in self.schedule.valid_batches(dataset):
-            yield (
-                len(rows),
-                self.builder.build(self.store.datasets[dataset], plan, rows, VALIDATION_EPOCH),
-            )
+            yield len(rows), self.builder.build(data, plan, rows, VALIDATION_EPOCH)

@@ -16,16 +16,15 @@ class PackedSequences:
     """Where the sequences of one packed row lie."""
 
     lengths: tuple[int, ...]
-    """Tokens of each sequence (N of them), on the host: CPU kernels need them without a device
-    synchronisation."""
+    """tokens of each of the N sequences, in host memory: reading them never waits for a device"""
     cu_seqlens: Tensor
-    """(N + 1,) int32, cumulative lengths from 0, on the compute device."""
+    """(N + 1,) int32, running sums of the lengths from 0, on the compute device"""
 
     @classmethod
     def from_lengths(
         cls, lengths: Sequence[int] | np.ndarray, device: torch.device | str | None = None
     ) -> "PackedSequences":
-        """On the CPU, or copied to `device` without waiting."""
+        """From the N lengths; `device` None is the CPU. A copy to a device is not waited for."""
         lengths = np.asarray(lengths, np.int64)
         cumulative = np.zeros(len(lengths) + 1, np.int32)
         np.cumsum(lengths, out=cumulative[1:])
@@ -40,7 +39,7 @@ class PackedSequences:
 
     @property
     def position_ids(self) -> Tensor:
-        """(T,) int64, counted from 0 inside each sequence."""
+        """(T,) int64, each token's position in its sequence, from 0."""
         starts = self.cu_seqlens[:-1].long()
         lengths = self.cu_seqlens.diff().long()
         total = sum(self.lengths)
@@ -49,7 +48,7 @@ class PackedSequences:
 
     @property
     def last_tokens(self) -> Tensor:
-        """(N,) int64, index of each sequence's last token."""
+        """(N,) int64, index of each sequence's last token among the T."""
         return self.cu_seqlens[1:].long() - 1
 
 
@@ -58,9 +57,9 @@ class PackedBatch:
     """N texts as one row of T real tokens."""
 
     input_ids: Tensor
-    """(T,) int64."""
+    """(T,) int64"""
     packed: PackedSequences
-    """Where each text begins and ends."""
+    """where each text begins and ends"""
 
     def to(self, device: torch.device) -> "PackedBatch":
         """A copy on `device`; from pinned memory it does not wait."""

@@ -1,8 +1,8 @@
-"""Randomness as a pure function of a key: no generator, no history, the same on every process and
-after a resume.
+"""Random numbers and permutations that depend on a key alone, not on what was drawn before.
 
-A key is any sequence of integers and strings, e.g. (seed, "order", epoch). Memory and start-up time
-are O(1) however long the permutation, so a resumed run can stand at any step at once.
+They are the same on every process and after a resume. A key is any sequence of integers and
+strings, e.g. (seed, "order", epoch). A permutation of any length takes no memory and no time to
+prepare, so a resumed run starts at any step at once.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ _SHIFT_1, _SHIFT_2, _SHIFT_3 = np.uint64(30), np.uint64(27), np.uint64(31)
 _FACTOR_1, _FACTOR_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
-@lru_cache(maxsize=1024, typed=True)  # an epoch's keys are asked for at every step
+@lru_cache(maxsize=1024, typed=True)  # every step uses its epoch's keys
 def key_hash(*key: int | str) -> int:
     """A 64-bit integer that depends on every part of the key."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in key)
@@ -23,14 +23,13 @@ def key_hash(*key: int | str) -> int:
 
 
 def mix(values: np.ndarray, key: int) -> np.ndarray:
-    """A 64-bit hash of each integer of an array under `key`."""
-    return scramble(
-        values.astype(np.uint64) + np.uint64(key & _MASK)
-    )  # arrays of integers wrap without a warning
+    """A 64-bit hash of (key, integer) for each integer of an array."""
+    # Sums of arrays wrap around without a warning.
+    return scramble(values.astype(np.uint64) + np.uint64(key & _MASK))
 
 
 def scramble(x: np.ndarray) -> np.ndarray:
-    """The SplitMix64 finaliser (Steele et al. 2014) of an array of uint64, in place."""
+    """Hash each uint64 of an array in place: SplitMix64's finaliser (Steele et al. 2014)."""
     x ^= x >> _SHIFT_1
     x *= _FACTOR_1
     x ^= x >> _SHIFT_2
@@ -40,15 +39,15 @@ def scramble(x: np.ndarray) -> np.ndarray:
 
 
 def uniform(*key: int | str) -> float:
-    """A number in [0, 1) for a key."""
+    """A number in [0, 1), uniformly distributed over keys."""
     return (key_hash("uniform", *key) >> 11) / (1 << 53)
 
 
 class Permutation:
-    """A pseudo-random bijection of 0 .. size - 1, evaluated where it is asked for.
+    """A random order of the numbers 0 to size - 1, computed only at the positions asked for.
 
     A balanced Feistel network (Luby and Rackoff, 1988) on the smallest even number of bits that
-    holds `size`; values that fall outside are sent through again until they fall inside ("cycle
+    holds `size`. Results outside the range are encrypted again until they fall inside ("cycle
     walking"), under four times on average.
     """
 
@@ -62,7 +61,7 @@ class Permutation:
         self._keys = [key_hash(*key, "round", i) for i in range(self.ROUNDS)]
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
-        """(n,) positions -> (n,) int64 images."""
+        """(n,) positions -> (n,) int64: the numbers that stand there."""
         values = np.asarray(positions, dtype=np.int64).astype(np.uint64)
         assert (values < self.size).all()
         values = self._encrypt(values)

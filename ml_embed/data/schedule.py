@@ -1,10 +1,11 @@
-"""What each optimizer step trains on: a pure function of (seed, epoch, step).
+"""Which rows each optimizer step trains on: a function of seed, epoch and step alone.
 
-A global batch is a list of rows of one dataset, and does not depend on how many processes share it.
-Nothing here
-grows with the data: an epoch of a billion rows is a handful of counters and keyed permutations.
+A global batch is a list of rows of one dataset; it does not depend on how many processes share it.
+Nothing here grows with the data: an epoch of a billion rows is a handful of counters and keyed
+permutations.
 
-Letters: W processes, B samples a process, G = B W rows of a full global batch.
+Letters: W processes, B samples per process, G = B W rows of a full global batch, n <= G rows of
+one, K negatives.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,18 +23,18 @@ _LARGEST_KEY = np.iinfo(np.uint64).max
 
 @dataclass(frozen=True)
 class DatasetPlan:
-    """How one dataset is trained on."""
+    """How one dataset is used: its task, and how many rows and negatives."""
 
     name: str
     task: Task
     num_negatives: int
-    """negatives drawn for each sample, where it has as many"""
+    """K, negatives drawn per sample; a sample that has fewer uses all it has"""
     train_rows: int
     """rows that training draws from"""
     valid_rows: int
-    """rows held out"""
+    """rows held out for validation"""
     draws: int
-    """samples drawn in an epoch: train_rows times the dataset's weight"""
+    """samples drawn per epoch: train_rows times the dataset's weight"""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class GlobalBatch:
 
     dataset: str
     rows: np.ndarray
-    """(n,) int64 row numbers in the dataset, n <= G"""
+    """(n,) int64 row numbers in the dataset"""
     epoch: int
     """counts from 0"""
 
@@ -50,10 +51,9 @@ class GlobalBatch:
 def plan_dataset(
     name: str, num_rows: int, config: TrainConfig, task: Task | None = None
 ) -> DatasetPlan:
-    """Apply the config's settings and the defaults of the dataset's task.
+    """How the config trains on a dataset of `num_rows` rows.
 
-    `task` is what the data itself says, if anything; the config comes before it, the name's default
-    after it.
+    The task is what the config says; else `task`, which the data says; else that of the name.
     """
     settings = match_settings(name, config.datasets)
     task = settings.task or task or task_of(name)
@@ -70,8 +70,10 @@ def plan_dataset(
 
 
 class Schedule:
-    """Steps of a run, in epochs. Every dataset appears in proportion to its draws, in a random
-    order."""
+    """All steps of a run. In an epoch each dataset's batches come as often as its draws fill them.
+
+    The order of the batches is random in each epoch.
+    """
 
     def __init__(
         self,
@@ -82,9 +84,9 @@ class Schedule:
     ):
         """
         Args:
-            plans: one a dataset.
-            num_rows: rows of each dataset, training and held-out.
-            global_batch: G, rows a step.
+            plans: one per dataset.
+            num_rows: rows of each dataset, those held out included.
+            global_batch: G, rows per step.
             seed: the run's.
         """
         self.plans = {plan.name: plan for plan in sorted(plans, key=lambda plan: plan.name)}
@@ -104,8 +106,10 @@ class Schedule:
         return int(self._first_batch[-1])
 
     def batches(self, steps: Iterable[int]) -> list[GlobalBatch]:
-        """The rows of each step, counted from 0 over all epochs. Many at once cost hardly more than
-        one."""
+        """The rows of each step; steps count from 0 over all epochs.
+
+        Many steps at once cost hardly more than one.
+        """
         epochs, positions = np.divmod(np.fromiter(steps, np.int64), self.steps_per_epoch)
         found: dict[int, GlobalBatch] = {}
         for epoch in np.unique(epochs).tolist():
@@ -135,8 +139,10 @@ class Schedule:
         return Permutation(self.steps_per_epoch, self.seed, "order", epoch)
 
     def _rows(self, plan: DatasetPlan, draws: np.ndarray, epoch: int) -> np.ndarray:
-        """Row numbers of draws 0 .. plan.draws - 1; each pass over the rows has an order of its
-        own."""
+        """The rows that some of a dataset's draws (0 to plan.draws - 1) take, (len(draws),).
+
+        Draws beyond the number of rows begin the next pass, which has another random order.
+        """
         rows = np.empty_like(draws)
         passes, places = np.divmod(draws, plan.train_rows)
         for number in np.unique(passes):
@@ -146,8 +152,7 @@ class Schedule:
         return rows
 
     def valid_batches(self, name: str) -> list[np.ndarray]:
-        """The held-out rows of a dataset, in global batches, always the same ones in the same
-        order."""
+        """The held-out rows of a dataset in global batches, the same every time."""
         rows = self._split[name](np.arange(self.plans[name].valid_rows))
         return [
             rows[start : start + self.global_batch]
@@ -156,33 +161,30 @@ class Schedule:
 
 
 def share_of_process(num_rows: int, process: int, processes: int) -> slice:
-    """Which of a global batch's rows one process holds: contiguous, and as even as can be."""
+    """The rows of a global batch that one process takes: contiguous, as even as possible."""
     return slice(process * num_rows // processes, (process + 1) * num_rows // processes)
 
 
 def draw_negatives(counts: np.ndarray, rows: np.ndarray, asked: int, key: int) -> np.ndarray:
-    """Which negatives each sample uses: `asked` of its own without replacement, all of them where
-    it has no more.
+    """Draw negatives without replacement: `asked` of each sample's own, or all if it has no more.
 
     Args:
         counts: (n,) negatives that each row has.
-        rows: (n,) row numbers; the draw depends on (key, row) alone, not on the batch it stands in.
-        asked: negatives wanted, K.
-        key: hash of what the draw is renewed with (seed, dataset, epoch).
+        rows: (n,) row numbers. A row's draw depends on (key, row) alone, not on the other rows.
+        asked: K, negatives wanted per row.
+        key: hash of seed, dataset and epoch; another key, another draw.
     Returns:
-        (n, w) int64, w = the most that any row uses: min(count, asked) ascending places in each
-        row, then -1.
+        (n, w) int64: the places of the drawn ones among the row's own, ascending, then -1; w is the
+        most that any row uses.
     """
     used = np.minimum(counts, asked)[:, None]
     most = int(counts.max(initial=0))
     width = min(most, asked)
     places = np.arange(most)
     if most > asked:
-        # One random key a place: the `asked` smallest of a row win. Places that a row lacks have
-        # the largest key.
-        keys = scramble(
-            places.astype(np.uint64) + mix(rows, key)[:, None]
-        )  # = mix(places, the row's key)
+        # One random key per place, mix(place, the row's key): the `asked` smallest of a row win.
+        # Places that a row lacks have the largest key.
+        keys = scramble(places.astype(np.uint64) + mix(rows, key)[:, None])
         keys[places >= counts[:, None]] = _LARGEST_KEY
         winners = keys.argsort(axis=1, kind="stable")[:, :width]
     else:
@@ -195,7 +197,6 @@ def draw_negatives(counts: np.ndarray, rows: np.ndarray, asked: int, key: int) -
 
 
 def draw_rank(ranks: Sequence[int], seed: int, step: int) -> int:
-    """The rank of one training step, with probability proportional to the rank; the same on every
-    process."""
+    """The rank of one training step, drawn in proportion to the rank; the same on every process."""
     edges = np.cumsum(ranks)
     return ranks[int(np.searchsorted(edges, uniform(seed, "rank", step) * edges[-1], side="right"))]

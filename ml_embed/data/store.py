@@ -1,8 +1,7 @@
-"""Memory-mapped access to tokenized data, for training.
+"""The store: tokenized data in memory-mapped arrays, for training.
 
-The parquet files are converted once into flat arrays under the cache directory (see `convert`).
-Opening a converted store reads no data; a text is a slice of a memory map, with no Python object
-per token.
+The parquet files are converted once, into flat arrays in the cache directory (`convert`). Opening
+a converted store reads no data. A text is a slice of a memory map; no token is a Python object.
 """
 
 import json
@@ -24,11 +23,11 @@ from ml_embed.files.locks import take_lock
 
 
 class TokenizedDataset:
-    """Rows (query, passage, negatives) of one dataset. Documents are numbers of rows of the
-    dataset's corpus.
+    """The rows of one dataset (query, passage, negatives) and the corpus of its documents.
 
-    All arrays are read-only views of memory maps. In the released layout with one shared corpus,
-    the document arrays of all datasets are the same. Pickling passes only the place of the files.
+    A document is named by its row number in the corpus. All arrays are read-only views of memory
+    maps. Datasets that share a corpus, as in the released layout, share its arrays. Pickling passes
+    on only where the files are.
     """
 
     def __init__(
@@ -36,9 +35,9 @@ class TokenizedDataset:
     ):
         self.name = name
         self.query_lengths = arrays["query_lengths"]
-        """(rows,) int32: tokens of each query."""
+        """(rows,) int32: number of tokens of each query."""
         self.document_lengths = arrays["document_lengths"]
-        """(documents,) int32: tokens of each document."""
+        """(documents,) int32: number of tokens of each document."""
         self.passage_documents = arrays["passage_documents"]
         """(rows,) int64: the document that is each row's positive."""
         self.negative_offsets = arrays["negative_offsets"]
@@ -47,9 +46,9 @@ class TokenizedDataset:
         self.negative_documents = arrays["negative_documents"]
         """(total negatives,) int64."""
         self.query_tokens = arrays["query_tokens"]
-        """(tokens of all queries,) int32: one behind another, in the order of the rows."""
+        """(tokens of all queries,) int32, in the order of the rows."""
         self.document_tokens = arrays["document_tokens"]
-        """(tokens of all documents,) int32."""
+        """(tokens of all documents,) int32, in the order of the corpus."""
         self._store_folder = store_folder
         self._query_offsets = arrays["query_offsets"]
         self._document_offsets = arrays["document_offsets"]
@@ -75,22 +74,26 @@ class TokenizedDataset:
         ]
 
     def query_bytes(self, rows: np.ndarray) -> list[bytes]:
-        """The int32 ids of the queries of several rows, (n,) int64, as bytes: keys to tell texts
-        apart, and quickly joined."""
+        """The token ids (int32) of the queries of several rows, (n,) int64, as bytes.
+
+        Bytes can be dictionary keys and are joined quickly.
+        """
         return _byte_slices(self.query_tokens, self._query_offsets, rows)
 
     def document_bytes(self, documents: np.ndarray) -> list[bytes]:
-        """The same of several documents, (n,) int64."""
+        """The token ids (int32) of several documents, (n,) int64, as bytes."""
         return _byte_slices(self.document_tokens, self._document_offsets, documents)
 
     def negatives(self, row: int) -> np.ndarray:
-        """(negatives of this row,) int64 view: documents; may be empty."""
+        """(number of this row's negatives, may be 0,) int64 view: documents."""
         return self.negative_documents[self.negative_offsets[row] : self.negative_offsets[row + 1]]
 
     @cached_property
     def token_counts(self) -> np.ndarray:
-        """(max_token_id + 1,) int64: how often each id occurs in the queries and in the documents
-        that rows refer to, each document counted once."""
+        """(max_token_id + 1,) int64: how often each token id occurs.
+
+        In all queries, and in all documents that rows refer to, each counted once.
+        """
         counts = np.zeros(self._max_token_id + 1, np.int64)
         counts[: len(self._token_counts)] = self._token_counts
         return counts
@@ -99,13 +102,13 @@ class TokenizedDataset:
         return _reopen_dataset, (self._store_folder, self.name)
 
 
-_BOTH_ENDS = np.arange(2)  # a text lies between its offset and the next one's
+_BOTH_ENDS = np.arange(2)  # a text lies between its offset and the next one
 
 
 def _byte_slices(tokens: np.ndarray, offsets: np.ndarray, numbers: np.ndarray) -> list[bytes]:
-    view = (
-        tokens.data.cast("B") if len(tokens) else memoryview(b"")
-    )  # half the price of slices of an array
+    """The tokens of several texts as bytes; `offsets` say where each text begins."""
+    # Slices of a memoryview cost half as much as slices of an array.
+    view = tokens.data.cast("B") if len(tokens) else memoryview(b"")
     bounds = offsets[numbers[:, None] + _BOTH_ENDS] * tokens.itemsize
     return [bytes(view[start:stop]) for start, stop in bounds.tolist()]
 
@@ -137,12 +140,13 @@ class Store:
 
 
 def open_store(folder: str | Path, cache_dir: str | Path, progress: bool = True) -> Store:
-    """Open tokenized data, in our own layout or the originally released one; convert it first if
-    that is not done.
+    """Open a folder of tokenized data, in our own or the released layout; convert it if needed.
 
     The converted arrays lie in `cache_dir/store-<fingerprint of the files>`. Several processes may
-    call this at once: one converts and the others wait. Raises UserError for data that is missing
-    or wrong.
+    call this at once: one converts and the others wait.
+
+    Raises:
+        UserError: data is missing or wrong.
     """
     sources = find_sources(Path(folder))
     target = Path(cache_dir).absolute() / f"store-{sources.fingerprint(FORMAT_VERSION)}"
@@ -153,7 +157,11 @@ def open_store(folder: str | Path, cache_dir: str | Path, progress: bool = True)
 
 @lru_cache(maxsize=8)
 def open_converted(folder: Path) -> Store:
-    """Map the arrays of a converted store. Raises UserError if they are damaged."""
+    """Map the arrays of a converted store.
+
+    Raises:
+        UserError: they are damaged.
+    """
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         arrays = {name: map_array(folder / f"{name}.npy") for name in ARRAYS}
@@ -171,8 +179,8 @@ def open_converted(folder: Path) -> Store:
 
 
 def _convert_once(sources: Sources, target: Path, progress: bool) -> None:
-    """Convert into a temporary sibling and rename, so that `target` is whole whenever it exists."""
-    remedy = "It takes about 4 bytes a token. Free space there or set cache_dir to another disk."
+    """Convert into a temporary folder and rename it: `target` is whole whenever it exists."""
+    remedy = "It takes about 4 bytes per token. Free space there or set cache_dir to another disk."
     with disk_errors_are_user_errors(target.parent, remedy):
         target.parent.mkdir(parents=True, exist_ok=True)
         path = target.with_name(f"{target.name}.lock")
@@ -182,7 +190,7 @@ def _convert_once(sources: Sources, target: Path, progress: bool) -> None:
         with take_lock(path, seconds=-1, waiting=waiting) as lock:
             if (target / INDEX).is_file():  # another process was faster
                 return
-            if lock.is_locked:  # or they may be those of another process that is at work
+            if lock.is_locked:  # otherwise they may belong to a process that is at work
                 for leftover in target.parent.glob(f"{target.name}.partial-*"):
                     shutil.rmtree(leftover, ignore_errors=True)
             partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.partial-", dir=target.parent))
@@ -194,15 +202,13 @@ def _convert_once(sources: Sources, target: Path, progress: bool) -> None:
 
 
 def _rename_unless_there(partial: Path, target: Path) -> None:
-    partial.chmod(
-        0o755 & ~umask()
-    )  # mkdtemp makes it private; other users of a shared cache must read it
+    """Rename a finished store; where another process was faster, its store is as good."""
+    # mkdtemp makes a private folder; other users of a shared cache must be able to read it.
+    partial.chmod(0o755 & ~umask())
     try:
         partial.rename(target)
-    except OSError:
-        if not (
-            target / INDEX
-        ).is_file():  # file systems without locks: the other process's store is as good
+    except OSError:  # without locks on this file system, two processes may get here
+        if not (target / INDEX).is_file():
             raise
 
 

@@ -1,15 +1,15 @@
-"""A teacher's vectors of tokenized data, in a folder that `ml_embed.recipe.teacher` writes and
-training maps.
+"""A folder of a teacher's vectors of tokenized data: written before training, mapped during it.
 
-`teacher.json` says what they are. Each dataset has a file of its queries' vectors, row i for query
-i, and one of its documents', row j for document j. Files are named by a digest of every token of
-their texts: datasets that share a corpus share its file, and no others do.
+`ml_embed.recipe.teacher` writes it. `teacher.json` says what the vectors are. Each dataset has a
+file of its queries' vectors, row i for query i, and one of its documents', row j for document j. A
+file is named by a digest of all tokens of its texts: datasets that share a corpus share its file,
+and no others do.
 
-Training does not read all of its data to start. It compares lengths, token counts and samples,
-which shows nearly every change of the data; the whole digests are computed where the vectors are
-made, so that making them again after a change never keeps a vector of what was there before.
+Training must not read all of its data before it starts. It compares lengths, token counts and some
+tokens, which shows nearly every change of the data. The program that writes the vectors compares
+digests of all tokens, so that it never keeps a vector of a text that has changed.
 
-Letters: R rows of a process's share, K negatives, H' the teacher's vector length.
+Letters: R rows of a process's share, K negatives, H' the teacher's vector length, T tokens.
 """
 
 import hashlib
@@ -32,14 +32,17 @@ RECORD = "teacher.json"
 FORMAT_VERSION = 2
 DTYPES: dict[str, type[np.floating]] = {"float16": np.float16, "float32": np.float32}
 SAMPLED_PLACES = 64
-SAMPLED_TOKENS = 64  # from each of these places on
+"""places of a dataset's tokens that are compared"""
+SAMPLED_TOKENS = 64
+"""tokens from each of these places on"""
 SAMPLED_VECTORS = 8
+"""vectors of a file that are compared"""
 KD_REMEDY = 'set kd_loss to "similarity", which compares cosines and takes any teacher'
 
 
 @dataclass(frozen=True)
 class DatasetTexts:
-    """The texts of a tokenized dataset, told apart from others by content and order."""
+    """What identifies the texts of a tokenized dataset and their order."""
 
     rows: int
     documents: int
@@ -48,7 +51,7 @@ class DatasetTexts:
 
 
 def describe_texts(store: Store) -> dict[str, DatasetTexts]:
-    """Of each dataset. Reads the lengths of all texts, and a few of their tokens."""
+    """Identify the texts of each dataset by their lengths and some of their tokens."""
     described = {}
     for name, (queries, documents) in digest_texts(store, _digest_of_some).items():
         dataset = store.datasets[name]
@@ -62,15 +65,15 @@ def describe_texts(store: Store) -> dict[str, DatasetTexts]:
 def digest_texts(
     store: Store, digest: Callable[[np.ndarray, np.ndarray], str]
 ) -> dict[str, tuple[str, str]]:
-    """Of each dataset the digest of its queries and of its documents.
+    """The digests of each dataset's queries and of its documents.
 
     Args:
-        digest: the lengths of n texts, (n,) int32, and all their tokens, (T,) int32 -> digest.
-            Called once a corpus.
+        store: the datasets.
+        digest: a function of the lengths of n texts, (n,) int32, and all their tokens, (T,) int32.
+            Called once per corpus.
     """
-    of_corpus: dict[
-        tuple[int, int], str
-    ] = {}  # in the released layout many datasets have the same corpus
+    # In the released layout many datasets have the same corpus.
+    of_corpus: dict[tuple[int, int], str] = {}
     digests = {}
     for name, dataset in store.datasets.items():
         corpus = dataset.document_lengths.__array_interface__["data"][0], dataset.num_documents
@@ -81,8 +84,7 @@ def digest_texts(
 
 
 def _digest_of_some(lengths: np.ndarray, tokens: np.ndarray) -> str:
-    """Changes with the order of texts, because lengths do, and with changes of their content that
-    the samples meet."""
+    """A digest of all lengths, which change with the order of texts, and of some tokens."""
     places = np.linspace(0, max(0, len(tokens) - SAMPLED_TOKENS), SAMPLED_PLACES).astype(np.int64)
     samples = (
         np.ascontiguousarray(tokens[place : place + SAMPLED_TOKENS]) for place in places.tolist()
@@ -99,17 +101,17 @@ def _digest(*parts: Any) -> str:
 
 @dataclass(frozen=True)
 class VectorFile:
-    """One file of rows."""
+    """One file of vectors."""
 
     file: str
     """name in the folder"""
     rows: int
     check: str
-    """digest of some of its rows"""
+    """digest of some of its vectors"""
 
     @classmethod
     def describe(cls, path: Path, dtype: str, width: int) -> "VectorFile":
-        """Of a file that is whole."""
+        """Describe a file that is complete."""
         vectors = map_vectors(path, dtype, width)
         return cls(path.name, len(vectors), _digest_of_sample(vectors))
 
@@ -130,9 +132,7 @@ def map_vectors(path: Path, dtype: str, width: int) -> np.ndarray:
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     if hasattr(mmap, "MADV_RANDOM"):
-        mapped.madvise(
-            mmap.MADV_RANDOM
-        )  # a batch's rows lie anywhere: what stands around them need not be read
+        mapped.madvise(mmap.MADV_RANDOM)  # a batch's rows lie anywhere: read no others with them
     return np.frombuffer(mapped, DTYPES[dtype]).reshape(-1, width)
 
 
@@ -162,8 +162,7 @@ class DatasetVectors:
 
 @dataclass(frozen=True)
 class TeacherVectors:
-    """An open folder. Nothing of it is in memory: a batch's rows are read when they are asked
-    for."""
+    """An open folder of teacher vectors; only the vectors of a batch are read into memory."""
 
     folder: Path
     settings: dict[str, Any]
@@ -177,23 +176,21 @@ class TeacherVectors:
 
     @classmethod
     def read(cls, folder: Path) -> "TeacherVectors":
-        """
+        """Open a folder.
+
         Raises:
-            UserError: the folder has no record, it is not finished, or it is damaged.
+            UserError: it has no teacher.json, which is written last, or that is damaged.
         """
         path = folder / RECORD
         if not path.is_file():
             raise UserError(
                 f"{folder} holds no {RECORD}: it is not a folder of teacher vectors, or not "
-                "finished. "
-                "Make it, or go on with it, by scripts/embed_teacher.py"
+                "finished. Make it, or go on with it, by scripts/embed_teacher.py"
             )
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            if record["format_version"] != FORMAT_VERSION:
-                raise ValueError(
-                    f"format version {record['format_version']!r}, not {FORMAT_VERSION}"
-                )
+            if (version := record["format_version"]) != FORMAT_VERSION:
+                raise ValueError(f"format version {version!r}, not {FORMAT_VERSION}")
             datasets = {
                 name: DatasetVectors.from_json(entry) for name, entry in record["datasets"].items()
             }
@@ -210,12 +207,12 @@ class TeacherVectors:
             ) from None
 
     def to_json(self) -> dict[str, Any]:
-        """teacher.json."""
+        """The content of teacher.json."""
         described = {key: value for key, value in asdict(self).items() if key != "folder"}
         return {"format_version": FORMAT_VERSION, **described}
 
     def fingerprint(self, names: list[str]) -> str:
-        """Tells the vectors of some datasets apart by content, wherever they lie."""
+        """A digest of the vectors of some datasets, the same wherever the folder lies."""
         parts = [f"{self.dtype} {self.width}"]
         for name in sorted(names):
             entry = self.datasets[name]
@@ -225,39 +222,58 @@ class TeacherVectors:
         return _digest("\n".join(parts).encode())
 
     def of_batch(self, batch: ContrastiveBatch, rows: np.ndarray) -> PartVectors:
-        """The teacher's vectors of a share: one exit, in the type they are stored in, on the CPU.
+        """The teacher's vectors of a share: one exit, in the type of the files, on the CPU.
 
         Args:
             batch: the share.
-            rows: (R,) the dataset's rows in it, in its order.
+            rows: (R,) the dataset's rows that it consists of, in its order.
         """
         entry = self.datasets[batch.dataset]
         negative_documents = batch.negative_documents.numpy()  # (R, K), -1 for none
         present = negative_documents >= 0
         documents = np.concatenate([batch.passage_documents.numpy(), negative_documents[present]])
-        distinct, places = np.unique(
-            documents, return_inverse=True
-        )  # each is read once, in the order of the file
+        # Each vector is read once, in the order of the file.
+        distinct, places = np.unique(documents, return_inverse=True)
         found = self._vectors(entry.document_vectors)[distinct][places]
         negatives = np.zeros((*present.shape, self.width), found.dtype)
         negatives[present] = found[len(rows) :]
         parts = (self._vectors(entry.query_vectors)[rows], found[: len(rows)], negatives)
         return PartVectors(*(torch.from_numpy(part).unsqueeze(0) for part in parts))
 
+    def problems_of(self, name: str, texts: DatasetTexts) -> list[str]:
+        """What is wrong with the vectors of a dataset that has these texts."""
+        again = "run scripts/embed_teacher.py"
+        entry = self.datasets.get(name)
+        if entry is None:
+            return [f"dataset {name!r} is not there; {again} again with the same flags"]
+        if entry.check != texts.check:
+            return [
+                f"dataset {name!r} has other texts or another order there ({entry.rows} rows, "
+                f"{entry.documents} documents) than in the data ({texts.rows}, "
+                f"{texts.documents}); {again} again"
+            ]
+        files = (entry.query_vectors, entry.document_vectors)
+        found = (file.problem(self.folder, self.dtype, self.width) for file in files)
+        return [f"{problem}; {again} with --overwrite" for problem in found if problem]
+
     def _vectors(self, file: VectorFile) -> np.ndarray:
-        # Mapped for each batch anew, in microseconds: a process may not hold thousands of open
-        # maps.
+        # Mapped again for each batch, in microseconds: a process may not hold thousands of maps.
         return map_vectors(self.folder / file.file, self.dtype, self.width)
 
 
 def open_teacher_vectors(
     folder: Path, store: Store, student_width: int, kd_loss: DistillationLoss
 ) -> TeacherVectors:
-    """The vectors of a run's datasets, checked against the data and the student.
+    """Open the teacher's vectors of a run and check them against the data and the student.
 
+    Args:
+        folder: what holds them.
+        store: the run's datasets.
+        student_width: components of the student's vectors.
+        kd_loss: the distillation loss.
     Raises:
-        UserError: they are missing, damaged, of other data, or cannot be distilled this way; all
-            problems at once.
+        UserError: vectors are missing, damaged, of other data, or do not fit the loss; all problems
+            in one message.
     """
     teacher = TeacherVectors.read(folder)
     problems = []
@@ -269,27 +285,7 @@ def open_teacher_vectors(
     if kd_loss == "vectors" and teacher.normalized:
         problems.append(f"its vectors are of unit length, which the student's are not; {KD_REMEDY}")
     for name, texts in describe_texts(store).items():
-        entry = teacher.datasets.get(name)
-        if entry is None:
-            problems.append(
-                f"dataset {name!r} is not there; run scripts/embed_teacher.py again with the same "
-                "flags"
-            )
-        elif entry.check != texts.check:
-            problems.append(
-                f"dataset {name!r} has other texts or another order there ({entry.rows} rows, "
-                f"{entry.documents} "
-                f"documents) than in the data ({texts.rows}, {texts.documents}); run "
-                "scripts/embed_teacher.py again"
-            )
-        else:
-            files = (entry.query_vectors, entry.document_vectors)
-            found = (file.problem(folder, teacher.dtype, teacher.width) for file in files)
-            problems += [
-                f"{problem}; run scripts/embed_teacher.py with --overwrite"
-                for problem in found
-                if problem
-            ]
+        problems += teacher.problems_of(name, texts)
     if problems:
         listing = "\n".join(f"  - {problem}" for problem in problems)
         raise UserError(f"teacher_vectors_path: {folder} does not fit:\n{listing}")

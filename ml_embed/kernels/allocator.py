@@ -1,4 +1,4 @@
-"""The C library's allocator, for large tensors on the CPU."""
+"""How the C library allocates memory for large tensors on the CPU."""
 
 import ctypes
 
@@ -8,22 +8,19 @@ _KEEP = {_M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 2**28, _M_MMAP_THRESHOLD: 2**
 
 
 def keep_freed_memory(on: bool = True) -> bool:
-    """Let this process keep the memory of freed tensors for the next ones; False gives glibc's
-    defaults back.
+    """Let this process reuse the memory of freed tensors; False restores glibc's defaults.
 
-    By default each large tensor is mapped anew from the kernel, which fills it with zeros page by
-    page: 110,000 page faults in a training step of the CPU benchmark, and none with this on.
-        Resident memory stays at its peak instead
-    of falling after each step.
+    By default glibc asks the operating system for each large tensor's memory, which arrives filled
+    with zeros, page by page: 110,000 page faults per training step of the CPU benchmark, and none
+    with this on. In exchange, resident memory stays at its peak and does not fall after each step.
 
     Returns:
-        whether it could be set: only glibc has it.
+        whether it could be set: only glibc can.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # not Linux, or another C library
         return False
     settings = _KEEP if on else _DEFAULTS
-    return sum(mallopt(name, value) for name, value in settings.items()) == len(
-        settings
-    )  # 1 for each that was set
+    # mallopt returns 1 where it sets a value.
+    return sum(mallopt(name, value) for name, value in settings.items()) == len(settings)

@@ -1,9 +1,8 @@
 """Causal attention over packed sequences, registered with transformers under one name.
 
-A batch is one row of T real tokens; sequence i owns tokens cu_seqlens[i] .. cu_seqlens[i + 1].
-There is no padding
-and no mask: only this file knows where sequences end, and `bucketed_attention`, which it calls for
-training on CPUs.
+A batch is one row of T real tokens; sequence i owns tokens cu_seqlens[i] to cu_seqlens[i + 1] - 1.
+There is no padding and no mask: of all layers' operations only attention needs to know where
+sequences end. It runs here, or in `bucketed_attention` for training on CPUs.
 
 Letters: T tokens, N sequences, A query heads, G key/value heads, D head size.
 """
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
@@ -34,31 +34,18 @@ HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
 @cache
-def _torch_varlen() -> Callable[..., Any] | None:
-    """torch's own variable-length attention, or None where this torch has none."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn
-
-
-@cache
-def _takes_grouped_heads(attend: Callable[..., Any]) -> bool:
-    """Whether this torch's `varlen_attn` shares key/value heads among query heads by itself,
-    without copies."""
+def takes_grouped_heads(attend: Callable[..., Any]) -> bool:
+    """Whether a `varlen_attn` takes fewer key/value heads than query heads: torch 2.12's does."""
     return "enable_gqa" in inspect.signature(attend).parameters
 
 
 def available_kernels(device: torch.device, dtype: torch.dtype) -> tuple[Kernel, ...]:
     """Kernels that can run on `device` in `dtype`, best first. "sdpa" always can."""
-    kernels: list[Kernel] = []
-    if device.type == "cuda" and dtype in HALF_DTYPES:
-        if importlib.util.find_spec("flash_attn") is not None:
-            kernels.append("flash")
-        if _torch_varlen() is not None:
-            kernels.append("varlen")
-    return (*kernels, "sdpa")
+    if device.type != "cuda" or dtype not in HALF_DTYPES:
+        return ("sdpa",)
+    if importlib.util.find_spec("flash_attn") is None:
+        return ("varlen", "sdpa")
+    return ("flash", "varlen", "sdpa")
 
 
 def choose_kernel(requested: str, device: torch.device, dtype: torch.dtype) -> Kernel:
@@ -73,23 +60,20 @@ def choose_kernel(requested: str, device: torch.device, dtype: torch.dtype) -> K
     if requested not in kernels:
         raise UserError(
             f"attention: {requested!r} cannot run on {device.type} in {dtype} here (possible: "
-            f"{', '.join(kernels)}); "
-            "use 'auto'"
+            f"{', '.join(kernels)}); use 'auto'"
         )
     return requested
 
 
-def _takes_buckets(query: Tensor) -> bool:
-    """Whether `bucketed_attention` is faster here: where it runs at all, for what a backward pass
-    follows."""
+def _buckets_are_faster(query: Tensor) -> bool:
+    """Whether `bucketed_attention` can run here and pays: only before a backward pass does it."""
     return in_full_precision_on_cpu(query) and torch.is_grad_enabled()
 
 
-def _by_length(
+def _buckets_and_sdpa(
     query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float
 ) -> Tensor:
-    """(1, A, T, D) x (1, G, T, D) -> (1, T, A, D): short sequences in buckets, long ones by
-    `_sdpa`."""
+    """(1, A, T, D) x (1, G, T, D) -> (1, T, A, D): short ones in buckets, others by `_sdpa`."""
     parts = [
         (short, tuple(run))
         for short, run in itertools.groupby(lengths, key=lambda length: length <= LONGEST)
@@ -106,8 +90,7 @@ def _by_length(
 def _sdpa(
     query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float
 ) -> Tensor:
-    """(1, A, T, D) x (1, G, T, D) -> (1, T, A, D): one call for each run of sequences of equal
-    length.
+    """(1, A, T, D) x (1, G, T, D) -> (1, T, A, D): one call per run of equally long sequences.
 
     The batch builder sorts sequences by length, so runs are long. `split` and not slices: the
     gradient of a split is one concatenation, that of a slice is a zero-filled tensor of T tokens
@@ -121,11 +104,9 @@ def _sdpa(
     queries, keys, values = (x.squeeze(0).split(sections, dim=1) for x in (query, key, value))
     outputs = []
     for (length, count), *qkv in zip(runs, queries, keys, values, strict=True):
-        q, k, v = (
-            x.unflatten(1, (count, length)).transpose(0, 1) for x in qkv
-        )  # (count, heads, length, D)
-        # On CUDA without a half-precision kernel, grouped heads would fall back to the slow math
-        # path: still exact.
+        # (count, heads, length, D)
+        q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in qkv)
+        # In float32 on CUDA, grouped heads fall back to torch's slow math path: still exact.
         out = scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
@@ -141,8 +122,10 @@ def _runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
 def _sdpa_of_last_queries(
     query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float
 ) -> Tensor:
-    """As `_sdpa`, for each sequence's last token alone, which sees all of its sequence; 0 for the
-    other tokens."""
+    """`_sdpa` for the query of each sequence's last token alone; 0 for all other tokens.
+
+    The last token sees its whole sequence, so no causal mask is needed.
+    """
     runs = _runs(packed.lengths)
     last_tokens = packed.last_tokens
     queries = (
@@ -154,9 +137,8 @@ def _sdpa_of_last_queries(
     outputs = []
     for (length, count), q, k, v in zip(runs, queries, keys, values, strict=True):
         q = q.transpose(0, 1).unsqueeze(2)  # (count, A, 1, D)
-        k, v = (
-            x.unflatten(1, (count, length)).transpose(0, 1) for x in (k, v)
-        )  # (count, G, length, D)
+        # (count, G, length, D)
+        k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in (k, v))
         out = scaled_dot_product_attention(
             q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
@@ -169,8 +151,7 @@ def _sdpa_of_last_queries(
 def _variable_length(
     query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float, kernel: Kernel
 ) -> Tensor:
-    """(1, A, T, D) x (1, G, T, D) -> (1, T, A, D) with one fused kernel on CUDA in half
-    precision."""
+    """(1, A, T, D) x (1, G, T, D) -> (1, T, A, D) by a fused kernel, in half precision."""
     dtype = value.dtype if value.dtype in HALF_DTYPES else torch.get_autocast_dtype("cuda")
     # Under autocast the query and key norms return float32, the value projection half precision.
     q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # (T, heads, D)
@@ -180,21 +161,17 @@ def _variable_length(
 
         out = flash_attn_varlen_func(q, k, v, *lengths, softmax_scale=scale, causal=True)
     else:
-        attend = _torch_varlen()
-        assert attend is not None, "choose_kernel takes it only where torch has it"
-        grouped = q.shape[1] != k.shape[1]
-        if grouped and not _takes_grouped_heads(attend):
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-            grouped = False
-        # The scale is 1 / sqrt(D) for Qwen3, which is the kernel's default (older versions have no
-        # argument for it).
-        out = attend(
-            q, k, v, *lengths, window_size=(-1, 0), **({"enable_gqa": True} if grouped else {})
-        )
+        options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}  # causal
+        if q.shape[1] != k.shape[1]:
+            if takes_grouped_heads(varlen_attn):
+                options["enable_gqa"] = True
+            else:
+                k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        out = varlen_attn(q, k, v, *lengths, **options)
     return out.unsqueeze(0)
 
 
-# the lengths differ in every batch: compiled, it would be compiled anew each time
+# Not compiled: lengths differ in every batch, and each would need a compilation of its own.
 @torch.compiler.disable
 def packed_attention(
     module: "Qwen3Attention",
@@ -210,11 +187,20 @@ def packed_attention(
     last_queries_only: bool = False,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """transformers' attention signature: (1, A, T, D) queries, (1, G, T, D) keys and values -> (1,
-    T, A, D).
+    """Causal attention with the signature that transformers calls.
 
-    `packed` and `kernel` arrive through the keyword arguments that Qwen3's forward passes down. No
-    mask is used.
+    Args:
+        module: the attention layer, for its head size.
+        query: (1, A, T, D).
+        key, value: (1, G, T, D).
+        attention_mask: None; `packed` takes its place.
+        scaling: factor of the scores; None is 1 / sqrt(D).
+        dropout: 0.
+        packed: where sequences end; like the next two, passed down by Qwen3's forward.
+        kernel: what computes it.
+        last_queries_only: with "sdpa", leave 0 for all but each sequence's last token.
+    Returns:
+        (1, T, A, D), and None for the attention weights, which no kernel returns.
     """
     assert attention_mask is None
     assert dropout == 0.0, "attention dropout is refused when the model is built"
@@ -222,7 +208,7 @@ def packed_attention(
     if kernel == "sdpa":
         if last_queries_only:
             return _sdpa_of_last_queries(query, key, value, packed, scale), None
-        attend = _by_length if _takes_buckets(query) else _sdpa
+        attend = _buckets_and_sdpa if _buckets_are_faster(query) else _sdpa
         return attend(query, key, value, packed.lengths, scale), None
     return _variable_length(query, key, value, packed, scale, kernel), None
 

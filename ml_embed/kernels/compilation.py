@@ -1,5 +1,4 @@
-"""torch.compile of decoder layers (`compile_layers`): what is compiled, and whether it works
-here."""
+"""torch.compile of decoder layers (`compile_layers`), and checks that it works here."""
 
 from collections.abc import Iterable
 
@@ -11,16 +10,16 @@ from torch import nn
 from ml_embed.errors import UserError
 
 COMPILES_SINCE = "5.23.0"
+"""The oldest transformers that was seen to work. 5.3 does not; those between were not tried."""
 
 
 def compile_in_place(layers: Iterable[nn.Module]) -> None:
-    """Fuse what stands around attention in each layer; parameters keep their names.
+    """Fuse each layer's operations before and after attention; parameters keep their names.
 
-    Nothing is compiled before a layer is first called; other lengths of a batch need no other
-    compilation.
+    A layer is compiled when it is first called, once for batches of any size.
 
     Raises:
-        UserError: this transformers cannot be compiled layer by layer.
+        UserError: this version of transformers cannot be compiled layer by layer.
     """
     check_transformers()
     for layer in layers:
@@ -28,39 +27,34 @@ def compile_in_place(layers: Iterable[nn.Module]) -> None:
 
 
 def check_transformers() -> None:
-    """
+    """Refuse a transformers that does not return the hidden states of compiled layers.
+
     Raises:
-        UserError: this transformers loses sight of the hidden states of compiled layers (5.3 does,
-            5.23 does not; those between were not tried).
+        UserError: it is older than `COMPILES_SINCE`.
     """
     if Version(transformers.__version__) < Version(COMPILES_SINCE):
         raise UserError(
             f"compile_layers: needs transformers {COMPILES_SINCE} or newer (here: "
-            f"{transformers.__version__}); "
-            "update it, or set compile_layers to false"
+            f"{transformers.__version__}); update it, or set compile_layers to false"
         )
 
 
 def check_compiler(device: torch.device) -> None:
-    """Compile something small for `device`: a few seconds, once a machine (torch caches what it
-    compiled).
+    """Compile something small for `device`, to find out whether torch.compile works at all.
+
+    Takes a few seconds the first time; after that torch finds it in its cache.
 
     Raises:
-        UserError: torch.compile does not work here, for want of a C++ compiler, say.
+        UserError: torch.compile does not work here, for example because no C++ compiler is there.
     """
     numbers = torch.ones(8, device=device)
     try:
         torch.compile(lambda x: x.sigmoid() * x + 1)(numbers)
-    except (
-        Exception
-    ) as error:  # of any kind: compilers, their headers, caches and drivers are all asked for
-        reason = next(
-            (line for line in str(error).splitlines() if line.strip()), type(error).__name__
-        )
+    # Any error counts: it may come from the compiler, its headers, a cache or a driver.
+    except Exception as error:
+        lines = (line for line in str(error).splitlines() if line.strip())
         raise UserError(
             f"compile_layers: torch.compile does not work on this machine's {device.type} "
-            f"({reason}); "
-            "it needs a C++ compiler (g++, or the one that CXX names) and, on GPUs, Triton; "
-            "install them, "
-            "or set compile_layers to false"
+            f"({next(lines, type(error).__name__)}); it needs a C++ compiler (g++, or the one that "
+            "CXX names) and, on GPUs, Triton; install them, or set compile_layers to false"
         ) from error

@@ -1,10 +1,10 @@
-"""The last layer without the work that nobody reads.
+"""The last decoder layer, computed only for the tokens whose output is read.
 
-Of the last layer's output only each text's last token is read, so its queries, its output
-projection, and the norm and the MLP behind attention need N rows and not T. (Keys and values need
-them all.)
+Of the last layer's output only each text's last token is read. So its queries, its output
+projection, and the norm and the MLP after attention are computed for N rows instead of T. Keys and
+values are needed of all T tokens.
 
-transformers' layer runs unchanged; torch's module hooks narrow what its parts see.
+transformers' layer runs unchanged; torch's module hooks choose the rows that its parts get.
 
 Letters: T tokens of a packed batch, N sequences, H hidden size.
 """
@@ -18,25 +18,21 @@ NARROWED = (
     ("self_attn.o_proj", "self_attn.o_proj"),
     ("post_attention_layernorm", "mlp"),
 )
-"""Parts of a Qwen3 decoder layer that take every token by itself: from one module's input to
-another's output."""
+"""Parts of a Qwen3 decoder layer that work on each token by itself, (first module, last module)."""
 
 
 def read_last_tokens_only(layer: nn.Module) -> None:
-    """Let a Qwen3 decoder layer, the model's last one, compute for last tokens only what nothing
-    else reads.
+    """Make a Qwen3 decoder layer, the model's last one, compute its output for last tokens only.
 
     The layer must be called with `packed=` (`ml_embed.data.packing.PackedSequences`). Its output is
     right at each sequence's last token; the other rows are unfinished and must not be read.
     """
-    call = (
-        threading.local()
-    )  # what the layer is working on: one model may encode in several threads
+    # The batch that the layer is working on, per thread: one model may encode in several.
+    call = threading.local()
 
     def remember(_: nn.Module, arguments: tuple, keywords: dict) -> tuple[tuple, dict]:
-        # At attention and not at the layer: what recomputes a layer in the backward pass (gradient
-        # checkpointing) may leave out the layer's own hooks, but runs this again, before the parts
-        # below.
+        # Hooked to attention and not to the layer: gradient checkpointing, which runs a layer again
+        # in the backward pass, may skip the layer's own hooks, but never those of its parts.
         call.rows = keywords["packed"].last_tokens
         return arguments, keywords | {"last_queries_only": True}
 

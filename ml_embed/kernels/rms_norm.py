@@ -1,8 +1,7 @@
 """RMSNorm (arXiv 1910.07467) on the CPU in few passes over memory.
 
-transformers' norm is six operations, and torch's backward pass of them about twenty, each of which
-reads and writes all rows. Here they are five and nine; what is summed over a dimension is a matrix
-product.
+transformers' norm takes six operations, and torch's backward pass of it about twenty; each of them
+reads and writes all rows. Here it is five and nine, and sums over a dimension are matrix products.
 
     y = w x / s,  s = sqrt(mean(x^2) + eps)
     dx = (w dy - x mean(x w dy) / s^2) / s,  dw = sum of dy x / s over rows
@@ -23,17 +22,18 @@ if TYPE_CHECKING:
 
 
 def fuse_norms(module: nn.Module, kind: "type[Qwen3RMSNorm]") -> None:
-    """Let the norms of class `kind` inside of `module` run as above: on CPUs, in full precision.
+    """Run all norms of class `kind` in `module` by `rms_norm`, on CPUs in full precision.
 
     Elsewhere they run as before. They keep their class, their parameters and their names.
     """
     for norm in module.modules():
         if isinstance(norm, kind):
-            norm.forward = partial(_forward, norm)  # type: ignore[method-assign]  # this one's alone, not its class's
+            # set on this norm alone, not on its class
+            norm.forward = partial(_forward, norm)  # type: ignore[method-assign]
 
 
 def _forward(norm: "Qwen3RMSNorm", hidden_states: Tensor) -> Tensor:
-    """In place of a norm's own forward."""
+    """A norm's forward: by `rms_norm` where that can run, else the class's own."""
     if in_full_precision_on_cpu(hidden_states) and norm.weight.dtype == hidden_states.dtype:
         return rms_norm(hidden_states, norm.weight, norm.variance_epsilon)
     return type(norm).forward(norm, hidden_states)
@@ -45,6 +45,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
+    """The formulas at the top of this file; the inverse of s is kept for the backward pass."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
@@ -55,9 +57,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, inverse = ctx.saved_tensors
-        buffer = torch.mul(
-            grad, x, out=torch.empty(x.shape, dtype=x.dtype)
-        )  # rows in order, whatever those of grad
+        # Contiguous, whatever the strides of `grad`.
+        buffer = torch.mul(grad, x, out=torch.empty(x.shape, dtype=x.dtype))
         products = buffer.view(-1, x.shape[-1])
         grad_weight = (
             (inverse.reshape(1, -1) @ products).squeeze(0) if ctx.needs_input_grad[1] else None

@@ -1,5 +1,4 @@
-"""The comparison of starts: its figures against the definitions, and a real pretrained table where
-there is one."""
+"""The comparison of the starts of token factors: its figures, and a real pretrained table."""
 
 import importlib.util
 

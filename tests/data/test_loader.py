@@ -1,5 +1,4 @@
-"""From step numbers to batches: the same ones however many are built together, in order, and ahead
-of their use."""
+"""Batches come in order and ahead of their use, the same in whatever group they are built."""
 
 import contextlib
 import threading
@@ -27,8 +26,7 @@ def store(tmp_path_factory):
 
 
 def make_loader(store, process=0, processes=1, max_length=12) -> Loader:
-    """Six datasets, two of them smaller than a batch; rows with no negatives up to more than are
-    drawn."""
+    """Six datasets, two of them smaller than a batch; rows have 0 to more negatives than asked."""
     plans = [
         DatasetPlan(name, DATASETS[name][0], 3, d.num_rows, 0, 2 * d.num_rows)
         for name, d in store.datasets.items()
@@ -60,26 +58,26 @@ def test_a_batch_does_not_depend_on_the_steps_it_is_built_with(store, processes)
         for step, batch in zip(steps, together, strict=True):
             assert_equal(loader.build([step])[0], batch)
         widths = {batch.negatives.shape[1] for batch in together if batch.dataset == "answers"}
-        assert len(widths) > 1, "batches of one block that are not equally wide"
+        assert len(widths) > 1, "batches of one group that are not equally wide"
 
 
-@pytest.mark.parametrize("rows_of_a_block", [1, 8, 1000])
-def test_training_batches_come_in_order_from_any_step(store, monkeypatch, rows_of_a_block):
-    monkeypatch.setattr(loader_module, "ROWS_OF_A_BLOCK", rows_of_a_block)
+@pytest.mark.parametrize("rows_per_group", [1, 8, 1000])
+def test_training_batches_come_in_order_from_any_step(store, monkeypatch, rows_per_group):
+    monkeypatch.setattr(loader_module, "ROWS_PER_GROUP", rows_per_group)
     loader = make_loader(store)
     steps = range(2, 25)
     for step, batch in zip(steps, loader.training_batches(steps), strict=True):
         assert_equal(loader.build([step])[0], batch)
 
 
-def test_a_block_is_bounded_by_rows_and_by_tokens(store):
+def test_a_group_is_bounded_by_rows_and_by_tokens(store):
     """Of four rows of at most five texts."""
-    assert make_loader(store, max_length=12).steps_of_a_block == 512 // 4
-    assert make_loader(store, max_length=4096).steps_of_a_block == 2**21 // (4 * 5 * 4096)
-    assert make_loader(store, processes=2, max_length=4096).steps_of_a_block == 2**21 // (
+    assert make_loader(store, max_length=12).steps_per_group == 512 // 4
+    assert make_loader(store, max_length=4096).steps_per_group == 2**21 // (4 * 5 * 4096)
+    assert make_loader(store, processes=2, max_length=4096).steps_per_group == 2**21 // (
         2 * 5 * 4096
     )
-    assert make_loader(store, max_length=10**6).steps_of_a_block == 1
+    assert make_loader(store, max_length=10**6).steps_per_group == 1
 
 
 def test_what_goes_wrong_while_building_reaches_the_user_of_the_batches(store):

@@ -1,5 +1,4 @@
-"""The order of rows, negatives and ranks: functions of (seed, epoch, step), whatever the number of
-processes."""
+"""Rows, negatives and ranks depend on seed, epoch and step alone, not on how many processes run."""
 
 from collections import Counter
 

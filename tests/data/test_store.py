@@ -56,8 +56,7 @@ def write_own(folder: Path, name: str = "toy", **changes) -> Path:
 
 
 def write_released(folder: Path, names=("toy",), shared: bool = True) -> Path:
-    """The same data in the layout of the original release: documents in another order, ids as
-    strings."""
+    """The same data in the released layout: documents in another order, their ids as strings."""
     folder.mkdir()
     order = [3, 0, 4, 2, 1]
     corpus = pa.table(
@@ -119,9 +118,9 @@ def test_own_layout_gives_back_what_was_written(tmp_path):
     np.testing.assert_array_equal(dataset.token_counts, expected_counts())
 
 
-def test_batches_are_joined_rightly(tmp_path, monkeypatch):
-    monkeypatch.setattr(convert_module, "BATCH_ROWS", 2)
-    monkeypatch.setattr(convert_module, "GATHER_DOCUMENTS", 2)
+def test_blocks_are_joined_rightly(tmp_path, monkeypatch):
+    monkeypatch.setattr(convert_module, "BLOCK_ROWS", 2)
+    monkeypatch.setattr(convert_module, "COUNTED_DOCUMENTS", 2)
     own = open_store(write_own(tmp_path / "own"), tmp_path / "cache", progress=False)
     released = open_store(write_released(tmp_path / "released"), tmp_path / "cache", progress=False)
     for store in (own, released):
@@ -145,9 +144,8 @@ def test_released_layout_equals_own_layout(tmp_path, shared):
 
 def test_counts_leave_out_documents_of_other_datasets(tmp_path):
     folder = write_released(tmp_path / "data", names=("a", "b"))
-    table = pq.read_table(folder / "a_query.parquet").slice(
-        1, 1
-    )  # query [3, 9], passage [11, 12, 9], no negatives
+    # Query [3, 9], passage [11, 12, 9], no negatives.
+    table = pq.read_table(folder / "a_query.parquet").slice(1, 1)
     pq.write_table(table, folder / "a_query.parquet")
     store = open_store(folder, tmp_path / "cache", progress=False)
     assert {i: n for i, n in enumerate(store.datasets["a"].token_counts) if n} == {

@@ -1,5 +1,4 @@
-"""Training on a teacher's vectors that were computed beforehand: the same as with the teacher
-beside it, or refused."""
+"""Training on a teacher's vectors computed before is the same as with the teacher in memory."""
 
 import json
 import shutil
@@ -60,8 +59,7 @@ def own(world, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stranger(world, tmp_path_factory):
-    """Vectors of a sentence-transformers model with another tokenizer, and narrower than the
-    student."""
+    """A sentence-transformers model with another tokenizer and narrower than the student."""
     pytest.importorskip("sentence_transformers")
     folder = tmp_path_factory.mktemp("stranger")
     model = write_teacher(folder / "model", make_tokenizer(), 48)
@@ -73,8 +71,10 @@ def stranger(world, tmp_path_factory):
 
 @pytest.mark.parametrize("kd_loss", ["vectors", "similarity"])
 def test_losses_are_those_of_the_live_teacher(world, own, tmp_path, kd_loss):
-    """All tasks and axes, over several steps. Of the student's exits, "vectors" teaches the one the
-    teacher has."""
+    """All tasks and axes, over several steps.
+
+    With "vectors" the student learns only at the one exit that the teacher has.
+    """
     lines = {}
     for name, teacher in (
         ("live", {"teacher_model_path": own[0]}),
@@ -103,8 +103,7 @@ def test_losses_are_those_of_the_live_teacher(world, own, tmp_path, kd_loss):
 
 
 def test_another_tokenizer_and_width_teach(world, stranger, tmp_path):
-    """The student's cosines come nearer to the teacher's; chunks change nothing; the folder is only
-    read."""
+    """The student's cosines approach the teacher's, chunks change nothing, and files stay as is."""
     before = {path.name: path.read_bytes() for path in stranger.iterdir()}
     changes = {
         "teacher_vectors_path": str(stranger),

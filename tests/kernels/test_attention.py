@@ -1,6 +1,5 @@
 """Attention over packed sequences against one sequence, one head and one query at a time."""
 
-import math
 from collections.abc import Sequence
 from types import SimpleNamespace
 
@@ -70,7 +69,7 @@ def assert_same_with_gradients(found: Tensor, expected: Tensor, inputs: list[Ten
 
 @pytest.fixture
 def only_fused(monkeypatch):
-    monkeypatch.setattr(attention, "_takes_buckets", lambda query: False)
+    monkeypatch.setattr(attention, "_buckets_are_faster", lambda query: False)
 
 
 def test_sdpa_is_the_formula_in_values_and_gradients(only_fused):
@@ -79,9 +78,7 @@ def test_sdpa_is_the_formula_in_values_and_gradients(only_fused):
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize(
-    "lengths", [(1, 2), (5, 5, 5), LENGTHS, (21, 1, 19, 20, 2, 20, 11)]
-)  # the last: 4 buckets
+@pytest.mark.parametrize("lengths", [(1, 2), (5, 5, 5), LENGTHS, (21, 1, 19, 20, 2, 20, 11)])
 def test_buckets_are_the_formula_in_values_and_gradients(lengths, groups):
     inputs = tensors(lengths=lengths, groups=groups)
     found = bucketed_attention(*inputs, lengths, SCALE)
@@ -128,9 +125,9 @@ def test_last_queries_alone_are_the_formula_and_the_other_rows_zero():
 
 
 def standing_in(takes_grouped_heads: bool):
-    """A kernel of torch's documented meaning, on any device."""
+    """What torch documents `varlen_attn` to compute, on any device."""
 
-    def attend(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size, enable_gqa=False):
+    def attend(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
         assert enable_gqa == (q.shape[1] != k.shape[1])
         assert cu_q.dtype == cu_k.dtype == torch.int32
         assert (max_q, max_k) == (int(cu_q.diff().max()), int(cu_k.diff().max()))
@@ -144,7 +141,7 @@ def standing_in(takes_grouped_heads: bool):
             keys, values = (
                 x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (keys, values)
             )
-            scores = torch.einsum("qad,kad->aqk", queries, keys) / math.sqrt(q.shape[2])
+            scores = torch.einsum("qad,kad->aqk", queries, keys) * scale
             assert window_size == (-1, 0), "(before, after): all before, none after"
             scores = scores.masked_fill(
                 torch.ones(len(queries), len(keys)).triu(1).bool(), -torch.inf
@@ -154,18 +151,16 @@ def standing_in(takes_grouped_heads: bool):
             )
         return torch.cat(outputs)
 
-    def ungrouped(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size):
-        return attend(q, k, v, cu_q, cu_k, max_q, max_k, window_size=window_size)
+    def ungrouped(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size):
+        return attend(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window_size)
 
     return attend if takes_grouped_heads else ungrouped
 
 
 @pytest.mark.parametrize("takes_grouped_heads", [False, True])
 def test_the_variable_length_kernel_is_told_where_sequences_lie(monkeypatch, takes_grouped_heads):
-    kernel = standing_in(takes_grouped_heads)
-    monkeypatch.setattr(attention, "_torch_varlen", lambda: kernel)
+    monkeypatch.setattr(attention, "varlen_attn", standing_in(takes_grouped_heads))
     inputs = tensors(torch.bfloat16)
     expected = naive(*(x.double() for x in inputs))
-    torch.testing.assert_close(
-        attended(inputs, "varlen").double(), expected, rtol=0, atol=0.03
-    )  # 8 bits
+    found = attended(inputs, "varlen").double()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.03)  # bfloat16 has 8 bits

@@ -1,5 +1,4 @@
-"""compile_layers: the same vectors and gradients, compiled once; where it cannot work, the user is
-told."""
+"""compile_layers gives the same vectors and gradients, or says why it cannot work."""
 
 import subprocess
 import sys
@@ -28,11 +27,8 @@ def test_compiled_layers_give_the_same_and_are_compiled_once(world, compiled_gra
         for choice in (False, True)
     )
     assert plain.state_dict().keys() == compiled.state_dict().keys()
-    for batch in (
-        sequences,
-        sequences[1:],
-        sequences[::-1],
-    ):  # other lengths must not mean another compilation
+    # Other lengths must not mean another compilation.
+    for batch in (sequences, sequences[1:], sequences[::-1]):
         with torch._dynamo.config.patch(error_on_recompile=batch is not sequences):
             left, right = encode(plain, batch), encode(compiled, batch)
             torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)

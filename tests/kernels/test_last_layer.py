@@ -1,5 +1,4 @@
-"""The last layer works on the rows that are read, and nobody can tell from vectors and
-gradients."""
+"""The narrowed last layer gives the same vectors and gradients as a whole one."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -65,8 +64,7 @@ def test_the_last_layer_is_narrowed_and_no_other(world, packed_batches):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_backward_pass_belongs_to_its_own_forward_pass(world, packed_batches, checkpointing):
-    """Two forward passes before any backward pass: recomputed layers must find their own batch's
-    rows again."""
+    """After two forward passes in a row, recomputed layers use their own batch's rows."""
     encoder = load(world, gradient_checkpointing=checkpointing).train()
     apart = []
     for batch in packed_batches:

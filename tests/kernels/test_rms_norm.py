@@ -1,4 +1,4 @@
-"""RMSNorm of one row at a time, by the formula, against the fused one: values and gradients."""
+"""The fused RMSNorm against the formula, row by row: values and gradients."""
 
 import pytest
 import torch

@@ -1,0 +1,55 @@
+"""The GPU check, rehearsed on the CPU: sections run, failures are told, and the deadline holds."""
+
+import json
+
+import pytest
+import torch
+from helpers.scripts import load_script
+
+from ml_embed.benchmarks import gpu_check
+from ml_embed.benchmarks.gpu_common import SMALL, SMALL_MODEL, Setting, measure_step, random_batch
+from ml_embed.benchmarks.training_setup import fast_contender
+
+CPU = torch.device("cpu")
+
+
+def results(folder) -> dict[str, dict]:
+    lines = (folder / "check_gpu.jsonl").read_text().splitlines()
+    return {entry["section"]: entry["result"] for entry in map(json.loads, lines)}
+
+
+def test_sections_run_in_their_order(tmp_path):
+    script = load_script("check_gpu")
+    names = ["losses", "optimizer", "kernels", "environment"]
+    assert (
+        script.main(["--out", str(tmp_path), "--device", "cpu", "--small", "--only", *names]) == 0
+    )
+    found = results(tmp_path)
+    assert list(found) == ["environment", "kernels", "optimizer", "losses"]
+    assert found["environment"]["versions"]["torch"] == torch.__version__
+    assert found["kernels"]["ok"]
+    assert found["optimizer"]["fused_from_loop"] < 1e-5
+
+
+def test_a_section_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    def broken(setting):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(
+        gpu_check, "SECTIONS", {"broken": broken, "whole": lambda setting: {"ok": True}}
+    )
+    gpu_check.run_sections(Setting(CPU, True, tmp_path), [], deadline=60)
+    expected = {"broken": {"FAILED": "RuntimeError: no such kernel"}, "whole": {"ok": True}}
+    assert results(tmp_path) == expected
+    gpu_check.run_sections(Setting(CPU, True, tmp_path), ["whole"], deadline=-1)
+    assert "SKIPPED whole: deadline" in capsys.readouterr().out
+
+
+def test_a_step_is_measured(tmp_path):
+    setting = Setting(CPU, True, tmp_path)
+    batch = random_batch(SMALL, SMALL_MODEL)
+    contender = fast_contender(batch, SMALL, setting.accelerator(), SMALL_MODEL)
+    measured = measure_step(contender, batch, 1, CPU, peak_flops=1e12)
+    assert measured.tokens_per_second * measured.timing.median == pytest.approx(batch.num_tokens)
+    assert measured.mfu == pytest.approx(measured.flops_per_second / 1e12)
+    assert measured.peak_mib == 0, "of a GPU"
