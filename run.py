@@ -1,5 +1,4 @@
-"""Train a nested embedding model from a JSON config: `accelerate launch run.py --config
-configs/config.json`."""
+"""Train a nested embedding model: `accelerate launch run.py --config configs/config.json`."""
 
 import argparse
 import contextlib
@@ -8,7 +7,7 @@ import sys
 from collections.abc import Iterator
 
 from ml_embed.errors import UserError, exit_on_user_error
-from ml_embed.notices import parse_command
+from ml_embed.notices import bars_wanted, parse_command
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -47,42 +46,40 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     from ml_embed.config import load_config
 
-    config, given = load_config(
-        options.config, options.set
-    )  # before the slow imports: mistakes show at once
+    # before the slow imports: mistakes show at once
+    config, given = load_config(options.config, options.set)
 
     from ml_embed.distributed.heartbeat import heartbeat
     from ml_embed.distributed.sole_launch import sole_launch
     from ml_embed.kernels.allocator import keep_freed_memory
     from ml_embed.training.accelerator import make_accelerator
+    from ml_embed.training.inputs import open_inputs, with_model_folders
     from ml_embed.training.loop import train
-    from ml_embed.training.setup import open_inputs, set_up, with_model_folders
+    from ml_embed.training.setup import set_up
 
     with failures_from_outside(), heartbeat():
         config = with_model_folders(config)
         accelerator = make_accelerator(config)
         if accelerator.device.type == "cpu":
             keep_freed_memory()
-        inputs = open_inputs(
-            config, accelerator.num_processes, progress=accelerator.is_local_main_process
-        )
+        bars = bars_wanted() and accelerator.is_local_main_process
+        inputs = open_inputs(config, accelerator.num_processes, progress=bars)
         if options.dry_run:
-            accelerator.print(json.dumps(inputs[-1].to_json(), indent=2))
+            if accelerator.is_local_main_process:
+                print(json.dumps(inputs.resolved.to_json(), indent=2))
             return 0
         with sole_launch(config.run_dir):
-            code = train(
-                set_up(config, given, accelerator, inputs, options.resume, options.allow_changes)
-            )
+            run = set_up(config, given, accelerator, inputs, options.resume, options.allow_changes)
+            code = train(run, progress=bars and accelerator.is_main_process)
         accelerator.end_training()
-    if code == 0:
-        accelerator.print(f"done: {config.run_dir}")
+    if code == 0 and accelerator.is_local_main_process:
+        print(f"done: {config.run_dir}")
     return code
 
 
 @contextlib.contextmanager
 def failures_from_outside() -> Iterator[None]:
-    """A disk that is full or fails, and a process that is gone, are the machine's failures and not
-    this program's."""
+    """Turn failures of the machine (a full disk, a process that is gone) into messages to users."""
     from ml_embed.distributed.collectives import is_lost_peer
 
     try:

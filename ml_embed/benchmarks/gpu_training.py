@@ -39,8 +39,10 @@ from ml_embed.benchmarks.training_setup import (
 )
 from ml_embed.data.batch import ContrastiveBatch
 from ml_embed.distributed import collectives as own_collectives
+from ml_embed.distributed.engine import AccelerateEngine
 from ml_embed.kernels import rms_norm as norms
 from ml_embed.kernels.attention import choose_kernel
+from ml_embed.losses.objective import Objective
 from ml_embed.model import MatryoshkaEncoder, default_exits, factorize_table
 
 H100_FLOPS = 989e12
@@ -142,22 +144,15 @@ class _VariantRun:
 
     variant: Variant
     encoder: MatryoshkaEncoder
-    prepared: nn.Module
-    accelerator: Accelerator
+    engine: AccelerateEngine
+    device: torch.device
 
     def backward(self, batch: ContrastiveBatch) -> None:
         """Compute the gradients of a batch."""
         self.encoder.zero_grad()
-        moved, spec = batch.to(self.accelerator.device), matryoshka_spec(SMALL.hidden)
-        accumulate_gradients(
-            self.prepared,
-            self.accelerator,
-            moved,
-            spec,
-            self.variant.max_tokens,
-            rank=VARIANT_RANK,
-            margin=MARGIN,
-        )
+        objective = Objective(matryoshka_spec(SMALL.hidden), false_negative_margin=MARGIN)
+        moved, max_tokens = batch.to(self.device), self.variant.max_tokens
+        accumulate_gradients(self.engine, moved, objective, max_tokens, rank=VARIANT_RANK)
 
     def gradient(self) -> Tensor:
         """All gradients that were computed last, one after another."""
@@ -179,7 +174,9 @@ def _make_run(setting: Setting, accelerator: Accelerator, variant: Variant) -> _
         gradient_checkpointing=variant.gradient_checkpointing,
         compile_layers=variant.compile_layers,
     )
-    return _VariantRun(variant, encoder, accelerator.prepare(encoder), accelerator)
+    unused = torch.optim.SGD(encoder.parameters())
+    engine = AccelerateEngine(accelerator, encoder, unused)
+    return _VariantRun(variant, encoder, engine, accelerator.device)
 
 
 def _measure_variant(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,10 @@ from ml_embed.data.batch import ContrastiveBatch
 from ml_embed.data.batch_builder import BatchBuilder
 from ml_embed.data.schedule import DatasetPlan
 from ml_embed.data.store import TokenizedDataset, open_store
+from ml_embed.distributed.engine import AccelerateEngine, Engine
 from ml_embed.kernels.attention import choose_kernel
 from ml_embed.losses.nested import MatryoshkaSpec
-from ml_embed.losses.objective import LossTerms, batch_objective
+from ml_embed.losses.objective import Objective
 from ml_embed.model import (
     MatryoshkaEncoder,
     default_dims,
@@ -108,30 +110,23 @@ def matryoshka_spec(hidden: int) -> MatryoshkaSpec:
 
 
 def accumulate_gradients(
-    model: nn.Module,
-    accelerator: Accelerator,
+    engine: Engine,
     batch: ContrastiveBatch,
-    spec: MatryoshkaSpec,
+    objective: Objective,
     max_tokens: int = 0,
     rank: int | None = None,
-    margin: float | None = None,
 ) -> Tensor:
     """Add the gradients of this project's objective on a batch; returns the loss.
 
     Args:
-        model: prepared encoder.
-        accelerator: what prepared it.
+        engine: holds the model.
         batch: on the model's device.
-        spec: nested dims, their weights, temperature.
+        objective: the loss.
         max_tokens: tokens of a GradCache chunk; 0 = the whole batch at once.
         rank: of the token factors; None is all.
-        margin: `false_negative_margin`; None is off.
     """
-
-    def objective(vectors: Tensor) -> LossTerms:
-        return batch_objective(vectors, batch, spec, false_negative_margin=margin)
-
-    return forward_backward(model, accelerator, batch.texts, rank, objective, max_tokens).total
+    loss = partial(objective, batch=batch)
+    return forward_backward(engine, batch.texts, rank, loss, max_tokens).total
 
 
 def fast_contender(
@@ -163,14 +158,14 @@ def fast_contender(
         backbone, default_exits(shape.layers), factors, kernel=kernel, compile_layers=compiled
     )
     optimizer = torch.optim.AdamW(encoder.parameters(), **_adam(), fused=True)
-    model, optimizer = accelerator.prepare(encoder, optimizer)
-    batch, spec = batch.to(device), matryoshka_spec(shape.hidden)
+    engine = AccelerateEngine(accelerator, encoder, optimizer)
+    batch, objective = batch.to(device), Objective(matryoshka_spec(shape.hidden))
 
     def run() -> Tensor:
-        return accumulate_gradients(model, accelerator, batch, spec, max_tokens).detach()
+        return accumulate_gradients(engine, batch, objective, max_tokens).detach()
 
-    model.train()
-    return Contender(model, optimizer, run)
+    engine.model.train()
+    return Contender(engine.model, engine.optimizer, run)
 
 
 def naive_contender(

@@ -1,1 +1,1 @@
-"""Several processes: collectives with gradients, noticing dead machines, DeepSpeed's ZeRO-2."""
+"""Several processes: collectives with gradients, engines, noticing dead machines."""

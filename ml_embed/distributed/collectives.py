@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ml_embed.errors import UserError
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
 def world_size() -> int:
@@ -27,8 +27,7 @@ def process_index() -> int:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed because another process ended or did not answer, not for a reason
-    of its own."""
+    """Whether a collective failed because another process ended or did not answer."""
     text = str(error).lower()
     signs = (
         "closed by peer",
@@ -44,8 +43,10 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 def choose_gloo_interface() -> None:
-    """Let gloo use the network that leads to the first machine: by itself it takes what the host's
-    name resolves to, which on many machines is the loopback."""
+    """Let gloo use the network that leads to the first machine.
+
+    By itself it takes what the host's name resolves to, which on many machines is the loopback.
+    """
     if "MASTER_ADDR" not in os.environ or os.environ.get("WORLD_SIZE") == os.environ.get(
         "LOCAL_WORLD_SIZE"
     ):
@@ -72,8 +73,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        # all_reduce and a slice, not reduce_scatter: gloo has no reduce_scatter. The tensor is
-        # small, (W R, E, H).
+        # all_reduce and a slice, not reduce_scatter, which gloo lacks; (W R, E, H) is small
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)
         start = process_index() * ctx.rows
@@ -81,12 +81,10 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """(R, ...) of each process -> (W R, ...) in process order, with gradients back to the process
-    that owns a row.
+    """(R, ...) of each process -> (W R, ...) in process order, with gradients to the rows' owners.
 
     A plain gather is not differentiable: the passages would not learn from other processes'
-    queries. R must be the
-    same on all processes.
+    queries. R must be the same on all processes.
     """
     return rows if world_size() == 1 else _GatherRows.apply(rows)
 
@@ -110,8 +108,7 @@ def all_reduce_max(value: int, device: torch.device) -> int:
 
 
 def gather_uneven(rows: Tensor) -> Tensor:
-    """(R_p, ...) of each process, R_p any -> all rows in process order, on every process, without
-    gradients."""
+    """All processes' rows (R_p, ...) in process order, without gradients; R_p may differ."""
     if world_size() == 1:
         return rows
     longest = all_reduce_max(len(rows), rows.device)
@@ -124,16 +121,16 @@ def gather_uneven(rows: Tensor) -> Tensor:
     return torch.cat([block[: int(count)] for block, count in zip(gathered, counts, strict=True)])
 
 
-def compute_on_main_process(ask: Callable[[], Answer]) -> Answer:
-    """`ask()` on the first process; its answer, or its UserError, on all of them."""
-    answer: list[Any] = [None, None]
+def compute_on_main_process(compute: Callable[[], Result]) -> Result:
+    """Call `compute` on the first process; its result, or its UserError, reaches all processes."""
+    outcome: list[Any] = [None, None]  # the result, and an error's message
     if process_index() == 0:
         try:
-            answer[0] = ask()
+            outcome[0] = compute()
         except UserError as error:
-            answer[1] = str(error)
+            outcome[1] = str(error)
     if world_size() > 1:
-        dist.broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise UserError(answer[1])
-    return answer[0]
+        dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]

@@ -1,11 +1,9 @@
-"""A run over several machines ends when one of them stops answering, rather than waiting hours for
-it.
+"""End a run over several machines when one of them stops answering, instead of waiting for hours.
 
-A machine that loses power closes no connection: the others would sit in a collective until its
-timeout, which must be
-long because one machine may convert data or write a checkpoint while the others wait. So each
-machine counts up a number in the rendezvous store that the launcher keeps on the first one, and
-every process watches the numbers.
+A machine that loses power closes no connection. The others would wait in a collective until its
+timeout, which must be long, because one machine may convert data or write a checkpoint while the
+others wait. So each machine counts up a number in the rendezvous store that the launcher keeps on
+the first one, and every process watches the numbers.
 """
 
 import contextlib
@@ -20,9 +18,7 @@ import torch.distributed as dist
 
 BEAT_SECONDS = 3.0
 LOST_AFTER_SECONDS = 30.0  # a stalled network or a swapping machine must be able to recover
-START_SECONDS = (
-    600.0  # until the first beat of a machine, which may be loading libraries from a slow disk
-)
+START_SECONDS = 600.0  # to a machine's first beat: it may load libraries from a slow disk
 LOST_EXIT_CODE = 69  # EX_UNAVAILABLE of sysexits.h
 
 
@@ -83,9 +79,7 @@ class Heartbeat:
                 other for other, heard in self._heard.items() if now - heard > LOST_AFTER_SECONDS
             ]
             if now - self._store_answered > LOST_AFTER_SECONDS:
-                silent = [
-                    0
-                ]  # nothing can be known of the others: the store is on the first machine
+                silent = [0]  # the store is on the first machine: nothing is known of the others
             if silent and not self._stopped.is_set():
                 names = ", ".join(map(str, silent))
                 self._lost(
@@ -101,16 +95,13 @@ def _key(machine: int) -> str:
 
 @contextlib.contextmanager
 def heartbeat() -> Iterator[None]:
-    """While the block runs, end this process with LOST_EXIT_CODE if a machine of the run stops
-    answering.
+    """While the body runs, end this process (LOST_EXIT_CODE) if a machine stops answering.
 
     Does nothing where all processes are on one machine: there a dead process closes its
     connections.
     """
-    processes, on_this_machine = (
-        int(os.environ.get("WORLD_SIZE", 1)),
-        int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
-    )
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if processes <= on_this_machine:
         yield
         return
@@ -126,8 +117,8 @@ def heartbeat() -> Iterator[None]:
             print(f"error: {problem}; this one stops too: {advice}", file=sys.stderr, flush=True)
         os._exit(LOST_EXIT_CODE)  # the main thread may never return from its collective
 
-    # torchrun, which accelerate launches with, counts the machines; without it they are taken to be
-    # alike
+    # torchrun, which accelerate launches with, counts the machines; without it they are taken to
+    # have equally many processes
     machine = int(os.environ.get("GROUP_RANK", int(os.environ["RANK"]) // on_this_machine))
     machines = int(os.environ.get("GROUP_WORLD_SIZE", processes // on_this_machine))
     beating = Heartbeat(machine, machines, leads, connect, lost)

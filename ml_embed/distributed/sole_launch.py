@@ -15,8 +15,9 @@ ENDS_WITHIN_SECONDS = 60  # a launch that was told to stop saves first, and its 
 
 @contextlib.contextmanager
 def sole_launch(run_dir: Path) -> Iterator[None]:
-    """Hold a lock beside the run folder; the system lets go of it when the first process dies,
-    however that is.
+    """Hold a lock beside the run folder while the body runs.
+
+    The first process holds it. The system releases it when that process dies, whatever the reason.
 
     Raises:
         UserError: another launch holds it and does not end within a minute; on all processes alike.
@@ -43,6 +44,5 @@ def _lock_beside(run_dir: Path) -> AcquireReturnProxy:
     except OSError as error:
         raise UserError(
             f"output_dir: {run_dir.parent} cannot be written ({error.strerror}); see to that or "
-            "choose another "
-            "output_dir"
+            "choose another output_dir"
         ) from None

@@ -1,38 +1,34 @@
-"""DeepSpeed ZeRO-2: each process keeps all weights, and its part of the gradients and the optimizer
-state.
+"""DeepSpeed ZeRO-2: gradients and optimizer state in parts, one per process; weights whole.
 
-The engine is called directly: accelerate's own wrapper moves the weights within `backward`, where a
-gradient that is
-not finite could not be stopped before the update, and gradient caching would move them once a
-chunk.
+DeepSpeed's engine is called directly. accelerate's wrapper moves the weights within `backward`:
+nothing could stop an update that is not finite, and GradCache would move them once per chunk.
 """
 
 import importlib.util
 import math
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+from ml_embed.distributed.engine import Engine, Moments
 from ml_embed.errors import UserError
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-MOMENTS = (
-    "exp_avg",
-    "exp_avg_sq",
-)  # AdamW's, of a parameter's shape; beside them it keeps one "step" for all
+# AdamW's moments, of a parameter's shape; beside them it keeps one "step" for all parameters.
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def check_installed() -> None:
-    """
+    """Refuse to train with DeepSpeed where it is not installed.
+
     Raises:
-        UserError: the launcher asked for DeepSpeed, and it is not there.
+        UserError: it is not.
     """
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(
@@ -42,7 +38,8 @@ def check_installed() -> None:
 
 
 def check_settings(accelerator: Accelerator) -> None:
-    """
+    """Refuse settings of DeepSpeed that training here does not follow.
+
     Raises:
         UserError: another stage than 2, offloading, or gradient accumulation.
     """
@@ -61,133 +58,113 @@ def check_settings(accelerator: Accelerator) -> None:
     if plugin.gradient_accumulation_steps not in (1, "auto"):
         raise UserError(
             "DeepSpeed's gradient_accumulation_steps must be 1; for larger batches in the same "
-            "memory set "
-            "max_tokens_per_forward in the training config"
+            "memory set max_tokens_per_forward in the training config"
         )
 
 
-def prepare(
-    accelerator: Accelerator,
-    encoder: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch_size: int,
-    max_norm: float,
-) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """The encoder and its optimizer under ZeRO-2, with float32 weights, gradients and sums of them.
+class Zero2Engine(Engine):
+    """DeepSpeed's engine at stage 2, with float32 weights, gradients and sums of them."""
 
-    Args:
-        batch_size: rows of one process and step; DeepSpeed wants to know, and uses it for its own
-            counters only.
-        max_norm: what `DeepSpeedEngine.step` clips the gradient to; 0 = not at all.
-    Returns:
-        the DeepSpeedEngine, and its optimizer.
-    """
-    import deepspeed
+    model: "DeepSpeedEngine"
+    needs_equal_chunks = True
 
-    if accelerator.mixed_precision == "bf16":
-        # Not DeepSpeed's bf16: that would also keep weights, and sum gradients, in bf16.
-        encoder.forward = torch.autocast(accelerator.device.type, torch.bfloat16)(encoder.forward)
-    settings = {
-        "train_micro_batch_size_per_gpu": batch_size,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": max_norm,
-        "steps_per_print": sys.maxsize,
-        "zero_allow_untested_optimizer": True,  # that is: one that is not DeepSpeed's own
-        "zero_optimization": {"stage": 2},
-    }
-    engine, sharded, _, _ = deepspeed.initialize(
-        model=encoder, optimizer=optimizer, config=settings
-    )
-    return engine, sharded
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        encoder: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        max_norm: float,
+        batch_size: int,
+    ):
+        """
+        Args:
+            max_norm: what `step` clips the norm of the gradients to; 0 = not at all.
+            batch_size: rows per process and step; DeepSpeed wants to know them, for its own
+                counters only.
+        """
+        import deepspeed
 
+        if accelerator.mixed_precision == "bf16":
+            # Not DeepSpeed's bf16: that would also keep weights, and sum gradients, in bf16.
+            encoder.forward = torch.autocast(accelerator.device.type, torch.bfloat16)(
+                encoder.forward
+            )
+        settings = {
+            "train_micro_batch_size_per_gpu": batch_size,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": max_norm,
+            "steps_per_print": sys.maxsize,
+            "zero_allow_untested_optimizer": True,  # that is: one that is not DeepSpeed's own
+            "zero_optimization": {"stage": 2},
+        }
+        self.model, self.optimizer, _, _ = deepspeed.initialize(
+            model=encoder, optimizer=optimizer, config=settings
+        )
 
-def is_engine(model: nn.Module) -> TypeGuard["DeepSpeedEngine"]:
-    """Whether `model` was prepared here; does not import DeepSpeed."""
-    deepspeed = sys.modules.get("deepspeed")
-    return deepspeed is not None and isinstance(model, deepspeed.DeepSpeedEngine)
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        self.model.set_gradient_accumulation_boundary(last)
+        self.model.backward(loss)  # moves no weights
 
+    def clip_gradients(self) -> Tensor:
+        norm = torch.as_tensor(self.model.optimizer.scaled_global_norm())
+        return torch.where(norm >= 0, norm, math.nan)  # DeepSpeed writes -1 for infinity and NaN
 
-def uses_zero2(accelerator: Accelerator) -> bool:
-    return accelerator.distributed_type is DistributedType.DEEPSPEED
+    def _move_weights(self) -> None:
+        self.model.step()  # clips, moves the weights and drops the gradients
 
+    def trained_parameters(self) -> set[str]:
+        return {name for name, _ in self._trained()}
 
-def backward(engine: "DeepSpeedEngine", loss: Tensor, last: bool) -> None:
-    """Add the gradients of `loss`, averaged over processes, to each process's part of them; moves
-    no weights.
+    def model_state(self) -> dict[str, Tensor]:
+        if self.model.global_rank != 0:
+            return {}
+        # copies even on the CPU: DeepSpeed keeps the weights as views of one long tensor, which
+        # safetensors does not take
+        return {
+            name: torch.empty_like(weight, device="cpu").copy_(weight)
+            for name, weight in self.model.module.state_dict().items()
+        }
 
-    Args:
-        last: no more will be added before `engine.step()`.
-    """
-    engine.set_gradient_accumulation_boundary(last)
-    engine.backward(loss)
+    def optimizer_state(self) -> Moments:
+        from deepspeed.utils import safe_get_full_optimizer_state
 
+        step = self._step_counter()
+        state: Moments = {}
+        for name, parameter in self._trained():
+            whole = {moment: safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS}
+            if self.model.global_rank == 0:
+                state[name] = {moment: tensor.cpu() for moment, tensor in whole.items()}
+                state[name]["step"] = step.detach().clone().cpu()
+        return state
 
-def gradient_norm(engine: "DeepSpeedEngine") -> Tensor:
-    """The total norm over all processes' parts, before clipping, scalar; NaN if it is not finite. A
-    collective."""
-    norm = torch.as_tensor(engine.optimizer.scaled_global_norm())
-    return torch.where(norm >= 0, norm, math.nan)  # DeepSpeed's word for infinity and NaN is -1
+    def load_state(self, weights: Mapping[str, Tensor], moments: Moments) -> None:
+        from deepspeed.utils import (
+            lazy_init_hp_params_optimizer_state,
+            safe_set_full_fp32_param,
+            safe_set_full_optimizer_state,
+        )
 
+        sharded = self.model.optimizer
+        _make_moments(sharded.optimizer)
+        for parameters, part in zip(sharded.bit16_groups, _parts(sharded.optimizer), strict=True):
+            lazy_init_hp_params_optimizer_state(parameters, part, sharded.optimizer.state)
+        for name, parameter in self._trained():
+            safe_set_full_fp32_param(parameter, weights[name].to(parameter))
+            for moment in MOMENTS:
+                safe_set_full_optimizer_state(
+                    parameter, moments[name][moment].to(parameter), moment
+                )
+            self._step_counter().copy_(moments[name]["step"])
+        sharded.update_lp_params()
 
-def model_state(engine: "DeepSpeedEngine") -> dict[str, Tensor]:
-    """The whole weights by name, on the CPU of the first process, empty on others."""
-    if engine.global_rank != 0:
-        return {}
-    weights = engine.module.state_dict()
-    # copies even on the CPU: DeepSpeed keeps the weights as views of one long tensor, which
-    # safetensors does not take
-    return {
-        name: torch.empty_like(weight, device="cpu").copy_(weight)
-        for name, weight in weights.items()
-    }
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        named = self.model.module.named_parameters()
+        return [(name, parameter) for name, parameter in named if parameter.requires_grad]
 
-
-def optimizer_state(engine: "DeepSpeedEngine") -> dict[str, dict[str, Tensor]]:
-    """Whole moments as {parameter: {moment: tensor}}, on the CPU of the first process, empty on
-    others.
-
-    A collective.
-    """
-    from deepspeed.utils import safe_get_full_optimizer_state
-
-    step = _step_counter(engine)
-    state: dict[str, dict[str, Tensor]] = {}
-    for name, parameter in _trained_parameters(engine):
-        whole = {moment: safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS}
-        if engine.global_rank == 0:
-            state[name] = {moment: tensor.cpu() for moment, tensor in whole.items()}
-            state[name]["step"] = step.detach().clone().cpu()
-    return state
-
-
-def load_state(
-    engine: "DeepSpeedEngine", weights: Mapping[str, Tensor], state: Mapping[str, Mapping[str, Any]]
-) -> None:
-    """Put whole weights and moments, by parameter name, into the parts that each process keeps."""
-    from deepspeed.utils import (
-        lazy_init_hp_params_optimizer_state,
-        safe_set_full_fp32_param,
-        safe_set_full_optimizer_state,
-    )
-
-    sharded = engine.optimizer
-    _make_moments(sharded.optimizer)
-    for parameters, part in zip(sharded.bit16_groups, _parts(sharded.optimizer), strict=True):
-        lazy_init_hp_params_optimizer_state(parameters, part, sharded.optimizer.state)
-    for name, parameter in _trained_parameters(engine):
-        safe_set_full_fp32_param(parameter, weights[name].to(parameter))
-        for moment in MOMENTS:
-            safe_set_full_optimizer_state(parameter, state[name][moment].to(parameter), moment)
-        _step_counter(engine).copy_(state[name]["step"])
-    sharded.update_lp_params()
-
-
-def _trained_parameters(engine: "DeepSpeedEngine") -> list[tuple[str, nn.Parameter]]:
-    return [
-        (name, parameter)
-        for name, parameter in engine.module.named_parameters()
-        if parameter.requires_grad
-    ]
+    def _step_counter(self) -> Tensor:
+        optimizer = self.model.optimizer.optimizer
+        (part,) = _parts(optimizer)
+        return optimizer.state[part]["step"]
 
 
 def _make_moments(optimizer: torch.optim.Optimizer) -> None:
@@ -207,9 +184,3 @@ def _make_moments(optimizer: torch.optim.Optimizer) -> None:
 def _parts(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """This process's part of each group's weights, flat."""
     return [part for group in optimizer.param_groups for part in group["params"]]
-
-
-def _step_counter(engine: "DeepSpeedEngine") -> Tensor:
-    optimizer = engine.optimizer.optimizer
-    (part,) = _parts(optimizer)
-    return optimizer.state[part]["step"]

@@ -1,1 +1,1 @@
-"""Contrastive and distillation losses over exits and nested dims: functions of tensors."""
+"""Contrastive and distillation losses over exits and nested dims, from vectors to scalars."""

@@ -4,10 +4,9 @@ One loop over the nested dims (`nested_cosines`) serves all of them. Rows may be
 mean over the samples of a global batch is a sum of shares, exact for uneven batches and any number
 of processes.
 
-Letters: B samples of this process, C candidates of a sample (its positive and its K negatives), G
-    passages of the
-global batch, H hidden size, D nested dims. Sources: MRL (arXiv 2205.13147), ML-Embed (arXiv
-2605.15081).
+Letters: B samples of this process, C candidates of a sample (its positive and its K negatives),
+G passages of the global batch, H hidden size, D nested dims. Sources: MRL (arXiv 2205.13147),
+ML-Embed (arXiv 2605.15081).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +18,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 LOGITS_AT_ONCE = 2**18
-"""In-batch cosines of one exit and dim held at a time, in rows of the batch; some 40 float32 values
-live for each."""
-SMALLEST_SQUARED_NORM = 1e-24  # of a vector, squared: the 1e-12 of torch.nn.functional.normalize
+"""In-batch cosines of one exit and dim that are held at a time: so many rows of the batch as fit.
+Measured: about 40 float32 values live per cosine."""
+SMALLEST_SQUARED_NORM = 1e-24  # the square of torch.nn.functional.normalize's 1e-12
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,8 @@ def nested_cosines(
 ) -> Iterator[tuple[int, Tensor]]:
     """Cosines of the vectors cut to each dim, smallest first, in one pass over the components.
 
-    A dot product over d components is the one over the next smaller dim plus a block, and so are
-    the squared norms; so all dims together cost what the largest costs alone.
+    A dot product over d components is the one over the next smaller dim plus that of the
+    components between, and so are the squared norms. All dims cost what the largest costs alone.
 
     Args:
         left: (..., M, H), right: (..., N, H), not normalised.
@@ -50,10 +49,10 @@ def nested_cosines(
     dot = left_square = right_square = left.new_zeros(())
     start = 0
     for stop in sorted(dims):
-        left_block, right_block = left[..., start:stop], right[..., start:stop]
-        dot = dot + left_block @ right_block.transpose(-1, -2)
-        left_square = left_square + left_block.square().sum(-1)
-        right_square = right_square + right_block.square().sum(-1)
+        left_part, right_part = left[..., start:stop], right[..., start:stop]
+        dot = dot + left_part @ right_part.transpose(-1, -2)
+        left_square = left_square + left_part.square().sum(-1)
+        right_square = right_square + right_part.square().sum(-1)
         left_scale = left_square.clamp_min(SMALLEST_SQUARED_NORM).rsqrt()
         right_scale = right_square.clamp_min(SMALLEST_SQUARED_NORM).rsqrt()
         yield stop, dot * left_scale.unsqueeze(-1) * right_scale.unsqueeze(-2)
@@ -64,14 +63,13 @@ LossOfRows = Callable[[Tensor, Tensor, slice], Tensor]
 """(some rows of left, all of right, which rows those are) -> their part of a loss, a scalar"""
 
 
-class _BlockwiseLoss(torch.autograd.Function):
-    """A loss of (B, H) and (N, H) that is a sum over rows, in blocks of rows, each with its
-    gradients at once.
+class _RowwiseLoss(torch.autograd.Function):
+    """A loss of (B, H) and (N, H) that is a sum over rows, some rows at a time.
 
-    A block's gradients are known as soon as its value is, and the D x B x N cosines of every exit
-    need not wait for the backward pass. (Checkpointing each block instead did it twice, and its
-    small leftovers between freed blocks kept
-    glibc from reusing them: 1.5 GiB at B = N = 4,096, three exits.)
+    The gradients of some rows are computed right after their loss, in the forward pass, so that
+    only their cosines are in memory, and not the D x B x N ones of every exit. (Checkpointing
+    computed everything twice, and kept glibc from reusing freed memory: 1.5 GiB at B = N = 4,096
+    with three exits.)
     """
 
     @staticmethod
@@ -82,11 +80,11 @@ class _BlockwiseLoss(torch.autograd.Function):
         total = left.new_zeros(())
         left_gradient, right_gradient = torch.empty_like(left), torch.zeros_like(right)
         for start in range(0, len(left), rows):
-            block = slice(start, start + rows)
+            some = slice(start, start + rows)
             with torch.enable_grad():
-                own = left[block].requires_grad_()
-                loss = loss_of_rows(own, right, block)
-                left_gradient[block], of_right = torch.autograd.grad(loss, (own, right))
+                own = left[some].requires_grad_()
+                loss = loss_of_rows(own, right, some)
+                left_gradient[some], of_right = torch.autograd.grad(loss, (own, right))
             right_gradient += of_right
             total += loss.detach()
         ctx.save_for_backward(left_gradient, right_gradient)
@@ -100,11 +98,10 @@ class _BlockwiseLoss(torch.autograd.Function):
 
 
 def _sum_over_rows(left: Tensor, right: Tensor, loss_of_rows: LossOfRows) -> Tensor:
-    """The loss of all rows of `left` (B, H) against `right` (N, H), in as few blocks as
-    LOGITS_AT_ONCE allows."""
+    """The loss of all rows of `left` (B, H) against `right` (N, H), in LOGITS_AT_ONCE's memory."""
     rows = max(1, LOGITS_AT_ONCE // len(right))
     if len(left) > rows:
-        return _BlockwiseLoss.apply(left, right, loss_of_rows, rows)
+        return _RowwiseLoss.apply(left, right, loss_of_rows, rows)
     return loss_of_rows(left, right, slice(None))
 
 
@@ -130,17 +127,19 @@ def _nested_cross_entropy(
     left: Tensor,
     right: Tensor,
     target: Tensor,
-    excluded: Tensor | None,
+    mask: Tensor | None,
     sample_weights: Tensor,
     spec: MatryoshkaSpec,
 ) -> Tensor:
-    """sum_n c_n sum_i w_i CE(cos_n(left_i, right) / tau, target_i), a scalar, without the
-    `excluded` (B, N)."""
+    """sum_n c_n sum_i w_i CE(cos_n(left_i, right) / tau, target_i), a scalar.
+
+    `mask` (B, N) is true for logits that do not count.
+    """
 
     def loss(cosines: Tensor) -> Tensor:
         logits = cosines / spec.temperature
-        if excluded is not None:
-            logits = logits.masked_fill(excluded, -torch.inf)
+        if mask is not None:
+            logits = logits.masked_fill(mask, -torch.inf)
         return (sample_weights * cross_entropy(logits, target, reduction="none")).sum()
 
     return _sum_over_dims(left, right, spec, loss)
@@ -149,8 +148,10 @@ def _nested_cross_entropy(
 def _nested_squared_error(
     left: Tensor, right: Tensor, wanted: Tensor, entry_weights: Tensor, spec: MatryoshkaSpec
 ) -> Tensor:
-    """sum_n c_n / (sum_n c_n) sum_ij w_ij (cos_n(left_i, right_j) - wanted_ij)^2, a scalar; all (B,
-    N)."""
+    """sum_n c_n / (sum_n c_n) sum_ij w_ij (cos_n(left_i, right_j) - wanted_ij)^2, a scalar.
+
+    `wanted` and `entry_weights` are (B, N).
+    """
     error = _sum_over_dims(
         left, right, spec, lambda cosines: (entry_weights * (cosines - wanted).square()).sum()
     )
@@ -160,17 +161,18 @@ def _nested_squared_error(
 def hard_loss(
     query: Tensor,
     candidates: Tensor,
-    excluded: Tensor,
+    mask: Tensor,
     sample_weights: Tensor,
     spec: MatryoshkaSpec,
 ) -> Tensor:
-    """Cross-entropy of the positive among itself and the sample's own negatives (F2LLM, arXiv
-    2510.02294).
+    """Cross-entropy of the positive among itself and the sample's own negatives.
+
+    Source: F2LLM (arXiv 2510.02294).
 
     Args:
         query: (B, H).
         candidates: (B, C, H), the positive first. With C = 1 (no negatives at all) the loss is 0.
-        excluded: (B, C) bool, true where a candidate is a filler or not a negative of this sample.
+        mask: (B, C) bool, true where a sample has no such candidate, or it is no negative.
         sample_weights: (B,), their sum over all samples is 1 for a mean.
     Returns:
         scalar, float32.
@@ -178,43 +180,43 @@ def hard_loss(
     if candidates.shape[1] == 1:
         return query.new_zeros(())
     target = torch.zeros(len(query), dtype=torch.long, device=query.device)
-    return _nested_cross_entropy(query, candidates, target, excluded, sample_weights, spec)
+    return _nested_cross_entropy(query, candidates, target, mask, sample_weights, spec)
 
 
 def in_batch_loss(
     query: Tensor,
     passages: Tensor,
     target: Tensor,
-    excluded: Tensor | None,
+    mask: Tensor | None,
     sample_weights: Tensor,
     spec: MatryoshkaSpec,
 ) -> Tensor:
-    """Cross-entropy of the positive among all positives of the global batch; no hard negatives in
-    it.
+    """Cross-entropy of the positive among all positives of the global batch, no hard negatives.
 
     Args:
-        query: (B, H), passages: (G, H), gathered with gradients.
+        query: (B, H).
+        passages: (G, H), gathered with gradients.
         target: (B,) index of each sample's positive in `passages`.
-        excluded: (B, G) bool, true where a passage is the sample's own document standing in another
-            row; or None.
+        mask: (B, G) bool, true where a passage is no negative of the sample; None = nowhere.
         sample_weights: (B,).
     Returns:
         scalar, float32.
     """
 
     def of_rows(own: Tensor, shared: Tensor, rows: slice) -> Tensor:
-        mask = None if excluded is None else excluded[rows]
-        return _nested_cross_entropy(own, shared, target[rows], mask, sample_weights[rows], spec)
+        own_mask = None if mask is None else mask[rows]
+        weights = sample_weights[rows]
+        return _nested_cross_entropy(own, shared, target[rows], own_mask, weights, spec)
 
     return _sum_over_rows(query, passages, of_rows)
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, row_weights: Tensor) -> Tensor:
-    """Weighted mean squared error between student vectors and as many leading components of the
-    teacher's.
+    """Weighted mean squared error to as many leading components of a teacher's vectors.
 
     Args:
-        student: (N, H), teacher: (N, H_teacher >= H), neither normalised.
+        student: (N, H), not normalised.
+        teacher: (N, H_teacher >= H), not normalised.
         row_weights: (N,), 1 / rows for a mean over rows.
     Returns:
         scalar: sum_i w_i mean_h (s_ih - t_ih)^2.
@@ -229,8 +231,9 @@ def candidate_similarity_loss(
     """How far the cosines of each query with its own candidates are from a teacher's.
 
     Args:
-        query: (B, H), candidates: (B, C, H), the student's.
-        wanted: (B, C) the teacher's cosines.
+        query: (B, H), the student's.
+        candidates: (B, C, H), the student's.
+        wanted: (B, C), the teacher's cosines.
         entry_weights: (B, C), 0 where there is no candidate.
     Returns:
         scalar: sum_n c_n / (sum_n c_n) sum_ij w_ij (cos_n(q_i, c_ij) - t_ij)^2.
@@ -246,13 +249,13 @@ def in_batch_similarity_loss(
     sample_weights: Tensor,
     spec: MatryoshkaSpec,
 ) -> Tensor:
-    """How far the cosines of each query with all positives of the global batch are from a
-    teacher's.
+    """How far the cosines of each query with all positives are from a teacher's.
 
     Args:
-        query: (B, H), passages: (G, H), gathered with gradients, the student's.
-        teacher_query: (B, H'), teacher_passages: (G, H'), unit vectors of any width, without
-            gradients.
+        query: (B, H), the student's.
+        passages: (G, H), the student's, of the global batch, gathered with gradients.
+        teacher_query: (B, H'), unit vectors of any width, without gradients.
+        teacher_passages: (G, H'), like `teacher_query`.
         sample_weights: (B,).
     Returns:
         scalar: sum_n c_n / (sum_n c_n) sum_i w_i mean_j (cos_n(q_i, p_j) - t_i . t_j)^2.

@@ -1,10 +1,10 @@
 """The whole training objective of one batch, from the vectors of its texts.
 
 Letters: E exits, N texts, R rows of this process, K negatives, n rows of the global batch, H hidden
-    size. A teacher's
-are E' and H'.
+size; E' and H' are a teacher's.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from ml_embed.config import DistillationLoss
 from ml_embed.data.batch import ContrastiveBatch, PartVectors
 from ml_embed.distributed.collectives import gather_rows
-from ml_embed.losses.false_negatives import LeftOut, leave_out
+from ml_embed.losses.false_negatives import MaskedLogits, mask_false_negatives
 from ml_embed.losses.nested import (
     MatryoshkaSpec,
     candidate_similarity_loss,
@@ -27,8 +27,10 @@ from ml_embed.losses.nested import (
 
 @dataclass(frozen=True)
 class LossTerms:
-    """Shares of this process: their mean over processes is the value for the global batch. Scalars,
-    float32."""
+    """The losses of this process's rows, float32 scalars.
+
+    Each is scaled so that its mean over processes is the loss of the global batch.
+    """
 
     hard: Tensor
     """mean over exits"""
@@ -38,110 +40,120 @@ class LossTerms:
     """mean over exits, before kd_weight; 0 without a teacher"""
     total: Tensor
     """hard + in_batch + kd_weight * distillation"""
-    left_out: LeftOut
-    """which logits the contrastive losses did without; its counts are sums, not means, over
-    processes"""
+    masked: MaskedLogits
+    """of the contrastive losses; its counts add up over processes"""
 
 
-def batch_objective(
-    vectors: Tensor,
-    batch: ContrastiveBatch,
-    spec: MatryoshkaSpec,
-    teacher: PartVectors | None = None,
-    kd_loss: DistillationLoss = "vectors",
-    kd_weight: float = 1.0,
-    false_negative_margin: float | None = None,
-) -> LossTerms:
-    """Total = mean over exits of (hard + in-batch) + kd_weight * mean over exits of distillation
-    (DESIGN 3).
+@dataclass(frozen=True)
+class _Student:
+    """The model's vectors of a batch, as its losses need them."""
 
-    Args:
-        vectors: (E, N, H) of the batch's distinct texts.
-        batch: which text plays which part.
-        spec: nested dims, their weights, temperature.
-        teacher: a teacher's vectors, (E', ..., H'), of any float type, or None.
-        kd_loss: what is learned from it: `_vector_distillation` or `_similarity_distillation`.
-        kd_weight: weight of the distillation term.
-        false_negative_margin: see `leave_out`; None = off.
-    """
-    student = PartVectors.of_texts(vectors, batch)
-    # One collective for all exits, and only where some loss looks at other rows' passages.
-    similarities = teacher is not None and kd_loss == "similarity"
-    passages = (
-        _of_all(student.passage, batch) if batch.task == "retrieval" or similarities else None
-    )  # (n, E, H)
-    candidates = student.candidates()  # (E, R, 1 + K, H)
-    hard, in_batch, left_out = _contrastive(
-        student.query, candidates, passages, batch, spec, false_negative_margin
-    )
-    if teacher is None:
-        distillation = vectors.new_zeros(())
-    elif kd_loss == "similarity":
-        assert passages is not None
-        distillation = _similarity_distillation(
-            student.query, candidates, passages, teacher, batch, spec
+    parts: PartVectors
+    candidates: Tensor
+    """(E, R, 1 + K, H)"""
+    passages: Tensor | None
+    """(n, E, H), of the global batch; None where no loss looks at other rows' passages"""
+
+    def mean_over_exits(self, loss_of_exit: Callable[[int], Tensor]) -> Tensor:
+        exits = len(self.parts.query)
+        return sum(map(loss_of_exit, range(exits)), start=self.nothing) / exits
+
+    @property
+    def nothing(self) -> Tensor:
+        """A loss of 0."""
+        return self.parts.query.new_zeros(())
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Mean over exits of (hard + in-batch) + kd_weight * mean over exits of the distillation."""
+
+    spec: MatryoshkaSpec
+    kd_loss: DistillationLoss = "vectors"
+    """what is learned from a teacher: `_vector_distillation` or `_similarity_distillation`"""
+    kd_weight: float = 1.0
+    false_negative_margin: float | None = None
+    """see `mask_false_negatives`; None = off"""
+
+    def __call__(
+        self, vectors: Tensor, batch: ContrastiveBatch, teacher: PartVectors | None = None
+    ) -> LossTerms:
+        """The loss terms of a batch. A collective.
+
+        Args:
+            vectors: (E, N, H) of the batch's distinct texts.
+            batch: which text plays which part.
+            teacher: a teacher's vectors, (E', ..., H'), of any float type; None without one.
+        """
+        student = self._student(vectors, batch, teacher)
+        masked = self._mask(student, batch)
+        hard, in_batch = self._hard(student, batch, masked), self._in_batch(student, batch, masked)
+        if teacher is None:
+            distillation = student.nothing
+        elif self.kd_loss == "similarity":
+            distillation = _similarity_distillation(student, teacher, batch, self.spec)
+        else:
+            distillation = _vector_distillation(student.parts, teacher, batch)
+        total = hard + in_batch + self.kd_weight * distillation
+        return LossTerms(hard, in_batch, distillation, total, masked)
+
+    def _student(
+        self, vectors: Tensor, batch: ContrastiveBatch, teacher: PartVectors | None
+    ) -> _Student:
+        parts = PartVectors.of_texts(vectors, batch)
+        # One collective for all exits, and only where some loss looks at other rows' passages.
+        similarities = teacher is not None and self.kd_loss == "similarity"
+        gathered = batch.task == "retrieval" or similarities
+        passages = _of_all_processes(parts.passage, batch) if gathered else None
+        return _Student(parts, parts.candidates(), passages)
+
+    def _mask(self, student: _Student, batch: ContrastiveBatch) -> MaskedLogits:
+        passages = student.passages if batch.task == "retrieval" else None
+        return mask_false_negatives(
+            student.parts.query[-1],
+            student.candidates[-1],
+            None if passages is None else passages[:, -1],
+            batch,
+            self.false_negative_margin,
         )
-    else:
-        distillation = _vector_distillation(student, teacher, batch)
-    return LossTerms(
-        hard, in_batch, distillation, hard + in_batch + kd_weight * distillation, left_out
-    )
 
+    def _hard(self, student: _Student, batch: ContrastiveBatch, masked: MaskedLogits) -> Tensor:
+        query, candidates = student.parts.query, student.candidates
+        return student.mean_over_exits(
+            lambda e: hard_loss(
+                query[e], candidates[e], masked.candidates, batch.sample_weights, self.spec
+            )
+        )
 
-def _of_all(passage: Tensor, batch: ContrastiveBatch) -> Tensor:
-    """(E, R, H) of each process -> (n, E, H): the rows of the global batch in its own order,
-    without fillers."""
-    return gather_rows(passage.transpose(0, 1)).index_select(0, batch.gathered_rows)
-
-
-def _contrastive(
-    query: Tensor,
-    candidates: Tensor,
-    passages: Tensor | None,
-    batch: ContrastiveBatch,
-    spec: MatryoshkaSpec,
-    margin: float | None,
-) -> tuple[Tensor, Tensor, LeftOut]:
-    """Hard and in-batch loss, each the mean over exits, and what they left out."""
-    exits = len(query)
-    passages = passages if batch.task == "retrieval" else None
-    deepest_passages = None if passages is None else passages[:, -1]
-    left_out = leave_out(query[-1], candidates[-1], deepest_passages, batch, margin)
-    nothing = query.new_zeros(())
-    hard = sum(
-        (
-            hard_loss(query[e], candidates[e], left_out.candidates, batch.sample_weights, spec)
-            for e in range(exits)
-        ),
-        start=nothing,
-    )
-    if passages is None:
-        return hard / exits, nothing, left_out
-    in_batch = sum(
-        (
-            in_batch_loss(
+    def _in_batch(self, student: _Student, batch: ContrastiveBatch, masked: MaskedLogits) -> Tensor:
+        if batch.task != "retrieval":
+            return student.nothing
+        query, passages = student.parts.query, student.passages
+        assert passages is not None
+        return student.mean_over_exits(
+            lambda e: in_batch_loss(
                 query[e],
                 passages[:, e],
                 batch.target,
-                left_out.passages,
+                masked.passages,
                 batch.sample_weights,
-                spec,
+                self.spec,
             )
-            for e in range(exits)
-        ),
-        start=nothing,
-    )
-    return hard / exits, in_batch / exits, left_out
+        )
+
+
+def _of_all_processes(passage: Tensor, batch: ContrastiveBatch) -> Tensor:
+    """(E, R, H) of each process -> (n, E, H): the global batch's rows in its own order."""
+    return gather_rows(passage.transpose(0, 1)).index_select(0, batch.gathered_rows)
 
 
 def _vector_distillation(
     student: PartVectors, teacher: PartVectors, batch: ContrastiveBatch
 ) -> Tensor:
-    """Sum over query, passage and negatives of the mean squared error to the teacher's leading
-    components.
+    """Mean squared error to the teacher's leading components: query + passage + negatives.
 
-    Mean over the exits, paired from the deepest: student exits beyond the teacher's have no part in
-    it.
+    The mean over exits, paired from the deepest: the student's exits that the teacher has no
+    counterpart for do not take part.
     """
     pairs = min(len(student.query), len(teacher.query))
     parts = (
@@ -155,45 +167,40 @@ def _vector_distillation(
     )
     total = student.query.new_zeros(())
     for own, wanted, weights in parts:
-        of_pairs = weights.repeat(pairs) / pairs
+        row_weights = weights.repeat(pairs) / pairs
         total = total + distillation_loss(
-            own[-pairs:].flatten(0, 1), wanted[-pairs:].flatten(0, 1), of_pairs
+            own[-pairs:].flatten(0, 1), wanted[-pairs:].flatten(0, 1), row_weights
         )
     return total
 
 
 def _similarity_distillation(
-    query: Tensor,
-    candidates: Tensor,
-    passages: Tensor,
-    teacher: PartVectors,
-    batch: ContrastiveBatch,
-    spec: MatryoshkaSpec,
+    student: _Student, teacher: PartVectors, batch: ContrastiveBatch, spec: MatryoshkaSpec
 ) -> Tensor:
     """Squared differences of cosines, so that a teacher's width does not matter.
 
-    With s the student's cosines, t the teacher's, of its deepest exit and whole vectors, for a
+    With s the student's cosines, t those of the teacher's deepest exit and whole vectors, for a
     sample i with its positive and k_i negatives as candidates c, and the n positives p of the
     global batch:
 
-        1/n sum_i [ 1/(1 + k_i) sum_c (s(q_i, c) - t(q_i, c))^2  +  1/n sum_j (s(q_i, p_j) - t(q_i,
-        p_j))^2 ]
+        1/n sum_i [ 1/(1 + k_i) sum_c (s(q_i, c) - t(q_i, c))^2
+                    + 1/n sum_j (s(q_i, p_j) - t(q_i, p_j))^2 ]
 
-    With nested dims, (s - t)^2 is the mean of the dims' weighted by c_n. The mean over all exits of
-    the student: each learns from the teacher's best. What the contrastive losses leave out counts
-        here: a teacher knows how near it is.
+    With nested dims, (s - t)^2 is the mean over dims, weighted by c_n. The mean is over all exits
+    of the student: each learns from the teacher's best. Logits that the contrastive losses mask
+    take part: a teacher knows how near those documents are.
     """
+    assert student.passages is not None
     teacher_query = normalize(teacher.query[-1].float(), dim=-1)  # (R, H')
     own = normalize(teacher.candidates()[-1].float(), dim=-1)  # (R, 1 + K, H')
     wanted = (own @ teacher_query.unsqueeze(2)).squeeze(2)  # (R, 1 + K)
-    teacher_passages = _of_all(own[None, :, 0], batch)[:, 0]  # (n, H')
+    teacher_passages = _of_all_processes(own[None, :, 0], batch)[:, 0]  # (n, H')
 
-    negatives_present = (batch.negative_weights > 0).float()
-    present = torch.cat([torch.ones_like(wanted[:, :1]), negatives_present], dim=1)  # (R, 1 + K)
-    entry_weights = (
-        batch.sample_weights.unsqueeze(1) * present / present.sum(1, keepdim=True)
-    )  # (R, 1 + K)
-    total = query.new_zeros(())
+    present = torch.ones_like(wanted)  # (R, 1 + K)
+    present[:, 1:] = batch.negative_weights > 0
+    entry_weights = batch.sample_weights.unsqueeze(1) * present / present.sum(1, keepdim=True)
+    query, candidates, passages = student.parts.query, student.candidates, student.passages
+    total = student.nothing
     for e in range(len(query)):
         total = total + candidate_similarity_loss(
             query[e], candidates[e], wanted, entry_weights, spec

@@ -1,5 +1,4 @@
-"""The accelerator of a run, and a refusal of engines and settings that would train otherwise than
-asked."""
+"""The accelerator and the engine of a run; those that would not train as asked are refused."""
 
 import os
 from datetime import timedelta
@@ -8,49 +7,47 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from ml_embed.config import TrainConfig
 from ml_embed.distributed import zero2
-from ml_embed.distributed.collectives import choose_gloo_interface
-from ml_embed.distributed.collectives import world_size as processes_of_group
+from ml_embed.distributed.collectives import choose_gloo_interface, world_size
+from ml_embed.distributed.engine import AccelerateEngine, Engine
 from ml_embed.errors import UserError
 from ml_embed.kernels.attention import choose_kernel
 
 # Processes wait for one that converts the data or writes a checkpoint. Dead ones are noticed much
 # sooner: by closed connections, and over several machines by `ml_embed.distributed.heartbeat`.
 _COLLECTIVE_TIMEOUT = timedelta(hours=2)
-_ENGINES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+# The engines that keep one copy of the weights per process.
+_COPIES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """The accelerator as `accelerate launch` set it up; under plain python, bf16 where the device
-    has it.
+    """The accelerator as `accelerate launch` set it up.
+
+    Under plain python it computes in bf16 where the device has it.
 
     Raises:
         UserError: fp16, gradient accumulation, an attention kernel that cannot run here, or a
             tracker that is not installed.
     """
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    trackers = [str(tracker) for tracker in get_available_trackers()]
-    missing = [name for name in config.report_to if name not in trackers]
-    if missing:
-        raise UserError(
-            f"report_to: {', '.join(missing)} is not installed or not known; available: "
-            f"{', '.join(trackers)}"
-        )
+    _check_trackers(config)
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         zero2.check_installed()
     choose_gloo_interface()
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     accelerator = Accelerator(
-        cpu=not _has_gpu(),  # said aloud, or accelerate takes launched processes for single ones
+        # said aloud, or accelerate takes launched processes for single ones
+        cpu=not can_train_on_gpu(),
         mixed_precision=None if launched else ("bf16" if has_bf16 else "no"),
         log_with=list(config.report_to) or None,
         project_dir=config.tb_dir,
         kwargs_handlers=[
-            # The only buffers are constants, and GradCache makes forwards that other processes do
-            # not.
+            # The only buffers are constants, and GradCache makes forward passes that other
+            # processes do not.
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
             InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT),
         ],
@@ -64,66 +61,89 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         raise UserError(
             f"mixed_precision: {accelerator.mixed_precision!r} is not supported; use 'bf16' or 'no'"
         )
-    choose_kernel(
-        config.attention, accelerator.device, _compute_dtype(accelerator)
-    )  # refuses an impossible one
+    # refuses a kernel that cannot run here
+    choose_kernel(config.attention, accelerator.device, compute_dtype(accelerator))
     return accelerator
 
 
-def _has_gpu() -> bool:
-    """Whether there is an accelerator to train on. Apple's (mps) is none: it has no float64, which
-    losses are summed in, so that a Mac trains on its CPU."""
+def _check_trackers(config: TrainConfig) -> None:
+    trackers = [str(tracker) for tracker in get_available_trackers()]
+    missing = [name for name in config.report_to if name not in trackers]
+    if missing:
+        raise UserError(
+            f"report_to: {', '.join(missing)} is not installed or not known; available: "
+            f"{', '.join(trackers)}"
+        )
+
+
+def can_train_on_gpu() -> bool:
+    """Whether there is a GPU that training can use.
+
+    A Mac trains on its CPU: losses are summed in float64, which its GPU (mps) does not have.
+    """
     found = torch.accelerator.current_accelerator(check_available=True)
     return found is not None and found.type != "mps"
 
 
-def _compute_dtype(accelerator: Accelerator) -> torch.dtype:
+def compute_dtype(accelerator: Accelerator) -> torch.dtype:
+    """What forward passes compute in; weights are float32 all the same."""
     return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
 
 
+def make_engine(
+    accelerator: Accelerator,
+    encoder: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+) -> Engine:
+    """The engine that accelerate was launched with."""
+    if accelerator.distributed_type is DistributedType.DEEPSPEED:
+        return zero2.Zero2Engine(
+            accelerator, encoder, optimizer, config.max_grad_norm, config.train_batch_size
+        )
+    return AccelerateEngine(accelerator, encoder, optimizer, config.max_grad_norm)
+
+
 def _check_engine(accelerator: Accelerator) -> None:
-    """Refuse what accelerate would do otherwise than asked, or this project's steps cannot work
-    with."""
-    if (
-        accelerator.gradient_accumulation_steps != 1
-    ):  # accelerate would divide the gradients of every step by it
+    """Refuse engines that steps here cannot work with, and what accelerate would do differently."""
+    # accelerate would divide the gradients of every step by it
+    if accelerator.gradient_accumulation_steps != 1:
         raise UserError(
             "accelerate's gradient_accumulation_steps is "
-            f"{accelerator.gradient_accumulation_steps}; it must be 1, "
-            "also in the environment variable ACCELERATE_GRADIENT_ACCUMULATION_STEPS. For larger "
-            "batches in the same "
+            f"{accelerator.gradient_accumulation_steps}; it must be 1, also in the environment "
+            "variable ACCELERATE_GRADIENT_ACCUMULATION_STEPS. For larger batches in the same "
             "memory set max_tokens_per_forward in the training config"
         )
-    if accelerator.distributed_type is DistributedType.FSDP:
-        if not accelerator.is_fsdp2:
-            raise UserError(
-                "FSDP version 1 is not supported; set fsdp_version: 2, as in "
-                "configs/accelerate_fsdp2.yaml"
-            )
-        return
-    if zero2.uses_zero2(accelerator):
+    if accelerator.distributed_type is DistributedType.DEEPSPEED:
         zero2.check_settings(accelerator)
-        return
+    elif accelerator.distributed_type is not DistributedType.FSDP:
+        _check_copies(accelerator)
+    elif not accelerator.is_fsdp2:
+        raise UserError(
+            "FSDP version 1 is not supported; set fsdp_version: 2, as in "
+            "configs/accelerate_fsdp2.yaml"
+        )
+
+
+def _check_copies(accelerator: Accelerator) -> None:
+    """Refuse a copy of the weights per process where the launcher was asked for something else."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise UserError(
             "accelerate uses DeepSpeed only on GPUs and would silently copy the optimizer to every "
-            "process here; "
-            "on CPUs use configs/accelerate_cpu.yaml"
+            "process here; on CPUs use configs/accelerate_cpu.yaml"
         )
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.num_processes > 1:
         raise UserError(
             "accelerate shards parameters (FSDP) only on GPUs and would silently copy them to "
-            "every process here; "
-            "on CPUs use configs/accelerate_cpu.yaml"
+            "every process here; on CPUs use configs/accelerate_cpu.yaml"
         )
-    if processes_of_group() != accelerator.num_processes:
+    if world_size() != accelerator.num_processes:
         raise UserError(
-            f"the launcher started {processes_of_group()} processes, but accelerate sees "
-            f"{accelerator.num_processes}; "
-            "to train on the CPUs of a machine with GPUs, set the environment variable "
-            "ACCELERATE_USE_CPU=true"
+            f"the launcher started {world_size()} processes, but accelerate sees "
+            f"{accelerator.num_processes}; to train on the CPUs of a machine with GPUs, set the "
+            "environment variable ACCELERATE_USE_CPU=true"
         )
-    if accelerator.distributed_type not in _ENGINES:
+    if accelerator.distributed_type not in _COPIES:
         raise UserError(
             f"the engine {accelerator.distributed_type.value} is not supported; use one of those "
             "in configs/"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3Model
+from transformers import Qwen3Model
 
 from ml_embed.config import TrainConfig
 from ml_embed.data.store import Store
@@ -24,19 +24,14 @@ from ml_embed.model_folders.read import (
 )
 from ml_embed.model_folders.record import ModelRecord
 from ml_embed.training import lora
-from ml_embed.training.resolve import Resolved
+from ml_embed.training.inputs import Inputs
 
 ADAM_BETAS = (0.9, 0.98)  # F2LLM-v2 (arXiv 2603.19223)
 ADAM_EPSILON = 1e-8
 
 
 def build_encoder(
-    config: TrainConfig,
-    resolved: Resolved,
-    backbone_config: Qwen3Config,
-    store: Store,
-    device: torch.device,
-    compute_dtype: torch.dtype,
+    config: TrainConfig, inputs: Inputs, device: torch.device, compute_dtype: torch.dtype
 ) -> MatryoshkaEncoder:
     """The encoder at the start of training, with float32 master weights, on `device`.
 
@@ -45,11 +40,11 @@ def build_encoder(
     """
     if config.compile_layers:
         check_compiler(device)
-    backbone = load_backbone(Path(config.model_path), backbone_config)
+    backbone = load_backbone(Path(config.model_path), inputs.backbone_config)
     encoder = MatryoshkaEncoder(
         backbone,
-        resolved.exits,
-        initial_factors(config, backbone, store) if config.r else None,
+        inputs.resolved.exits,
+        initial_factors(config, backbone, inputs.store) if config.r else None,
         config.mll_norm,
         choose_kernel(config.attention, device, compute_dtype),
         config.gradient_checkpointing,
@@ -64,8 +59,7 @@ def build_encoder(
 def initial_factors(
     config: TrainConfig, backbone: Qwen3Model, store: Store
 ) -> tuple[Tensor, Tensor]:
-    """A (V, r), B (r, H): a model folder's own factors where it has them at this rank, else factors
-    of its table."""
+    """A (V, r) and B (r, H): those of the start model if it has this rank, else of its table."""
     record = ModelRecord.load(Path(config.model_path))
     if record is not None and record.ranks and config.r == record.ranks[-1]:
         return read_factors(Path(config.model_path))
@@ -108,8 +102,9 @@ def build_optimizer(encoder: MatryoshkaEncoder, config: TrainConfig) -> torch.op
 def build_teacher(
     config: TrainConfig, device: torch.device, compute_dtype: torch.dtype
 ) -> MatryoshkaEncoder | None:
-    """The distillation teacher: whole, at its own full rank, without gradients; None without
-    `teacher_model_path`.
+    """The distillation teacher, whole and without gradients; None without `teacher_model_path`.
+
+    It keeps its own full rank, whatever rank the student draws.
 
     Raises:
         UserError: the folder is no Qwen3 model.
@@ -117,17 +112,15 @@ def build_teacher(
     if config.teacher_model_path is None:
         return None
     folder = Path(config.teacher_model_path)
-    teacher_config = load_backbone_config(folder)
-    record = ModelRecord.load(folder)
-    exits = record.exits if record is not None else default_exits(teacher_config.num_hidden_layers)
-    kernel = choose_kernel(config.attention, device, compute_dtype)
+    layers = load_backbone_config(folder).num_hidden_layers
+    exits: tuple[int, ...] = (layers,)
+    if config.use_mll and config.kd_loss == "vectors":  # similarities: of the deepest exit only
+        record = ModelRecord.load(folder)
+        exits = tuple(record.exits) if record is not None else default_exits(layers)
     teacher = load_encoder(
         folder,
-        # similarities are learned from the deepest alone
-        exits=tuple(exits)
-        if config.use_mll and config.kd_loss == "vectors"
-        else (teacher_config.num_hidden_layers,),
-        kernel=kernel,
+        exits=exits,
+        kernel=choose_kernel(config.attention, device, compute_dtype),
         dtype=compute_dtype if device.type == "cuda" else torch.float32,
     )
     return teacher.to(device).requires_grad_(False)

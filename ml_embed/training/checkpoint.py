@@ -1,31 +1,23 @@
-"""Exact resumption: the whole state of a run in safetensors and JSON, written atomically and
-checked when read.
+"""Resume states: the whole state of a run, written atomically and checked when read.
 
 `resume/step_N/` holds model.safetensors, optimizer.safetensors, state.json and checksums.json. All
 of a run's randomness is a function of (seed, step), so weights, moments, the step and the open log
 window are its whole state.
-Frozen weights (LoRA's) are not in it: they come from model_path again, which the fingerprint then
-holds a sum of.
+
+Frozen weights (LoRA's) are not in it: they come from model_path again, of which the fingerprint
+then holds a digest.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch import Tensor
 
-from ml_embed.distributed import zero2
+from ml_embed.distributed.engine import Engine, Moments
 from ml_embed.errors import UserError
 from ml_embed.files.atomic import atomic_folder, checksum_problem, remove_folder, write_checksums
 from ml_embed.files.paths import numbered_folders
@@ -35,75 +27,38 @@ FORMAT_VERSION = 1
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
 KEPT_STATES = 2  # the newest, and the one before it in case the newest is found damaged
 _PROGRESS_KEYS = {"step", "window", "metrics_bytes", "fingerprint", "processes"}
-
-# The same calls serve one process, DDP and FSDP2: tensors come whole, on the CPU, on the first
-# process.
-_GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
-_SCATTER = StateDictOptions(full_state_dict=True, strict=False)  # frozen weights stay as they are
 _SEPARATOR = "|"  # stands in no parameter's name
-
-
-def model_state(model: nn.Module) -> dict[str, Tensor]:
-    """The whole model's weights by name, on the CPU (empty on all processes but the first if they
-    are sharded).
-
-    A collective: every process must call it.
-    """
-    if zero2.is_engine(model):
-        return zero2.model_state(model)
-    return cast(
-        "dict[str, Tensor]", get_model_state_dict(model, options=_GATHER)
-    )  # torch names it more broadly
-
-
-def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's tensors as "parameter|moment", on the CPU; a collective like
-    `model_state`."""
-    if zero2.is_engine(model):
-        state = zero2.optimizer_state(model)
-    else:
-        gathered = get_optimizer_state_dict(model, optimizer, options=_GATHER)
-        state = cast("dict[str, dict[str, Tensor]]", gathered.get("state", {}))
-    return {
-        f"{parameter}{_SEPARATOR}{moment}": tensor.contiguous()
-        for parameter, moments in state.items()
-        for moment, tensor in moments.items()
-    }
-
-
-def _parameters_of(moments: Iterable[str]) -> set[str]:
-    """The parameters that "parameter|moment" names speak of."""
-    return {name.rpartition(_SEPARATOR)[0] for name in moments}
 
 
 def save_state(
     folder: Path,
-    model: Mapping[str, Tensor],
-    optimizer: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    moments: Moments,
     progress: Mapping[str, Any],
     step: int,
 ) -> Path:
-    """Write `folder/step_N` and drop all but the newest `KEPT_STATES`. Called by the first process
-    alone.
+    """Write `folder/step_N` and drop all but the newest `KEPT_STATES`. First process only.
 
     Args:
         folder: `resume/` of the run.
-        model, optimizer: what `model_state` and `optimizer_state` gave; weights without moments,
-            which are frozen, are left out.
+        weights: the engine's `model_state`; weights without moments are frozen, and left out.
+        moments: the engine's `optimizer_state`; written as tensors named "parameter|moment".
         progress: anything else that a continued run needs, as JSON.
         step: N, optimizer steps done.
     Raises:
         UserError: the disk is full; the states that were there before are untouched.
     """
     target = folder / f"step_{step}"
-    trained = _parameters_of(optimizer)
+    trained = {name: tensor for name, tensor in weights.items() if name in moments}
+    flat = {
+        f"{parameter}{_SEPARATOR}{moment}": tensor.contiguous()
+        for parameter, own in moments.items()
+        for moment, tensor in own.items()
+    }
+    state = {"format_version": FORMAT_VERSION, "step": step, **progress}
     with atomic_folder(target) as partial:
-        save_file(
-            {name: tensor for name, tensor in model.items() if name in trained},
-            partial / MODEL_FILE,
-        )
-        save_file(dict(optimizer), partial / OPTIMIZER_FILE)
-        state = {"format_version": FORMAT_VERSION, "step": step, **progress}
+        save_file(trained, partial / MODEL_FILE)
+        save_file(flat, partial / OPTIMIZER_FILE)
         (partial / STATE_FILE).write_text(
             json.dumps(state, indent=2, ensure_ascii=False), encoding="utf-8"
         )
@@ -134,8 +89,10 @@ def find_state(folder: Path) -> Path | None:
 
 
 def drop_newer(folder: Path, step: int) -> None:
-    """Remove the states of later steps than the one a run goes back to: damaged ones, or a future
-    that is given up."""
+    """Remove the states of later steps than `step`, which a run continues from.
+
+    They are damaged, or the run goes back to before them.
+    """
     for number, path in numbered_folders(folder):
         if number > step:
             remove_folder(path)
@@ -169,39 +126,29 @@ def read_progress(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put a saved state into a prepared model and optimizer, whatever number of processes wrote it.
+def load_state(path: Path, engine: Engine) -> None:
+    """Put a saved state into a prepared engine, whatever number of processes wrote it.
 
     Raises:
         UserError: the state is not readable, or of another model.
     """
     try:
-        tensors, moments = load_file(path / MODEL_FILE), load_file(path / OPTIMIZER_FILE)
+        weights, flat = load_file(path / MODEL_FILE), load_file(path / OPTIMIZER_FILE)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"--resume: the tensors in {path} cannot be read ({error}); every machine must see the "
             "same output_dir"
         ) from None
-    holder = model.module if zero2.is_engine(model) else model
-    own = set(get_model_state_dict(holder, options=StateDictOptions(ignore_frozen_params=True)))
-    if own != set(tensors):
-        odd = sorted(own ^ set(tensors))[0]
+    own = engine.trained_parameters()
+    if own != set(weights):
+        odd = sorted(own ^ set(weights))[0]
         raise UserError(f"--resume: {path} is the state of another model (they differ in {odd})")
-    if _parameters_of(moments) != own:
+    moments: Moments = {}
+    for name, tensor in flat.items():
+        parameter, _, moment = name.rpartition(_SEPARATOR)
+        moments.setdefault(parameter, {})[moment] = tensor
+    if own != set(moments):
         raise UserError(
             f"--resume: {path / OPTIMIZER_FILE} does not belong to the weights beside it"
         )
-    state: dict[str, Any] = {}  # parameter -> moment -> tensor
-    for name, tensor in moments.items():
-        parameter, _, moment = name.rpartition(_SEPARATOR)
-        state.setdefault(parameter, {})[moment] = tensor
-    if zero2.is_engine(model):
-        zero2.load_state(model, tensors, state)
-        return
-    set_model_state_dict(model, {**tensors}, options=_SCATTER)
-    groups = get_optimizer_state_dict(model, optimizer)[
-        "param_groups"
-    ]  # learning rate and betas are the config's
-    set_optimizer_state_dict(
-        model, optimizer, {"state": state, "param_groups": groups}, options=_SCATTER
-    )
+    engine.load_state(weights, moments)

@@ -1,13 +1,11 @@
-"""LoRA (arXiv 2106.09685) through peft: adapters train in place of the decoder layers' matrices,
-merged when saved.
+"""LoRA (arXiv 2106.09685) through peft: adapters train in place of the decoder layers' matrices.
 
-y = W x + s C D x, with W frozen and s = lora_alpha / lora_r. The token factors (or the table) and
-the exits' norms, which are no part of a layer, train whole; the small norms within layers stay as
-they are, as is usual with LoRA.
+y = W x + s C D x, with W frozen and s = lora_alpha / lora_r. Saving multiplies adapters out. The
+token factors (or the table) and the exits' norms, which are no part of a layer, train whole; the
+small norms within layers stay as they are, as is usual with LoRA.
 
 Letters: O, I outputs and inputs of a matrix, k the adapters' rank, D (k, I) and C (O, k) an
-    adapter's two parts (LoRA's
-own A and B, which here are the token factors').
+adapter's two parts (LoRA's own A and B, which here are the token factors').
 """
 
 import importlib.metadata
@@ -28,9 +26,10 @@ _FROZEN, _DOWN, _UP = ".base_layer.weight", ".lora_A.default.weight", ".lora_B.d
 
 
 def check_installed() -> None:
-    """
+    """Refuse to train with LoRA where peft is not installed.
+
     Raises:
-        UserError: the config asks for LoRA, and peft is not there or too old.
+        UserError: it is not there, or too old.
     """
     try:
         found = importlib.metadata.version("peft")
@@ -39,8 +38,7 @@ def check_installed() -> None:
     if found == "none" or Version(found) < Version(OLDEST_PEFT):
         raise UserError(
             f"lora_r: needs peft {OLDEST_PEFT} or newer (here: {found}); pip install "
-            f"'peft>={OLDEST_PEFT}', or set "
-            "lora_r to 0"
+            f"'peft>={OLDEST_PEFT}', or set lora_r to 0"
         )
 
 
@@ -50,8 +48,7 @@ def scale(config: TrainConfig) -> float:
 
 
 def add_adapters(encoder: MatryoshkaEncoder, config: TrainConfig) -> None:
-    """Freeze the decoder layers of an encoder on the CPU and give each of their matrices an
-    adapter.
+    """Freeze an encoder's decoder layers, on the CPU, and give each of their matrices an adapter.
 
     They change nothing at first, because C starts as 0; D is random, a function of the seed alone.
     """
@@ -68,9 +65,8 @@ def add_adapters(encoder: MatryoshkaEncoder, config: TrainConfig) -> None:
         inject_adapter_in_model(adapters, encoder.backbone)
     for module in encoder.modules():
         if isinstance(module, LoraLayer):
-            module.cast_input_dtype_enabled = (
-                False  # under bf16 it would make a float32 copy of every input
-            )
+            # under bf16 it would make a float32 copy of every input
+            module.cast_input_dtype_enabled = False
 
 
 def merged(state: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:

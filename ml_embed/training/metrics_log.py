@@ -17,14 +17,11 @@ from ml_embed.files.atomic import append_whole
 
 @dataclass
 class Window:
-    """Sums over the optimizer steps since the last log line; saved with a resume state, so that
-    none is lost."""
+    """Sums over the optimizer steps since the last log line; saved with a resume state."""
 
     steps: int = 0
     seconds: float = 0.0
-    """of training, checkpoints included, without validation and without a pause between two
-    launches; states of earlier versions lack it, so that the first rate after resuming one is too
-    high"""
+    """of training, with checkpoints, without validation and the time between two launches"""
     loss: float = 0.0
     grad_norm: float = 0.0
     distillation: float = 0.0
@@ -54,10 +51,10 @@ class Window:
             self.in_batch[dataset] = self.in_batch.get(dataset, 0.0) + step.in_batch
 
     def summary(self, distilled: bool, margin_used: bool) -> dict[str, float]:
-        """Means over the window, sums of what is counted; a dataset that did not appear in it has
-        no entry.
+        """Means over the window, and sums of what is counted.
 
-        "Avg/<task>/…" are means over the task's datasets, each counting the same.
+        A dataset without a step in the window has no entry. "Avg/<task>/…" are means over the
+        task's datasets, each counting the same.
         """
         values = {
             "loss": self.loss / self.steps,
@@ -99,7 +96,7 @@ class StepValues:
     tokens: int
     encoded_tokens: int
     masked_by_document: int
-    """logits left out as false negatives, see `ml_embed.losses.false_negatives.LeftOut`"""
+    """pairs of a query and a document, see `ml_embed.losses.false_negatives.MaskedLogits`"""
     masked_by_margin: int
     grad_norm: float
     stop_requested: bool
@@ -110,19 +107,31 @@ class StepValues:
 
 
 class MetricsLog:
-    """Appends lines to metrics.jsonl (first process only) and sends the same numbers to the
-    trackers.
+    """Appends lines to metrics.jsonl (first process only) and sends them to the trackers.
 
-    A train line's rate is its "tokens" over its "seconds" (`Window.seconds`). These have passed
-    since the line before it, so that anyone can check it from "time" (unless a validation came
-    between two train lines: its line does not say when it began).
+    A train line's rate is its "tokens" over its "seconds" (`Window.seconds`). Without a validation
+    between two train lines, the difference of their "time" is the second's "seconds".
     """
 
-    def __init__(self, path: Path, accelerator: Accelerator, keep_bytes: int = 0):
-        """`keep_bytes`: length of the file when the state that is resumed from was saved; what
-        follows is dropped."""
+    def __init__(
+        self,
+        path: Path,
+        accelerator: Accelerator,
+        *,
+        distilled: bool,
+        margin_used: bool,
+        keep_bytes: int = 0,
+    ):
+        """
+        Args:
+            distilled: the run has a teacher; else there is no "distillation_loss".
+            margin_used: it has a false_negative_margin; else there is no "masked_by_margin".
+            keep_bytes: length of the file when the state that is resumed from was saved; what
+                follows is dropped.
+        """
         self._accelerator = accelerator
         self._path = path
+        self._distilled, self._margin_used = distilled, margin_used
         if accelerator.is_main_process:
             path.touch()
             os.truncate(path, min(keep_bytes, path.stat().st_size))
@@ -134,28 +143,11 @@ class MetricsLog:
             return os.fstat(file.fileno()).st_size
 
     def train(
-        self,
-        step: int,
-        epoch: float,
-        learning_rate: float,
-        window: Window,
-        distilled: bool,
-        margin_used: bool,
+        self, step: int, epoch: float, learning_rate: float, window: Window
     ) -> dict[str, Any]:
-        """Write the line of a window; returns its values.
-
-        `distilled`, `margin_used`: whether the run has a teacher and a false_negative_margin, whose
-            numbers are left
-        out otherwise.
-        """
-        summary = window.summary(distilled, margin_used)
-        line = {
-            "split": "train",
-            "step": step,
-            "epoch": epoch,
-            "learning_rate": learning_rate,
-            **summary,
-        }
+        """Write the line of a window; returns its values."""
+        line = {"split": "train", "step": step, "epoch": epoch, "learning_rate": learning_rate}
+        line |= window.summary(self._distilled, self._margin_used)
         self._write(line)
         return line
 

@@ -1,6 +1,6 @@
 """Everything that follows from the config, the backbone and the data, before any weight is loaded.
 
-Letters: V vocabulary, H hidden size, L layers, r rank, B samples a process, W processes.
+Letters: V vocabulary, H hidden size, L layers, r rank, B samples per process, W processes.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class Resolved:
 
     world_size: int
     global_batch_size: int
-    """samples an optimizer step, over all processes"""
+    """samples per optimizer step, over all processes"""
     steps_per_epoch: int
     total_steps: int
     warmup_steps: int
@@ -48,8 +48,7 @@ class Resolved:
     parameters: int
     """of the model that is saved: adapters are merged in it"""
     trained_parameters: int
-    """those that training moves; with lora_r: adapters, token factors (or table) and the exits'
-    norms"""
+    """those that training moves; with lora_r: adapters, token factors (or table), exits' norms"""
     embedding_parameters: int
     layer_parameters: int
     """of one decoder layer"""
@@ -65,6 +64,28 @@ class Resolved:
         return dataclasses.asdict(self)
 
 
+@dataclass(frozen=True)
+class _Sizes:
+    """The nested sizes that are trained: exits and ranks ascending, dims descending."""
+
+    exits: tuple[int, ...]
+    dims: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Parameters:
+    """How many parameters there are."""
+
+    saved: int
+    """in the model that is saved: adapters are merged in it"""
+    trained: int
+    """those that have a gradient and moments"""
+    held: int
+    """in memory while it trains"""
+    embedding: int
+
+
 def resolve(config: TrainConfig, backbone: Qwen3Config, store: Store, world_size: int) -> Resolved:
     """Derive every number of a run.
 
@@ -72,52 +93,48 @@ def resolve(config: TrainConfig, backbone: Qwen3Config, store: Store, world_size
         UserError: what the config asks for does not fit the backbone or the data; all problems at
             once.
     """
-    exits, dims, ranks = _nested_sizes(config, backbone)
-    if store.max_token_id >= backbone.vocab_size:
-        raise UserError(
-            f"train_data_path: the data holds token id {store.max_token_id}, but the backbone's "
-            "vocabulary has only "
-            f"{backbone.vocab_size}; tokenize the data with the tokenizer in {config.model_path}"
-        )
-    check_dataset_names(list(store.datasets), config.datasets)
-    plans = tuple(
-        plan_dataset(name, dataset.num_rows, config, _task_in_manifest(store, name))
-        for name, dataset in store.datasets.items()
-    )
+    sizes = _nested_sizes(config, backbone)
+    plans = _dataset_plans(config, backbone, store)
     global_batch = config.train_batch_size * world_size
-    schedule = make_schedule(plans, store, global_batch, config.seed)
-    epoch_steps = schedule.steps_per_epoch
-    total_steps = (
-        config.train_steps if config.train_steps > 0 else config.train_epochs * epoch_steps
-    )
-    embedding = embedding_parameters(backbone, config.r)
-    final_norms = backbone.hidden_size * (len(exits) if config.mll_norm == "per_layer" else 1)
-    layers = backbone.num_hidden_layers * layer_parameters(backbone)
-    adapters = adapter_parameters(backbone, config.lora_r)
-    parameters = embedding + layers + final_norms
-    trained = parameters - layers + adapters if config.lora_r else parameters
-    tokens = (
-        sum(_tokens_per_epoch(plan, store.datasets[plan.name], config) for plan in plans)
-        / epoch_steps
-    )
+    epoch_steps = make_schedule(plans, store, global_batch, config.seed).steps_per_epoch
+    parameters = _count_parameters(config, backbone, len(sizes.exits))
+    epoch_tokens = sum(_tokens_per_epoch(plan, store.datasets[plan.name], config) for plan in plans)
+    tokens = epoch_tokens / epoch_steps
+    steps = config.train_steps if config.train_steps > 0 else config.train_epochs * epoch_steps
     return Resolved(
         world_size=world_size,
         global_batch_size=global_batch,
         steps_per_epoch=epoch_steps,
-        total_steps=total_steps,
+        total_steps=steps,
         warmup_steps=config.warmup_steps,
-        exits=exits,
-        dims=dims,
-        dim_weights=dim_weights(dims),
-        ranks=ranks,
-        parameters=parameters,
-        trained_parameters=trained,
-        embedding_parameters=embedding,
+        exits=sizes.exits,
+        dims=sizes.dims,
+        dim_weights=dim_weights(sizes.dims),
+        ranks=sizes.ranks,
+        parameters=parameters.saved,
+        trained_parameters=parameters.trained,
+        embedding_parameters=parameters.embedding,
         layer_parameters=layer_parameters(backbone),
         mean_tokens_per_step=round(tokens),
-        valid_grid=_valid_grid(config, exits, dims, ranks),
-        memory_gib=_memory(config, backbone, parameters + adapters, trained, tokens / world_size),
+        valid_grid=_valid_grid(config, sizes),
+        memory_gib=_memory(config, backbone, parameters, tokens / world_size),
         datasets=plans,
+    )
+
+
+def _dataset_plans(
+    config: TrainConfig, backbone: Qwen3Config, store: Store
+) -> tuple[DatasetPlan, ...]:
+    if store.max_token_id >= backbone.vocab_size:
+        raise UserError(
+            f"train_data_path: the data holds token id {store.max_token_id}, but the backbone's "
+            f"vocabulary has only {backbone.vocab_size}; tokenize the data with the tokenizer in "
+            f"{config.model_path}"
+        )
+    check_dataset_names(list(store.datasets), config.datasets)
+    return tuple(
+        plan_dataset(name, dataset.num_rows, config, _task_in_manifest(store, name))
+        for name, dataset in store.datasets.items()
     )
 
 
@@ -154,95 +171,100 @@ def learning_rate(step: int, config: TrainConfig, total_steps: int) -> float:
     )
 
 
-def _nested_sizes(config: TrainConfig, backbone: Qwen3Config) -> tuple[tuple, tuple, tuple]:
+def _nested_sizes(config: TrainConfig, backbone: Qwen3Config) -> _Sizes:
+    _check_sizes(config, backbone)
     layers, hidden = backbone.num_hidden_layers, backbone.hidden_size
-    problems = []
-    largest_rank = min(backbone.vocab_size, hidden)
-    if config.r > largest_rank:
-        problems.append(
-            f"r: {config.r} is more than the token table's {largest_rank} (of {hidden} hidden "
-            "dimensions)"
-        )
-    former = ModelRecord.load(Path(config.model_path))
-    if former is not None and former.ranks and config.r > former.ranks[-1]:
-        problems.append(
-            f"r: {config.r} is more than the {former.ranks[-1]} that {config.model_path} was "
-            "trained with"
-        )
-    if config.mll_layers and max(config.mll_layers) > layers:
-        problems.append(
-            f"mll_layers: {max(config.mll_layers)} is deeper than the backbone's {layers} layers"
-        )
-    if config.mrl_dims and max(config.mrl_dims) > hidden:
-        problems.append(
-            f"mrl_dims: {max(config.mrl_dims)} is longer than the backbone's hidden size {hidden}"
-        )
-    smallest_side = min(map(min, matrix_shapes(backbone).values()))
-    if config.lora_r > smallest_side:
-        problems.append(
-            f"lora_r: {config.lora_r} is more than the {smallest_side} of the layers' smallest "
-            "matrix"
-        )
-    if config.max_seq_length > backbone.max_position_embeddings:
-        problems.append(
-            f"max_seq_length: {config.max_seq_length} is longer than the backbone's "
-            f"{backbone.max_position_embeddings}"
-        )
-    if problems:
-        raise UserError(
-            "the config does not fit the backbone:\n" + "\n".join(f"  - {p}" for p in problems)
-        )
     exits: tuple[int, ...] = (layers,)
     if config.use_mll:
-        exits = (
-            tuple(sorted({*config.mll_layers, layers}))
-            if config.mll_layers
-            else default_exits(layers)
-        )
+        asked = config.mll_layers
+        exits = tuple(sorted({*asked, layers})) if asked else default_exits(layers)
     dims: tuple[int, ...] = (hidden,)
     if config.use_mrl:
-        dims = (
-            tuple(sorted({*config.mrl_dims, hidden}, reverse=True))
-            if config.mrl_dims
-            else default_dims(hidden)
-        )
+        asked = config.mrl_dims
+        dims = tuple(sorted({*asked, hidden}, reverse=True)) if asked else default_dims(hidden)
     ranks: tuple[int, ...] = (config.r,) if config.r else ()
     if config.use_mel:
-        ranks = (
-            tuple(sorted({*config.mel_ranks, config.r}))
-            if config.mel_ranks
-            else default_ranks(config.r)
-        )
-    return exits, dims, ranks
+        asked = config.mel_ranks
+        ranks = tuple(sorted({*asked, config.r})) if asked else default_ranks(config.r)
+    return _Sizes(exits, dims, ranks)
 
 
-def _valid_grid(config: TrainConfig, exits: tuple, dims: tuple, ranks: tuple) -> Cube | None:
-    """The cuts that validation measures; a null axis is looked at whole."""
+def _check_sizes(config: TrainConfig, backbone: Qwen3Config) -> None:
+    layers, hidden = backbone.num_hidden_layers, backbone.hidden_size
+    deepest, longest = max(config.mll_layers or (0,)), max(config.mrl_dims or (0,))
+    largest_rank = min(backbone.vocab_size, hidden)
+    former = ModelRecord.load(Path(config.model_path))
+    former_rank = former.ranks[-1] if former is not None and former.ranks else config.r
+    smallest_side = min(map(min, matrix_shapes(backbone).values()))
+    positions = backbone.max_position_embeddings
+    checks = (
+        (
+            config.r > largest_rank,
+            f"r: {config.r} is more than the token table's {largest_rank} (of {hidden} hidden "
+            "dimensions)",
+        ),
+        (
+            config.r > former_rank,
+            f"r: {config.r} is more than the {former_rank} that {config.model_path} was trained "
+            "with",
+        ),
+        (
+            deepest > layers,
+            f"mll_layers: {deepest} is deeper than the backbone's {layers} layers",
+        ),
+        (
+            longest > hidden,
+            f"mrl_dims: {longest} is longer than the backbone's hidden size {hidden}",
+        ),
+        (
+            config.lora_r > smallest_side,
+            f"lora_r: {config.lora_r} is more than the {smallest_side} of the layers' smallest "
+            "matrix",
+        ),
+        (
+            config.max_seq_length > positions,
+            f"max_seq_length: {config.max_seq_length} is longer than the backbone's {positions}",
+        ),
+    )
+    problems = [f"  - {problem}" for wrong, problem in checks if wrong]
+    if problems:
+        raise UserError("the config does not fit the backbone:\n" + "\n".join(problems))
+
+
+def _valid_grid(config: TrainConfig, sizes: _Sizes) -> Cube | None:
+    """The cuts that validation measures; an axis whose key is null is not cut."""
     asked = {
         "valid_ranks": config.valid_ranks,
         "valid_layers": config.valid_layers,
         "valid_dims": config.valid_dims,
     }
-    trained = {"valid_ranks": ranks, "valid_layers": exits, "valid_dims": dims}
+    trained = {"valid_ranks": sizes.ranks, "valid_layers": sizes.exits, "valid_dims": sizes.dims}
     problems = []
     for key, values in asked.items():
-        listed = (
-            ", ".join(map(str, sorted(trained[key]))) or "a whole token table, which has no ranks"
-        )
+        listed = ", ".join(map(str, sorted(trained[key])))
+        listed = listed or "a whole token table, which has no ranks"
         problems += [
-            f"{key}: {v} is not trained (trained: {listed})"
+            f"  - {key}: {v} is not trained (trained: {listed})"
             for v in values or ()
             if v not in trained[key]
         ]
     if problems:
-        raise UserError(
-            "validation measures only what is trained:\n" + "\n".join(f"  - {p}" for p in problems)
-        )
+        raise UserError("validation measures only what is trained:\n" + "\n".join(problems))
     if not any(asked.values()):
         return None
     return Cube(
         *(tuple(sorted(values or (max(trained[key], default=0),))) for key, values in asked.items())
     )
+
+
+def _count_parameters(config: TrainConfig, backbone: Qwen3Config, exits: int) -> _Parameters:
+    embedding = embedding_parameters(backbone, config.r)
+    final_norms = backbone.hidden_size * (exits if config.mll_norm == "per_layer" else 1)
+    layers = backbone.num_hidden_layers * layer_parameters(backbone)
+    adapters = adapter_parameters(backbone, config.lora_r)
+    saved = embedding + layers + final_norms
+    trained = saved - layers + adapters if config.lora_r else saved
+    return _Parameters(saved, trained, saved + adapters, embedding)
 
 
 def _tokens_per_epoch(plan: DatasetPlan, dataset: TokenizedDataset, config: TrainConfig) -> float:
@@ -255,50 +277,47 @@ def _tokens_per_epoch(plan: DatasetPlan, dataset: TokenizedDataset, config: Trai
     counts = dataset.negative_offsets[rows + 1] - starts
     places = np.arange(counts.sum()) + np.repeat(starts - np.cumsum(counts) + counts, counts)
     negatives = np.minimum(dataset.document_lengths[dataset.negative_documents[places]], limit)
-    used = np.minimum(counts, plan.num_negatives) / np.maximum(
-        counts, 1
-    )  # the share of a row's negatives
-    return (
-        plan.draws
-        * float(query + passage + (negatives * np.repeat(used, counts)).sum())
-        / len(rows)
-    )
+    used = np.minimum(counts, plan.num_negatives) / np.maximum(counts, 1)  # of a row's negatives
+    tokens = float(query + passage + (negatives * np.repeat(used, counts)).sum())
+    return plan.draws * tokens / len(rows)
 
 
 def _memory(
-    config: TrainConfig, backbone: Qwen3Config, held: int, trained: int, tokens: float
+    config: TrainConfig, backbone: Qwen3Config, parameters: _Parameters, tokens: float
 ) -> dict[str, float]:
-    """Rough need of one process, in GiB: fp32 weights, gradients and two AdamW moments; activations
-    of one forward.
+    """Rough need of one process, in GiB, for `tokens` of one process and step.
 
-    Activations: values kept for the backward pass of each token and layer, at 4 bytes (2 under
-        bf16): about 8 H for
-    the norms and residuals, 4 for each query and 6 for each key/value component, 4 for each MLP
-    component, and what stands between an adapter's two parts.
+    float32 weights, gradients and two AdamW moments, and the activations of one forward pass.
+    """
+    if config.max_tokens_per_forward:
+        tokens = min(tokens, config.max_tokens_per_forward)
+    kept = _activations_per_token(config, backbone)
+    gradients = 4 * parameters.trained / GIB
+    parts = {
+        "weights": 4 * parameters.held / GIB,
+        "gradients": gradients,
+        "optimizer": 2 * gradients,
+        "activations": 4 * kept * tokens / GIB,
+    }
+    parts["total"] = sum(parts.values())
+    return {name: round(value, 3) for name, value in parts.items()}
 
-    Args:
-        held: parameters in memory; trained: those among them that have a gradient and moments.
-        tokens: of a process and step.
+
+def _activations_per_token(config: TrainConfig, backbone: Qwen3Config) -> int:
+    """Values kept for the backward pass of one token, counted at 4 bytes (2 under bf16).
+
+    In each layer about 8 H for the norms and residuals, 4 for each query and 6 for each key and
+    value component, 4 for each MLP component, and what stands between an adapter's two parts.
     """
     assert backbone.num_key_value_heads is not None  # Qwen3Config fills it in
     heads = 4 * backbone.num_attention_heads + 6 * backbone.num_key_value_heads
     per_layer = (
-        8 * backbone.hidden_size + heads * backbone.head_dim + 4 * backbone.intermediate_size
+        8 * backbone.hidden_size
+        + heads * backbone.head_dim
+        + 4 * backbone.intermediate_size
+        + config.lora_r * len(matrix_shapes(backbone))
     )
-    per_layer += config.lora_r * len(matrix_shapes(backbone))
-    if config.max_tokens_per_forward:
-        tokens = min(tokens, config.max_tokens_per_forward)
     layers = backbone.num_hidden_layers
-    kept = per_layer * layers
     if config.gradient_checkpointing:
-        kept = per_layer + backbone.hidden_size * layers
-    weights, gradients, activations = 4 * held / GIB, 4 * trained / GIB, 4 * kept * tokens / GIB
-    parts = {
-        "weights": weights,
-        "gradients": gradients,
-        "optimizer": 2 * gradients,
-        "activations": activations,
-    }
-    return {
-        name: round(value, 3) for name, value in (parts | {"total": sum(parts.values())}).items()
-    }
+        return per_layer + backbone.hidden_size * layers
+    return per_layer * layers

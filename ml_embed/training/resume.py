@@ -8,47 +8,32 @@ from typing import Any
 
 from ml_embed.config import TrainConfig
 from ml_embed.data.store import Store
-from ml_embed.data.teacher_vectors import TeacherVectors
 from ml_embed.errors import UserError
 from ml_embed.files.paths import home_path
 from ml_embed.model_folders.read import weights_digest
 from ml_embed.training.checkpoint import STATE_FILE, find_state
+from ml_embed.training.inputs import Inputs
 from ml_embed.training.resolve import Resolved
 
 # Keys that may differ between a run and its continuation: they decide where things are and how they
 # are computed or reported, not what is computed.
 _FREE_KEYS = frozenset(
-    {
-        "model_path",
-        "experiment_id",
-        "output_dir",
-        "tb_dir",
-        "cache_dir",
-        "train_data_path",
-        "train_batch_size",
-    }
-    | {
-        "log_interval",
-        "validation_steps",
-        "checkpointing_steps",
-        "save_total_limit",
-        "report_to",
-        "num_processes",
-    }
-    | {"valid_ranks", "valid_layers", "valid_dims"}
+    {"model_path", "experiment_id", "output_dir", "tb_dir", "cache_dir", "train_data_path"}
     | {"attention", "gradient_checkpointing", "max_tokens_per_forward", "compile_layers"}
+    | {"log_interval", "validation_steps", "checkpointing_steps", "save_total_limit", "report_to"}
+    | {"valid_ranks", "valid_layers", "valid_dims"}
+    | {"train_batch_size", "num_processes"}
+    | {"teacher_model_path", "datasets"}  # what they lead to is compared instead
 )
 
-# What says better than a key whether anything has changed. States of earlier versions have only the
-# key.
-_INSTEAD = {"teacher_model_path": "teacher_weights", "datasets": "dataset_plans"}
+# The fingerprint's own keys, explained to the user.
 _MEANINGS = {
     "global_batch_size": "train_batch_size times the number of processes",
     "teacher_weights": "a digest of what teacher_model_path holds",
     "dataset_plans": "what `datasets`, its order included, makes of each dataset",
 }
 
-# What a state of an earlier version did, without knowing the key.
+# What a state means that was saved before the config had the key.
 _DEFAULTS = {
     field.name: field.default
     for field in dataclasses.fields(TrainConfig)
@@ -56,37 +41,29 @@ _DEFAULTS = {
 }
 
 
-def run_fingerprint(
-    config: TrainConfig,
-    resolved: Resolved,
-    store: Store,
-    teacher_vectors: TeacherVectors | None,
-    mixed_precision: str,
-) -> dict[str, Any]:
-    """Everything that decides the weights, under the name of the key the user would change it
-    by."""
+def run_fingerprint(config: TrainConfig, inputs: Inputs, mixed_precision: str) -> dict[str, Any]:
+    """Everything that decides which weights a run ends with, as JSON.
+
+    Each value stands under the config key that the user would change it by: the key's own value,
+    or a digest of what it leads to.
+    """
+    resolved, vectors = inputs.resolved, inputs.teacher_vectors
     kept = {key: value for key, value in vars(config).items() if key not in _FREE_KEYS}
-    kept["datasets"] = {name: vars(settings) for name, settings in config.datasets.items()}
     kept["dataset_plans"] = {plan.name: vars(plan) for plan in resolved.datasets}
-    kept["teacher_weights"] = (
-        weights_digest(Path(config.teacher_model_path)) if config.teacher_model_path else None
-    )
-    kept |= {
-        "train_data_path": _data_digest(store),
-        "global_batch_size": resolved.global_batch_size,
-    }
-    if teacher_vectors is not None:
-        kept["teacher_vectors_path"] = teacher_vectors.fingerprint(list(store.datasets))
+    teacher = config.teacher_model_path
+    kept["teacher_weights"] = weights_digest(Path(teacher)) if teacher else None
+    kept["train_data_path"] = _data_digest(inputs.store)
+    kept["global_batch_size"] = resolved.global_batch_size
+    if vectors is not None:
+        kept["teacher_vectors_path"] = vectors.fingerprint(list(inputs.store.datasets))
     kept["mixed_precision"] = mixed_precision
-    if config.lora_r:
-        # Its layers are frozen, and in no resume state.
+    if config.lora_r:  # the layers are frozen, and in no resume state
         kept["model_path"] = weights_digest(Path(config.model_path))
     return json.loads(json.dumps(kept))  # as it reads back from disk
 
 
 def _data_digest(store: Store) -> str:
-    """Tells data apart by content, wherever it lies: manifest, rows, and how often each token
-    occurs."""
+    """Of the data's content, wherever it lies: manifest, rows, and how often each token occurs."""
     manifest = None if store.manifest is None else store.manifest.to_json()
     digest = hashlib.blake2b(json.dumps(manifest, sort_keys=True).encode(), digest_size=16)
     for name, dataset in store.datasets.items():
@@ -96,13 +73,16 @@ def _data_digest(store: Store) -> str:
 
 
 def check_unchanged(before: dict, now: dict, allow_changes: bool) -> list[str]:
-    """A line for each key that has changed; refuses them unless `allow_changes`."""
+    """A line for each part of the fingerprint that has changed.
+
+    Raises:
+        UserError: there are such, and not `allow_changes`.
+    """
     before = _DEFAULTS | before
-    passed_over = {key if better in before else better for key, better in _INSTEAD.items()}
     changes = [
-        _change(key, before.get(key), now.get(key))
-        for key in sorted((before.keys() | now.keys()) - passed_over)
-        if before.get(key) != now.get(key)
+        _change(key, before.get(key), now[key])
+        for key in sorted(now)
+        if before.get(key) != now[key]
     ]
     if changes and not allow_changes:
         raise UserError(
@@ -120,9 +100,8 @@ def _change(key: str, before: Any, now: Any) -> str:
         before, now = (
             {name: side[name] for name in changed if name in side} for side in (before, now)
         )
-    return f"  - {key}: {before!r} -> {now!r}" + (
-        f" ({_MEANINGS[key]})" if key in _MEANINGS else ""
-    )
+    meaning = f" ({_MEANINGS[key]})" if key in _MEANINGS else ""
+    return f"  - {key}: {before!r} -> {now!r}{meaning}"
 
 
 def continuation_notice(
@@ -137,16 +116,14 @@ def continuation_notice(
         epoch = step / resolved.steps_per_epoch
         lines.append(
             f"an epoch is {resolved.steps_per_epoch} steps now, so step {step} stands at epoch "
-            f"{epoch:.2f}: "
-            "what is left of the epoch is another order of the data, and rows may be repeated or "
-            "left out"
+            f"{epoch:.2f}: what is left of the epoch is another order of the data, and rows may be "
+            "repeated or left out"
         )
     elif before != resolved.world_size:
         lines.append(
             f"saved by {before} processes, continued by {resolved.world_size}: the same global "
-            "batches in the same "
-            "order; sums are formed in another order, so the weights will agree to rounding, not "
-            "to the bit"
+            "batches in the same order; sums are formed in another order, so the weights will "
+            "agree to rounding, not to the bit"
         )
     return "\n".join(lines)
 

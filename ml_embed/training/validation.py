@@ -1,9 +1,7 @@
-"""Validation: losses on held-out rows at full rank, and how well the whole vectors, and cut ones,
-retrieve.
+"""Validation during a run: losses on held-out rows, and how well whole and cut vectors retrieve.
 
 Letters: E exits, N texts of a batch, R rows of this process, K negatives, H hidden size, Q queries
-    and P distinct
-passages of a dataset.
+and P distinct passages of a dataset.
 """
 
 from collections import defaultdict
@@ -14,21 +12,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ml_embed.config import Task
 from ml_embed.data.batch import ContrastiveBatch
 from ml_embed.data.loader import Loader
+from ml_embed.data.schedule import DatasetPlan
 from ml_embed.distributed.collectives import all_reduce_sum, gather_uneven, world_size
 from ml_embed.evaluation.metrics import metrics_of_ranks, ranks_of_positives, ranks_of_scores
 from ml_embed.losses.nested import MatryoshkaSpec
-from ml_embed.losses.objective import batch_objective
+from ml_embed.losses.objective import Objective
 from ml_embed.model_folders.cut import Cut
 from ml_embed.training.resolve import Resolved
 
 Encode = Callable[[ContrastiveBatch, int], Tensor]
-"""batch, rank (0 is a whole token table) -> (E, N, H) vectors, in evaluation mode"""
-Batches = Callable[[], Iterator[tuple[int, ContrastiveBatch]]]
-"""goes once more through (rows of the global batch, this process's share of it) of a dataset's
-held-out rows"""
+"""encodes a batch's texts: (batch, rank; 0 is a whole token table) -> (E, N, H) vectors"""
 Vectors = Mapping[int, Tensor]
 """exit layer -> (N, H), of one rank"""
 
@@ -43,23 +38,21 @@ def validate(
 ) -> dict[str, float]:
     """Losses and retrieval metrics of every dataset that has held-out rows. A collective.
 
-    Texts are encoded once a rank; all exits and vector lengths come from that. The losses leave out
-    what is the same
-    document, but nothing by false_negative_margin: what the margin drops depends on the model, and
-    models could not
-    be compared.
+    Texts are encoded once per rank; all exits and vector lengths come from that. Losses are at full
+    rank. They mask the sample's own document, but nothing by false_negative_margin: what the margin
+    masks depends on the model, and models could not be compared.
 
     Args:
-        encode: the model.
-        loader: as in training; no training randomness is advanced, for there is none to advance.
+        encode: the model, in evaluation mode.
+        loader: as in training, whose order and random draws do not depend on validation.
         spec: the losses' dims, weights and temperature.
         resolved: sizes of the model, and the grid of cuts to measure beside the whole of it.
     Returns:
         "<dataset>/valid_loss_hard", "<dataset>/ndcg@10" and so on; with a grid also
         "<dataset>/ndcg@10/<name of a cut>" and so on; the means of all these over the datasets of a
         task as "Avg/<task>/…"; and "loss", the mean over datasets. The same on every process; empty
-        if nothing is held out. A dataset of clustering or classification of which no held-out row
-        has a negative has losses only.
+        if nothing is held out. A clustering or classification dataset has losses only if none of
+        its held-out rows has a negative.
     """
     values: dict[str, float] = {}
     by_task: dict[str, list[float]] = defaultdict(list)
@@ -67,11 +60,8 @@ def validate(
     for name, plan in loader.schedule.plans.items():
         if plan.valid_rows == 0:
             continue
-
-        def batches(name: str = name) -> Iterator[tuple[int, ContrastiveBatch]]:
-            return loader.held_out_batches(name)
-
-        own = _validate_dataset(encode, batches, plan.task, spec, resolved, device)
+        losses = _Losses(Objective(spec), device)
+        own = _validate_dataset(encode, loader, plan, losses, resolved)
         totals.append(own["valid_loss_hard"] + own.get("valid_loss_in_batch", 0.0))
         for metric, value in own.items():
             values[f"{name}/{metric}"] = value
@@ -83,24 +73,18 @@ def validate(
 
 
 def _validate_dataset(
-    encode: Encode,
-    batches: Batches,
-    task: Task,
-    spec: MatryoshkaSpec,
-    resolved: Resolved,
-    device: torch.device,
+    encode: Encode, loader: Loader, plan: DatasetPlan, losses: "_Losses", resolved: Resolved
 ) -> dict[str, float]:
     rank = resolved.ranks[-1] if resolved.ranks else 0
     whole = Cut(rank, resolved.exits[-1], resolved.dims[0])
     grid = resolved.valid_grid.cuts if resolved.valid_grid else ()
     wanted = {whole, *grid}
-    search_of_task = _PoolSearch if task == "retrieval" else _CandidateSearch
-    losses = _Losses(spec, device)
+    search_of_task = _PoolSearch if plan.task == "retrieval" else _CandidateSearch
     found: dict[Cut, dict[str, float]] = {}
     for rank in sorted({cut.rank for cut in wanted}):
         search = search_of_task({cut for cut in wanted if cut.rank == rank})
-        for rows, on_host in batches():
-            batch = on_host.to(device)
+        for rows, on_host in loader.held_out_batches(plan.name):
+            batch = on_host.to(losses.device)
             vectors = encode(batch, rank)
             if rank == whole.rank:
                 losses.add(vectors, batch, rows)
@@ -109,36 +93,38 @@ def _validate_dataset(
             cut: metrics_of_ranks(ranks.cpu()) if len(ranks) else {}
             for cut, ranks in search.ranks()
         }
-    values = losses.means(with_in_batch=task == "retrieval") | found[whole]
+    values = losses.means(with_in_batch=plan.task == "retrieval") | found[whole]
     for cut in grid:
         values |= {f"{metric}/{cut.name}": value for metric, value in found[cut].items()}
     return values
 
 
 class _Losses:
-    """Means over the held-out rows of all processes."""
+    """Losses of a dataset: means over the held-out rows of all processes."""
 
-    def __init__(self, spec: MatryoshkaSpec, device: torch.device):
-        self._spec = spec
+    def __init__(self, objective: Objective, device: torch.device):
+        self.device = device
+        self._objective = objective
         self._sums = torch.zeros(2, dtype=torch.float64, device=device)
         self._rows = 0
 
     def add(self, vectors: Tensor, batch: ContrastiveBatch, rows: int) -> None:
         """vectors: (E, N, H); rows: of the global batch."""
-        terms = batch_objective(vectors, batch, self._spec)
+        terms = self._objective(vectors, batch)
         self._sums += rows * torch.stack([terms.hard, terms.in_batch]).double()
         self._rows += rows
 
     def means(self, with_in_batch: bool) -> dict[str, float]:
         hard, in_batch = (all_reduce_sum(self._sums) / (world_size() * self._rows)).tolist()
-        return {"valid_loss_hard": hard} | (
-            {"valid_loss_in_batch": in_batch} if with_in_batch else {}
-        )
+        means = {"valid_loss_hard": hard}
+        return means | {"valid_loss_in_batch": in_batch} if with_in_batch else means
 
 
 class _PoolSearch:
-    """Retrieval: each query among all distinct documents of the dataset's held-out rows. Held: the
-    queries and documents of this process at the exits that are measured."""
+    """Retrieval: each query searches all distinct documents of the dataset's held-out rows.
+
+    Keeps the vectors of this process's queries and documents at the exits that are measured.
+    """
 
     def __init__(self, cuts: Collection[Cut]):
         self._cuts = sorted(cuts)
@@ -177,8 +163,9 @@ class _PoolSearch:
 
 class _CandidateSearch:
     """Clustering and classification: each query chooses among its passage and its own negatives.
-    Rows that have none
-    are left out: they have nothing to be told apart from, and would always be right."""
+
+    Rows without negatives do not count: with one passage to choose from they are always right.
+    """
 
     def __init__(self, cuts: Collection[Cut]):
         self._ranks: dict[Cut, list[Tensor]] = {cut: [] for cut in sorted(cuts)}

@@ -20,8 +20,7 @@ def train(world, tmp_path, experiment_id="run", arguments=(), **changes) -> tupl
 
 
 def dataset_rows(world, name):
-    """(query ids, passage document, negative documents) of every row, and every document's ids,
-    from the parquet."""
+    """(query ids, passage, negatives) of every row and every document's ids, from the parquet."""
     query = pq.read_table(world.tokenized / f"{name}_query.parquet").to_pylist()
     documents = [
         row["input_ids"]

@@ -22,8 +22,7 @@ def run_sharded(arguments: list[str]) -> int:
 
 
 def shard_on_cpu() -> None:
-    """Make accelerate shard as configs/accelerate_fsdp2.yaml says: left alone, it knows FSDP on
-    GPUs only.
+    """Make accelerate shard as configs/accelerate_fsdp2.yaml says, which it does on GPUs only.
 
     All that comes after this choice is accelerate's own code, and torch's, over gloo.
     """

@@ -1,5 +1,4 @@
-"""Whole training runs on tiny inputs, in one or many processes: shared by the tests of distribution
-and resumption.
+"""Whole training runs on tiny inputs, in one or many processes.
 
 Processes come from a fork server that has imported everything once, so a run of four processes
 starts in a second. Each runs `run.py`'s own main with the environment that a launcher would give
@@ -64,8 +63,7 @@ def write_backbone(folder: Path, seed: int = 0) -> Path:
 
 
 def write_tokenized(folder: Path, tokenizer, datasets: Mapping[str, tuple] = DATASETS) -> Path:
-    """Random token ids in the layout of tokenize_data_qwen.py; documents repeat within a
-    dataset."""
+    """Random token ids as tokenize_data_qwen.py writes them; documents repeat within a dataset."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
 
@@ -117,8 +115,7 @@ class Inputs:
         return cls(folder)
 
     def config(self, name: str, **changes: Any) -> Path:
-        """Write a config for the run `name`: all three nestings, every task, a log line for each
-        step."""
+        """Write the config of run `name`: all nestings, every task, one log line per step."""
         config = {
             "model_path": str(self.folder / "backbone"),
             "experiment_id": name,
@@ -265,8 +262,7 @@ def run(
     expected: int = 0,
     **options: Any,
 ) -> str:
-    """One run to its end; checks that every process ends in `expected` and returns what they
-    printed."""
+    """One run to its end, in `expected` on every process; returns what they printed."""
     launch = Launch(
         inputs.folder / "printed" / config.stem,
         ["--config", config, *arguments],
@@ -325,8 +321,7 @@ def final_bytes(run_dir, steps: int = STEPS) -> dict[str, bytes]:
 
 
 def wait_for_lines(path: Path, count: int, launch: Launch | Path, seconds: float = 60) -> None:
-    """Until metrics.jsonl has so many lines; `launch` or the file of its output is shown if it
-    never has."""
+    """Until metrics.jsonl has so many lines; if it never has, `launch`'s output is shown."""
     deadline = time.monotonic() + seconds
     while not path.exists() or path.read_text().count("\n") < count:
         assert time.monotonic() < deadline, printed_by(launch)

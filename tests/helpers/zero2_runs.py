@@ -16,8 +16,7 @@ CPU = {"DS_ACCELERATOR": "cpu"}
 
 
 def use_zero2(**changes) -> None:
-    """Make accelerate take DeepSpeed as configs/accelerate_deepspeed_zero2.yaml says: left alone,
-    it does on GPUs only.
+    """Make accelerate take DeepSpeed as our config file says, which it does on GPUs only.
 
     All that comes after this choice is this project's own code, and DeepSpeed's, over gloo.
     """
@@ -39,21 +38,20 @@ def use_zero2(**changes) -> None:
     run_accelerator.make_accelerator = make_with_zero2
 
 
-def run_zero2(arguments: list[str]) -> int:
-    use_zero2()
-    prepare = zero2.prepare
+class CheckedEngine(zero2.Zero2Engine):
+    """Says that it was used, after a look at what each process keeps."""
 
-    def checked(*given):
-        engine, optimizer = prepare(*given)
-        assert zero2.is_engine(engine)
-        assert engine.zero_optimization_stage() == 2
-        (part,) = optimizer.optimizer.param_groups[0]["params"]
-        whole = sum(
-            parameter.numel() for parameter in engine.module.parameters() if parameter.requires_grad
-        )
+    def __init__(self, *given):
+        super().__init__(*given)
+        assert self.model.zero_optimization_stage() == 2
+        (part,) = self.optimizer.optimizer.param_groups[0]["params"]
+        trained = (p for p in self.model.module.parameters() if p.requires_grad)
+        whole = sum(parameter.numel() for parameter in trained)
         assert whole / 2 <= part.numel() < whole * 0.51, "each process has half"
         print("under ZeRO-2")
-        return engine, optimizer
 
-    zero2.prepare = checked
+
+def run_zero2(arguments: list[str]) -> int:
+    use_zero2()
+    zero2.Zero2Engine = CheckedEngine
     return run_script.main(arguments)

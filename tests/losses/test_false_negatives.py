@@ -1,5 +1,4 @@
-"""False negatives by document and by margin, against loops over samples: values, gradients, counts,
-log lines."""
+"""False negatives by document and by margin against loops over samples."""
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from ml_embed.data.schedule import plan_dataset
 from ml_embed.data.store import open_store
 from ml_embed.losses import false_negatives
 from ml_embed.losses import nested as losses
-from ml_embed.losses.objective import batch_objective
+from ml_embed.losses.objective import Objective
 from ml_embed.model import MatryoshkaEncoder, dim_weights
 from ml_embed.training.metrics_log import Window
 
@@ -46,8 +45,7 @@ def batch_of(world, store, name: str, mask: bool, rows: int = ROWS):
 def test_losses_gradients_and_counts_are_the_naive_ones(
     world, store, monkeypatch, name, mask, margin
 ):
-    """In one block of rows and in several; whatever is left out at the deepest exit is so at every
-    exit and dim."""
+    """All rows at once and some at a time; what the deepest exit masks is masked everywhere."""
     batch, eos = batch_of(world, store, name, mask)
     samples, documents = dataset_rows(world, name)
     naive, counts = AutoModel.from_pretrained(world.backbone), {}
@@ -75,10 +73,10 @@ def test_losses_gradients_and_counts_are_the_naive_ones(
             monkeypatch.setattr(module, "LOGITS_AT_ONCE", at_once)
         student = MatryoshkaEncoder(AutoModel.from_pretrained(world.backbone), (1, 2))
         vectors = student(batch.texts.input_ids, batch.texts.packed)
-        terms = batch_objective(vectors, batch, SPEC, false_negative_margin=margin)
+        terms = Objective(SPEC, false_negative_margin=margin)(vectors, batch)
         torch.testing.assert_close(terms.total, expected, rtol=1e-5, atol=1e-6)
-        assert terms.left_out.by_document == counts["masked_by_document"]
-        assert terms.left_out.by_margin == counts["masked_by_margin"]
+        assert terms.masked.by_document == counts["masked_by_document"]
+        assert terms.masked.by_margin == counts["masked_by_margin"]
         terms.total.backward()
         for key, parameter in student.named_parameters():
             reference = references[names.get(key, key.removeprefix("backbone."))]
@@ -89,8 +87,7 @@ def test_losses_gradients_and_counts_are_the_naive_ones(
 
 
 def test_the_margin_decides_how_many(world, store):
-    """None at 2, which no cosine can exceed; at 0 whatever is above the positive, and copies of it
-    are not."""
+    """None at 2, which no cosine exceeds; at 0 all above the positive, but not copies of it."""
     batch, _ = batch_of(world, store, "facts", mask=False, rows=21)
     documents = batch.passage_documents
     copies = (documents[:, None] == documents) & ~torch.eye(21, dtype=torch.bool)
@@ -99,23 +96,22 @@ def test_the_margin_decides_how_many(world, store):
     with torch.no_grad():
         vectors = encoder(batch.texts.input_ids, batch.texts.packed)
     terms = {
-        margin: batch_objective(vectors, batch, SPEC, false_negative_margin=margin)
+        margin: Objective(SPEC, false_negative_margin=margin)(vectors, batch)
         for margin in (0.0, 0.1, 2.0)
     }
-    masked = {margin: int(term.left_out.by_margin) for margin, term in terms.items()}
+    masked = {margin: int(term.masked.by_margin) for margin, term in terms.items()}
     assert masked[0.0] > masked[0.1] > masked[2.0] == 0
-    assert not terms[0.0].left_out.passages[copies].any()
+    assert not terms[0.0].masked.passages[copies].any()
     assert terms[0.0].hard < terms[2.0].hard
     assert terms[0.0].in_batch < terms[2.0].in_batch
     torch.testing.assert_close(
-        terms[2.0].total, batch_objective(vectors, batch, SPEC).total, rtol=0, atol=0
+        terms[2.0].total, Objective(SPEC)(vectors, batch).total, rtol=0, atol=0
     )
 
 
 @pytest.mark.parametrize("margin", [0.02, None])
 def test_a_run_logs_what_the_loops_count(world, tmp_path, margin):
-    """A line of two steps, each over all rows of all three datasets' turn, at weights that do not
-    move."""
+    """One line over two epochs, each step a whole dataset, at weights that do not move."""
     settings = {
         "max_seq_length": MAX_LENGTH,
         "use_mel": False,
@@ -158,8 +154,8 @@ def test_a_run_logs_what_the_loops_count(world, tmp_path, margin):
         assert lines[0]["masked_by_margin"] == expected["masked_by_margin"] > 0
 
 
-def test_an_open_log_window_of_an_earlier_version_is_taken_over():
+def test_a_saved_window_may_lack_what_came_later():
     saved = Window(steps=3, loss=1.5).to_json()
-    for key in ("masked_by_document", "masked_by_margin"):
+    for key in ("seconds", "masked_by_document", "masked_by_margin"):
         del saved[key]
     assert Window(**saved) == Window(steps=3, loss=1.5)

@@ -1,5 +1,4 @@
-"""Two processes under DeepSpeed ZeRO-2 are one process without it: curves, weights, moments, and
-resumption."""
+"""Two processes under DeepSpeed ZeRO-2 are one process without it."""
 
 import math
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ from helpers.zero2_runs import CPU, run_zero2
 
 from ml_embed.distributed import zero2
 from ml_embed.errors import UserError
-from ml_embed.training import loop as training
+from ml_embed.training import step as training
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 
@@ -80,11 +79,12 @@ def main_with_a_broken_gradient(arguments: list[str]) -> int:
     """One process's gradient, and not its loss, is NaN in the third step."""
     forward_backward, steps = training.forward_backward, []
 
-    def broken(model, *rest):
+    def broken(engine, *rest):
         steps.append(None)
         if len(steps) == 3 and torch.distributed.get_rank() == 1:
-            next(model.module.parameters()).register_hook(lambda gradient: gradient * math.nan)
-        return forward_backward(model, *rest)
+            first = next(engine.model.module.parameters())
+            first.register_hook(lambda gradient: gradient * math.nan)
+        return forward_backward(engine, *rest)
 
     training.forward_backward = broken
     return run_zero2(arguments)

@@ -1,5 +1,4 @@
-"""Distillation from teachers of other width, depth and rank, against a naive version, in values and
-gradients."""
+"""Distillation from teachers of other width, depth and rank, against a naive version."""
 
 import dataclasses
 import json
@@ -21,7 +20,7 @@ from ml_embed.data.batch_builder import BatchBuilder
 from ml_embed.data.schedule import plan_dataset
 from ml_embed.data.store import open_store
 from ml_embed.losses.nested import MatryoshkaSpec
-from ml_embed.losses.objective import batch_objective
+from ml_embed.losses.objective import Objective
 from ml_embed.model import MatryoshkaEncoder, default_dims, dim_weights, factorize_table
 from ml_embed.model_folders.record import ModelRecord
 from ml_embed.model_folders.write import save_model_folder
@@ -68,8 +67,7 @@ def only_facts(world, tmp_path_factory):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Some rows as one batch and all their negatives, so that nothing is drawn; or no negatives at
-    all."""
+    """Some rows as one batch, with all their negatives or none, so that nothing is drawn."""
 
     batch: ContrastiveBatch
     samples: list
@@ -129,7 +127,7 @@ def test_the_term_and_all_its_gradients_are_the_naive_ones(
     case = make_case(world, only_facts, str(teachers[name]), nested, negatives)
     vectors = case.student(case.batch.texts.input_ids, case.batch.texts.packed)
     spec = MatryoshkaSpec((64,), (1.0,), 0.05)
-    terms = batch_objective(vectors, case.batch, spec, case.taught, "vectors", kd_weight=0.25)
+    terms = Objective(spec, "vectors", kd_weight=0.25)(vectors, case.batch, case.taught)
     torch.testing.assert_close(terms.total, terms.hard + terms.in_batch + 0.25 * terms.distillation)
     naive = AutoModel.from_pretrained(world.backbone)
     teacher = AutoModel.from_pretrained(teachers[name])
@@ -161,7 +159,7 @@ def test_similarities_and_all_their_gradients_are_the_naive_ones(
     vectors = case.student(case.batch.texts.input_ids, case.batch.texts.packed)
     dims = default_dims(64) if nested else (64,)
     spec = MatryoshkaSpec(dims, dim_weights(dims), 0.05)
-    terms = batch_objective(vectors, case.batch, spec, case.taught, "similarity", kd_weight=0.25)
+    terms = Objective(spec, "similarity", kd_weight=0.25)(vectors, case.batch, case.taught)
     torch.testing.assert_close(terms.total, terms.hard + terms.in_batch + 0.25 * terms.distillation)
     naive = AutoModel.from_pretrained(world.backbone)
     rest = {"teacher_exit": LAYERS[teacher], "use_mrl": nested, **case.sizes}

@@ -89,8 +89,7 @@ def test_chunks_are_the_whole(run_dirs):
 
 
 def test_the_cases_hold_what_they_should(run_dirs, inputs):
-    """Uneven last batches, fewer rows than processes, every dataset, losses and weights that really
-    moved."""
+    """Uneven last batches, datasets smaller than a batch, losses and weights that really moved."""
     lines = metrics(run_dirs("teacher", 1))
     seen = {key.split("/")[0] for line in lines for key in line if "/" in key}
     assert seen == {*DATASETS, "Avg"}

@@ -1,5 +1,4 @@
-"""Chunks of a token budget over processes of which one has a single chunk: no deadlock, the
-gradients of the whole."""
+"""GradCache over processes of which one has a single chunk: the gradients of the whole batch."""
 
 import json
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import nn
 
 from ml_embed.data.packing import PackedBatch, PackedSequences
 from ml_embed.distributed.collectives import gather_rows, process_index, world_size
+from ml_embed.distributed.engine import AccelerateEngine
 from ml_embed.training.gradcache import forward_backward, split_texts
 
 BUDGET = 6
@@ -51,8 +51,7 @@ def share(step: int, process: int) -> PackedBatch:
 
 
 def objective(vectors: torch.Tensor) -> SimpleNamespace:
-    """Each of this process's texts must find itself among those of all processes, as the in-batch
-    loss has it."""
+    """Each own text must find itself among those of all processes, as in the in-batch loss."""
     own = vectors[0]
     scores = own @ gather_rows(own).T
     target = torch.arange(len(own)) + process_index() * len(own)
@@ -60,19 +59,18 @@ def objective(vectors: torch.Tensor) -> SimpleNamespace:
 
 
 def main_of_steps(arguments: list[str]) -> int:
-    """All steps in one process group; this process's gradients and number of forwards go to a
-    file."""
+    """All steps in one process group; writes this process's gradients and number of forwards."""
     accelerator = Accelerator(
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]
     )
     assert world_size() == 2
     encoder = MeanEncoder()
-    model = accelerator.prepare(encoder)
+    engine = AccelerateEngine(accelerator, encoder, torch.optim.SGD(encoder.parameters()))
     steps = []
     for step in range(len(LENGTHS)):
-        model.zero_grad()
+        engine.model.zero_grad()
         encoder.forwards = 0
-        forward_backward(model, accelerator, share(step, process_index()), None, objective, BUDGET)
+        forward_backward(engine, share(step, process_index()), None, objective, BUDGET)
         gradients = {
             name: parameter.grad.tolist() for name, parameter in encoder.named_parameters()
         }

@@ -30,7 +30,7 @@ from ml_embed.model import MatryoshkaEncoder
 from ml_embed.model_folders.read import load_encoder
 from ml_embed.training import lora
 from ml_embed.training.build import build_encoder
-from ml_embed.training.setup import open_inputs
+from ml_embed.training.inputs import open_inputs
 
 pytest.importorskip("peft", reason="peft is not installed")
 
@@ -70,10 +70,8 @@ def trained(inputs) -> Path:
 def start_of(inputs: Inputs, name: str = "start", **changes):
     """The encoder as a run builds it, and the run's derived numbers."""
     config, _ = load_config(inputs.config(name, **SETTINGS | changes))
-    backbone_config, _, store, _, resolved = open_inputs(config, 1, progress=False)
-    return build_encoder(
-        config, resolved, backbone_config, store, torch.device("cpu"), torch.float32
-    ), resolved
+    opened = open_inputs(config, 1, progress=False)
+    return build_encoder(config, opened, torch.device("cpu"), torch.float32), opened.resolved
 
 
 def texts(count: int = 5) -> list[torch.Tensor]:

@@ -1,7 +1,6 @@
 """A second stage of training: `model_path` is a model folder that a first stage wrote."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,19 +10,16 @@ from transformers import AutoModel
 
 from ml_embed import Embedder
 from ml_embed.config import parse_config
-from ml_embed.data.store import open_store
 from ml_embed.model import factorize_table
-from ml_embed.model_folders.read import load_backbone_config
 from ml_embed.training.build import build_encoder
-from ml_embed.training.resolve import resolve
+from ml_embed.training.inputs import open_inputs
 
 TEXTS = ["river12 stone7", "a longer text about the moon and the winter harbour", "candle"]
 
 
 @pytest.fixture(scope="module")
 def first_stage(world, tmp_path_factory):
-    """A folder trained for some steps at r = 32, ranks 16 and 32, with norms of its own at both
-    exits."""
+    """A folder trained for some steps at ranks 16 and 32, with each exit's own norm."""
     folder = tmp_path_factory.mktemp("stage1")
     code, _ = train(
         world, folder, "stage1", train_steps=12, learning_rate=1e-2, mll_norm="per_layer"
@@ -35,10 +31,8 @@ def first_stage(world, tmp_path_factory):
 def start_of(world, model_path, **changes):
     """The encoder that training would start from."""
     config = parse_config(world.config(model_path=str(model_path), **changes))
-    backbone = load_backbone_config(Path(config.model_path))
-    store = open_store(config.train_data_path, config.cache_dir, progress=False)
-    resolved = resolve(config, backbone, store, world_size=1)
-    return build_encoder(config, resolved, backbone, store, torch.device("cpu"), torch.float32)
+    inputs = open_inputs(config, world_size=1, progress=False)
+    return build_encoder(config, inputs, torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize("mel_init", ["svd", "frequency"])
@@ -106,8 +100,7 @@ def test_more_rank_than_the_first_stage_had_is_refused(
 
 
 def test_two_stages_end_to_end(world, first_stage, tmp_path):
-    """A vanishing learning rate leaves the vectors as they were; the second folder loads
-    everywhere."""
+    """A vanishing learning rate leaves the vectors alone; the second folder loads everywhere."""
     tiny = {"learning_rate": 1e-12, "min_lr": 0, "weight_decay": 0, "mll_norm": "per_layer"}
     code, _ = train(world, tmp_path, model_path=str(first_stage), train_steps=2, **tiny)
     assert code == 0

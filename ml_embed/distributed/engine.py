@@ -1,0 +1,147 @@
+"""The engine of a run: what averages gradients over processes, moves weights and gathers states.
+
+`AccelerateEngine` serves one process, a copy of the weights per process (DDP) and sharded weights
+(FSDP2); `ml_embed.distributed.zero2.Zero2Engine` serves DeepSpeed. Training knows only `Engine`.
+"""
+
+import contextlib
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+Moments = dict[str, dict[str, Tensor]]
+"""parameter -> name of one of the optimizer's tensors -> that tensor"""
+
+# The same calls serve one process, DDP and FSDP2: tensors come whole, on the CPU, on the first
+# process.
+_GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_SCATTER = StateDictOptions(full_state_dict=True, strict=False)  # frozen weights stay as they are
+
+
+class Engine(ABC):
+    """A model and its optimizer, prepared for all processes of a run.
+
+    The methods are collectives: every process must call them.
+    """
+
+    model: nn.Module
+    """the prepared encoder; a forward pass is a call of it"""
+    optimizer: torch.optim.Optimizer
+    needs_equal_chunks: bool
+    """whether every forward or backward pass communicates, so that all processes must make equally
+    many"""
+
+    def accumulating(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Surrounds the forward and backward pass of each of several chunks, `last` at the last.
+
+        Only the last chunk's backward pass needs to average gradients over processes.
+        """
+        return contextlib.nullcontext()
+
+    @abstractmethod
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """Add the gradients of `loss`; after the `last` of a step they are averaged."""
+
+    @abstractmethod
+    def clip_gradients(self) -> Tensor:
+        """Scale the gradients down to the largest norm allowed; returns the norm before, a scalar.
+
+        The norm is not finite if a gradient is not. DeepSpeed scales them later, in `step`.
+        """
+
+    def step(self, learning_rate: float) -> None:
+        """Move the weights."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._move_weights()
+
+    @abstractmethod
+    def _move_weights(self) -> None: ...
+
+    @abstractmethod
+    def trained_parameters(self) -> set[str]:
+        """Names of the parameters that are not frozen."""
+
+    @abstractmethod
+    def model_state(self) -> dict[str, Tensor]:
+        """The whole model's weights by name, on the CPU of the first process.
+
+        What other processes get depends on the engine, and may be nothing.
+        """
+
+    @abstractmethod
+    def optimizer_state(self) -> Moments:
+        """The optimizer's whole tensors, on the CPU of the first process, like `model_state`."""
+
+    @abstractmethod
+    def load_state(self, weights: Mapping[str, Tensor], moments: Moments) -> None:
+        """Take over whole weights and moments, the same on every process; frozen weights stay."""
+
+
+class AccelerateEngine(Engine):
+    """One process, DDP or FSDP2, prepared by accelerate."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        encoder: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        max_norm: float = 0.0,
+    ):
+        """`max_norm`: the largest norm of all gradients together, for `clip_gradients`; 0 = any."""
+        self._accelerator = accelerator
+        self._max_norm = max_norm or float("inf")
+        self.needs_equal_chunks = accelerator.distributed_type is DistributedType.FSDP
+        with warnings.catch_warnings():
+            # accelerate has no other name yet for the option that torch renames
+            warnings.filterwarnings(
+                "ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning
+            )
+            self.model, self.optimizer = accelerator.prepare(encoder, optimizer)
+
+    def accumulating(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if last else self._accelerator.no_sync(self.model)
+
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        self._accelerator.backward(loss)
+
+    def clip_gradients(self) -> Tensor:
+        norm = self._accelerator.clip_grad_norm_(self.model.parameters(), self._max_norm)
+        # sharded gradients have a sharded norm
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    def _move_weights(self) -> None:
+        self.optimizer.step()
+
+    def trained_parameters(self) -> set[str]:
+        options = StateDictOptions(ignore_frozen_params=True)
+        return set(get_model_state_dict(self.model, options=options))
+
+    def model_state(self) -> dict[str, Tensor]:
+        state = get_model_state_dict(self.model, options=_GATHER)
+        return cast("dict[str, Tensor]", state)  # torch names it more broadly
+
+    def optimizer_state(self) -> Moments:
+        gathered = get_optimizer_state_dict(self.model, self.optimizer, options=_GATHER)
+        return cast("Moments", gathered.get("state", {}))
+
+    def load_state(self, weights: Mapping[str, Tensor], moments: Moments) -> None:
+        optimizer: Any = self.optimizer  # accelerate's wrapper of the real one
+        set_model_state_dict(self.model, {**weights}, options=_SCATTER)
+        # learning rate and betas are the config's
+        groups = get_optimizer_state_dict(self.model, optimizer.optimizer)["param_groups"]
+        state: dict[str, Any] = {"state": moments, "param_groups": groups}
+        set_optimizer_state_dict(self.model, optimizer.optimizer, state, options=_SCATTER)

@@ -1,0 +1,100 @@
+"""What a run starts from: backbone, tokenizer, data, a teacher's vectors; checked."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, Qwen3Config
+
+from ml_embed.config import TrainConfig
+from ml_embed.data.store import Store, open_store
+from ml_embed.data.teacher_vectors import KD_REMEDY, TeacherVectors, open_teacher_vectors
+from ml_embed.errors import UserError
+from ml_embed.files.model_source import find_model_folder
+from ml_embed.model_folders.read import load_backbone_config
+from ml_embed.prepare.prompts import check_prompts
+from ml_embed.prepare.tokenizer import fingerprint, load_tokenizer
+from ml_embed.training import lora
+from ml_embed.training.resolve import Resolved, resolve
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run starts from, opened and checked; no weight is loaded yet."""
+
+    backbone_config: Qwen3Config
+    tokenizer: PreTrainedTokenizerBase
+    store: Store
+    teacher_vectors: TeacherVectors | None
+    """a teacher's vectors that were computed beforehand"""
+    resolved: Resolved
+
+
+def with_model_folders(config: TrainConfig) -> TrainConfig:
+    """The config with its models as folders, fetched from the hub where they are named by it.
+
+    A run saves the user's own object, in which the names stay.
+
+    Raises:
+        UserError: a model is not there.
+    """
+    folders: dict[str, Any] = {
+        key: str(find_model_folder(name))
+        for key in ("model_path", "teacher_model_path")
+        if (name := getattr(config, key)) is not None
+    }
+    return dataclasses.replace(config, **folders)
+
+
+def open_inputs(config: TrainConfig, world_size: int, progress: bool) -> Inputs:
+    """Open and check all inputs; nothing is written but the data's cached form.
+
+    Raises:
+        UserError: something is missing, damaged, or does not fit together.
+    """
+    if config.lora_r:
+        lora.check_installed()
+    backbone_config = load_backbone_config(Path(config.model_path))
+    tokenizer = load_tokenizer(Path(config.model_path))
+    store = open_store(config.train_data_path, config.cache_dir, progress)
+    _check_tokenizer(config, tokenizer, store)
+    check_prompts(config, store)
+    if config.teacher_model_path is not None:
+        _check_teacher(Path(config.teacher_model_path), config, backbone_config, tokenizer)
+    teacher_vectors = None
+    if config.teacher_vectors_path is not None:
+        folder = Path(config.teacher_vectors_path)
+        teacher_vectors = open_teacher_vectors(
+            folder, store, backbone_config.hidden_size, config.kd_loss
+        )
+    resolved = resolve(config, backbone_config, store, world_size)
+    return Inputs(backbone_config, tokenizer, store, teacher_vectors, resolved)
+
+
+def _check_tokenizer(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, store: Store) -> None:
+    if store.manifest is None:  # the released layout does not say which tokenizer it was made with
+        return
+    if store.manifest.tokenizer_fingerprint != fingerprint(tokenizer):
+        raise UserError(
+            f"train_data_path: {config.train_data_path} was tokenized with another tokenizer than "
+            f"the one in model_path {config.model_path}; run tokenize_data_qwen.py again with "
+            "--overwrite"
+        )
+
+
+def _check_teacher(
+    teacher: Path, config: TrainConfig, student: Qwen3Config, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    width = load_backbone_config(teacher).hidden_size
+    if config.kd_loss == "vectors" and width < student.hidden_size:
+        raise UserError(
+            f"teacher_model_path: the teacher's vectors have {width} components, fewer than the "
+            f"student's {student.hidden_size}; {KD_REMEDY}"
+        )
+    if fingerprint(load_tokenizer(teacher)) != fingerprint(tokenizer):
+        raise UserError(
+            "teacher_model_path: the teacher has another tokenizer than model_path; it cannot read "
+            "the data. Compute its vectors with scripts/embed_teacher.py, and give them as "
+            "teacher_vectors_path"
+        )
