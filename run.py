@@ -13,7 +13,7 @@ from ml_embed.notices import bars_wanted, parse_command
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--config", required=True, help="JSON file of the run, see the table in README.md"
+        "--config", required=True, help="JSON file of the run; all keys: configs/README.md"
     )
     parser.add_argument(
         "--set",

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,12 @@ def test_every_file_stands_in_a_known_room():
     assert {room_of(path) for path in modules()} == FLOOR_OF.keys()
     top = [path.name for path in PACKAGE.glob("*.py")]
     assert len(top) <= 6, "what has a subject of its own stands in a room"
+
+
+def test_the_page_shows_the_same_floors():
+    page = (PACKAGE / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| (\d+) \| `(\w+)(?:/|\.py)` \|", page, flags=re.MULTILINE)
+    assert {room: int(floor) for floor, room in shown} == FLOOR_OF
 
 
 def test_every_room_says_what_it_is_for():

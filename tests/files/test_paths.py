@@ -142,7 +142,6 @@ COMMANDS = (
     "make_sample_datasets.py --output . --eval-output",
     "make_sample_datasets.py --eval-output . --output",
     "build_sample_data.py --package /nowhere --output",
-    "compare_mel_init.py --model /nowhere --train-steps 1 --work",
 )
 
 
