@@ -74,7 +74,7 @@ class CubeModel:
     def encoder(self) -> MatryoshkaEncoder:
         """The weights, read at first use, as deep and of as high a rank as the cube."""
         encoder = load_encoder(
-            self.folder.path,
+            self.folder,
             depth=self.cube.depths[-1],
             rank=self.cube.ranks[-1],
             exits=self.cube.depths,

@@ -4,13 +4,14 @@ A model is named by its folder or by its name on the hub. Of the hub's files onl
 that are read: safetensors, JSON and the tokenizer's. No pickle (.bin, .pt, .pth) ever is.
 """
 
+import re
 from pathlib import Path
 
 from ml_embed.errors import UserError, one_line
 from ml_embed.files.paths import home_path, is_hub_name, model_type, numbered_folders
 
 TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
-MODEL_FILES = (*TOKENIZER_FILES, "*.safetensors")
+MODEL_FILES = (*TOKENIZER_FILES, "*.safetensors", "README.md")
 
 
 def find_model_folder(name: str | Path) -> Path:
@@ -28,6 +29,12 @@ def find_model_folder(name: str | Path) -> Path:
 def find_tokenizer_folder(name: str | Path) -> Path:
     """`find_model_folder` for a model of which the tokenizer is all that is read."""
     return _find(name, "tokenizer folder", TOKENIZER_FILES)
+
+
+def hub_name(folder: Path) -> str | None:
+    """The name on the hub of a folder that was fetched from there; None for any other."""
+    match = re.search(r"/models--([^/]+)/snapshots/[^/]+/?$", folder.absolute().as_posix())
+    return match.group(1).replace("--", "/", 1) if match else None
 
 
 def _find(name: str | Path, kind: str, files: tuple[str, ...]) -> Path:

@@ -99,9 +99,7 @@ class Embedder:
         record = source.record
         cut = choose_cut(record, source.config, depth, dim, rank, allow_untrained)
         kernel = choose_kernel("auto", device, dtype)
-        encoder = load_encoder(
-            source.path, depth=cut.depth, rank=cut.rank, kernel=kernel, dtype=dtype
-        )
+        encoder = load_encoder(source, depth=cut.depth, rank=cut.rank, kernel=kernel, dtype=dtype)
         text_tokenizer = TextTokenizer(source.tokenizer, record.max_seq_length)
         embedder = cls(encoder.to(device), text_tokenizer, record, cut)
         sizes = vars(cut) | {"rank": cut.rank or None}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ml_embed.errors import UserError
-from ml_embed.files.atomic import MAX_SHARD_SIZE, atomic_folder, give_usual_permissions
+from ml_embed.files.atomic import atomic_folder
 from ml_embed.files.paths import check_model_output, home_path
 from ml_embed.prepare.tokenizer_training import MAX_POSITIONS
 
@@ -100,6 +100,8 @@ def init_backbone(
     import torch
     from transformers import Qwen3Model
 
+    from ml_embed.model_folders.write import save_backbone
+
     output = home_path(output)
     check_model_output(output, overwrite)
     if dtype not in DTYPES:
@@ -118,9 +120,7 @@ def init_backbone(
         model = Qwen3Model._from_config(config, dtype=getattr(torch, dtype))
 
     with atomic_folder(output) as partial:
-        model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
-        tokenizer.save_pretrained(partial)
-        give_usual_permissions(partial)
+        save_backbone(partial, model, tokenizer)
     return output
 
 

@@ -58,14 +58,19 @@ def export_model(
         )
     folder = ModelFolder.open(path)
     cut = choose_cut(folder.record, folder.config, depth, dim, rank, allow_untrained)
+    write_cut(folder, cut, output, dtype)
+    return cut
+
+
+def write_cut(
+    folder: ModelFolder, cut: Cut, output: Path, dtype: torch.dtype | None = None
+) -> None:
+    """Write a part of a model, or of a plain backbone, as a model folder of its own."""
     left = cut_record(folder.record, cut)
     dtype = dtype or stored_dtype(folder.config)
-    encoder = load_encoder(path, depth=cut.depth, rank=cut.rank, exits=left.exits, dtype=dtype)
+    encoder = load_encoder(folder, depth=cut.depth, rank=cut.rank, exits=left.exits, dtype=dtype)
     with atomic_folder(output) as new:
-        save_model_folder(
-            new, encoder.state_dict(), encoder.config, folder.tokenizer, left, cut.dim
-        )
-    return cut
+        save_model_folder(new, encoder.state_dict(), encoder.config, folder.tokenizer, left)
 
 
 def cut_record(record: ModelRecord, cut: Cut) -> ModelRecord:

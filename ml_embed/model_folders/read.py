@@ -4,6 +4,7 @@ Weights are read from safetensors alone; nothing in a folder is ever unpickled, 
 is run. Letters: V vocabulary, r rank, H hidden size.
 """
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterable
@@ -22,7 +23,15 @@ from ml_embed.errors import UserError, one_line
 from ml_embed.files.atomic import checksum
 from ml_embed.kernels.attention import Kernel
 from ml_embed.model import MatryoshkaEncoder, check_supported
-from ml_embed.model_folders.record import EXIT_NORMS_FILE, FACTORS_FILE, ModelRecord
+from ml_embed.model_folders.checks import check_config, check_vocabulary
+from ml_embed.model_folders.record import (
+    EXIT_NORMS_FILE,
+    FACTORS_FILE,
+    NESTED,
+    ModelRecord,
+    nested_file,
+)
+from ml_embed.model_folders.seal import check_seal
 from ml_embed.prepare.tokenizer import load_tokenizer
 
 SIZES = (
@@ -38,6 +47,8 @@ SIZES = (
 """Keys of config.json that say how much there is of something."""
 WEIGHT_ERRORS = (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError)
 """What weights raise that are missing, damaged, or do not fit config.json."""
+UNREAD_TENSORS = ("lm_head.", "score.", "qa_outputs.", "rotary_emb.inv_freq")
+"""Parts of names: heads above the decoder, and constants that are computed."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +62,16 @@ class ModelFolder:
 
     @classmethod
     def open(cls, path: Path) -> "ModelFolder":
-        """Read a folder.
+        """Read a folder; what it says is obeyed by whoever reads it so, or refused here.
 
         Raises:
-            UserError: a file is missing or damaged, or the model is not one that is supported.
+            UserError: a file is missing or damaged, its parts do not fit together, or the model is
+                not one that is supported.
         """
         config, tokenizer = load_backbone_config(path), load_tokenizer(path)
+        check_vocabulary(path, config, tokenizer)
         record = ModelRecord.load(path) or ModelRecord.of_backbone(path, config, tokenizer)
+        check_seal(path, record)
         return cls(path, config, tokenizer, record)
 
 
@@ -67,6 +81,7 @@ def load_backbone_config(folder: Path) -> Qwen3Config:
     Raises:
         UserError: missing, damaged, or not a Qwen3 that this encoder computes rightly.
     """
+    check_config(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a file that was edited by hand fails in a dozen ways
@@ -96,12 +111,21 @@ def _impossible_sizes(config: Qwen3Config) -> list[str]:
 
 
 def load_backbone(
-    folder: Path, config: Qwen3Config, dtype: torch.dtype = torch.float32
+    folder: Path,
+    config: Qwen3Config,
+    dtype: torch.dtype = torch.float32,
+    stored_layers: int | None = None,
 ) -> Qwen3Model:
     """The backbone with its weights and its whole token table, from safetensors alone.
 
+    Args:
+        folder: of the backbone.
+        config: as deep as the layers that are wanted.
+        dtype: of the weights in memory.
+        stored_layers: layers in the folder; None is as many as in `config`.
     Raises:
-        UserError: weights are missing, damaged, do not fit the config, or are not safetensors.
+        UserError: weights are missing, damaged, not finite, do not fit the config, or are not
+            safetensors.
     """
     try:
         loaded: Any = Qwen3Model.from_pretrained(  # a pair, because of output_loading_info
@@ -118,17 +142,62 @@ def load_backbone(
             "fit config.json are needed"
         ) from None
     model, report = loaded
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
+    missing = sorted(report["missing_keys"])
+    left_out = range(config.num_hidden_layers, stored_layers or 0)
+    unread = (*(f"layers.{layer}." for layer in left_out), *UNREAD_TENSORS)
+    unknown = sorted(n for n in report["unexpected_keys"] if not any(u in n for u in unread))
+    if missing and unknown:
+        raise UserError(
+            f"the weights in {folder} have other names than a Qwen3 model's: {unknown[0]} is "
+            f"there, {missing[0]} is not; rename the tensors, or save the model with transformers' "
+            "save_pretrained"
+        )
+    if missing:
         raise UserError(
             f"the weights in {folder} lack {len(missing)} tensors, e.g. {missing[0]}; copy the "
             "folder again"
         )
+    if unknown:
+        raise UserError(
+            f"the weights in {folder} hold {len(unknown)} tensors that are no part of the Qwen3 "
+            f"model in config.json, e.g. {unknown[0]}; merge adapters, or correct config.json"
+        )
+    for name, tensor in model.state_dict().items():
+        if not _is_finite(tensor):
+            raise _not_finite(_file_that_holds(folder, name), name)
     return model
 
 
+def _is_finite(tensor: Tensor) -> bool:
+    # The sum is one pass without a temporary; only where it overflows is each number looked at.
+    return bool(tensor.sum(dtype=torch.float32).isfinite() or tensor.isfinite().all())
+
+
+def _finite(path: Path, name: str, tensor: Tensor) -> Tensor:
+    """A tensor of a file. Raises UserError if it has NaN or infinity."""
+    if not _is_finite(tensor):
+        raise _not_finite(path, name)
+    return tensor
+
+
+def _not_finite(path: Path, name: str) -> UserError:
+    return UserError(
+        f"{path}: the tensor {name} has NaN or infinity; copy the model folder again, or take an "
+        "earlier one if the model was trained so"
+    )
+
+
+def _file_that_holds(folder: Path, name: str) -> Path:
+    """The file of a tensor, which may have a prefix there."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            if any(f".{own}".endswith(f".{name}") for own in file.keys()):  # noqa: SIM118
+                return path
+    return folder
+
+
 def load_encoder(
-    folder: Path,
+    folder: ModelFolder,
     *,
     depth: int | None = None,
     rank: int | None = None,
@@ -146,25 +215,24 @@ def load_encoder(
         exits: layers to read vectors at; None is the last one kept.
         kernel, dtype: as in MatryoshkaEncoder; weights are held in `dtype`.
     """
-    config, record = load_backbone_config(folder), ModelRecord.load(folder)
+    config, record = copy.deepcopy(folder.config), folder.record
     depth = config.num_hidden_layers if depth is None else depth
     assert 1 <= depth <= config.num_hidden_layers, depth
     config.num_hidden_layers = depth
     assert config.layer_types is not None  # Qwen3Config fills it in
     config.layer_types = config.layer_types[:depth]
-    if record is not None and record.ranks:
-        backbone = _load_layers(folder, config, dtype)
-        factors = read_factors(folder, rank or None, dtype)
+    if record.ranks:
+        backbone = _load_layers(folder.path, config, dtype)
+        factors = read_factors(folder.path, rank or None, dtype)
+        _check_factors(folder, factors)
     else:
-        backbone, factors = load_backbone(folder, config, dtype), None
+        stored = folder.config.num_hidden_layers
+        backbone, factors = load_backbone(folder.path, config, dtype, stored), None
     exits = (depth,) if exits is None else exits
-    per_layer = record is not None and record.norm_sharing == "per_layer"
-    encoder = MatryoshkaEncoder(
-        backbone, exits, factors, "per_layer" if per_layer else "shared", kernel
-    )
-    if per_layer:
+    encoder = MatryoshkaEncoder(backbone, exits, factors, record.norm_sharing, kernel)
+    if record.norm_sharing == "per_layer":
         encoder.norms.to(dtype)
-        _fill_exit_norms(encoder, read_exit_norms(folder, dtype))
+        _fill_exit_norms(encoder, read_exit_norms(folder.path, dtype))
     return encoder.eval()
 
 
@@ -190,8 +258,10 @@ def _load_layers(folder: Path, config: Qwen3Config, dtype: torch.dtype) -> Qwen3
         backbone.rotary_emb = type(backbone.rotary_emb)(config)
         for path, names in _files_of(folder, backbone.state_dict().keys()).items():
             with safe_open(path, "pt") as file:
-                state |= {name: file.get_tensor(name).to(dtype) for name in names}
+                state |= {n: _finite(path, n, file.get_tensor(n)).to(dtype) for n in names}
         backbone.load_state_dict(state, assign=True)
+    except UserError:
+        raise
     except WEIGHT_ERRORS as error:
         raise UserError(
             f"the weights in {folder} cannot be loaded: {one_line(error)}; copy the model folder "
@@ -216,31 +286,39 @@ def read_factors(
     folder: Path, rank: int | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
     """The token factors A (V, rank) and B (rank, H); no more than `rank` components are read."""
+    path = nested_file(folder, FACTORS_FILE)
     try:
-        with safe_open(folder / FACTORS_FILE, "pt") as file:
-            return file.get_slice("A")[:, :rank].to(dtype), file.get_slice("B")[:rank].to(dtype)
+        with safe_open(path, "pt") as file:
+            A, B = file.get_slice("A")[:, :rank], file.get_slice("B")[:rank]
     except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}); copy the model folder again") from None
+    return _finite(path, "A", A).to(dtype), _finite(path, "B", B).to(dtype)
+
+
+def _check_factors(folder: ModelFolder, factors: tuple[Tensor, Tensor]) -> None:
+    rows, columns = len(factors[0]), factors[1].shape[1]
+    if (rows, columns) != (folder.config.vocab_size, folder.config.hidden_size):
         raise UserError(
-            f"{folder / FACTORS_FILE} cannot be read ({error}); copy the model folder again"
-        ) from None
+            f"{nested_file(folder.path, FACTORS_FILE)}: the factors are those of a table of {rows} "
+            f"x {columns}, config.json says {folder.config.vocab_size} x "
+            f"{folder.config.hidden_size}; copy the model folder again"
+        )
 
 
 def read_exit_norms(folder: Path, dtype: torch.dtype = torch.float32) -> dict[int, Tensor]:
     """Exit layer -> (H,) weight of its final norm, of a folder trained with one per exit."""
+    path = nested_file(folder, EXIT_NORMS_FILE)
     try:
-        return {
-            int(layer): weight.to(dtype)
-            for layer, weight in load_file(folder / EXIT_NORMS_FILE).items()
-        }
+        norms = {int(layer): weight for layer, weight in load_file(path).items()}
     except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(
-            f"{folder / EXIT_NORMS_FILE} cannot be read ({error}); copy the model folder again"
-        ) from None
+        raise UserError(f"{path} cannot be read ({error}); copy the model folder again") from None
+    return {n: _finite(path, str(n), weight).to(dtype) for n, weight in norms.items()}
 
 
 def weights_digest(folder: Path) -> str:
     """Tells the weights of a model folder apart by their content, wherever they lie."""
-    files = sorted(folder.glob("*.safetensors"))
+    found = (*folder.glob("*.safetensors"), *folder.glob(f"{NESTED}/*.safetensors"))
+    files = sorted(found, key=lambda path: path.name)  # as in folders of format 1
     digest = hashlib.blake2b(digest_size=16)
     with ThreadPoolExecutor() as pool:  # a large backbone has many files
         for path, whole in zip(files, pool.map(checksum, files), strict=True):

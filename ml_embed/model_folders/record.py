@@ -11,11 +11,28 @@ from transformers import PreTrainedTokenizerBase, Qwen3Config
 from ml_embed.errors import UserError
 from ml_embed.files.atomic import write_json
 from ml_embed.model import NormSharing
+from ml_embed.model_folders.modules import Modules, read_modules
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 RECORD_FILE = "ml_embed.json"
-FACTORS_FILE = "embedding_factors.safetensors"
-EXIT_NORMS_FILE = "exit_norms.safetensors"
+NESTED = "nested"
+"""The folder of what only this project reads; servers load every safetensors file above it."""
+FACTORS_FILE = f"{NESTED}/embedding_factors.safetensors"
+EXIT_NORMS_FILE = f"{NESTED}/exit_norms.safetensors"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a model was made from, as far as it is known, for the model card."""
+
+    base_model: str | None = None
+    """name on the hub of the model that training started from"""
+    license: str | None = None
+    """of the base model, as the hub writes it"""
+    languages: tuple[str, ...] = ()
+    """codes, as the hub writes them"""
+    datasets: tuple[str, ...] = ()
+    """names of the datasets trained on"""
 
 
 @dataclass(frozen=True)
@@ -30,39 +47,40 @@ class ModelRecord:
     """ranks of the token factors trained, ascending; empty for a whole table"""
     temperature: float
     max_seq_length: int
-    """tokens, EOS included"""
+    """tokens, end token included"""
     norm_sharing: NormSharing = "shared"
     pooling: str = "last_token"
     prompts: dict[str, str] = field(default_factory=dict)
     """prompt name -> text put before the input"""
+    default_prompt_name: str | None = None
+    """of the prompt that texts get for which none is asked; None is no prompt"""
+    origin: Origin = Origin()
     format_version: int = FORMAT_VERSION
+    digests: dict[str, str] = field(default_factory=dict, compare=False)
+    """file or setting -> digest of its content when the folder was written (`seal.py`)"""
 
     @classmethod
     def load(cls, folder: Path) -> "ModelRecord | None":
         """The record of a model folder; None for a plain backbone.
 
+        Prompts and maximum length are those that sentence-transformers reads too, where its files
+        say any: that is where people change them.
+
         Raises:
-            UserError: the record is damaged or of a newer format.
+            UserError: the record is damaged, of a newer format, or at odds with what the folder
+                says for sentence-transformers.
         """
         path = folder / RECORD_FILE
         if not path.exists():
             return None
-        try:
-            values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            version = values.pop("format_version")
-            known = {f.name for f in dataclasses.fields(cls)}
-            own: dict[str, Any] = {
-                k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known
-            }
-            record = cls(**own)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{path} is damaged ({error}); copy the model folder again") from None
-        if version != FORMAT_VERSION:
+        record = _read(path)
+        modules = read_modules(folder)
+        if modules.dim is not None and modules.dim != record.dims[0]:
             raise UserError(
-                f"{path} has format version {version}, this version reads {FORMAT_VERSION}; update "
-                "ml-embed"
+                f"{folder}: its Dense layer gives {modules.dim} components, {RECORD_FILE} "
+                f"says {record.dims[0]}; copy the model folder again"
             )
-        return record
+        return dataclasses.replace(record, **_said(modules))
 
     @classmethod
     def of_backbone(
@@ -70,29 +88,69 @@ class ModelRecord:
     ) -> "ModelRecord":
         """A plain backbone counts as trained at its whole depth and length.
 
-        Its prompts are those that sentence-transformers would use.
+        Its prompts, length of vectors and maximum length are those that sentence-transformers
+        would use.
 
         Raises:
-            UserError: the file of the prompts is damaged.
+            UserError: the folder's modules are not ours, or a file is damaged.
         """
-        return cls(
+        modules = read_modules(folder)
+        record = cls(
             exits=(config.num_hidden_layers,),
-            dims=(config.hidden_size,),
+            dims=(modules.dim or config.hidden_size,),
             ranks=(),
             temperature=1.0,  # not known; nothing reads it
             max_seq_length=int(min(tokenizer.model_max_length, config.max_position_embeddings)),
-            prompts=_saved_prompts(folder / "config_sentence_transformers.json"),
         )
+        return dataclasses.replace(record, **_said(modules))
 
     def save(self, folder: Path) -> None:
         """Write it into a model folder."""
         write_json(folder / RECORD_FILE, dataclasses.asdict(self))
 
 
-def _saved_prompts(path: Path) -> dict[str, str]:
-    if not path.is_file():
-        return {}
+def nested_file(folder: Path, file: str) -> Path:
+    """A file of `nested/`; in folders of format 1 it stands at the top level."""
+    former = folder / Path(file).name
+    return former if former.is_file() else folder / file
+
+
+def _read(path: Path) -> ModelRecord:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")).get("prompts") or {})
-    except (OSError, ValueError, AttributeError) as error:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version = values["format_version"]
+        if version not in range(1, FORMAT_VERSION + 1):
+            raise UserError(
+                f"{path} has format version {version}, this version reads {FORMAT_VERSION}; update "
+                "ml-embed"
+            )
+        values = _known(ModelRecord, values) | {"origin": _origin(values)}
+        return ModelRecord(**values | {"format_version": FORMAT_VERSION})
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}); copy the model folder again") from None
+
+
+def _origin(values: dict[str, Any]) -> Origin:
+    return Origin(**_known(Origin, values.get("origin", {})))
+
+
+def _known(record: type, values: dict[str, Any]) -> dict[str, Any]:
+    """The values that a record has a field for, lists as tuples."""
+    names = {f.name for f in dataclasses.fields(record)}
+    own = {name: value for name, value in values.items() if name in names}
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in own.items()}
+
+
+def _said(modules: Modules) -> dict[str, Any]:
+    """Fields of a record that a folder's files for sentence-transformers say."""
+    said: dict[str, Any] = {}
+    if modules.prompts is not None:
+        said |= {
+            "prompts": modules.prompts,
+            "default_prompt_name": modules.default_prompt_name,
+        }
+    if modules.max_seq_length is not None:
+        said["max_seq_length"] = modules.max_seq_length
+    return said

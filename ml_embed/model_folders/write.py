@@ -1,25 +1,26 @@
 """Writing a model folder: a plain Qwen3 folder that also holds the nested parts.
 
 `transformers`, `sentence_transformers` and servers read the standard files, in which the token
-table is multiplied out; `read.py` reads the factors. Weights are safetensors, never a pickle.
-
-Letters: H hidden size.
+table is multiplied out; `read.py` reads the factors in `nested/`. Weights are safetensors, never a
+pickle.
 """
 
 import copy
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, Qwen3Config
+from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3Model
 
 from ml_embed.files.atomic import MAX_SHARD_SIZE, give_usual_permissions, write_json
-from ml_embed.model_folders.record import EXIT_NORMS_FILE, FACTORS_FILE, ModelRecord
-from ml_embed.prepare.tokenizer import append_eos_template
+from ml_embed.model_folders.card import write_card
+from ml_embed.model_folders.modules import Modules, write_modules
+from ml_embed.model_folders.record import EXIT_NORMS_FILE, FACTORS_FILE, NESTED, ModelRecord
+from ml_embed.model_folders.seal import seal
+from ml_embed.prepare.tokenizer import append_eos_template, end_token
 
 
 def save_model_folder(
@@ -28,7 +29,6 @@ def save_model_folder(
     config: Qwen3Config,
     tokenizer: PreTrainedTokenizerBase,
     record: ModelRecord,
-    dim: int | None = None,
 ) -> None:
     """Write a complete model folder into an empty or new `folder`.
 
@@ -36,27 +36,87 @@ def save_model_folder(
         folder: where to write; `atomic_folder` around the call makes it appear whole or not at all.
         state: the encoder's whole state dict, on CPU (`MatryoshkaEncoder.state_dict()`).
         config: the backbone's config; its number of layers is the model's depth.
-        tokenizer: the backbone's; a copy that appends EOS by itself is saved.
-        record: what was trained.
-        dim: length of the vectors that sentence-transformers gives; None is all of H.
+        tokenizer: the backbone's; a copy that appends the end token by itself is saved.
+        record: what was trained; everybody gets vectors of the longest of its dims.
     """
     folder.mkdir(parents=True, exist_ok=True)
     plain = backbone_state(state, record)
     save_torch_state_dict(plain, folder, max_shard_size=MAX_SHARD_SIZE)
-    if record.ranks:
-        factors = {name: state[f"embedding.{name}"].contiguous() for name in ("A", "B")}
-        save_file(factors, folder / FACTORS_FILE)
-    if record.norm_sharing == "per_layer":
-        norms = {
-            str(layer): state[f"norms.{i}.weight"].contiguous()
-            for i, layer in enumerate(record.exits)
-        }
-        save_file(norms, folder / EXIT_NORMS_FILE)
-    _save_config(folder, config, plain["norm.weight"].dtype, tokenizer, record, dim)
-    _save_tokenizer(folder, tokenizer, record)
-    _save_sentence_transformers_files(folder, config.hidden_size, record, dim)
-    record.save(folder)
+    _save_nested(folder, state, record)
+    backbone = copy.deepcopy(config)
+    # Readers load the weights in this dtype, so it is theirs; the backbone's may have been another.
+    backbone.dtype = plain["norm.weight"].dtype
+    # The name by which embedding servers know this layout of files.
+    backbone.architectures = ["Qwen3ForCausalLM"]
+    backbone.tie_word_embeddings = True
+    backbone.eos_token_id = end_token(tokenizer)
+    backbone.pad_token_id = tokenizer.pad_token_id
+    backbone.is_matryoshka = len(record.dims) > 1
+    backbone.matryoshka_dimensions = sorted(record.dims)
+    save_config(folder, backbone)
+    tokenizer = copy.deepcopy(tokenizer)
+    append_eos_template(tokenizer)
+    tokenizer.model_max_length = record.max_seq_length
+    save_tokenizer(folder, tokenizer)
+    length, name = record.max_seq_length, record.default_prompt_name
+    modules = Modules(record.dims[0], length, record.prompts, name)
+    write_modules(folder, config.hidden_size, modules)
+    write_card(folder, config, record)
+    seal(folder, record)
     give_usual_permissions(folder)
+
+
+def save_backbone(folder: Path, model: Qwen3Model, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a plain backbone into an empty `folder`; its tokenizer appends what it did before."""
+    model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+    save_config(folder, model.config)
+    save_tokenizer(folder, tokenizer)
+    give_usual_permissions(folder)
+
+
+def _save_nested(folder: Path, state: Mapping[str, Tensor], record: ModelRecord) -> None:
+    """What only this project reads: token factors and exit norms, where there are any."""
+    tensors: dict[str, dict[str, Tensor]] = {}
+    if record.ranks:
+        tensors[FACTORS_FILE] = {name: state[f"embedding.{name}"] for name in ("A", "B")}
+    if record.norm_sharing == "per_layer":
+        norms = {str(layer): state[f"norms.{i}.weight"] for i, layer in enumerate(record.exits)}
+        tensors[EXIT_NORMS_FILE] = norms
+    for file, named in tensors.items():
+        (folder / NESTED).mkdir(exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in named.items()}, folder / file)
+
+
+def save_config(folder: Path, config: Qwen3Config) -> None:
+    """Write config.json so that transformers 4 and servers read the same positions from it.
+
+    They look for `rope_theta` and `rope_scaling` at the top level and silently take other values
+    where these are missing.
+    """
+    config.save_pretrained(folder)
+    path = folder / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    rope = dict(values["rope_parameters"])
+    values["rope_theta"] = rope.pop("rope_theta")
+    values["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    write_json(path, values)
+
+
+def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a tokenizer so that transformers 4, transformers.js and servers read it as it is."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = None  # an embedding model does not chat
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("backend", "is_local", "local_files_only"):
+        values.pop(name, None)
+    values["tokenizer_class"] = "PreTrainedTokenizerFast"
+    values["padding_side"] = "left"  # so that the last position, which some read, is the last token
+    values["truncation_side"] = "right"  # as in training
+    if isinstance(values.get("extra_special_tokens"), list):
+        values["additional_special_tokens"] = values.pop("extra_special_tokens")
+    write_json(path, values)
 
 
 def backbone_state(state: Mapping[str, Tensor], record: ModelRecord) -> dict[str, Tensor]:
@@ -75,76 +135,3 @@ def backbone_state(state: Mapping[str, Tensor], record: ModelRecord) -> dict[str
     deepest = 0 if record.norm_sharing == "shared" else len(record.exits) - 1
     plain["norm.weight"] = state[f"norms.{deepest}.weight"]
     return plain
-
-
-def _save_config(
-    folder: Path,
-    config: Qwen3Config,
-    dtype: torch.dtype,
-    tokenizer: PreTrainedTokenizerBase,
-    record: ModelRecord,
-    dim: int | None,
-) -> None:
-    config = copy.deepcopy(config)
-    # Readers load the weights in this dtype, so it is theirs; the backbone's may have been another.
-    config.dtype = dtype
-    # The name by which embedding servers know this layout of files.
-    config.architectures = ["Qwen3ForCausalLM"]
-    config.tie_word_embeddings = True
-    config.eos_token_id = tokenizer.eos_token_id
-    config.pad_token_id = tokenizer.pad_token_id
-    config.is_matryoshka = len(record.dims) > 1
-    config.matryoshka_dimensions = sorted(d for d in record.dims if dim is None or d <= dim)
-    config.save_pretrained(folder)
-
-
-def _save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, record: ModelRecord) -> None:
-    tokenizer = copy.deepcopy(tokenizer)
-    append_eos_template(tokenizer)
-    tokenizer.model_max_length = record.max_seq_length
-    tokenizer.save_pretrained(folder)
-
-
-def _save_sentence_transformers_files(
-    folder: Path, hidden_size: int, record: ModelRecord, dim: int | None
-) -> None:
-    """Last-token pooling, a cut to `dim` if there is one, normalisation."""
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
-    write_json(
-        folder / "sentence_bert_config.json",
-        {"max_seq_length": record.max_seq_length, "do_lower_case": False},
-    )
-    _save_pooling(folder / "1_Pooling", hidden_size)
-    if dim is not None and dim < hidden_size:
-        _save_projection(folder / "2_Dense", hidden_size, dim)
-        modules.append(("2_Dense", "Dense"))
-    modules.append((f"{len(modules)}_Normalize", "Normalize"))
-    (folder / modules[-1][0]).mkdir(exist_ok=True)
-    listing = [
-        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for i, (path, kind) in enumerate(modules)
-    ]
-    write_json(folder / "modules.json", listing)
-    settings = {
-        "prompts": record.prompts,
-        "default_prompt_name": None,
-        "similarity_fn_name": "cosine",
-    }
-    write_json(folder / "config_sentence_transformers.json", settings)
-
-
-def _save_pooling(folder: Path, hidden_size: int) -> None:
-    modes = ("cls_token", "mean_tokens", "max_tokens")
-    pooling = {"word_embedding_dimension": hidden_size, "include_prompt": True}
-    pooling |= {f"pooling_mode_{mode}": False for mode in modes}
-    folder.mkdir(exist_ok=True)
-    write_json(folder / "config.json", pooling | {"pooling_mode_lasttoken": True})
-
-
-def _save_projection(folder: Path, hidden_size: int, dim: int) -> None:
-    """Onto the leading components: unlike `truncate_dim` it stands before the normalisation."""
-    settings: dict[str, Any] = {"in_features": hidden_size, "out_features": dim, "bias": False}
-    settings["activation_function"] = "torch.nn.modules.linear.Identity"
-    folder.mkdir(exist_ok=True)
-    write_json(folder / "config.json", settings)
-    save_file({"linear.weight": torch.eye(dim, hidden_size)}, folder / "model.safetensors")

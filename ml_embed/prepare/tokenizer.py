@@ -48,15 +48,18 @@ _CUT = re.compile(r"(?<=\S)(?= )|(?<=\n)(?=\S)|(?<=[0-9])")
 def load_tokenizer(folder: Path, needs_padding: bool = True) -> PreTrainedTokenizerBase:
     """The fast tokenizer in a folder; code that comes with it is never run.
 
+    Its `eos_token` is the end token, whatever its configuration says.
+
     Raises:
-        UserError: there is none, it has no fast (`tokenizers`) version, or its EOS token, or with
-            `needs_padding` its padding token, is not set.
+        UserError: there is none, it asks for code of its own, it has no fast (`tokenizers`)
+            version, or its end token, or with `needs_padding` its padding token, is not set.
     """
     if not any((folder / name).is_file() for name in VOCABULARY_FILES):
         raise UserError(
             f"no tokenizer in {folder}: it holds none of {', '.join(VOCABULARY_FILES)}. "
             "Give a folder made by save_pretrained."
         )
+    _check_own_code(folder / "tokenizer_config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exception for a broken file
@@ -64,6 +67,12 @@ def load_tokenizer(folder: Path, needs_padding: bool = True) -> PreTrainedTokeni
             f"cannot load a tokenizer from {folder}: {one_line(error).rstrip('.')}. "
             "Check that its files are whole."
         ) from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(
+            f"the tokenizer in {folder} has no fast version. Give one that has a tokenizer.json."
+        )
+    if (end := end_token(tokenizer)) is not None:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     _check_usable(
         tokenizer, folder, ("eos_token", "pad_token") if needs_padding else ("eos_token",)
     )
@@ -83,8 +92,21 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
 
+def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id at the end of every text, where its vector is read.
+
+    It is the one that the tokenizer appends by itself, where it appends exactly one and puts
+    nothing in front (Qwen3-Embedding's: `<|endoftext|>`, while its `eos_token` is `<|im_end|>`);
+    else its `eos_token`.
+    """
+    added = _added_ids(tokenizer)
+    return added[0] if added is not None and len(added) == 1 else tokenizer.eos_token_id
+
+
 def append_eos_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make a tokenizer, in place, append exactly one EOS to each text, after truncation too.
+    """Make a tokenizer, in place, append exactly one end token to each text, truncated ones too.
+
+    The end token is its `eos_token` from then on.
 
     Afterwards `tokenizer(text, truncation=True, max_length=n).input_ids` are the ids
     `TextTokenizer(tokenizer, n)` gives. A post-processor that adds anything else (a BOS, a [CLS])
@@ -92,14 +114,14 @@ def append_eos_template(tokenizer: PreTrainedTokenizerBase) -> None:
     is kept in front.
     """
     backend = tokenizer.backend_tokenizer
-    added = _added_ids(tokenizer)
-    if added == [tokenizer.eos_token_id]:
+    added, end = _added_ids(tokenizer), end_token(tokenizer)
+    tokenizer.eos_token = eos = tokenizer.convert_ids_to_tokens(end)
+    if added == [end]:
         return
-    eos = tokenizer.eos_token
     template = processors.TemplateProcessing(
         single=f"$A {eos}",
         pair=f"$A {eos} $B:1 {eos}:1",
-        special_tokens=[(eos, tokenizer.eos_token_id)],
+        special_tokens=[(eos, end)],
     )
     keep_existing = backend.post_processor is not None and added == []
     backend.post_processor = (
@@ -122,7 +144,7 @@ class TextTokenizer:
                 "EOS)."
             )
         self.max_length = max_length
-        self.eos_id: int = tokenizer.eos_token_id
+        self.eos_id = end_token(tokenizer)
         description = tokenizer.backend_tokenizer.to_str()
         self._can_be_cut = _can_be_cut(json.loads(description))
         self._backend: Tokenizer = Tokenizer.from_str(description)
@@ -216,11 +238,20 @@ def _added_ids(tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
     return processed[len(bare.ids) :] if processed[: len(bare.ids)] == bare.ids else None
 
 
-def _check_usable(tokenizer: Any, folder: Path, needed: tuple[str, ...]) -> None:
-    if not getattr(tokenizer, "is_fast", False):
+def _check_own_code(path: Path) -> None:
+    """Refuse a tokenizer_config.json that asks for code; a damaged one is left to transformers."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if isinstance(settings, dict) and settings.get("auto_map"):
         raise UserError(
-            f"the tokenizer in {folder} has no fast version. Give one that has a tokenizer.json."
+            f"{path}: auto_map asks for code of the folder's own, which is never run; if "
+            "tokenizer.json is all that the tokenizer needs, remove auto_map"
         )
+
+
+def _check_usable(tokenizer: Any, folder: Path, needed: tuple[str, ...]) -> None:
     for name in needed:
         if getattr(tokenizer, f"{name}_id") is None:
             raise UserError(

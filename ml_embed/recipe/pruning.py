@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import Qwen3Config, Qwen3Model
 
 from ml_embed.errors import UserError
-from ml_embed.files.atomic import MAX_SHARD_SIZE, atomic_folder, give_usual_permissions
+from ml_embed.files.atomic import atomic_folder
 from ml_embed.files.model_source import find_model_folder
 from ml_embed.files.paths import check_model_output, home_path
 from ml_embed.inference.encoding import choose_device, default_dtype, longest_first, pooled_vectors
@@ -28,6 +28,7 @@ from ml_embed.kernels.attention import choose_kernel
 from ml_embed.model import MatryoshkaEncoder
 from ml_embed.model_folders.export import stored_dtype
 from ml_embed.model_folders.read import load_backbone, load_backbone_config
+from ml_embed.model_folders.write import save_backbone
 from ml_embed.prepare.tokenizer import TextTokenizer, load_tokenizer
 from ml_embed.prepare.tokenizer_training import read_texts, text_files
 
@@ -137,9 +138,7 @@ def prune_backbone(
         {name: tensor.to(stored_dtype(config)) for name, tensor in state.items()}, assign=True
     )
     with atomic_folder(output) as new:
-        pruned.save_pretrained(new, max_shard_size=MAX_SHARD_SIZE)
-        tokenizer.save_pretrained(new)
-        give_usual_permissions(new)
+        save_backbone(new, pruned, tokenizer)
     after = sum(parameter.numel() for parameter in pruned.parameters())
     return {
         **vars(sizes),

@@ -16,13 +16,13 @@ from ml_embed.kernels.attention import choose_kernel
 from ml_embed.kernels.compilation import check_compiler
 from ml_embed.model import MatryoshkaEncoder, default_exits, factorize_table
 from ml_embed.model_folders.read import (
+    ModelFolder,
     load_backbone,
-    load_backbone_config,
     load_encoder,
     read_exit_norms,
     read_factors,
 )
-from ml_embed.model_folders.record import ModelRecord
+from ml_embed.model_folders.record import RECORD_FILE, ModelRecord
 from ml_embed.training import lora
 from ml_embed.training.inputs import Inputs
 
@@ -112,13 +112,14 @@ def build_teacher(
     if config.teacher_model_path is None:
         return None
     folder = Path(config.teacher_model_path)
-    layers = load_backbone_config(folder).num_hidden_layers
+    opened = ModelFolder.open(folder)
+    layers = opened.config.num_hidden_layers
     exits: tuple[int, ...] = (layers,)
     if config.use_mll and config.kd_loss == "vectors":  # similarities: of the deepest exit only
-        record = ModelRecord.load(folder)
-        exits = tuple(record.exits) if record is not None else default_exits(layers)
+        trained = (folder / RECORD_FILE).is_file()
+        exits = opened.record.exits if trained else default_exits(layers)
     teacher = load_encoder(
-        folder,
+        opened,
         exits=exits,
         kernel=choose_kernel(config.attention, device, compute_dtype),
         dtype=compute_dtype if device.type == "cuda" else torch.float32,

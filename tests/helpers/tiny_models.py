@@ -10,6 +10,7 @@ from transformers import AutoModel, AutoTokenizer, Qwen3Config, Qwen3Model
 
 from ml_embed.model import MatryoshkaEncoder, factorize_table
 from ml_embed.model_folders.record import ModelRecord
+from ml_embed.model_folders.seal import seal
 from ml_embed.model_folders.write import save_model_folder
 from ml_embed.prepare.tokenizer_training import train_tokenizer
 
@@ -36,7 +37,7 @@ def make_tokenizer():
     return train_tokenizer(TEXTS * 3, 400)
 
 
-def random_backbone(tokenizer) -> Qwen3Model:
+def random_backbone(tokenizer, rope: dict | None = None) -> Qwen3Model:
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=448,
@@ -50,6 +51,7 @@ def random_backbone(tokenizer) -> Qwen3Model:
         initializer_range=0.2,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **{"rope_parameters": rope} if rope else {},
     )
     return Qwen3Model(config).float()
 
@@ -76,6 +78,11 @@ def write_model(
     return folder
 
 
+def reseal(folder: Path) -> None:
+    """After a change of a folder's content: as if it had been written so."""
+    seal(folder, ModelRecord.load(folder))
+
+
 @torch.no_grad()
 def naive(
     folder: Path, texts: list[str], depth: int = LAYERS, dim: int = HIDDEN, rank: int = RANK
@@ -84,10 +91,10 @@ def naive(
     model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if rank < RANK:
-        factors = load_file(folder / "embedding_factors.safetensors")
+        factors = load_file(folder / "nested" / "embedding_factors.safetensors")
         model.embed_tokens.weight.data = factors["A"][:, :rank] @ factors["B"][:rank]
-    if (folder / "exit_norms.safetensors").exists():
-        model.norm.weight.data = load_file(folder / "exit_norms.safetensors")[str(depth)]
+    if (folder / "nested" / "exit_norms.safetensors").exists():
+        model.norm.weight.data = load_file(folder / "nested" / "exit_norms.safetensors")[str(depth)]
     model.layers = model.layers[:depth]
     model.config.num_hidden_layers = depth
     rows = []

@@ -19,6 +19,7 @@ from helpers.tiny_models import (
     make_tokenizer,
     naive,
     random_backbone,
+    reseal,
     write_model,
 )
 from safetensors.torch import load_file, save_file
@@ -28,7 +29,7 @@ from ml_embed.errors import UserError
 from ml_embed.inference import embedder
 from ml_embed.inference.embedder import Embedder
 from ml_embed.inference.text_models import load_text_model
-from ml_embed.model_folders.read import load_encoder
+from ml_embed.model_folders.read import ModelFolder, load_encoder
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +204,7 @@ def test_the_multiplied_out_table_is_not_read(shared, tmp_path):
     weights = load_file(folder / "model.safetensors")
     del weights["embed_tokens.weight"]
     save_file(weights, folder / "model.safetensors")
+    reseal(folder)
     assert_equal_vectors(Embedder.from_pretrained(folder).encode(TEXTS), naive(shared, TEXTS))
 
 
@@ -222,10 +224,11 @@ def test_sharded_folders(shared, tmp_path):
         )
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    reseal(folder)
     assert_equal_vectors(Embedder.from_pretrained(folder).encode(TEXTS), naive(shared, TEXTS))
-    assert load_encoder(folder, depth=1).exits == (1,)
+    assert load_encoder(ModelFolder.open(folder), depth=1).exits == (1,)
     (folder / weight_map["norm.weight"]).unlink()
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match=rf"lacks {weight_map['norm.weight']}"):
         Embedder.from_pretrained(folder)
 
 
@@ -273,7 +276,9 @@ def test_pickled_weights_are_not_run(shared, tmp_path, keep_record):
         (folder / "ml_embed.json").unlink()
     planted = tmp_path / "planted"
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Exploit(planted)))
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(
+        UserError, match=r"lacks model\.safetensors" if keep_record else "be loaded"
+    ):
         Embedder.from_pretrained(folder)
     assert not planted.exists()
     pickle.loads((folder / "pytorch_model.bin").read_bytes())

@@ -60,7 +60,7 @@ def test_a_cut_folder_gives_the_vectors_of_the_cut(checkpoint, tmp_path):
         PROMPTS,
     )
     assert (config["num_hidden_layers"], config["matryoshka_dimensions"]) == (1, [8, 16])
-    with safe_open(output / "embedding_factors.safetensors", "pt") as file:
+    with safe_open(output / "nested" / "embedding_factors.safetensors", "pt") as file:
         assert (file.get_tensor("A").shape[1], file.get_tensor("B").shape) == (16, (16, HIDDEN))
     with safe_open(output / "model.safetensors", "pt") as file:
         names = file.offset_keys()
@@ -93,7 +93,7 @@ def test_a_whole_table_is_cut_in_depth_and_dim(tmp_path):
     whole = write_model(tmp_path / "whole", make_tokenizer(), factorized=False)
     export_model(whole, tmp_path / "cut", depth=1, dim=8)
     assert_equal_vectors(embed(tmp_path / "cut"), naive(whole, TEXTS, 1, 8))
-    assert not (tmp_path / "cut" / "embedding_factors.safetensors").exists()
+    assert not (tmp_path / "cut" / "nested").exists()
     with pytest.raises(UserError, match="whole token table"):
         export_model(whole, tmp_path / "other", rank=16)
 

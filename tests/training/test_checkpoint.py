@@ -201,16 +201,26 @@ PICKLE_NAMES = (
 
 
 @pytest.mark.parametrize("key", ["model_path", "teacher_model_path"])
-def test_pickles_and_code_in_a_model_folder_are_not_run(
-    inputs, backbone, marker, capsys, key, monkeypatch
-):
-    monkeypatch.setattr(
-        "builtins.input", lambda *_: "y"
-    )  # a question whether to trust it would be answered with yes
+def test_code_in_a_model_folder_is_refused(inputs, backbone, marker, capsys, key, monkeypatch):
+    # A question whether to trust it would be answered with yes.
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    plain = (backbone / "config.json").read_text()
+    with_code(backbone, marker)
+    for file in ("config.json", "tokenizer_config.json"):
+        assert train(config_of(inputs, f"evil_{key}", **{key: str(backbone)})) == 2
+        message = capsys.readouterr().err
+        assert f"{file}" in message
+        assert "auto_map asks for code" in message
+        with pytest.raises(UserError, match="auto_map asks for code"):
+            Embedder.from_pretrained(backbone)
+        (backbone / "config.json").write_text(plain)
+
+
+@pytest.mark.parametrize("key", ["model_path", "teacher_model_path"])
+def test_pickles_in_a_model_folder_are_not_run(inputs, backbone, marker, capsys, key):
     for name in PICKLE_NAMES:
         write_pickle(backbone / name, marker)
-    with_code(backbone, marker)
-    name = f"evil_{key}"
+    name = f"pickles_{key}"
     assert train(config_of(inputs, name, train_steps=1, **{key: str(backbone)})) == 0
     Embedder.from_pretrained(backbone).encode(["a text"])
     (backbone / "model.safetensors").unlink()
@@ -224,7 +234,7 @@ def test_a_pickle_in_the_place_of_tensors_is_refused(inputs, backbone, trained, 
     assert train(config_of(inputs, "in_place", model_path=str(backbone))) == 2
     assert "cannot be loaded" in capsys.readouterr().err
     model = shutil.copytree(trained / "step_4", backbone.parent / "model")
-    write_pickle(model / "embedding_factors.safetensors", marker)
+    write_pickle(model / "nested" / "embedding_factors.safetensors", marker)
     with pytest.raises(UserError, match="embedding_factors"):
         Embedder.from_pretrained(model)
 

@@ -27,7 +27,7 @@ from ml_embed.data.packing import PackedSequences
 from ml_embed.files.paths import numbered_folders
 from ml_embed.inference.embedder import Embedder
 from ml_embed.model import MatryoshkaEncoder
-from ml_embed.model_folders.read import load_encoder
+from ml_embed.model_folders.read import ModelFolder, load_encoder
 from ml_embed.training import lora
 from ml_embed.training.build import build_encoder
 from ml_embed.training.inputs import open_inputs
@@ -221,7 +221,9 @@ def test_the_merged_model_gives_the_vectors_of_the_unmerged(inputs, trained):
     unmerged.load_state_dict(final_state(trained), strict=False)
     with torch.no_grad():
         expected = encode(unmerged, texts())
-        merged = encode(load_encoder(trained / "step_6", exits=resolved.exits), texts())
+        merged = encode(
+            load_encoder(ModelFolder.open(trained / "step_6"), exits=resolved.exits), texts()
+        )
         start = encode(start_of(inputs)[0], texts())
     torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-5)
     assert (start - expected).abs().max() > 0.01, "training moved them"

@@ -37,7 +37,7 @@ def start_of(world, model_path, **changes):
 
 @pytest.mark.parametrize("mel_init", ["svd", "frequency"])
 def test_factors_are_taken_as_they_are(world, first_stage, mel_init):
-    trained = load_file(first_stage / "embedding_factors.safetensors")
+    trained = load_file(first_stage / "nested" / "embedding_factors.safetensors")
     encoder = start_of(world, first_stage, mll_norm="per_layer", mel_init=mel_init)
     assert torch.equal(encoder.embedding.A, trained["A"])
     assert torch.equal(encoder.embedding.B, trained["B"])
@@ -56,7 +56,7 @@ def test_every_weight_is_that_of_the_first_stage(world, first_stage):
 
 
 def test_a_smaller_rank_factorises_the_trained_table_again(world, first_stage):
-    trained = load_file(first_stage / "embedding_factors.safetensors")
+    trained = load_file(first_stage / "nested" / "embedding_factors.safetensors")
     table = trained["A"] @ trained["B"]
     encoder = start_of(world, first_stage, r=24, mel_ranks=[8])
     assert encoder.rank == 24
@@ -70,13 +70,13 @@ def test_a_smaller_rank_factorises_the_trained_table_again(world, first_stage):
 
 
 def test_a_whole_table_is_the_factors_multiplied(world, first_stage):
-    trained = load_file(first_stage / "embedding_factors.safetensors")
+    trained = load_file(first_stage / "nested" / "embedding_factors.safetensors")
     encoder = start_of(world, first_stage, r=0, use_mel=False, mel_ranks=None)
     torch.testing.assert_close(encoder.embedding.weight, trained["A"] @ trained["B"])
 
 
 def test_norms_of_exits_are_taken_over(world, first_stage):
-    norms = load_file(first_stage / "exit_norms.safetensors")
+    norms = load_file(first_stage / "nested" / "exit_norms.safetensors")
     assert not torch.equal(norms["1"], norms["2"])
     encoder = start_of(world, first_stage, mll_norm="per_layer")
     assert [

@@ -1,0 +1,131 @@
+"""The model card (`README.md`) of a model folder: what the hub, and whoever opens it, is told."""
+
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import Qwen3Config
+
+from ml_embed.errors import UserError
+from ml_embed.files.model_source import hub_name
+from ml_embed.model_folders.cut import whole_cut
+from ml_embed.model_folders.record import ModelRecord, Origin
+from ml_embed.model_folders.sizes import parameters_of
+
+CARD_FILE = "README.md"
+LIBRARY = "sentence-transformers"
+TASK = "sentence-similarity"
+TAGS = [LIBRARY, TASK, "feature-extraction", "ml-embed", "matryoshka"]
+
+BODY = """# {title}
+
+A nested text-embedding model made with ML-Embed, {parameters:,} parameters{base}. It gives
+vectors of {length} components: the last token's hidden state, cut to this length and normalised.
+
+## Sizes trained
+
+| axis | trained |
+|---|---|
+| vector length | {dims} |
+| layers | {exits} |
+| rank of the token table | {ranks} |
+
+Texts are read up to {max_seq_length} tokens.{datasets}
+
+## Use
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("FOLDER_OR_NAME")
+vectors = model.encode(["a text", "another one"])
+```
+
+Every size above can be cut without training, with ML-Embed:
+
+```python
+from ml_embed import Embedder
+
+model = Embedder.from_pretrained("FOLDER_OR_NAME", dim={dim}, depth={depth}{rank})
+vectors = model.encode(["a text", "another one"])
+```
+
+The first components of a vector are a vector too: **normalise again after truncating**.
+`truncate_dim` of sentence-transformers cuts after the normalisation, so give
+`normalize_embeddings=True` with it.
+
+## Prompts
+
+{prompts}
+"""
+
+
+def write_card(folder: Path, config: Qwen3Config, record: ModelRecord) -> None:
+    """Write the model card of a folder."""
+    origin = record.origin
+    data = ModelCardData(
+        base_model=origin.base_model,
+        datasets=[name for name in origin.datasets if "/" in name] or None,
+        language=list(origin.languages) or None,
+        library_name=LIBRARY,
+        license=origin.license,
+        pipeline_tag=TASK,
+        tags=TAGS,
+    )
+    text = f"---\n{data.to_yaml()}\n---\n\n{_body(config, record)}"
+    (folder / CARD_FILE).write_text(text, encoding="utf-8")
+
+
+def _body(config: Qwen3Config, record: ModelRecord) -> str:
+    origin, ranks = record.origin, record.ranks
+    names = ", ".join(origin.datasets)
+    return BODY.format(
+        title=(origin.base_model or "Text embeddings").split("/")[-1],
+        base=f", trained from {origin.base_model}" if origin.base_model else "",
+        parameters=parameters_of(config, whole_cut(record, config)),
+        length=record.dims[0],
+        dims=_listed(record.dims),
+        exits=_listed(record.exits),
+        ranks=_listed(ranks) if ranks else "none: the table is whole",
+        max_seq_length=record.max_seq_length,
+        datasets=f" Trained on: {names}." if names else "",
+        dim=min(record.dims),
+        depth=min(record.exits),
+        rank=f", rank={min(ranks)}" if ranks else "",
+        prompts=_prompts(record),
+    )
+
+
+def _listed(sizes: tuple[int, ...]) -> str:
+    return ", ".join(map(str, sorted(sizes)))
+
+
+def _prompts(record: ModelRecord) -> str:
+    if not any(record.prompts.values()):
+        return "None: texts are encoded as they are."
+    lines = [f"- `{name}`: `{text!r}`" for name, text in record.prompts.items() if text]
+    default = record.default_prompt_name
+    unnamed = f"`{default}` is put before texts" if default else "no prompt is put before texts"
+    return "\n".join([*lines, "", f"Choose one with `prompt_name`; without it {unnamed}."])
+
+
+def origin_of(folder: Path, record: ModelRecord | None) -> Origin:
+    """What is known of a model that training starts from, for the card of what is trained.
+
+    Args:
+        folder: of that model.
+        record: its record; None for a plain backbone.
+    """
+    if record is not None and record.origin != Origin():
+        return record.origin
+    try:
+        data = ModelCard.load(folder / CARD_FILE).data if (folder / CARD_FILE).is_file() else None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder / CARD_FILE} is no model card ({error}); correct or remove it"
+        ) from None
+    languages = getattr(data, "language", None) or ()
+    return Origin(
+        base_model=hub_name(folder),
+        license=getattr(data, "license", None),
+        languages=(languages,) if isinstance(languages, str) else tuple(languages),
+    )

@@ -1,0 +1,98 @@
+"""What a model folder may not be: each refusal names what was found and what to do."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, Qwen3Config
+
+from ml_embed.errors import UserError
+
+ADAPTER_FILE = "adapter_config.json"
+ARCHITECTURES = (
+    "Qwen3Model",
+    "Qwen3ForCausalLM",
+    "Qwen3ForQuestionAnswering",
+    "Qwen3ForSequenceClassification",
+    "Qwen3ForTokenClassification",
+)
+"""All of them hold the same decoder."""
+
+
+def check_config(folder: Path) -> None:
+    """Refuse what a folder's JSON files ask for and this project does not compute.
+
+    A config.json that is missing or damaged is left to whoever reads it next.
+
+    Raises:
+        UserError: adapters, code of its own, quantized weights, attention to later tokens, or
+            another architecture.
+    """
+    if (adapter := _read(folder / ADAPTER_FILE)) is not None:
+        base = adapter.get("base_model_name_or_path")
+        raise UserError(
+            f"{folder} holds a LoRA adapter ({ADAPTER_FILE}) of {base}, not a whole model; merge "
+            "it first: peft's AutoPeftModel.from_pretrained(FOLDER).merge_and_unload()"
+            ".save_pretrained(NEW), and the tokenizer's save_pretrained(NEW)"
+        )
+    config = _read(folder / "config.json") or {}
+    if problem := _problem(config):
+        raise UserError(f"config.json of {folder}: {problem}")
+
+
+def _problem(config: dict[str, Any]) -> str | None:
+    if "quantization_config" in config:
+        method = (config["quantization_config"] or {}).get("quant_method", "of an unknown kind")
+        return f"the weights are quantized ({method}); give the model's folder before that"
+    if config.get("auto_map"):
+        return (
+            f"auto_map asks for code of the folder's own ({_first(config['auto_map'])}), which is "
+            "never run; if the model is a plain Qwen3, remove auto_map"
+        )
+    both_ways = [name for name in ("is_causal", "causal") if config.get(name) is False]
+    both_ways += [name for name, value in config.items() if "bidirection" in name and value is True]
+    if both_ways:
+        name = both_ways[0]
+        return (
+            f"{name} {json.dumps(config[name])} lets attention see later tokens; ml-embed computes "
+            "causal Qwen3 models only, so use sentence-transformers for this one"
+        )
+    if config.get("model_type") == "qwen3":
+        for architecture in config.get("architectures") or ():
+            if architecture not in ARCHITECTURES:
+                return (
+                    f"the architecture {architecture} is none of {', '.join(ARCHITECTURES)}"
+                    "; use sentence-transformers for this model, or correct the name if the model "
+                    "is a plain Qwen3"
+                )
+    return None
+
+
+def _first(value: Any) -> str:
+    """A class that auto_map names."""
+    while isinstance(value, dict | list) and value:
+        value = next(iter(value.values())) if isinstance(value, dict) else value[0]
+    return str(value)
+
+
+def check_vocabulary(folder: Path, config: Qwen3Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that gives ids for which the token table has no row.
+
+    Raises:
+        UserError: says both numbers and the remedy.
+    """
+    needed = max(tokenizer.get_vocab().values()) + 1
+    if needed > config.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has {needed} tokens, the model's token table "
+            f"{config.vocab_size} rows; resize it with transformers: "
+            "model.resize_token_embeddings(len(tokenizer)), then save_pretrained"
+        )
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
