@@ -14,22 +14,27 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from ml_embed.errors import UserError
 from ml_embed.files.model_source import find_model_folder
-from ml_embed.files.paths import home_path
+from ml_embed.files.paths import check_model_output, home_path
 from ml_embed.inference.encoding import choose_device, default_dtype, longest_first, pooled_vectors
-from ml_embed.inference.texts import as_several, windows_of
+from ml_embed.inference.precision import Precision, check_precision, quantize
+from ml_embed.inference.similarity import Vectors, similarity, similarity_pairwise
+from ml_embed.inference.texts import as_several, prompt_text, windows_of
 from ml_embed.inference.vector_file import check_vector_file, write_vectors
 from ml_embed.inference.workers import Encode, encode_in_processes, results_in_order
 from ml_embed.kernels.attention import choose_kernel
 from ml_embed.model import MatryoshkaEncoder
 from ml_embed.model_folders.cut import Cut, choose_cut
+from ml_embed.model_folders.export import write_cut
 from ml_embed.model_folders.read import ModelFolder, load_encoder
 from ml_embed.model_folders.record import ModelRecord
 from ml_embed.model_folders.sizes import parameters_of
@@ -47,12 +52,23 @@ PROGRESS_DELAY = 2.0
 class _Settings:
     """How one call encodes; see `Embedder.encode`."""
 
+    batch_size: int | None = None
     batch_tokens: int | None = None
     unit_length: bool = True
 
+    def check(self) -> None:
+        """Raises UserError for what is not possible."""
+        for name in ("batch_size", "batch_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"{name} is {value}; it must be at least 1")
+
 
 class Embedder:
-    """A trained model, or a part of it, for inference. Make one with `Embedder.from_pretrained`."""
+    """A trained model, or a part of it, for inference. Make one with `Embedder.from_pretrained`.
+
+    Its methods are called as those of sentence-transformers' SentenceTransformer are, and mean the
+    same. It can be pickled: where it is unpickled, it is read from its folder again.
+    """
 
     def __init__(
         self,
@@ -60,12 +76,13 @@ class Embedder:
         text_tokenizer: TextTokenizer,
         record: ModelRecord,
         cut: Cut,
+        folder: Path | None = None,
     ):
         self._encoder = encoder.requires_grad_(False).eval()
         self._text_tokenizer = text_tokenizer
         self._record = record
         self._cut = cut
-        self._load_again: Callable[..., Embedder] | None = None
+        self._folder = folder
 
     @classmethod
     def from_pretrained(
@@ -90,8 +107,8 @@ class Embedder:
             dtype: of weights and computation; None is bfloat16 on a GPU that has it, else float32.
 
         Raises:
-            UserError: the folder is not a model folder, its weights are not safetensors, or a cut
-                was not trained.
+            UserError: the folder is not a model folder, its weights are not safetensors, what it
+                says is not what this project computes, or a cut was not trained.
         """
         device = choose_device(device)
         dtype = default_dtype(device) if dtype is None else dtype
@@ -101,12 +118,31 @@ class Embedder:
         kernel = choose_kernel("auto", device, dtype)
         encoder = load_encoder(source, depth=cut.depth, rank=cut.rank, kernel=kernel, dtype=dtype)
         text_tokenizer = TextTokenizer(source.tokenizer, record.max_seq_length)
-        embedder = cls(encoder.to(device), text_tokenizer, record, cut)
-        sizes = vars(cut) | {"rank": cut.rank or None}
-        embedder._load_again = functools.partial(
-            cls.from_pretrained, source.path, **sizes, allow_untrained=True, dtype=dtype
-        )
-        return embedder
+        return cls(encoder.to(device), text_tokenizer, record, cut, source.path)
+
+    def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> None:
+        """Write the model, cut as it is here, as a model folder of its own.
+
+        It stays nested: smaller sizes that were trained are still there. Weights have the dtype of
+        the folder that the model was read from, which must still be there.
+
+        Raises:
+            UserError: `folder` exists and is not to be overwritten, or cannot be written.
+        """
+        source, output = self._source(), home_path(folder)
+        check_model_output(output, overwrite, source)
+        write_cut(ModelFolder.open(source), self._cut, output)
+
+    def _source(self) -> Path:
+        assert self._folder is not None, "only a model from a folder can be read from it again"
+        return self._folder
+
+    def _load_again(self) -> Callable[[str], "Embedder"]:
+        """The same model on any device, as a call that can be pickled."""
+        return functools.partial(_load_cut, self._source(), self._cut, self.dtype)
+
+    def __reduce__(self) -> tuple:
+        return self._load_again(), (str(self.device),)
 
     @property
     def depth(self) -> int:
@@ -125,17 +161,27 @@ class Embedder:
 
     @property
     def max_seq_length(self) -> int:
-        """Tokens read of a text, EOS included; the rest is cut off."""
+        """Tokens read of a text, end token included; the rest is cut off."""
         return self._text_tokenizer.max_length
 
     @property
     def prompts(self) -> dict[str, str]:
-        """Names that `prompt` takes -> the text put before each input."""
+        """Names that `prompt_name` takes -> the text put before each input."""
         return dict(self._record.prompts)
+
+    @property
+    def default_prompt_name(self) -> str | None:
+        """Name of the prompt that `encode` uses where none is given; None is no prompt."""
+        return self._record.default_prompt_name
 
     @property
     def device(self) -> torch.device:
         return next(self._encoder.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and computation; vectors are float32."""
+        return next(self._encoder.parameters()).dtype
 
     @property
     def num_parameters(self) -> int:
@@ -145,22 +191,30 @@ class Embedder:
     def encode(
         self,
         texts: str | Iterable[str],
+        prompt_name: str | None = None,
         prompt: str | None = None,
+        batch_size: int | None = None,
         batch_tokens: int | None = None,
         show_progress: bool | None = None,
+        precision: Precision = "float32",
+        convert_to_tensor: bool = False,
         devices: str | Sequence[str] | None = None,
         normalize: bool = True,
-    ) -> np.ndarray:
+    ) -> Any:
         """Vectors of texts, in the order of the texts.
 
         Args:
-            texts: a list, any iterable, or one string, which counts as a list of one.
-            prompt: name of one of the model's saved `prompts`, put before each text; None is no
-                prompt. A prompt of your own is put in front of the texts by yourself.
+            texts: a list, or any iterable of strings; or one string, which gives one vector.
+            prompt_name: name of one of the model's saved `prompts`, put before each text; None is
+                `default_prompt_name`.
+            prompt: a text of your own that is put before each text instead; "" is none.
+            batch_size: most texts per forward pass; None is as many as `batch_tokens` allows.
             batch_tokens: tokens per forward pass; None is 32,768 on a GPU and 4,096 on the CPU. It
                 bounds memory and does not change the vectors.
             show_progress: a bar on stderr; None shows it on a terminal once the call has taken two
                 seconds.
+            precision: of what is returned: float32, integers of 8 bits, or bits (`quantize`).
+            convert_to_tensor: return a tensor on the model's device instead of a NumPy array.
             devices: compute on these, with a process and a copy of the model on each, e.g.
                 ["cuda:0", "cuda:1"] or ["cpu", "cpu"]; one string counts as a list of one; None
                 computes here. The calling script needs the usual `if __name__ == "__main__":`.
@@ -168,20 +222,69 @@ class Embedder:
                 distillation learns from.
 
         Returns:
-            (len(texts), dim) float32, rows of unit length unless `normalize` is False.
+            a NumPy array, or a tensor: (len(texts), dim), or (dim,) for one string; rows of unit
+            length unless `normalize` is False.
 
         Raises:
-            UserError: a text is not a string, or the prompt or a device is not known.
+            UserError: a text is not a string, or the prompt, the precision or a device is not
+                known.
         """
-        settings = _Settings(batch_tokens, normalize)
-        windows = list(self._stream(texts, prompt, settings, show_progress, devices))
-        return np.concatenate(windows) if windows else np.empty((0, self.dim), np.float32)
+        check_precision(precision)
+        settings = _Settings(batch_size, batch_tokens, normalize)
+        prefix = self._prefix(prompt_name, prompt)
+        windows = list(self._stream(texts, prefix, settings, show_progress, devices))
+        vectors = np.concatenate(windows) if windows else np.empty((0, self.dim), np.float32)
+        vectors = quantize(vectors, precision)
+        vectors = vectors[0] if isinstance(texts, str) else vectors
+        return torch.from_numpy(vectors).to(self.device) if convert_to_tensor else vectors
+
+    def encode_query(
+        self,
+        texts: str | Iterable[str],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        **options: Any,
+    ) -> Any:
+        """`encode` with the saved prompt "query" where no other is given, or with none."""
+        return self._encode_as("query", texts, prompt_name, prompt, options)
+
+    def encode_document(
+        self,
+        texts: str | Iterable[str],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        **options: Any,
+    ) -> Any:
+        """`encode` with the saved prompt "document" where no other is given, or with none."""
+        return self._encode_as("document", texts, prompt_name, prompt, options)
+
+    def _encode_as(
+        self,
+        role: str,
+        texts: str | Iterable[str],
+        prompt_name: str | None,
+        prompt: str | None,
+        options: dict[str, Any],
+    ) -> Any:
+        if prompt_name is None and prompt is None:
+            prompt_name, prompt = (role, None) if role in self._record.prompts else (None, "")
+        return self.encode(texts, prompt_name, prompt, **options)
+
+    def similarity(self, left: Vectors, right: Vectors) -> Tensor:
+        """(N, D), (M, D) -> (N, M) cosines."""
+        return similarity(left, right)
+
+    def similarity_pairwise(self, left: Vectors, right: Vectors) -> Tensor:
+        """(N, D), (N, D) -> (N,) cosines of each with the other of its place."""
+        return similarity_pairwise(left, right)
 
     def encode_to_file(
         self,
         texts: str | Iterable[str],
         path: str | Path,
+        prompt_name: str | None = None,
         prompt: str | None = None,
+        batch_size: int | None = None,
         batch_tokens: int | None = None,
         show_progress: bool | None = None,
         devices: str | Sequence[str] | None = None,
@@ -192,7 +295,7 @@ class Embedder:
         `np.load(path, mmap_mode="r")` reads them. The file appears whole or not at all.
 
         Returns:
-            how many texts there were.
+            how many texts there were; one string counts as a list of one.
 
         Raises:
             UserError: as `encode`, and before the work if `path` does not end in .npy, exists and
@@ -200,22 +303,24 @@ class Embedder:
         """
         path = home_path(path)
         check_vector_file(path, overwrite)
-        windows = self._stream(texts, prompt, _Settings(batch_tokens), show_progress, devices)
+        prefix, settings = self._prefix(prompt_name, prompt), _Settings(batch_size, batch_tokens)
+        windows = self._stream(texts, prefix, settings, show_progress, devices)
         return write_vectors(path, windows, self.dim)
+
+    def _prefix(self, name: str | None, text: str | None) -> str:
+        return prompt_text(self._record.prompts, name, text, self._record.default_prompt_name)
 
     def _stream(
         self,
         texts: str | Iterable[str],
-        prompt: str | None,
+        prefix: str,
         settings: _Settings,
         show_progress: bool | None,
         devices: str | Sequence[str] | None,
     ) -> Iterator[np.ndarray]:
         """(n, D) vectors of one window of texts after another."""
         texts = as_several(texts, "texts")
-        if settings.batch_tokens is not None and settings.batch_tokens < 1:
-            raise UserError(f"batch_tokens is {settings.batch_tokens}; it must be at least 1")
-        prefix = self._prompt_text(prompt)
+        settings.check()
         bar = tqdm(
             desc="encoding",
             unit=" texts",
@@ -232,17 +337,6 @@ class Embedder:
             run = self._encode_elsewhere(windows, settings, bar.update, names)
         with bar, closing(run):
             yield from run
-
-    def _prompt_text(self, prompt: str | None) -> str:
-        if prompt is None:
-            return ""
-        if prompt not in self._record.prompts:
-            known = ", ".join(map(repr, self._record.prompts)) or "none"
-            raise UserError(
-                f"prompt {prompt!r} is not one of the model's saved prompts ({known}); "
-                "to use a text of your own, put it in front of the texts"
-            )
-        return self._record.prompts[prompt]
 
     def _encode_here(
         self,
@@ -267,7 +361,8 @@ class Embedder:
         order = longest_first(token_ids)
         in_order = [token_ids[i] for i in order]
         rows = []
-        for vectors in pooled_vectors(self._encoder, in_order, settings.batch_tokens):
+        tokens, most = settings.batch_tokens, settings.batch_size
+        for vectors in pooled_vectors(self._encoder, in_order, tokens, batch_texts=most):
             cut = vectors[0, :, : self.dim]
             rows.append(normalize(cut, dim=-1) if settings.unit_length else cut)
             progress(len(rows[-1]))
@@ -282,22 +377,29 @@ class Embedder:
         progress: Callable[[int], object],
         devices: Iterable[str],
     ) -> Generator[np.ndarray, None, None]:
-        assert self._load_again is not None, (
-            "only a model that was loaded from a folder can be loaded again elsewhere"
-        )
         names = [str(choose_device(device)) for device in devices]
         if not names:
             raise UserError("devices is empty; name at least one, or leave it out")
-        load = functools.partial(_load_encode, self._load_again, settings)
+        load = functools.partial(_load_encode, self._load_again(), settings)
         for vectors in encode_in_processes(load, names, windows):
             progress(len(vectors))
             yield vectors
 
 
-def _load_encode(load: Callable[..., Embedder], settings: _Settings, device: str) -> Encode:
-    """A model on a device of another process, as a function of texts that are checked already."""
+def _load_cut(folder: Path, cut: Cut, dtype: torch.dtype, device: str) -> Embedder:
+    """A model as it was loaded before, on a device."""
+    sizes = vars(cut) | {"rank": cut.rank or None}
+    return Embedder.from_pretrained(
+        folder, **sizes, device=device, allow_untrained=True, dtype=dtype
+    )
+
+
+def _load_encode(load: Callable[[str], Embedder], settings: _Settings, device: str) -> Encode:
+    """A model on a device of another process, as a function of texts that are whole already."""
     return functools.partial(
-        load(device=device).encode,
+        load(device).encode,
+        prompt="",
+        batch_size=settings.batch_size,
         batch_tokens=settings.batch_tokens,
         show_progress=False,
         normalize=settings.unit_length,

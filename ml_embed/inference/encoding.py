@@ -55,6 +55,7 @@ def pooled_vectors(
     token_ids: Sequence[np.ndarray],
     batch_tokens: int | None = None,
     rank: int | None = None,
+    batch_texts: int | None = None,
 ) -> Iterator[Tensor]:
     """Vectors of consecutive texts at all exits, one packed batch after another, not normalised.
 
@@ -64,15 +65,18 @@ def pooled_vectors(
         batch_tokens: most tokens in a batch, save for a single longer text; None is the device's
             default.
         rank: leading components of the token factors to use; None or 0 is all.
+        batch_texts: most texts in a batch; None is as many as `batch_tokens` allows.
     Yields:
         (E, n, H) float32 on the encoder's device, for the next n texts.
     """
     device = next(encoder.parameters()).device
     limit = batch_tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"])
+    most = batch_texts or len(token_ids)
     start = 0
     while start < len(token_ids):
         end, total = start + 1, len(token_ids[start])
-        while end < len(token_ids) and total + len(token_ids[end]) <= limit:
+        last = min(len(token_ids), start + most)
+        while end < last and total + len(token_ids[end]) <= limit:
             total += len(token_ids[end])
             end += 1
         batch = token_ids[start:end]

@@ -13,6 +13,8 @@ from ml_embed.files.model_source import find_model_folder
 from ml_embed.files.paths import home_path, model_type
 from ml_embed.inference.embedder import Embedder
 from ml_embed.inference.encoding import choose_device
+from ml_embed.model_folders.checks import ADAPTER_FILE
+from ml_embed.model_folders.modules import MODULES_FILE, ForeignModules, read_modules
 from ml_embed.model_folders.record import RECORD_FILE
 
 
@@ -58,7 +60,7 @@ class OwnModel:
         self.dim, self.device = self._embedder.dim, self._embedder.device
 
     def encode(self, texts: Sequence[str], normalize: bool = True) -> np.ndarray:
-        return self._embedder.encode(texts, show_progress=False, normalize=normalize)
+        return self._embedder.encode(texts, prompt="", show_progress=False, normalize=normalize)
 
 
 class SentenceTransformersModel:
@@ -99,6 +101,8 @@ class SentenceTransformersModel:
 def load_text_model(name: str | Path, device: str | None = None, batch_size: int = 32) -> TextModel:
     """A model of this project or a plain Qwen3 backbone, or else one of sentence-transformers.
 
+    A folder whose modules are not this project's is sentence-transformers' as a whole.
+
     Args:
         name: a folder, or a name on the hub.
         device: None is the first GPU if there is one, else the CPU.
@@ -110,14 +114,23 @@ def load_text_model(name: str | Path, device: str | None = None, batch_size: int
     if batch_size < 1:
         raise UserError(f"--batch-size is {batch_size}; it must be at least 1")
     folder, shown = find_model_folder(name), str(home_path(name))
-    if (folder / RECORD_FILE).is_file() or _is_backbone(folder):
+    if _is_own(folder):
         return OwnModel(folder, shown, device)
     return SentenceTransformersModel(folder, shown, device, batch_size)
 
 
-def _is_backbone(folder: Path) -> bool:
-    """Whether it is a Qwen3 folder that does not say how to pool.
+def _is_own(folder: Path) -> bool:
+    """Whether it is a model folder of this project with its own modules, or a Qwen3 backbone.
 
-    sentence-transformers would take the mean of all tokens; training takes the last.
+    A backbone does not say how to pool. sentence-transformers would take the mean of all tokens;
+    training takes the last.
     """
-    return model_type(folder) == "qwen3" and not (folder / "modules.json").is_file()
+    if (folder / RECORD_FILE).is_file():
+        try:
+            read_modules(folder)
+        except ForeignModules:
+            return False
+        return True
+    # An adapter is refused with the remedy.
+    backbone = model_type(folder) == "qwen3" or (folder / ADAPTER_FILE).is_file()
+    return backbone and not (folder / MODULES_FILE).is_file()

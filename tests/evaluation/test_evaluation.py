@@ -155,7 +155,7 @@ def test_every_cut_is_what_the_cut_model_achieves(folders, sharing):
         scores, positive = [], []
         for case in cases:
             candidates = sorted(set(case["candidates"]))
-            scores.append((model.encode(candidates) @ model.encode(case["query"])[0]).tolist())
+            scores.append((model.encode(candidates) @ model.encode(case["query"])).tolist())
             positive.append(candidates.index(case["passage"]))
         assert {name: row[name] for name in ("recall@1", "mrr@10", "ndcg@10")} == naive_metrics(
             scores, positive
@@ -188,7 +188,7 @@ def test_raw_data_is_searched_whole(folders, tmp_path):
     # (query, its passage): the query's own text and its other passage do not compete.
     for query, right, out in ((0, 1, (0, 4)), (0, 4, (0, 1)), (3, 0, (3,))):
         kept = [text for text in corpus if text not in [TEXTS[i] for i in out]]
-        scores.append((model.encode(kept) @ model.encode(TEXTS[query])[0]).tolist())
+        scores.append((model.encode(kept) @ model.encode(TEXTS[query])).tolist())
         positive.append(kept.index(TEXTS[right]))
         sizes.append(len(kept))
     (row,) = result["rows"]

@@ -75,8 +75,10 @@ def test_a_nested_model_keeps_its_cuts_and_prompts(hub, nested):
     cut = {"rank": 16, "depth": 1, "dim": 16}
     model = Embedder.from_pretrained("ada/nested", **cut, device="cpu")
     assert (model.rank, model.depth, model.dim, model.prompts) == (16, 1, 16, PROMPTS)
-    expected = Embedder.from_pretrained(nested, **cut, device="cpu").encode(TEXTS, prompt="query")
-    np.testing.assert_array_equal(model.encode(TEXTS, prompt="query"), expected)
+    expected = Embedder.from_pretrained(nested, **cut, device="cpu").encode(
+        TEXTS, prompt_name="query"
+    )
+    np.testing.assert_array_equal(model.encode(TEXTS, prompt_name="query"), expected)
     with pytest.raises(UserError, match="dim 24 was not trained"):
         Embedder.from_pretrained("ada/nested", dim=24)
 

@@ -78,7 +78,7 @@ def test_sentence_transformers_reads_it(checkpoint, tmp_path, cut):
     vectors = other.encode(SPOKEN, prompt_name="query")
     assert vectors.shape == (len(SPOKEN), cut.get("dim", HIDDEN))
     expected = Embedder.from_pretrained(checkpoint, **cut, device="cpu").encode(
-        SPOKEN, prompt="query"
+        SPOKEN, prompt_name="query"
     )
     assert_equal_vectors(vectors, expected)
 

@@ -242,7 +242,7 @@ def test_transformers_4_gives_the_same_vectors(folder, tmp_path):
         command = [python, "-c", ENCODE, model, tmp_path / "texts", tmp_path / "vectors.npy"]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        expected = Embedder.from_pretrained(model, device="cpu").encode(SPOKEN, prompt="query")
+        expected = Embedder.from_pretrained(model, device="cpu").encode(SPOKEN, prompt_name="query")
         np.testing.assert_allclose(np.load(tmp_path / "vectors.npy"), expected, atol=2e-6)
 
 

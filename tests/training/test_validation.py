@@ -78,7 +78,7 @@ def measured(model: Embedder, rows: list[dict], task: str) -> dict[str, float]:
     """The naive metrics of a model on rows."""
     scores, positive = [], []
     for row, texts in zip(rows, searched(rows, task), strict=True):
-        scores.append((model.encode(texts) @ model.encode(row["query"])[0]).tolist())
+        scores.append((model.encode(texts) @ model.encode(row["query"])).tolist())
         positive.append(texts.index(row["passage"]))
     return naive_metrics(scores, positive)
 
