@@ -1,5 +1,6 @@
 """The model card (`README.md`) of a model folder: what the hub, and whoever opens it, is told."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -108,15 +109,22 @@ def _prompts(record: ModelRecord) -> str:
     return "\n".join([*lines, "", f"Choose one with `prompt_name`; without it {unnamed}."])
 
 
-def origin_of(folder: Path, record: ModelRecord | None) -> Origin:
-    """What is known of a model that training starts from, for the card of what is trained.
+def origin_of(folder: Path, record: ModelRecord, datasets: tuple[str, ...]) -> Origin:
+    """What is known of what is trained.
 
     Args:
-        folder: of that model.
-        record: its record; None for a plain backbone.
+        folder: of the model that training starts from.
+        record: of that model.
+        datasets: that are trained on.
     """
-    if record is not None and record.origin != Origin():
-        return record.origin
+    known = record.origin
+    if known == Origin():
+        known = _origin_of_folder(folder)
+    return replace(known, datasets=tuple(dict.fromkeys((*known.datasets, *datasets))))
+
+
+def _origin_of_folder(folder: Path) -> Origin:
+    """Of a model from elsewhere: what its place and its own card say."""
     try:
         data = ModelCard.load(folder / CARD_FILE).data if (folder / CARD_FILE).is_file() else None
     except (OSError, ValueError) as error:

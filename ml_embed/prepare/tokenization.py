@@ -52,7 +52,7 @@ from ml_embed.prepare.token_files import (
     text_array,
     token_file,
 )
-from ml_embed.prepare.tokenizer import TextTokenizer, fingerprint, load_tokenizer
+from ml_embed.prepare.tokenizer import TextTokenizer, end_token, fingerprint, load_tokenizer
 
 # A block's texts take about 150 bytes a token while they are tokenized; three blocks are in flight.
 BLOCK_CHARACTERS = 2_000_000
@@ -210,7 +210,7 @@ def _make_jobs(options: TokenizeOptions) -> dict[str, _Job]:
 def _open_record(tokenizer: PreTrainedTokenizerBase, options: TokenizeOptions) -> WorkRecord:
     """The record of the output folder, which `overwrite` makes anew unless that was interrupted."""
     settings = Manifest(
-        eos_id=tokenizer.eos_token_id,
+        eos_id=end_token(tokenizer),
         pad_id=tokenizer.pad_token_id,
         vocab_size=max(tokenizer.get_vocab().values()) + 1,
         tokenizer_fingerprint=fingerprint(tokenizer),

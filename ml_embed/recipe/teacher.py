@@ -43,7 +43,7 @@ from ml_embed.files.work_record import Entry, Finished, WorkRecord, journal_of
 from ml_embed.inference.text_models import TextModel, check_finite
 from ml_embed.model_folders.read import weights_digest
 from ml_embed.prepare.prompts import Prompts
-from ml_embed.prepare.tokenizer import TextTokenizer, fingerprint, load_tokenizer
+from ml_embed.prepare.tokenizer import TextTokenizer, end_token, fingerprint, load_tokenizer
 
 LOCK = ".teacher.lock"
 OWN_CACHE = "cache"
@@ -84,7 +84,7 @@ class TextDecoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._backend = tokenizer.backend_tokenizer
-        self._eos_id = tokenizer.eos_token_id
+        self._eos_id = end_token(tokenizer)
 
     def __call__(self, texts: list[np.ndarray]) -> list[str]:
         """n arrays of ids -> n texts, without the EOS that tokenization appended."""

@@ -12,9 +12,9 @@ from ml_embed.data.store import Store, open_store
 from ml_embed.data.teacher_vectors import KD_REMEDY, TeacherVectors, open_teacher_vectors
 from ml_embed.errors import UserError
 from ml_embed.files.model_source import find_model_folder
-from ml_embed.model_folders.read import load_backbone_config
+from ml_embed.model_folders.read import ModelFolder
 from ml_embed.prepare.prompts import check_prompts
-from ml_embed.prepare.tokenizer import fingerprint, load_tokenizer
+from ml_embed.prepare.tokenizer import end_token, fingerprint
 from ml_embed.training import lora
 from ml_embed.training.resolve import Resolved, resolve
 
@@ -23,12 +23,20 @@ from ml_embed.training.resolve import Resolved, resolve
 class Inputs:
     """What a run starts from, opened and checked; no weight is loaded yet."""
 
-    backbone_config: Qwen3Config
-    tokenizer: PreTrainedTokenizerBase
+    start: ModelFolder
+    """the model that training starts from"""
     store: Store
     teacher_vectors: TeacherVectors | None
     """a teacher's vectors that were computed beforehand"""
     resolved: Resolved
+
+    @property
+    def backbone_config(self) -> Qwen3Config:
+        return self.start.config
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.start.tokenizer
 
 
 def with_model_folders(config: TrainConfig) -> TrainConfig:
@@ -55,21 +63,20 @@ def open_inputs(config: TrainConfig, world_size: int, progress: bool) -> Inputs:
     """
     if config.lora_r:
         lora.check_installed()
-    backbone_config = load_backbone_config(Path(config.model_path))
-    tokenizer = load_tokenizer(Path(config.model_path))
+    start = ModelFolder.open(Path(config.model_path))
     store = open_store(config.train_data_path, config.cache_dir, progress)
-    _check_tokenizer(config, tokenizer, store)
+    _check_tokenizer(config, start.tokenizer, store)
     check_prompts(config, store)
     if config.teacher_model_path is not None:
-        _check_teacher(Path(config.teacher_model_path), config, backbone_config, tokenizer)
+        _check_teacher(ModelFolder.open(Path(config.teacher_model_path)), config, start)
     teacher_vectors = None
     if config.teacher_vectors_path is not None:
         folder = Path(config.teacher_vectors_path)
         teacher_vectors = open_teacher_vectors(
-            folder, store, backbone_config.hidden_size, config.kd_loss
+            folder, store, start.config.hidden_size, config.kd_loss
         )
-    resolved = resolve(config, backbone_config, store, world_size)
-    return Inputs(backbone_config, tokenizer, store, teacher_vectors, resolved)
+    resolved = resolve(config, start.config, store, world_size)
+    return Inputs(start, store, teacher_vectors, resolved)
 
 
 def _check_tokenizer(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, store: Store) -> None:
@@ -81,18 +88,23 @@ def _check_tokenizer(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, st
             f"the one in model_path {config.model_path}; run tokenize_data_qwen.py again with "
             "--overwrite"
         )
+    if store.manifest.eos_id != (end := end_token(tokenizer)):
+        raise UserError(
+            f"train_data_path: the texts of {config.train_data_path} end in token "
+            f"{store.manifest.eos_id}, those of model_path {config.model_path} in {end} "
+            f"({tokenizer.convert_ids_to_tokens(end)}); run tokenize_data_qwen.py again with "
+            "--overwrite"
+        )
 
 
-def _check_teacher(
-    teacher: Path, config: TrainConfig, student: Qwen3Config, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    width = load_backbone_config(teacher).hidden_size
-    if config.kd_loss == "vectors" and width < student.hidden_size:
+def _check_teacher(teacher: ModelFolder, config: TrainConfig, student: ModelFolder) -> None:
+    width, wanted = teacher.config.hidden_size, student.config.hidden_size
+    if config.kd_loss == "vectors" and width < wanted:
         raise UserError(
             f"teacher_model_path: the teacher's vectors have {width} components, fewer than the "
-            f"student's {student.hidden_size}; {KD_REMEDY}"
+            f"student's {wanted}; {KD_REMEDY}"
         )
-    if fingerprint(load_tokenizer(teacher)) != fingerprint(tokenizer):
+    if fingerprint(teacher.tokenizer) != fingerprint(student.tokenizer):
         raise UserError(
             "teacher_model_path: the teacher has another tokenizer than model_path; it cannot read "
             "the data. Compute its vectors with scripts/embed_teacher.py, and give them as "

@@ -14,9 +14,11 @@ from ml_embed.distributed.collectives import compute_on_main_process
 from ml_embed.errors import UserError
 from ml_embed.files.atomic import remove_leftovers, write_json
 from ml_embed.losses.objective import Objective
+from ml_embed.model_folders.card import origin_of
 from ml_embed.model_folders.record import ModelRecord
 from ml_embed.notices import notice
 from ml_embed.prepare.prompts import prompts_to_record
+from ml_embed.prepare.tokenizer import end_token
 from ml_embed.training.accelerator import compute_dtype, make_engine
 from ml_embed.training.build import build_encoder, build_optimizer, build_teacher
 from ml_embed.training.checkpoint import drop_newer, load_state, read_progress
@@ -146,7 +148,7 @@ def _loader(config: TrainConfig, accelerator: Accelerator, inputs: Inputs) -> Lo
     builder = BatchBuilder(
         seed=config.seed,
         max_length=config.max_seq_length,
-        eos_id=inputs.tokenizer.eos_token_id,
+        eos_id=end_token(inputs.tokenizer),
         mask_false_negatives=config.mask_false_negatives,
         process=accelerator.process_index,
         processes=accelerator.num_processes,
@@ -156,8 +158,7 @@ def _loader(config: TrainConfig, accelerator: Accelerator, inputs: Inputs) -> Lo
 
 
 def _model_record(config: TrainConfig, inputs: Inputs) -> ModelRecord:
-    former = ModelRecord.load(Path(config.model_path))
-    former_prompts = former.prompts if former is not None else {}
+    former, datasets = inputs.start.record, tuple(inputs.store.datasets)
     return ModelRecord(
         exits=inputs.resolved.exits,
         dims=inputs.resolved.dims,
@@ -165,7 +166,9 @@ def _model_record(config: TrainConfig, inputs: Inputs) -> ModelRecord:
         temperature=config.temperature,
         max_seq_length=config.max_seq_length,
         norm_sharing=config.mll_norm,
-        prompts=prompts_to_record(config, inputs.store, former_prompts),
+        prompts=prompts_to_record(config, inputs.store, former.prompts),
+        default_prompt_name=former.default_prompt_name,
+        origin=origin_of(inputs.start.path, former, datasets),
     )
 
 
