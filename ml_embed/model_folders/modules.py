@@ -70,11 +70,13 @@ def read_modules(folder: Path) -> Modules:
         )
     transformer = _read(folder / TRANSFORMER_FILE) if (folder / TRANSFORMER_FILE).is_file() else {}
     if transformer.get("do_lower_case"):
-        raise _foreign(folder, "do_lower_case, which changes the texts")
+        raise foreign_modules(folder, "do_lower_case, which changes the texts")
     for key, arguments in transformer.items():
         others = set(arguments) - HARMLESS_ARGUMENTS if isinstance(arguments, dict) else set()
         if others and key.endswith(("_args", "_kwargs")):
-            raise _foreign(folder, f"{key} ({', '.join(sorted(others))}) in {TRANSFORMER_FILE}")
+            raise foreign_modules(
+                folder, f"{key} ({', '.join(sorted(others))}) in {TRANSFORMER_FILE}"
+            )
     length = transformer.get("max_seq_length")
     dim = _check_modules(folder) if (folder / MODULES_FILE).is_file() else None
     return Modules(dim, length, prompts, default)
@@ -94,11 +96,11 @@ def _check_modules(folder: Path) -> int | None:
         ["Dense"],
         ["Dense", "Normalize"],
     ):
-        raise _foreign(folder, f"the modules {', '.join(kinds)}")
+        raise foreign_modules(folder, f"the modules {', '.join(kinds)}")
     if paths[0]:
-        raise _foreign(folder, f"its weights in the folder {paths[0]}")
+        raise foreign_modules(folder, f"its weights in the folder {paths[0]}")
     if (pooling := _pooling(folder / paths[1])) != "lasttoken":
-        raise _foreign(folder, f"{pooling} pooling")
+        raise foreign_modules(folder, f"{pooling} pooling")
     return _cut_of_dense(folder, paths[2]) if "Dense" in kinds else None
 
 
@@ -126,7 +128,7 @@ def _cut_of_dense(folder: Path, path: str) -> int:
         raise _damaged(folder / path / "model.safetensors", error) from None
     weight = weights.pop("linear.weight", torch.empty(0, 0)).float()
     if not plain or any(w.any() for w in weights.values()) or not _is_cut(weight):
-        raise _foreign(folder, f"a Dense layer ({path}) that does more than cut vectors")
+        raise foreign_modules(folder, f"a Dense layer ({path}) that does more than cut vectors")
     return len(weight)
 
 
@@ -134,7 +136,8 @@ def _is_cut(weight: torch.Tensor) -> bool:
     return 0 < weight.shape[0] <= weight.shape[1] and torch.equal(weight, torch.eye(*weight.shape))
 
 
-def _foreign(folder: Path, what: str) -> ForeignModules:
+def foreign_modules(folder: Path, what: str) -> ForeignModules:
+    """The error for a folder that has something which this project does not compute."""
     return ForeignModules(
         f"{folder} has {what}; ml-embed computes the last token's vector, cut and normalised at "
         f"most. Use sentence-transformers for this model, or remove {MODULES_FILE} and "

@@ -24,6 +24,7 @@ from ml_embed.files.atomic import checksum
 from ml_embed.kernels.attention import Kernel
 from ml_embed.model import MatryoshkaEncoder, check_supported
 from ml_embed.model_folders.checks import check_config, check_vocabulary
+from ml_embed.model_folders.modules import MODULES_FILE, foreign_modules
 from ml_embed.model_folders.record import (
     EXIT_NORMS_FILE,
     FACTORS_FILE,
@@ -32,7 +33,7 @@ from ml_embed.model_folders.record import (
     nested_file,
 )
 from ml_embed.model_folders.seal import check_seal
-from ml_embed.prepare.tokenizer import load_tokenizer
+from ml_embed.prepare.tokenizer import appends_end_token, load_tokenizer
 
 SIZES = (
     "vocab_size",
@@ -70,6 +71,9 @@ class ModelFolder:
         """
         config, tokenizer = load_backbone_config(path), load_tokenizer(path)
         check_vocabulary(path, config, tokenizer)
+        if (path / MODULES_FILE).is_file() and not appends_end_token(tokenizer):
+            what = "a tokenizer that does not append one end token and nothing else"
+            raise foreign_modules(path, what)
         record = ModelRecord.load(path) or ModelRecord.of_backbone(path, config, tokenizer)
         check_seal(path, record)
         return cls(path, config, tokenizer, record)

@@ -103,6 +103,11 @@ def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return added[0] if added is not None and len(added) == 1 else tokenizer.eos_token_id
 
 
+def appends_end_token(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer by itself gives the ids that `TextTokenizer` gives."""
+    return _added_ids(tokenizer) == [end_token(tokenizer)]
+
+
 def append_eos_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """Make a tokenizer, in place, append exactly one end token to each text, truncated ones too.
 

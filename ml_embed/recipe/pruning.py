@@ -27,9 +27,9 @@ from ml_embed.inference.encoding import choose_device, default_dtype, longest_fi
 from ml_embed.kernels.attention import choose_kernel
 from ml_embed.model import MatryoshkaEncoder
 from ml_embed.model_folders.export import stored_dtype
-from ml_embed.model_folders.read import load_backbone, load_backbone_config
+from ml_embed.model_folders.read import ModelFolder, load_backbone
 from ml_embed.model_folders.write import save_backbone
-from ml_embed.prepare.tokenizer import TextTokenizer, load_tokenizer
+from ml_embed.prepare.tokenizer import TextTokenizer
 from ml_embed.prepare.tokenizer_training import read_texts, text_files
 
 WINDOW = 256
@@ -119,7 +119,8 @@ def prune_backbone(
     output = home_path(output)
     check_model_output(output, overwrite, home_path(folder))
     folder = find_model_folder(folder)
-    config, tokenizer = load_backbone_config(folder), load_tokenizer(folder)
+    opened = ModelFolder.open(folder)
+    config, tokenizer = opened.config, opened.tokenizer
     sizes = choose_sizes(config, layers, hidden, intermediate)
     whole = Sizes(config.num_hidden_layers, config.hidden_size, config.intermediate_size)
     backbone = load_backbone(folder, config)

@@ -123,7 +123,8 @@ def tokenizer_of_data(options: TeacherOptions) -> PreTrainedTokenizerBase:
     """
     manifest = find_sources(options.data).manifest
     tokenizer = load_tokenizer(find_tokenizer_folder(options.tokenizer))
-    if manifest is not None and manifest.tokenizer_fingerprint != fingerprint(tokenizer):
+    own = (fingerprint(tokenizer), end_token(tokenizer))
+    if manifest is not None and (manifest.tokenizer_fingerprint, manifest.eos_id) != own:
         raise UserError(
             f"--tokenizer: {options.tokenizer} is not the tokenizer that {options.data} was made "
             "with; its texts could not be read back"
