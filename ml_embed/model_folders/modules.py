@@ -60,26 +60,42 @@ def read_modules(folder: Path) -> Modules:
         ForeignModules: its vectors are not those of the last token, cut or normalised at most.
         UserError: a file is missing or damaged.
     """
-    settings = _read(folder / PROMPTS_FILE) if (folder / PROMPTS_FILE).is_file() else {}
-    prompts, default = settings.get("prompts"), settings.get("default_prompt_name")
-    prompts = None if prompts is None else {name: text or "" for name, text in prompts.items()}
-    if default is not None and default not in (prompts or {}):
-        raise UserError(
-            f"{folder / PROMPTS_FILE}: default_prompt_name {default!r} is none of its prompts; "
-            "correct one of the two"
-        )
-    transformer = _read(folder / TRANSFORMER_FILE) if (folder / TRANSFORMER_FILE).is_file() else {}
-    if transformer.get("do_lower_case"):
-        raise foreign_modules(folder, "do_lower_case, which changes the texts")
-    for key, arguments in transformer.items():
-        others = set(arguments) - HARMLESS_ARGUMENTS if isinstance(arguments, dict) else set()
-        if others and key.endswith(("_args", "_kwargs")):
-            raise foreign_modules(
-                folder, f"{key} ({', '.join(sorted(others))}) in {TRANSFORMER_FILE}"
-            )
-    length = transformer.get("max_seq_length")
+    prompts, default = _prompts(folder / PROMPTS_FILE)
+    length = _max_seq_length(folder)
     dim = _check_modules(folder) if (folder / MODULES_FILE).is_file() else None
     return Modules(dim, length, prompts, default)
+
+
+def _prompts(path: Path) -> tuple[dict[str, str] | None, str | None]:
+    """The saved prompts, and the name of the default one."""
+    settings = _read(path) if path.is_file() else {}
+    prompts, default = settings.get("prompts"), settings.get("default_prompt_name")
+    if not isinstance(prompts, dict | None):
+        raise _damaged(path, "prompts must be names and texts")
+    prompts = None if prompts is None else {name: text or "" for name, text in prompts.items()}
+    if not all(isinstance(text, str) for text in (prompts or {}).values()):
+        raise _damaged(path, "prompts must be texts")
+    if default is not None and default not in (prompts or {}):
+        raise UserError(
+            f"{path}: default_prompt_name {default!r} is none of its prompts; correct one of them"
+        )
+    return prompts, default
+
+
+def _max_seq_length(folder: Path) -> int | None:
+    """The length that texts are cut to; refuses what else the Transformer module may do."""
+    path = folder / TRANSFORMER_FILE
+    settings = _read(path) if path.is_file() else {}
+    if settings.get("do_lower_case"):
+        raise foreign_modules(folder, "do_lower_case, which changes the texts")
+    for key, arguments in settings.items():
+        others = set(arguments) - HARMLESS_ARGUMENTS if isinstance(arguments, dict) else set()
+        if others and key.endswith(("_args", "_kwargs")):
+            raise foreign_modules(folder, f"{key} ({', '.join(sorted(others))}) in {path.name}")
+    length = settings.get("max_seq_length")
+    if length is not None and not (isinstance(length, int) and length >= 2):
+        raise _damaged(path, "max_seq_length must be a number of at least 2")
+    return length
 
 
 def _check_modules(folder: Path) -> int | None:
