@@ -167,7 +167,7 @@ def _catalogue_units(path: Path, left_out: Counts) -> Iterator[Unit]:
     for entry in _open_catalogue(path):
         if entry.obsolete:
             left_out["obsolete"] += 1
-        elif entry.fuzzy:
+        elif "fuzzy" in entry.flags:
             left_out["fuzzy"] += 1
         elif entry.msgid_plural:
             yield from _plural_units(entry.msgid, entry.msgid_plural, entry.msgstr_plural)
