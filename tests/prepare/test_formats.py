@@ -118,6 +118,16 @@ def test_what_cannot_be_read_rightly_is_refused_with_its_line(bring, tmp_path, n
     assert not rows, "nothing is written"
 
 
+def test_a_column_may_change_its_type_anywhere(bring, tmp_path):
+    """Loaders that guess types from a first block of 10 MB fail where a later row differs."""
+    path = tmp_path / "long.jsonl"
+    rows = [row(f"q{i}", "p" * 10_000, extra=i if i < 1500 else [str(i)]) for i in range(1600)]
+    path.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    code, said, found = bring(path)
+    assert code == 0, said
+    assert [each["query"] for each in found["long"]] == [f"q{i}" for i in range(1600)]
+
+
 def test_bad_rows_are_skipped_and_counted_where_that_is_asked_for(bring, tmp_path):
     code, said, rows = bring(CASES / "shifted.csv", "--skip-bad-rows")
     assert code == 0
@@ -137,13 +147,14 @@ def test_bad_rows_of_raw_data(world, bring, tmp_path, suffix):
         pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=4)
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code, said, _ = bring(tmp_path / "raw")
+    limit = ["--max-samples", "3"]
+    code, said, _ = bring(tmp_path / "raw", *limit)
     places = ("row 1", "row 3") if suffix == ".parquet" else ("line 2", "line 4")
     assert code == 2
     assert "has 2 faulty rows" in said
     assert f"{places[0]}: 'query' is empty" in said
     assert f"{places[1]}: 'passage' is empty" in said
-    code, said, _ = bring(tmp_path / "raw", "--skip-bad-rows", "--max-samples", "3")
+    code, said, _ = bring(tmp_path / "raw", "--skip-bad-rows", *limit)
     assert code == 0, said
     assert len(pq.read_table(tmp_path / "tokens/x_query.parquet")) == 3
     entry = json.loads((tmp_path / "tokens/manifest.json").read_text())["datasets"]["x"]
@@ -371,10 +382,7 @@ def test_what_datasets_saves_to_disk(bring, tmp_path, splits):
     saved.save_to_disk(tmp_path / "saved")
     code, said, rows = bring(tmp_path / "saved")
     assert code == 0, said
-    assert {(each["query"], each["passage"]) for each in rows["saved"]} == {
-        ("a", "yes"),
-        ("b", "no"),
-    }
+    assert pairs(rows["saved"]) == [("b", "no", ["yes"]), ("a", "yes", ["no"])]
     if splits:
         code, said, _ = bring(tmp_path / "saved", "--split", "test")
         assert code == 2
@@ -391,11 +399,9 @@ def test_duplicate_columns_of_parquet(bring, tmp_path):
         assert "Traceback" not in said
 
 
-def test_a_prompt_that_leaves_no_room_is_refused(bring, tmp_path):
-    config = tmp_path / "config.json"
-    config.write_text(
-        json.dumps({"train_data_path": "x", "datasets": {"triplet": {"prompt": "many words " * 9}}})
-    )
+def test_a_prompt_that_leaves_no_room_is_refused(world, bring, tmp_path):
+    prompts = {"triplet": {"prompt": "many words " * 9}}
+    config = world.write_config(tmp_path / "config.json", datasets=prompts)
     flags = ["--config", str(config), "--max-seq-length", "12"]
     code, said, _ = bring(CASES / "triplet.csv", *flags)
     assert code == 2
