@@ -85,6 +85,15 @@ class Ragged:
     lengths: np.ndarray  # (lists,) int64
 
 
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column's type is text, in any of Arrow's ways to hold it."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return (
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    )
+
+
 def is_list(kind: pa.DataType) -> bool:
     """Whether a column's type is a list, of any size of offsets or of a fixed size."""
     return (

@@ -78,7 +78,7 @@ class Source:
         if self.parallel:
             return self.parallel.name
         if self.shards or Path(self.path).is_dir():
-            return Path(self.path).resolve().name
+            return _folder_name(Path(self.path))
         stem, suffix = stem_and_suffix(Path(self.path))
         if suffix in TABLES:
             return stem
@@ -172,7 +172,7 @@ def _sources_of_folder(folder: Path, split: str) -> list[Source]:
     sources = [Source(str(p)) for p in tables if not (p.suffix == ".tsv" and is_tatoeba(p))]
     catalogues = [path for path in _visible_files(folder, True) if path.suffix in CATALOGUES]
     others = [path for path in here if path.suffix not in CATALOGUES]
-    texts = list_parallel([*others, *catalogues], folder.resolve().name)
+    texts = list_parallel([*others, *catalogues], _folder_name(folder))
     sources += [Source(str(text.files[0]), parallel=text) for text in texts]
     if not sources:
         raise UserError(
@@ -183,6 +183,10 @@ def _sources_of_folder(folder: Path, split: str) -> list[Source]:
         if number > 1:
             raise UserError(f"{folder} holds several files of dataset {name!r}: rename them")
     return sources
+
+
+def _folder_name(folder: Path) -> str:
+    return folder.name if folder.name not in ("", "..") else folder.resolve().name
 
 
 def _visible_files(folder: Path, below: bool = False) -> list[Path]:

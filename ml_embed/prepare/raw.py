@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from ml_embed.config import TASKS, Task
 from ml_embed.errors import UserError
-from ml_embed.files.parquet import open_parquet
+from ml_embed.files.parquet import is_text, open_parquet
 from ml_embed.prepare.raw_parquet import (
     BATCH_ROWS,
     NOTES_METADATA,
@@ -111,7 +111,7 @@ def is_raw_layout(path: Path) -> bool:
         if path.suffix.lower() == ".parquet":
             with open_parquet(path) as file:
                 columns = {field.name: field.type for field in file.schema_arrow}
-            listed_as_text = pa.types.is_string(columns.get("negatives", pa.null()))
+            listed_as_text = is_text(columns.get("negatives", pa.null()))
         else:
             first = next(iter(json_lines(path)), None)
             if first is None or isinstance(first.values, FaultyRow):

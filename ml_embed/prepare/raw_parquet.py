@@ -19,6 +19,7 @@ from ml_embed.errors import UserError
 from ml_embed.files.parquet import (
     broken_file_is_user_error,
     is_list,
+    is_text,
     open_parquet,
     parquet_writer,
     read_batches,
@@ -276,18 +277,10 @@ def check_schema(path: Path, schema: pa.Schema) -> None:
     refuse_doubles([name for name in schema.names if name in columns], path)
     for name in columns:
         kind = schema.field(name).type
-        fits, wanted = _TYPES.get(name, (_is_text, "string"))
+        fits, wanted = _TYPES.get(name, (is_text, "string"))
         if not fits(kind) and not (name not in ("query", "passage") and pa.types.is_null(kind)):
             other = " Rename it if it is something else." if name in OPTIONAL_COLUMNS.names else ""
             raise UserError(f"{path}: column {name!r} is {kind}; it must be {wanted}.{other}")
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return (
-        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    )
 
 
 def _is_number(kind: pa.DataType) -> bool:
@@ -301,8 +294,8 @@ def _is_list_of(fits: Callable[[pa.DataType], bool]) -> Callable[[pa.DataType], 
 
 
 _TYPES: dict[str, tuple[Callable[[pa.DataType], bool], str]] = {
-    "negatives": (_is_list_of(_is_text), "list<string>"),
-    "query_id": (lambda kind: _is_text(kind) or pa.types.is_integer(kind), "string"),
+    "negatives": (_is_list_of(is_text), "list<string>"),
+    "query_id": (lambda kind: is_text(kind) or pa.types.is_integer(kind), "string"),
     "score": (_is_number, "a number"),
     "pos_score": (_is_number, "a number"),
     "neg_scores": (_is_list_of(_is_number), "a list of numbers"),
