@@ -25,8 +25,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--input",
         required=True,
         help=(
-            "folder of raw data; or a .csv, .tsv, .json, .jsonl, .parquet or .arrow file, or the "
-            "name of a dataset on the Hugging Face hub, which is written to OUTPUT/raw first"
+            "folder of raw data; or a .csv, .tsv, .json, .jsonl, .parquet or .arrow file, a folder "
+            "of them, of a saved dataset or in BEIR's form, parallel text (.po, .mo, .tmx, name.en "
+            "beside name.sw), or the name of a dataset on the Hugging Face hub: these are written "
+            "to OUTPUT/raw first"
         ),
     )
     parser.add_argument(
@@ -44,8 +46,29 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             "the roles' names"
         ),
     )
-    parser.add_argument("--split", default="train", help="split of a hub dataset (default: train)")
+    parser.add_argument(
+        "--split",
+        default="train",
+        help="split of a dataset on the hub, of a saved one or of a BEIR folder (default: train)",
+    )
     parser.add_argument("--subset", help="configuration of a hub dataset, where it has several")
+    parser.add_argument(
+        "--encoding", default="utf-8", help="of text files, e.g. cp1252 (default: utf-8)"
+    )
+    parser.add_argument(
+        "--delimiter",
+        help="between fields of .csv and .tsv files (default: a comma, or a tab)",
+    )
+    parser.add_argument(
+        "--both-directions",
+        action="store_true",
+        help="of parallel text, also a row from the translation to the source",
+    )
+    parser.add_argument(
+        "--skip-bad-rows",
+        action="store_true",
+        help="leave faulty rows out and say how many, instead of refusing their file",
+    )
     parser.add_argument(
         "--config",
         type=home_path,
@@ -85,7 +108,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = vars(parse_arguments(arguments))
     from ml_embed.config import load_config  # after parsing: --help answers at once
-    from ml_embed.prepare.own_data import raw_folder
+    from ml_embed.prepare.own_data import ImportOptions, raw_folder
+    from ml_embed.prepare.records import Reading
+    from ml_embed.prepare.summary import say_what_is_missing
     from ml_embed.prepare.tokenization import TokenizeOptions, tokenize_folder
 
     config = options.pop("config")
@@ -93,16 +118,23 @@ def main(arguments: list[str] | None = None) -> int:
     origin = {key: options.pop(key) for key in ("input", "columns", "split", "subset")}
     progress = bars_wanted()
     kept = {key: options[key] for key in ("output", "seed", "overwrite")}
-    folder = raw_folder(**origin, **kept, progress=progress)
-    settings = TokenizeOptions(input=folder, datasets=datasets, **options)
+    reading = Reading(options.pop("encoding"), options.pop("delimiter"))
+    how = ImportOptions(reading, options.pop("both_directions"), options["skip_bad_rows"])
+    folder = raw_folder(**origin, **kept, progress=progress, options=how)
+    settings = TokenizeOptions(
+        input=folder.path, passed_over=folder.passed_over, datasets=datasets, **options
+    )
     manifest = tokenize_folder(settings, progress)
     entries = manifest.datasets.values()
     rows, documents, tokens = (
         sum(getattr(entry, key) for entry in entries) for key in ("rows", "documents", "tokens")
     )
+    say_what_is_missing(manifest)
+    queries = sum(entry.queries or 0 for entry in entries)
+    named = f" of {queries:,} named queries" if queries else ""
     print(
-        f"{options['output']}: {len(entries)} datasets, {rows:,} rows, {documents:,} documents, "
-        f"{tokens:,} tokens"
+        f"{options['output']}: {len(entries)} datasets, {rows:,} rows{named}, {documents:,} "
+        f"documents, {tokens:,} tokens"
     )
     return 0
 

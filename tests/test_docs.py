@@ -107,6 +107,7 @@ def laptop(world, tmp_path_factory) -> Path:
         f"a {word} thing number {i},{word}\n" for i in range(6) for word in ("good", "bad")
     )
     (folder / "reviews.csv").write_text("review,stars\n" + reviews)
+    (folder / "translations").symlink_to(ROOT / "tests" / "cases" / "rows" / "catalogues")
     return folder
 
 

@@ -1,7 +1,7 @@
 """manifest.json of a folder of tokenized data: what it says, and the one place that reads it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,8 @@ from typing import Any
 from ml_embed.errors import UserError
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 has no optional columns, digests, or numbers of what was left out. It is still read."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,18 @@ class DatasetEntry:
     """file, bytes and sha256 of the raw data"""
     bytes: Mapping[str, int] | None = None
     """size of the `query` and the `corpus` file"""
+    digests: Mapping[str, str] | None = None
+    """xxh3_128 of the two files' content"""
+    columns: Sequence[str] | None = None
+    """optional columns of the query file, of `query_id, language, score, pos_score, neg_scores`"""
+    queries: int | None = None
+    """different `query_id`s; None if there is no such column"""
+    left_out: Mapping[str, int] | None = None
+    """rows that are not there, by the reason; None if there are none"""
+    texts_cut: Mapping[str, int] | None = None
+    """`queries` and `documents` that were longer than max_seq_length; None if there are none"""
+    labels: int | None = None
+    """of labelled text"""
 
     def to_json(self) -> dict[str, Any]:
         return _without_none(self)
@@ -50,6 +63,9 @@ class Manifest:
     seed: int | None = None
     """of the choice of rows and of documents that get a prompt"""
     datasets: Mapping[str, DatasetEntry] = field(default_factory=dict)
+    passed_over: Sequence[str] | None = None
+    """files of the input that are no data; None if there are none"""
+    format_version: int = FORMAT_VERSION
 
     @classmethod
     def read(cls, path: Path) -> "Manifest":
@@ -61,9 +77,9 @@ class Manifest:
                 f"cannot read {path}: {error}. Run tokenize_data_qwen.py again with --overwrite."
             ) from error
         version = content.get("format_version") if isinstance(content, dict) else None
-        if version != FORMAT_VERSION:
+        if version not in (1, FORMAT_VERSION):
             raise UserError(
-                f"{path} has format version {version!r}; this program reads version "
+                f"{path} has format version {version!r}; this program reads versions 1 and "
                 f"{FORMAT_VERSION}. "
                 "Tokenize the data again with this version's tokenize_data_qwen.py."
             )
@@ -89,12 +105,16 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         datasets = {name: entry.to_json() for name, entry in self.datasets.items()}
-        return {**self.settings(), "datasets": datasets}
+        further = {"passed_over": list(self.passed_over)} if self.passed_over else {}
+        return {**self.settings(), **further, "datasets": datasets}
 
     def settings(self) -> dict[str, Any]:
         """What holds for all datasets, as it stands in the file."""
-        listed = {key: value for key, value in _without_none(self).items() if key != "datasets"}
-        return {"format_version": FORMAT_VERSION, **listed}
+        return {
+            key: value
+            for key, value in _without_none(self).items()
+            if key not in ("datasets", "passed_over")
+        }
 
 
 def _of_json(kind: type, content: Mapping[str, Any]) -> Any:

@@ -85,11 +85,25 @@ class Ragged:
     lengths: np.ndarray  # (lists,) int64
 
 
-def is_integer_list(kind: pa.DataType) -> bool:
-    """Whether a column's type is a list of integers, with 32- or 64-bit offsets."""
-    return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_integer(
-        kind.value_type
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column's type is text, in any of Arrow's ways to hold it."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return (
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     )
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Whether a column's type is a list, of any size of offsets or of a fixed size."""
+    return (
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    )
+
+
+def is_integer_list(kind: pa.DataType) -> bool:
+    """Whether a column's type is a list of integers."""
+    return is_list(kind) and pa.types.is_integer(kind.value_type)
 
 
 def ragged_integers(batch: pa.RecordBatch, column: str, path: Path, first_row: int) -> Ragged:
@@ -107,6 +121,8 @@ def ragged_integers(batch: pa.RecordBatch, column: str, path: Path, first_row: i
         raise UserError(
             f"{path}: column {column!r} is null in row {first_row + first_true(lists.is_null())}."
         )
+    if pa.types.is_fixed_size_list(lists.type):
+        lists = lists.cast(pa.large_list(lists.type.value_type))
     offsets = lists.offsets.to_numpy().astype(np.int64)
     values = lists.values.slice(offsets[0], offsets[-1] - offsets[0])
     lengths = np.diff(offsets)

@@ -3,28 +3,47 @@
 Columns: `query`, `passage`, and negatives as `negative_1 ... negative_K` or as one list
 `negatives`. A null, absent or empty negative means "none in that place". An empty query or passage
 is an error: nothing can be learned from it, and it is a sign of a column that was filled wrongly.
+Optional: `query_id`, `language`, `score`, `pos_score` and `neg_scores` (`rows.OPTIONAL_COLUMNS`).
 Errors name the row of a parquet file, counted from 0, or the line of a .jsonl file, counted from 1;
 blank lines are no rows. Suffixes may be in capitals. All is read in bounded memory.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import islice, pairwise, repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from ml_embed.config import TASKS, Task
 from ml_embed.errors import UserError
-from ml_embed.files.parquet import open_parquet
-from ml_embed.prepare.raw_parquet import BATCH_ROWS, TASK_METADATA, check_schema, read_parquet
-from ml_embed.prepare.rows import RawRow, RowBatch, numbered_negatives, row_of
+from ml_embed.files.parquet import is_text, open_parquet
+from ml_embed.prepare.raw_parquet import (
+    BATCH_ROWS,
+    NOTES_METADATA,
+    TASK_METADATA,
+    check_schema,
+    faulty_rows,
+    read_parquet,
+)
+from ml_embed.prepare.records import Reading, count_json_lines, json_lines, open_table
+from ml_embed.prepare.rows import (
+    OPTIONAL_COLUMNS,
+    Faults,
+    FaultyRow,
+    RawRow,
+    Record,
+    RowBatch,
+    good_rows,
+    raw_columns,
+    row_of,
+)
 
 SUFFIXES = (".parquet", ".jsonl")
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -77,10 +96,67 @@ def check_and_count_rows(dataset: RawDataset) -> int:
             check_schema(dataset.path, file.schema_arrow)
             rows = file.metadata.num_rows
     else:
-        rows = sum(1 for _ in _lines(dataset.path))
+        rows = count_json_lines(dataset.path)
     if rows == 0:
         raise UserError(f"{dataset.path} has no rows. Remove the file or fill it.")
     return rows
+
+
+def is_raw_layout(path: Path) -> bool:
+    """Whether a .parquet or .jsonl file has the columns of raw data, and texts in them.
+
+    What cannot be opened or has no rows counts as raw data, and is refused as such.
+    """
+    try:
+        if path.suffix.lower() == ".parquet":
+            with open_parquet(path) as file:
+                columns = {field.name: field.type for field in file.schema_arrow}
+            listed_as_text = is_text(columns.get("negatives", pa.null()))
+        else:
+            first = next(iter(json_lines(path)), None)
+            if first is None or isinstance(first.values, FaultyRow):
+                return True
+            columns = dict(first.values)
+            listed_as_text = isinstance(columns.get("negatives"), str)
+    except UserError:
+        return True
+    return {"query", "passage"} <= columns.keys() and not listed_as_text
+
+
+@dataclass(frozen=True)
+class CheckedRows:
+    """What a look at all rows of a raw file finds."""
+
+    good: np.ndarray
+    """sorted numbers of the rows that can be used"""
+    optional: tuple[str, ...]
+    """those of OPTIONAL_COLUMNS that the file has, in that order"""
+    faulty: int
+
+
+def check_all_rows(dataset: RawDataset, skip_bad_rows: bool = False) -> CheckedRows:
+    """Look for rows that cannot be used.
+
+    Raises:
+        UserError: for all of them at once, unless they are skipped; or no row is good.
+    """
+    faults = Faults(str(dataset.path), skip_bad_rows)
+    if _is_columnar(dataset):
+        with open_parquet(dataset.path) as file:
+            present = set(file.schema_arrow.names)
+        rows, faulty = faulty_rows(dataset.path, faults)
+        good = np.setdiff1d(np.arange(rows), faulty, assume_unique=True)
+    else:
+        present, numbers = set(), []
+        for number, row in _numbered_rows(dataset, None, faults):
+            numbers.append(number)
+            present |= {name for name in OPTIONAL_COLUMNS.names if getattr(row, name) is not None}
+        good = np.array(numbers, np.int64)
+    if not len(good):
+        raise UserError(f"{dataset.path} has no row that can be used.")
+    return CheckedRows(
+        good, tuple(name for name in OPTIONAL_COLUMNS.names if name in present), faults.count
+    )
 
 
 def task_in_file(dataset: RawDataset) -> Task | None:
@@ -90,6 +166,19 @@ def task_in_file(dataset: RawDataset) -> Task | None:
     with open_parquet(dataset.path) as file:
         said = (file.schema_arrow.metadata or {}).get(TASK_METADATA, b"").decode()
     return said if said in TASKS else None
+
+
+def notes_in_file(dataset: RawDataset) -> dict[str, Any]:
+    """What `write_raw` noted in a parquet file; {} in any other."""
+    if not dataset.is_parquet:
+        return {}
+    with open_parquet(dataset.path) as file:
+        said = (file.metadata.metadata or {}).get(NOTES_METADATA, b"{}")
+    try:
+        notes = json.loads(said)
+    except ValueError as error:
+        raise UserError(f"{dataset.path}: its notes are damaged ({error}).") from None
+    return notes if isinstance(notes, dict) else {}
 
 
 def describe_source(path: Path) -> dict[str, Any]:
@@ -102,31 +191,41 @@ def describe_source(path: Path) -> dict[str, Any]:
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest}
 
 
-def read_rows(dataset: RawDataset, selected: np.ndarray | None = None) -> Iterator[RawRow]:
+def read_rows(
+    dataset: RawDataset, selected: np.ndarray | None = None, faults: Faults | None = None
+) -> Iterator[RawRow]:
     """The rows of a dataset in file order.
 
     Args:
         dataset: the file.
         selected: sorted numbers of the rows that are wanted; None = all.
+        faults: takes faulty rows; None = they are refused.
     Raises:
-        UserError: a row is bad; the message names it.
+        UserError: rows are faulty; the message names them.
     """
-    if not dataset.is_parquet:
-        yield from _read_jsonl(dataset.path, selected)
+    faults = faults or Faults(str(dataset.path))
+    if not _is_columnar(dataset):
+        for _, row in _numbered_rows(dataset, selected, faults):
+            yield row
         return
-    for batch in read_parquet(dataset.path, selected):
+    for batch in read_parquet(dataset.path, selected, faults):
         texts = batch.decode(range(len(batch.documents)))
         ends = np.cumsum(batch.counts).tolist()
-        for query, (start, end) in zip(batch.queries, pairwise([0, *ends]), strict=True):
-            yield RawRow(query, texts[start], texts[start + 1 : end])
+        optional = [batch.optional.get(name, repeat(None)) for name in OPTIONAL_COLUMNS.names]
+        bounds = pairwise([0, *ends])
+        for query, (start, end), *others in zip(batch.queries, bounds, *optional, strict=False):
+            yield RawRow(query, texts[start], texts[start + 1 : end], *others)
 
 
-def read_row_batches(dataset: RawDataset, selected: np.ndarray | None = None) -> Iterator[RowBatch]:
+def read_row_batches(
+    dataset: RawDataset, selected: np.ndarray | None = None, faults: Faults | None = None
+) -> Iterator[RowBatch]:
     """The same rows, BATCH_ROWS of them at most at a time."""
-    if dataset.is_parquet:
-        yield from read_parquet(dataset.path, selected)
+    faults = faults or Faults(str(dataset.path))
+    if _is_columnar(dataset):
+        yield from read_parquet(dataset.path, selected, faults)
         return
-    rows = _read_jsonl(dataset.path, selected)
+    rows = (row for _, row in _numbered_rows(dataset, selected, faults))
     while batch := list(islice(rows, BATCH_ROWS)):
         texts = [text for row in batch for text in (row.passage, *row.negatives)]
         yield RowBatch(
@@ -135,49 +234,48 @@ def read_row_batches(dataset: RawDataset, selected: np.ndarray | None = None) ->
             characters=np.array([len(text) for text in texts]),
             counts=np.array([1 + len(row.negatives) for row in batch]),
             where=str(dataset.path),
+            optional={
+                name: [getattr(row, name) for row in batch] for name in OPTIONAL_COLUMNS.names
+            },
         )
 
 
-def _read_jsonl(path: Path, selected: np.ndarray | None) -> Iterator[RawRow]:
-    wanted = None if selected is None else iter(selected.tolist())
-    next_row = next(wanted, None) if wanted is not None else None
-    for row, (line_number, line) in enumerate(_lines(path)):
-        if wanted is not None:
-            if next_row is None:
-                return
-            if row != next_row:
-                continue
+def _is_columnar(dataset: RawDataset) -> bool:
+    """Whether whole columns are read at once: parquet whose negatives have no scores."""
+    if not dataset.is_parquet:
+        return False
+    with open_parquet(dataset.path) as file:
+        return "neg_scores" not in file.schema_arrow.names
+
+
+def _numbered_rows(
+    dataset: RawDataset, selected: np.ndarray | None, faults: Faults
+) -> Iterator[tuple[int, RawRow]]:
+    """(number, row) of a file that is read row by row."""
+    records = _records(dataset)
+    if selected is not None:
+        records = _chosen_records(records, selected)
+
+    def rows_of(values: Mapping[str, Any], where: str) -> RawRow:
+        return row_of(values, raw_columns(list(values), where), where)
+
+    for record, row in good_rows(records, rows_of, faults):
+        yield record.number, row
+
+
+def _chosen_records(records: Iterable[Record], selected: np.ndarray) -> Iterator[Record]:
+    wanted = iter(selected.tolist())
+    next_row = next(wanted, None)
+    for record in records:
+        if next_row is None:
+            return
+        if record.number == next_row:
+            yield record
             next_row = next(wanted, None)
-        yield _parse_line(line, f"{path}, line {line_number}")
 
 
-def _parse_line(line: bytes, where: str) -> RawRow:
-    try:
-        record = json.loads(line)
-    except ValueError as error:  # invalid JSON, or bytes that are not UTF-8
-        raise UserError(
-            f"{where}: not valid JSON ({error}). Every line must be one object."
-        ) from error
-    if not isinstance(record, dict):
-        raise UserError(
-            f"{where}: {type(record).__name__} instead of an object with 'query' and 'passage'."
-        )
-    numbered = numbered_negatives(list(record))
-    if "negatives" in record and numbered:
-        raise UserError(f"{where}: both 'negatives' and {numbered[0]!r}. Keep one form.")
-    listed = ["negatives"] if "negatives" in record else []
-    return row_of(record, {name: name for name in ("query", "passage", *listed, *numbered)}, where)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, content) of the lines that are not blank."""
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                content = line.strip()
-                if number == 1:
-                    content = content.removeprefix(BYTE_ORDER_MARK)
-                if content:
-                    yield number, content
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error}.") from error
+def _records(dataset: RawDataset) -> Iterable[Record]:
+    if not dataset.is_parquet:
+        return json_lines(dataset.path)
+    table = open_table(dataset.path, Reading())
+    return table.read(raw_columns(table.names, table.path))

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from ml_embed.files.atomic import atomic_file
 from ml_embed.files.parquet import parquet_writer
+from ml_embed.prepare.rows import OPTIONAL_COLUMNS
 
 QUERY_SCHEMA = pa.schema(
     [
@@ -18,7 +19,13 @@ QUERY_SCHEMA = pa.schema(
         ("negative_doc_ids", pa.list_(pa.int64())),
     ]
 )
+"""Of the query file, before the optional columns that the data has."""
 CORPUS_SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32()))])
+
+
+def query_schema(optional: Sequence[str]) -> pa.Schema:
+    """Of a query file with some of OPTIONAL_COLUMNS."""
+    return pa.schema([*QUERY_SCHEMA, *(OPTIONAL_COLUMNS.field(name) for name in optional)])
 
 
 @contextmanager

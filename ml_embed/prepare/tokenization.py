@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import AcquireReturnProxy
+from tokenizers import Encoding
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -29,6 +30,7 @@ from ml_embed.data.sources import CORPUS_SUFFIX, QUERY_SUFFIX
 from ml_embed.data.tasks import task_of
 from ml_embed.errors import UserError
 from ml_embed.files.atomic import disk_errors_are_user_errors, partial_path
+from ml_embed.files.digests import file_digest
 from ml_embed.files.locks import lock_folder
 from ml_embed.files.model_source import find_tokenizer_folder
 from ml_embed.files.work_record import Finished, WorkRecord
@@ -37,18 +39,20 @@ from ml_embed.prepare.numbering import TextNumbers, text_digest
 from ml_embed.prepare.prompts import Prompts
 from ml_embed.prepare.raw import (
     RawDataset,
+    check_all_rows,
     check_and_count_rows,
     describe_source,
     list_raw_datasets,
+    notes_in_file,
     read_row_batches,
     task_in_file,
 )
-from ml_embed.prepare.rows import RowBatch
+from ml_embed.prepare.rows import OPTIONAL_COLUMNS, RowBatch
 from ml_embed.prepare.token_files import (
     CORPUS_SCHEMA,
-    QUERY_SCHEMA,
     append_columns,
     list_array,
+    query_schema,
     text_array,
     token_file,
 )
@@ -83,6 +87,10 @@ class TokenizeOptions:
     """make everything anew instead of refusing; after an interruption, go on with that"""
     datasets: Mapping[str, DatasetConfig] = field(default_factory=dict)
     """task and prompts by dataset name or shell-style pattern; the first match counts"""
+    skip_bad_rows: bool = False
+    """leave faulty rows out instead of refusing their file"""
+    passed_over: tuple[str, ...] = ()
+    """files of what `input` was made of that are no data, for the manifest"""
 
     def check(self) -> None:
         """Raise UserError for a value out of range."""
@@ -116,6 +124,8 @@ class Block:
     """(rows,)"""
     characters: int = 0
     """of all texts, known documents too"""
+    optional: dict[str, list[Any]] = field(default_factory=dict)
+    """optional column -> (rows,)"""
 
     @property
     def num_texts(self) -> int:
@@ -131,9 +141,16 @@ class Totals:
     documents: int = 0
     tokens: int = 0
     negatives: dict[str, int] = field(default_factory=dict)
+    queries_cut: int = 0
+    documents_cut: int = 0
+    query_ids: set[str] = field(default_factory=set)
 
-    def add(self, block: Block, ids: list[np.ndarray]) -> None:
-        """Count a block and its token ids."""
+    def add(self, block: Block, ids: list[np.ndarray], cut: np.ndarray) -> None:
+        """Count a block, its token ids, and which texts (queries, then documents) were cut."""
+        rows = len(block.queries)
+        self.queries_cut += int(cut[:rows].sum())
+        self.documents_cut += int(cut[rows:].sum())
+        self.query_ids.update(filter(None, block.optional.get("query_id", ())))
         self.rows += len(block.passages)
         self.documents += len(block.documents)
         self.tokens += sum(map(len, ids))
@@ -144,16 +161,25 @@ class Totals:
             "total": so_far.get("total", 0) + sum(counts),
         }
 
+    def to_entry(self) -> dict[str, Any]:
+        """What the manifest says of it."""
+        cut = {"queries": self.queries_cut, "documents": self.documents_cut}
+        return {
+            **{key: getattr(self, key) for key in ("rows", "documents", "tokens", "negatives")},
+            "queries": len(self.query_ids) or None,
+            "texts_cut": cut if any(cut.values()) else None,
+        }
+
 
 @dataclass(frozen=True)
 class _Job:
     """A dataset to tokenize."""
 
     raw: RawDataset
-    rows: int
-    """in the file"""
     prompts: Prompts
     task: Task
+    notes: Mapping[str, Any]
+    """of the raw file (`notes_in_file`)"""
 
 
 def tokenize_folder(options: TokenizeOptions, progress: bool = True) -> Manifest:
@@ -173,6 +199,7 @@ def tokenize_folder(options: TokenizeOptions, progress: bool = True) -> Manifest
     _use_threads(options.num_workers)
     tokenizer = load_tokenizer(find_tokenizer_folder(options.tokenizer))
     text_tokenizer = TextTokenizer(tokenizer, options.max_seq_length)
+    _check_room(jobs, text_tokenizer)
     with _exclusive(options.output):
         record = _open_record(tokenizer, options)
         _check_former(record, jobs, options.output)
@@ -189,7 +216,9 @@ def tokenize_folder(options: TokenizeOptions, progress: bool = True) -> Manifest
                 for path in token_paths(options.output, name).values():
                     path.unlink(missing_ok=True)
                     partial_path(path).unlink(missing_ok=True)
-            manifest = Manifest.from_json({**record.settings, "datasets": record.entries})
+            passed_over = sorted({*options.passed_over, *_passed_over(options.input, jobs)})
+            further = {"datasets": record.entries, "passed_over": passed_over or None}
+            manifest = Manifest.from_json({**record.settings, **further})
             record.finish(manifest.to_json(), sort_keys=True)
             return manifest
 
@@ -197,14 +226,42 @@ def tokenize_folder(options: TokenizeOptions, progress: bool = True) -> Manifest
 def _make_jobs(options: TokenizeOptions) -> dict[str, _Job]:
     """The datasets of the input by name, checked as far as that goes without reading texts."""
     datasets = list_raw_datasets(options.input)
-    rows = [check_and_count_rows(dataset) for dataset in datasets]
+    for dataset in datasets:
+        check_and_count_rows(dataset)
     check_dataset_names([dataset.name for dataset in datasets], options.datasets)
     jobs = {}
-    for dataset, number in zip(datasets, rows, strict=True):
-        settings = match_settings(dataset.name, options.datasets)
+    for dataset in datasets:
+        settings, notes = match_settings(dataset.name, options.datasets), notes_in_file(dataset)
+        if settings.prompt is None and "prompt" in notes:
+            settings = replace(settings, prompt=notes["prompt"])
         task = settings.task or task_in_file(dataset) or task_of(dataset.name)
-        jobs[dataset.name] = _Job(dataset, number, Prompts.of_settings(settings), task)
+        jobs[dataset.name] = _Job(dataset, Prompts.of_settings(settings), task, notes)
     return jobs
+
+
+def _passed_over(folder: Path, jobs: Mapping[str, _Job]) -> list[str]:
+    """Files of a folder that are no datasets."""
+    data = {job.raw.path.name for job in jobs.values()}
+    return [
+        path.name
+        for path in folder.iterdir()
+        if path.is_file() and path.name[0] != "." and path.name not in data
+    ]
+
+
+def _check_room(jobs: Mapping[str, _Job], text_tokenizer: TextTokenizer) -> None:
+    """Raise UserError for prompts after which no token of a text would be left."""
+    most = text_tokenizer.max_length - 1
+    for name, job in jobs.items():
+        prompts = {"prompt": job.prompts.query, "passage_prompt": job.prompts.passage}
+        for kind, prompt in prompts.items():
+            tokens = len(text_tokenizer.tokenize([prompt])[0]) if prompt else 0
+            if tokens >= most:
+                raise UserError(
+                    f"datasets.{name}.{kind} has {tokens} tokens, and --max-seq-length "
+                    f"{text_tokenizer.max_length} leaves no room for a text after it: all texts "
+                    "would be the same. Shorten the prompt, or raise --max-seq-length."
+                )
 
 
 def _open_record(tokenizer: PreTrainedTokenizerBase, options: TokenizeOptions) -> WorkRecord:
@@ -270,17 +327,29 @@ def _tokenize_job(
     """Write a dataset's files; its entry in the manifest."""
     name = job.raw.name
     source = _in_background(describe_source, job.raw.path)
-    selected = select_rows(name, job.rows, options.max_samples, options.seed)
-    blocks = read_blocks(read_row_batches(job.raw, selected), job.prompts, options.seed)
-    rows = job.rows if selected is None else len(selected)
+    checked = check_all_rows(job.raw, options.skip_bad_rows)
+    selected = select_rows(name, len(checked.good), options.max_samples, options.seed)
+    rows = checked.good if selected is None else checked.good[selected]
+    batches = read_row_batches(job.raw, rows if selected is not None or checked.faulty else None)
+    blocks = read_blocks(batches, job.prompts, options.seed)
     paths = token_paths(options.output, name)
-    totals = _tokenize_dataset(name, blocks, rows, text_tokenizer, paths, progress)
+    schema = query_schema(checked.optional)
+    totals = _tokenize_dataset(name, blocks, len(rows), text_tokenizer, paths, schema, progress)
+    left_out = {
+        **job.notes.get("left_out", {}),
+        "faulty": job.notes.get("left_out", {}).get("faulty", 0) + checked.faulty,
+        "max_samples": len(checked.good) - len(rows),
+    }
     return DatasetEntry(
-        **vars(totals),
+        **totals.to_entry(),
         task=job.task,
         prompts=job.prompts.to_json(),
         source=source.result(),
         bytes={kind: path.stat().st_size for kind, path in paths.items()},
+        digests={kind: file_digest(path) for kind, path in paths.items()},
+        columns=list(checked.optional) or None,
+        left_out={reason: number for reason, number in left_out.items() if number} or None,
+        labels=job.notes.get("labels"),
     )
 
 
@@ -317,14 +386,16 @@ def read_blocks(batches: Iterator[RowBatch], prompts: Prompts, seed: int) -> Ite
         rows = pairwise(zip(bounds.tolist(), np.searchsorted(new, bounds).tolist(), strict=True))
         lengths = batch.characters + prompted * len(prompts.passage)
         characters = np.add.reduceat(lengths, bounds[:-1]).tolist()
-        for query, size, ((start, first_new), (end, end_new)) in zip(
-            batch.queries, characters, rows, strict=True
+        for row, (query, size, ((start, first_new), (end, end_new))) in enumerate(
+            zip(batch.queries, characters, rows, strict=True)
         ):
             block.queries.append(prompts.query + query)
             block.documents += new_texts[first_new:end_new]
             block.passages.append(documents[start])
             block.negatives += documents[start + 1 : end]
             block.negative_counts.append(end - start - 1)
+            for name, values in batch.optional.items():
+                block.optional.setdefault(name, []).append(values[row])
             block.characters += len(block.queries[-1]) + size
             if block.characters >= BLOCK_CHARACTERS or block.num_texts >= BLOCK_TEXTS:
                 yield block
@@ -339,18 +410,19 @@ def _tokenize_dataset(
     total_rows: int,
     text_tokenizer: TextTokenizer,
     paths: Mapping[str, Path],
+    schema: pa.Schema,
     progress: bool,
 ) -> Totals:
     """Write one dataset's query and corpus file."""
     totals = Totals()
     with (
-        token_file(paths["query"], QUERY_SCHEMA) as query_file,
+        token_file(paths["query"], schema) as query_file,
         token_file(paths["corpus"], CORPUS_SCHEMA) as corpus_file,
         tqdm(total=total_rows, unit=" row", desc=name, leave=False, disable=not progress) as bar,
     ):
-        for block, ids in _encode_blocks(blocks, text_tokenizer):
+        for block, ids, cut in _encode_blocks(blocks, text_tokenizer):
             _write_block(block, ids, query_file, corpus_file)
-            totals.add(block, ids)
+            totals.add(block, ids, cut)
             texts = totals.rows + totals.documents
             bar.set_postfix(texts=texts, tokens=totals.tokens, refresh=False)
             bar.update(len(block.passages))
@@ -359,8 +431,13 @@ def _tokenize_dataset(
 
 def _encode_blocks(
     blocks: Iterator[Block], text_tokenizer: TextTokenizer
-) -> Iterator[tuple[Block, list[np.ndarray]]]:
-    """Blocks with their texts' ids, in order; the next blocks are read and tokenized meanwhile."""
+) -> Iterator[tuple[Block, list[np.ndarray], np.ndarray]]:
+    """Blocks, their texts' ids and which were cut; the next ones are tokenized meanwhile."""
+
+    def ids_and_cut(encodings: list[Encoding]) -> tuple[list[np.ndarray], np.ndarray]:
+        cut = np.array([len(encoding) >= text_tokenizer.max_length for encoding in encodings], bool)
+        return text_tokenizer.token_ids(encodings), cut
+
     waiting: deque[tuple[Block, Future]] = deque()
     # One thread, which itself uses all cores: two batches at once contend for the tokenizer's cache
     # (measured: a third more CPU time for the same texts).
@@ -370,10 +447,10 @@ def _encode_blocks(
             waiting.append((block, thread.submit(text_tokenizer.tokenize, texts)))
             if len(waiting) == BLOCKS_IN_FLIGHT:
                 done, encodings = waiting.popleft()
-                yield done, text_tokenizer.token_ids(encodings.result())
+                yield done, *ids_and_cut(encodings.result())
         while waiting:
             done, encodings = waiting.popleft()
-            yield done, text_tokenizer.token_ids(encodings.result())
+            yield done, *ids_and_cut(encodings.result())
 
 
 def _write_block(
@@ -382,7 +459,12 @@ def _write_block(
     rows = len(block.passages)
     passages = pa.array(block.passages, pa.int64())
     negatives = list_array(block.negative_counts, np.array(block.negatives, np.int64))
-    append_columns(query_file, [text_array(ids[:rows]), passages, negatives])
+    optional = [
+        pa.array(block.optional[column.name], column.type)
+        for column in query_file.schema
+        if column.name in OPTIONAL_COLUMNS.names
+    ]
+    append_columns(query_file, [text_array(ids[:rows]), passages, negatives, *optional])
     append_columns(corpus_file, [text_array(ids[rows:])])
 
 

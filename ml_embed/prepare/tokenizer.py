@@ -171,7 +171,7 @@ class TextTokenizer:
         ]
         encodings = self._encode(beginnings)
         for i, text in enumerate(texts):
-            while len(beginnings[i]) < len(text) and len(encodings[i]) < self.max_length - 1:
+            while len(beginnings[i]) < len(text) and len(encodings[i]) < self.max_length:
                 beginnings[i] = self._beginning(text, 4 * len(beginnings[i]))
                 encodings[i] = self._encode([beginnings[i]])[0]
         return encodings

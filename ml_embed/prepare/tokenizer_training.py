@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ml_embed.errors import UserError
+from ml_embed.files.parquet import is_list, is_text
 from ml_embed.prepare.tokenizer import QWEN_SPLIT_PATTERN
 
 if TYPE_CHECKING:
@@ -177,11 +178,10 @@ def _read_parquet(file: Path) -> Iterator[str]:
     try:
         for batch in pq.ParquetFile(file).iter_batches(batch_size=4096):
             for column in batch.columns:
-                if pa.types.is_dictionary(column.type):
-                    column = column.dictionary_decode()
-                if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+                if is_list(column.type):
                     column = column.flatten()
-                if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+                if is_text(column.type):
+                    column = column.cast(pa.large_string())
                     yield from pc.unique(column).drop_null().to_pylist()
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{file} cannot be read as parquet: {error}") from error

@@ -187,7 +187,7 @@ def test_one_line_tokenizes_and_the_result_trains(world, tmp_path, capsys):
         ("text=a,label=b,query=c", "text and label stand together"),
         (
             "query=nothing,passage=answer",
-            "row 0: no column 'nothing'; its columns are 'question', 'answer', 'wrong'",
+            "faq.jsonl: no column 'nothing'; its columns are 'question', 'answer', 'wrong'",
         ),
         (None, "faq.jsonl has the columns 'question', 'answer', 'wrong'; say which"),
         ("text=question,label=same", "'same' has 1 different labels"),
@@ -204,8 +204,8 @@ def test_columns_that_do_not_fit(tmp_path, columns, message):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "", "answer": "a"}, "row 6: 'question' is empty"),
-        ({"question": "q", "answer": None}, "row 6: 'answer' is null"),
+        ({"question": "", "answer": "a"}, "faq.jsonl, line 7: 'question' is empty"),
+        ({"question": "q", "answer": None}, "faq.jsonl, line 7: 'answer' is null"),
     ],
 )
 def test_rows_that_cannot_be_learned_from(tmp_path, row, message):
@@ -229,7 +229,8 @@ def test_sources(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="does not exist"):
             list_sources(missing, "train", None)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert raw_folder("~/data", None, "train", None, tmp_path / "out", 0) == tmp_path / "data"
+    found = raw_folder("~/data", None, "train", None, tmp_path / "out", 0)
+    assert found.path == tmp_path / "data"
     (tmp_path / "a.tsv").touch()
     with pytest.raises(UserError, match="several files of dataset 'a'"):
         list_sources(str(tmp_path), "train", None)
@@ -292,5 +293,5 @@ def test_a_second_file_of_the_same_name_is_refused_before_it_replaces_the_first(
 def test_a_broken_file_is_named(tmp_path):
     path = tmp_path / "broken.parquet"
     path.write_bytes(b"PAR1 nothing")
-    with pytest.raises(UserError, match=r"broken\.parquet cannot be read"):
+    with pytest.raises(UserError, match=r"broken\.parquet is not a readable parquet file"):
         imported(path, COLUMNS, tmp_path / "raw")
