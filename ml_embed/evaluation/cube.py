@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from ml_embed.errors import UserError
-from ml_embed.evaluation.data import TestSet, read_test_sets
+from ml_embed.evaluation.data import TestSet, behind_prompts, read_test_sets
 from ml_embed.evaluation.metrics import chance_metrics, metrics_of_ranks
 from ml_embed.files.model_source import find_model_folder
 from ml_embed.inference.encoding import choose_device, default_dtype, longest_first, pooled_vectors
@@ -110,6 +110,8 @@ def evaluate_cube(
 ) -> dict[str, Any]:
     """Retrieval metrics of a model at every rank, depth and dim, on every test set of `data`.
 
+    Queries and documents get the folder's prompts (`behind_prompts`).
+
     Memory: the vectors of all exits at one rank, texts x depths x H x 4 bytes.
 
     Args:
@@ -122,10 +124,10 @@ def evaluate_cube(
         progress: a bar on stderr, on terminals.
 
     Returns:
-        JSON-able: "model", "data", "device", "dtype", "texts", "tokens", and "rows", one object for
-        each test set and cut: rank, depth, dim, trained, dataset, split, queries, candidates
-        (mean), recall@1, mrr@10, ndcg@10, chance (the same metrics of a random order), parameters
-        and bytes_per_vector.
+        JSON-able: "model", "data", "device", "dtype", "prompts", "texts", "tokens", and "rows", one
+        object for each test set and cut: rank, depth, dim, trained, dataset, split, queries,
+        candidates (mean), recall@1, mrr@10, ndcg@10, chance (the same metrics of a random order),
+        parameters and bytes_per_vector.
 
     Raises:
         UserError: the model or the data cannot be read, or a size is not one that the model has.
@@ -172,7 +174,8 @@ def _evaluate(
     max_queries: int | None,
     progress: bool,
 ) -> dict[str, Any]:
-    texts, test_sets = read_test_sets(data, max_queries)
+    prompts = model.folder.record.prompts
+    texts, test_sets = behind_prompts(*read_test_sets(data, max_queries), prompts)
     token_ids = model.text_tokenizer(texts.texts)
     fixed = [_fixed_columns(test_set) for test_set in test_sets]
     rows = []
@@ -192,6 +195,7 @@ def _evaluate(
         "data": str(data),
         "device": torch.cuda.get_device_name(model.device) if on_gpu else model.device.type,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "prompts": prompts,
         "texts": len(token_ids),
         "tokens": sum(map(len, token_ids)),
         "rows": rows,

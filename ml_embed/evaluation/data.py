@@ -5,9 +5,11 @@ The others are candidates of the query's own, or a corpus.
 Letters: Q queries, C candidates of a query, N documents of a corpus, P pairs, D vector length.
 """
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -131,6 +133,37 @@ def read_test_sets(path: Path, max_queries: int | None = None) -> tuple[Texts, l
         else:
             sets.append(_corpus_set(dataset, texts, max_queries))
     return texts, sets
+
+
+def behind_prompts(
+    texts: Texts, sets: Sequence[TestSet], prompts: Mapping[str, str]
+) -> tuple[Texts, list[TestSet]]:
+    """Texts as a model reads them, and the test sets with these.
+
+    Args:
+        texts, sets: as `read_test_sets` gives them.
+        prompts: the model's saved ones. A query gets the one that has the name of its dataset, or
+            else "query"; a document gets "document"; where there is none, nothing.
+    """
+    spoken = Texts()
+
+    def renumbered(numbers: Tensor, prompt: str) -> Tensor:
+        found = [
+            n if n < 0 else spoken.number(prompt + texts.texts[n])
+            for n in numbers.flatten().tolist()
+        ]
+        return torch.tensor(found).reshape(numbers.shape)
+
+    renewed: list[TestSet] = []
+    for test_set in sets:
+        query = prompts.get(test_set.dataset, prompts.get("query", ""))
+        documents = CANDIDATES if isinstance(test_set, CandidateSet) else "corpus"
+        numbers: dict[str, Any] = {
+            "queries": renumbered(test_set.queries, query),
+            documents: renumbered(getattr(test_set, documents), prompts.get("document", "")),
+        }
+        renewed.append(dataclasses.replace(test_set, **numbers))
+    return spoken, renewed
 
 
 def _has_candidates(path: Path) -> bool:

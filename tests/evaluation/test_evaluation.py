@@ -28,7 +28,7 @@ from oracles import naive_metrics
 from ml_embed import Embedder
 from ml_embed.errors import UserError
 from ml_embed.evaluation.cube import evaluate_baseline, evaluate_cube
-from ml_embed.evaluation.data import read_test_sets
+from ml_embed.evaluation.data import behind_prompts, read_test_sets
 from ml_embed.evaluation.metrics import (
     METRICS,
     chance_metrics,
@@ -155,7 +155,7 @@ def test_every_cut_is_what_the_cut_model_achieves(folders, sharing):
         scores, positive = [], []
         for case in cases:
             candidates = sorted(set(case["candidates"]))
-            scores.append((model.encode(candidates) @ model.encode(case["query"])).tolist())
+            scores.append((model.encode(candidates) @ model.encode_query(case["query"])).tolist())
             positive.append(candidates.index(case["passage"]))
         assert {name: row[name] for name in ("recall@1", "mrr@10", "ndcg@10")} == naive_metrics(
             scores, positive
@@ -188,7 +188,7 @@ def test_raw_data_is_searched_whole(folders, tmp_path):
     # (query, its passage): the query's own text and its other passage do not compete.
     for query, right, out in ((0, 1, (0, 4)), (0, 4, (0, 1)), (3, 0, (3,))):
         kept = [text for text in corpus if text not in [TEXTS[i] for i in out]]
-        scores.append((model.encode(kept) @ model.encode(TEXTS[query])).tolist())
+        scores.append((model.encode(kept) @ model.encode_query(TEXTS[query])).tolist())
         positive.append(kept.index(TEXTS[right]))
         sizes.append(len(kept))
     (row,) = result["rows"]
@@ -333,3 +333,20 @@ def test_former_names_of_the_cut_flags_are_taken_but_not_shown(folders, tmp_path
 
 def test_the_metrics_that_can_be_asked_for_are_those_computed():
     assert tuple(MEANING) == METRICS
+
+
+def test_queries_and_documents_get_the_prompts_of_the_folder(folders, tmp_path):
+    rows = [{"query": TEXTS[i], "passage": TEXTS[i + 1], "negatives": [TEXTS[5]]} for i in (0, 3)]
+    for name in ("articles", "others"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = read_test_sets(tmp_path)
+    prompts = {"query": "q: ", "document": "d: ", "others": "o: "}
+    texts, sets = behind_prompts(*read, prompts)
+    for found, plain, prompt in zip(sets, read[1], ("q: ", "o: "), strict=True):
+        pairs = ((found.queries, plain.queries, prompt), (found.corpus, plain.corpus, "d: "))
+        for numbers, former, front in pairs:
+            expected = [front + read[0].texts[n] for n in former]
+            assert [texts.texts[n] for n in numbers] == expected
+    assert len(texts.texts) == len(set(texts.texts))
+    result = evaluate_cube(folders / "shared", tmp_path, device="cpu", progress=False)
+    assert result["prompts"] == Embedder.from_pretrained(folders / "shared").prompts
