@@ -33,7 +33,7 @@ from ml_embed.model_folders.record import (
     ModelRecord,
     nested_file,
 )
-from ml_embed.model_folders.seal import check_seal
+from ml_embed.model_folders.seal import check_seal, stale
 from ml_embed.prepare.tokenizer import appends_end_token, load_tokenizer
 
 SIZES = (
@@ -49,6 +49,8 @@ SIZES = (
 """Keys of config.json that say how much there is of something."""
 WEIGHT_ERRORS = (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError)
 """What weights raise that are missing, damaged, or do not fit config.json."""
+CHECKED_ROWS = 256
+"""First rows of a table that are compared with its factors."""
 UNREAD_TENSORS = ("lm_head.", "score.", "qa_outputs.", "rotary_emb.inv_freq")
 """Parts of names: heads above the decoder, and constants that are computed."""
 
@@ -77,6 +79,8 @@ class ModelFolder:
             raise foreign_modules(path, what)
         record = ModelRecord.load(path) or ModelRecord.of_backbone(path, config, tokenizer)
         check_seal(path, record)
+        if record.ranks and not record.digests:
+            _check_beginning(path)
         return cls(path, config, tokenizer, record)
 
 
@@ -298,6 +302,27 @@ def read_factors(
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({error}); copy the model folder again") from None
     return _finite(path, "A", A).to(dtype), _finite(path, "B", B).to(dtype)
+
+
+def _check_beginning(folder: Path) -> None:
+    """Refuse factors of another table than the one beside them, as far as its first rows show.
+
+    For folders of format 1, which have no digests.
+    """
+    name = "embed_tokens.weight"
+    try:
+        ((path, _),) = _files_of(folder, [name]).items()
+        with safe_open(path, "pt") as file:
+            table = file.get_slice(name)[:CHECKED_ROWS]
+        with safe_open(nested_file(folder, FACTORS_FILE), "pt") as file:
+            A, B = file.get_slice("A")[:CHECKED_ROWS], file.get_tensor("B")
+    except WEIGHT_ERRORS:
+        return  # whoever reads the weights says what is wrong
+    rows = (A.float() @ B.float()).to(table.dtype)
+    rounding = max(1e-4, 4 * torch.finfo(table.dtype).eps)  # sums of r products in another order
+    near = rounding * float(rows.abs().max())
+    if rows.shape != table.shape or not torch.allclose(rows, table, rtol=0, atol=near):
+        raise stale(folder, f"{path.name} (or {Path(FACTORS_FILE).name})")
 
 
 def _check_factors(folder: ModelFolder, factors: tuple[Tensor, Tensor]) -> None:

@@ -48,18 +48,23 @@ def check_seal(folder: Path, record: ModelRecord) -> None:
     if missing := sorted(weights.keys() - found.keys()):
         raise UserError(f"{folder} lacks {', '.join(missing)}; copy the model folder again")
     if changed := sorted(name for name in found if weights.get(name) != found[name]):
-        raise UserError(
-            f"{folder}: {', '.join(changed)} changed after the folder was written, so the weights "
-            f"and the nested parts in {NESTED}/ no longer belong together. Copy the model folder "
-            f"again; if another program saved new weights into it, remove {NESTED}/ and "
-            f"{RECORD_FILE} to use it as a plain folder without cuts"
-        )
+        raise stale(folder, ", ".join(changed))
     settings = _settings(folder)
     if edited := sorted(name for name in settings if expected.get(name) != settings[name]):
         warn(
             f"{folder}: {', '.join(edited)} changed after the folder was written; its vectors may "
             "be others than those that were trained"
         )
+
+
+def stale(folder: Path, changed: str) -> UserError:
+    """The error for weights, `changed`, that are not those that the nested parts belong to."""
+    return UserError(
+        f"{folder}: {changed} changed after the folder was written, so {RECORD_FILE} and the "
+        "nested parts no longer belong to the weights. Copy the model folder again; if another "
+        f"program saved new weights into it, remove {NESTED}/ and {RECORD_FILE} to use it as a "
+        "plain folder without cuts"
+    )
 
 
 def _weights(folder: Path) -> dict[str, str]:

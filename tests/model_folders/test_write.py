@@ -24,10 +24,11 @@ from helpers.tiny_models import (
     write_model,
 )
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, Qwen3Config, Qwen3Model
 
 from ml_embed import Embedder
+from ml_embed.errors import UserError
 from ml_embed.model import MatryoshkaEncoder
 from ml_embed.model_folders.backbone import init_backbone
 from ml_embed.model_folders.export import export_model
@@ -206,6 +207,20 @@ def test_folders_of_format_1_are_still_read(folder, tmp_path, cut):
     export_model(former, tmp_path / "new", **cut)
     assert read(tmp_path / "new" / "ml_embed.json")["format_version"] == 2
     assert not (tmp_path / "new" / "embedding_factors.safetensors").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_folders_of_format_1_whose_weights_were_saved_over(folder, tmp_path, dtype):
+    export_model(folder, tmp_path / "new", dtype=dtype)
+    former = as_format_1(tmp_path / "new", tmp_path / "former")
+    Embedder.from_pretrained(former, device="cpu")
+    weights = load_file(former / "model.safetensors")
+    weights["embed_tokens.weight"] += 0.05
+    save_file(weights, former / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"model\.safetensors .*changed after the folder was written"
+    ):
+        Embedder.from_pretrained(former, device="cpu")
 
 
 def former_python(folder: Path) -> str:
