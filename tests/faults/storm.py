@@ -119,7 +119,7 @@ class Storm:
         files = {
             f"{path.parent.name}/{path.name}": path.read_bytes()
             for f in last
-            for path in f.glob("*.safetensors")
+            for path in f.rglob("*.safetensors")
         }
         # A run that was told to stop also keeps the step it stopped after, in the place of an older
         # one.

@@ -5,7 +5,8 @@ import json
 import os
 import shutil
 import subprocess
-import sys
+import sysconfig
+import venv
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ from ml_embed.model_folders.record import ModelRecord, Origin
 from ml_embed.model_folders.write import save_config, save_model_folder, save_tokenizer
 
 YARN = {"original_max_position_embeddings": 64}
-FORMER_CLIENT = ("transformers==4.57.6", "sentence-transformers==5.1.2")
+FORMER_CLIENT = ("transformers==4.57.6", "sentence-transformers==5.1.2", "datasets==4.4.0")
 ENCODE = """
 import sys
 import numpy as np
@@ -228,18 +229,18 @@ def former_python(folder: Path) -> str:
     if named := os.environ.get("ML_EMBED_TRANSFORMERS4_PYTHON"):
         return named
     python = folder / "bin" / "python"
-    commands = (
-        [sys.executable, "-m", "venv", "--system-site-packages", folder],
-        [python, "-m", "pip", "install", "--quiet", *FORMER_CLIENT],
-    )
-    for command in commands:
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(
-                f"an environment with {' and '.join(FORMER_CLIENT)} cannot be made here "
-                f"({done.stderr.strip().splitlines()[-1]}); name its interpreter in "
-                "ML_EMBED_TRANSFORMERS4_PYTHON"
-            )
+    venv.create(folder, with_pip=True)
+    (own,) = folder.glob("lib/python*/site-packages")
+    # torch and the rest are taken from the environment of this test.
+    (own / "rest.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    command = [python, "-m", "pip", "install", "--quiet", *FORMER_CLIENT]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(
+            f"an environment with {' and '.join(FORMER_CLIENT)} cannot be made here "
+            f"({done.stderr.strip().splitlines()[-1]}); name its interpreter in "
+            "ML_EMBED_TRANSFORMERS4_PYTHON"
+        )
     return str(python)
 
 

@@ -271,7 +271,8 @@ def test_a_killed_run_continues_to_the_bit(inputs, trained, broken):
     )
     assert final_bytes(broken) == final_bytes(trained)
     assert metrics(broken) == metrics(trained)
-    for file in ("model.safetensors", "embedding_factors.safetensors", "exit_norms.safetensors"):
+    nested = ("nested/embedding_factors.safetensors", "nested/exit_norms.safetensors")
+    for file in ("model.safetensors", *nested):
         assert (broken / "step_6" / file).read_bytes() == (trained / "step_6" / file).read_bytes()
 
 
