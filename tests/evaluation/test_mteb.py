@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -147,10 +148,11 @@ def evaluated(folder):
 
 
 def own_ndcg(folder: Path, tmp_path: Path, prompt: str) -> dict[tuple, float]:
-    """Cut -> nDCG@10 by this project's own evaluation."""
-    rows = [
-        {"query": prompt + query, "passage": passage, "negatives": []} for query, passage in pairs()
-    ]
+    """Cut -> nDCG@10 by this project's own evaluation, of a copy that has this prompt alone."""
+    folder = shutil.copytree(folder, tmp_path / "copy", dirs_exist_ok=True)
+    prompts = {"prompts": {"query": prompt}}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    rows = [{"query": query, "passage": passage, "negatives": []} for query, passage in pairs()]
     data = tmp_path / "articles.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = evaluate_cube(folder, data, *CUTS.values(), device="cpu", progress=False)
