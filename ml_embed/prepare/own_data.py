@@ -40,7 +40,7 @@ from ml_embed.prepare.raw_parquet import write_raw
 from ml_embed.prepare.records import Reading, Table, open_shards, open_table, stem_and_suffix
 from ml_embed.prepare.rows import (
     NEGATIVE_COLUMN,
-    OPTIONAL_COLUMNS,
+    OPTIONAL_NAMES,
     Faults,
     FaultyRow,
     RawRow,
@@ -50,7 +50,7 @@ from ml_embed.prepare.rows import (
 )
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow")
-ROLES = ("query", "passage", "negatives", "text", "label", *OPTIONAL_COLUMNS.names)
+ROLES = ("query", "passage", "negatives", "text", "label", *OPTIONAL_NAMES)
 ORIGINS = ".origins.json"
 """Says where each collected raw file came from."""
 LOCK = ".import.lock"
@@ -115,7 +115,7 @@ def parse_columns(text: str) -> dict[str, str]:
         if role not in ROLES and not NEGATIVE_COLUMN.fullmatch(role):
             raise UserError(
                 f"--columns: {role!r} is no role; take query, passage, negatives, negative_1, ..., "
-                f"{', '.join(OPTIONAL_COLUMNS.names)}, or text and label, e.g. "
+                f"{', '.join(OPTIONAL_NAMES)}, or text and label, e.g. "
                 "query=question,passage=answer"
             )
         if role in columns:

@@ -219,7 +219,7 @@ def count_json_lines(path: Path) -> int:
 def _json_object(line: str, where: str) -> dict[str, Any] | FaultyRow:
     try:
         line.encode()
-        value = json.loads(line, object_pairs_hook=_without_doubles)
+        value = _DECODER.decode(line)
     except UnicodeEncodeError as error:  # bytes that are not of the encoding
         value = f"it holds bytes that are not UTF-8, at character {error.start}"
     except _Double as error:
@@ -246,6 +246,9 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
         raise _Double(f"{name!r} stands twice in one object. Keep one.")
     return values
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_without_doubles)
 
 
 def _begins_with_bracket(path: Path, reading: Reading) -> bool:
