@@ -323,6 +323,26 @@ def test_catalogues(bring, tmp_path, kind):
             assert f"left out, {reason}" in said
 
 
+def test_catalogues_of_many_languages(bring, tmp_path):
+    """A link is no second catalogue, "C" is English, and an empty catalogue stops nobody."""
+    folder = tmp_path / "all"
+    shutil.copytree(CASES / "catalogues", folder)
+    (folder / "again_sw.po").symlink_to(folder / "sw.po")
+    header = 'msgid ""\nmsgstr "X-Source-Language: C\\n"\n\nmsgid "Open"\nmsgstr '
+    (folder / "da.po").write_text(header + '"Åbn"\n')
+    (folder / "fo.po").write_text(header + '""\n')
+    code, said, rows = bring(folder)
+    assert code == 0, said
+    assert rows.keys() == {"all.en-sw", "all.en-da"}
+    assert pairs(rows["all.en-da"]) == [("Open", "Åbn", [])]
+    assert "left out, repeated" not in said
+    assert "1 language pairs without a translation: all.en-fo" in said
+    shutil.rmtree(tmp_path / "tokens")
+    code, said, _ = bring(folder / "fo.po")
+    assert code == 2
+    assert "none of its units is translated" in said
+
+
 def test_translation_memory(bring):
     code, said, rows = bring(CASES / "memory.tmx")
     assert code == 0, said
