@@ -440,6 +440,28 @@ def test_what_datasets_saves_to_disk(bring, tmp_path, splits):
         assert "no split 'test'; choose another with --split: train" in said
 
 
+def test_a_dataset_of_the_hub(bring, monkeypatch):
+    import datasets
+
+    features = datasets.Features(
+        {"review": datasets.Value("string"), "stars": datasets.ClassLabel(names=["no", "yes"])}
+    )
+    data = datasets.Dataset.from_dict({"review": ["a", "b"], "stars": [1, 0]}, features=features)
+
+    def load(name, subset, split, streaming):
+        assert (name, subset, split, streaming) == ("owner/data", "en", "test", True)
+        return data.to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    flags = ["--subset", "en", "--split", "test", "--columns", "text=review,label=stars"]
+    code, said, rows = bring("owner/data", *flags)
+    assert code == 0, said
+    assert pairs(rows["owner_data_en"]) == [("b", "no", ["yes"]), ("a", "yes", ["no"])]
+    code, said, _ = bring("owner/data", *flags, "--columns", "query=no,passage=stars")
+    assert code == 2
+    assert "no column 'no'; its columns are 'review', 'stars'" in said
+
+
 def test_duplicate_columns_of_parquet(bring, tmp_path):
     table = pa.table([["q"], ["p"], ["r"]], names=["query", "passage", "passage"])
     pq.write_table(table, tmp_path / "x.parquet")
