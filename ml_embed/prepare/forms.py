@@ -105,7 +105,7 @@ def _positives(texts: list[Any], column: str, where: str) -> list[str]:
 
 
 def _own(values: Values, where: str) -> list[RawRow]:
-    return [row_of(values, raw_columns(list(values), where), where, text_is_list=True)]
+    return [row_of(values, raw_columns(values, where), where, text_is_list=True)]
 
 
 def _flag_embedding(values: Values, where: str) -> list[RawRow]:

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from ml_embed.prepare.raw_parquet import write_raw
 from ml_embed.prepare.records import Reading, Table, open_shards, open_table, stem_and_suffix
 from ml_embed.prepare.rows import (
     NEGATIVE_COLUMN,
-    OPTIONAL_COLUMNS,
+    OPTIONAL_NAMES,
     Faults,
     FaultyRow,
     RawRow,
@@ -50,7 +51,7 @@ from ml_embed.prepare.rows import (
 )
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow")
-ROLES = ("query", "passage", "negatives", "text", "label", *OPTIONAL_COLUMNS.names)
+ROLES = ("query", "passage", "negatives", "text", "label", *OPTIONAL_NAMES)
 ORIGINS = ".origins.json"
 """Says where each collected raw file came from."""
 LOCK = ".import.lock"
@@ -115,7 +116,7 @@ def parse_columns(text: str) -> dict[str, str]:
         if role not in ROLES and not NEGATIVE_COLUMN.fullmatch(role):
             raise UserError(
                 f"--columns: {role!r} is no role; take query, passage, negatives, negative_1, ..., "
-                f"{', '.join(OPTIONAL_COLUMNS.names)}, or text and label, e.g. "
+                f"{', '.join(OPTIONAL_NAMES)}, or text and label, e.g. "
                 "query=question,passage=answer"
             )
         if role in columns:
@@ -289,9 +290,16 @@ def raw_folder(
         folder.mkdir(parents=True, exist_ok=True)
         with lock_folder(folder / LOCK, "collecting raw data in"):
             record = open_origins(folder, overwrite)
-            for source in sources:
-                import_source(source, chosen, record, seed, progress, options)
+            empty = [
+                source.name
+                for source in sources
+                if import_source(source, chosen, record, seed, progress, options) is None
+            ]
             record.finish(record.entries)
+            if len(empty) == len(sources):
+                raise UserError(f"{input} gives no rows: none of its units is translated")
+            if empty:
+                notice(f"{len(empty)} language pairs without a translation: {', '.join(empty)}")
     return RawFolder(folder, _passed_over(Path(input), sources))
 
 
@@ -359,7 +367,7 @@ def import_source(
     seed: int,
     progress: bool = True,
     options: ImportOptions | None = None,
-) -> Path:
+) -> Path | None:
     """Write `<name>.parquet` in the raw layout; the same source and seed give the same bytes.
 
     Pairs stream. Labelled text is held in memory, and its task is noted in the file.
@@ -372,13 +380,19 @@ def import_source(
         progress: a bar on stderr.
         options: see there.
     Returns:
-        the file.
+        the file; None for parallel text without a translation.
     Raises:
         UserError: the source cannot be read, a column is missing, rows are faulty, or the file
             there came from another source, without the record's `overwrite`.
     """
     target = record.path.with_name(f"{source.name}.parquet")
     made = _make_rows(source, columns, options or ImportOptions(), seed, progress)
+    if source.parallel is not None:
+        rows = iter(made.rows)
+        first = list(islice(rows, 1))
+        if not first:
+            return None
+        made.rows = chain(first, rows)
     with atomic_file(target) as partial:
         if not write_raw(partial, made.rows, made.task, made.notes).rows:
             raise UserError(f"{source.path} gives no rows: it is empty, or no label has two texts")

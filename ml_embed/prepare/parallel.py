@@ -10,7 +10,7 @@ import re
 import struct
 import xml.parsers.expat
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -92,7 +92,7 @@ def _is_placeholder(text: str) -> bool:
     return not any(map(str.isalpha, _PLACEHOLDER.sub(" ", text)))
 
 
-def list_parallel(files: Iterable[Path], folder: str) -> list[ParallelText]:
+def list_parallel(files: Collection[Path], folder: str) -> list[ParallelText]:
     """The parallel texts among some files; catalogues are joined by language pair.
 
     Args:
@@ -101,7 +101,7 @@ def list_parallel(files: Iterable[Path], folder: str) -> list[ParallelText]:
     Raises:
         UserError: a catalogue or a memory is broken, or does not say its language.
     """
-    files = sorted(files)
+    files = _each_once(files)
     catalogues: dict[Pair, list[Path]] = {}
     for path in files:
         if stem_and_suffix(path)[1] in CATALOGUES:
@@ -118,6 +118,18 @@ def list_parallel(files: Iterable[Path], folder: str) -> list[ParallelText]:
         elif suffix == ".tsv" and is_tatoeba(path):
             found.append(ParallelText(stem, ("", _tatoeba_language(stem)), (path,)))
     return found + _moses_pairs(files)
+
+
+def _each_once(files: Collection[Path]) -> list[Path]:
+    """Sorted, without links to others of them."""
+    targets = {path for path in files if not path.is_symlink()}
+    links = sorted(path for path in files if path.is_symlink())
+    seen = {path.resolve() for path in targets}
+    for path in links:
+        if path.resolve() not in seen:
+            seen.add(path.resolve())
+            targets.add(path)
+    return sorted(targets)
 
 
 def parallel_beside(path: Path) -> list[ParallelText]:
@@ -148,7 +160,8 @@ def _catalogue_pair(path: Path) -> Pair:
     place = path.parent.parent.name if path.parent.name == "LC_MESSAGES" else ""
     for name in (place, header.get("Language", ""), path.stem, path.parent.name):
         if _LANGUAGE.fullmatch(name):
-            return header.get("X-Source-Language") or "en", name
+            source = header.get("X-Source-Language", "")
+            return source if _LANGUAGE.fullmatch(source) else "en", name
     raise UserError(
         f"{path} does not say its language: name it after its code (sw.po), put it into a folder "
         "that is called so, or write the header's line Language."

@@ -12,12 +12,14 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice, pairwise, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ml_embed.config import TASKS, Task
 from ml_embed.errors import UserError
@@ -32,7 +34,7 @@ from ml_embed.prepare.raw_parquet import (
 )
 from ml_embed.prepare.records import Reading, count_json_lines, json_lines, open_table
 from ml_embed.prepare.rows import (
-    OPTIONAL_COLUMNS,
+    OPTIONAL_NAMES,
     Faults,
     FaultyRow,
     RawRow,
@@ -92,14 +94,34 @@ def check_and_count_rows(dataset: RawDataset) -> int:
     Raises UserError for a broken file, a missing column, a column of the wrong type, or no rows.
     """
     if dataset.is_parquet:
-        with open_parquet(dataset.path) as file:
-            check_schema(dataset.path, file.schema_arrow)
-            rows = file.metadata.num_rows
+        footer = _footer(dataset.path)
+        check_schema(dataset.path, footer.schema)
+        rows = footer.metadata.num_rows
     else:
         rows = count_json_lines(dataset.path)
     if rows == 0:
         raise UserError(f"{dataset.path} has no rows. Remove the file or fill it.")
     return rows
+
+
+class _Footer(NamedTuple):
+    schema: pa.Schema
+    metadata: pq.FileMetaData
+
+
+def _footer(path: Path) -> _Footer:
+    """What stands at the end of a parquet file; read once for calls that follow each other."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}.") from error
+    return _read_footer(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(8)
+def _read_footer(path: Path, size: int, changed: int) -> _Footer:
+    with open_parquet(path) as file:
+        return _Footer(file.schema_arrow, file.metadata)
 
 
 def is_raw_layout(path: Path) -> bool:
@@ -109,8 +131,7 @@ def is_raw_layout(path: Path) -> bool:
     """
     try:
         if path.suffix.lower() == ".parquet":
-            with open_parquet(path) as file:
-                columns = {field.name: field.type for field in file.schema_arrow}
+            columns = {field.name: field.type for field in _footer(path).schema}
             listed_as_text = is_text(columns.get("negatives", pa.null()))
         else:
             first = next(iter(json_lines(path)), None)
@@ -142,20 +163,19 @@ def check_all_rows(dataset: RawDataset, skip_bad_rows: bool = False) -> CheckedR
     """
     faults = Faults(str(dataset.path), skip_bad_rows)
     if _is_columnar(dataset):
-        with open_parquet(dataset.path) as file:
-            present = set(file.schema_arrow.names)
+        present = set(_footer(dataset.path).schema.names)
         rows, faulty = faulty_rows(dataset.path, faults)
         good = np.setdiff1d(np.arange(rows), faulty, assume_unique=True)
     else:
         present, numbers = set(), []
         for number, row in _numbered_rows(dataset, None, faults):
             numbers.append(number)
-            present |= {name for name in OPTIONAL_COLUMNS.names if getattr(row, name) is not None}
+            present |= {name for name in OPTIONAL_NAMES if getattr(row, name) is not None}
         good = np.array(numbers, np.int64)
     if not len(good):
         raise UserError(f"{dataset.path} has no row that can be used.")
     return CheckedRows(
-        good, tuple(name for name in OPTIONAL_COLUMNS.names if name in present), faults.count
+        good, tuple(name for name in OPTIONAL_NAMES if name in present), faults.count
     )
 
 
@@ -163,8 +183,7 @@ def task_in_file(dataset: RawDataset) -> Task | None:
     """The task that a parquet file names in its metadata; None where it names none."""
     if not dataset.is_parquet:
         return None
-    with open_parquet(dataset.path) as file:
-        said = (file.schema_arrow.metadata or {}).get(TASK_METADATA, b"").decode()
+    said = (_footer(dataset.path).schema.metadata or {}).get(TASK_METADATA, b"").decode()
     return said if said in TASKS else None
 
 
@@ -172,8 +191,7 @@ def notes_in_file(dataset: RawDataset) -> dict[str, Any]:
     """What `write_raw` noted in a parquet file; {} in any other."""
     if not dataset.is_parquet:
         return {}
-    with open_parquet(dataset.path) as file:
-        said = (file.metadata.metadata or {}).get(NOTES_METADATA, b"{}")
+    said = (_footer(dataset.path).metadata.metadata or {}).get(NOTES_METADATA, b"{}")
     try:
         notes = json.loads(said)
     except ValueError as error:
@@ -211,7 +229,7 @@ def read_rows(
     for batch in read_parquet(dataset.path, selected, faults):
         texts = batch.decode(range(len(batch.documents)))
         ends = np.cumsum(batch.counts).tolist()
-        optional = [batch.optional.get(name, repeat(None)) for name in OPTIONAL_COLUMNS.names]
+        optional = [batch.optional.get(name, repeat(None)) for name in OPTIONAL_NAMES]
         bounds = pairwise([0, *ends])
         for query, (start, end), *others in zip(batch.queries, bounds, *optional, strict=False):
             yield RawRow(query, texts[start], texts[start + 1 : end], *others)
@@ -234,18 +252,13 @@ def read_row_batches(
             characters=np.array([len(text) for text in texts]),
             counts=np.array([1 + len(row.negatives) for row in batch]),
             where=str(dataset.path),
-            optional={
-                name: [getattr(row, name) for row in batch] for name in OPTIONAL_COLUMNS.names
-            },
+            optional={name: [getattr(row, name) for row in batch] for name in OPTIONAL_NAMES},
         )
 
 
 def _is_columnar(dataset: RawDataset) -> bool:
     """Whether whole columns are read at once: parquet whose negatives have no scores."""
-    if not dataset.is_parquet:
-        return False
-    with open_parquet(dataset.path) as file:
-        return "neg_scores" not in file.schema_arrow.names
+    return dataset.is_parquet and "neg_scores" not in _footer(dataset.path).schema.names
 
 
 def _numbered_rows(
@@ -257,7 +270,7 @@ def _numbered_rows(
         records = _chosen_records(records, selected)
 
     def rows_of(values: Mapping[str, Any], where: str) -> RawRow:
-        return row_of(values, raw_columns(list(values), where), where)
+        return row_of(values, raw_columns(values, where), where)
 
     for record, row in good_rows(records, rows_of, faults):
         yield record.number, row

@@ -28,6 +28,7 @@ from ml_embed.files.parquet import (
 from ml_embed.prepare.records import refuse_doubles
 from ml_embed.prepare.rows import (
     OPTIONAL_COLUMNS,
+    OPTIONAL_NAMES,
     Faults,
     FaultyRow,
     RawRow,
@@ -205,7 +206,7 @@ def _count_faults(
     for number in found.tolist():
         values = batch.slice(number - int(numbers[0]), 1).to_pylist()[0]
         try:
-            row_of(values, raw_columns(list(values), str(path)), f"{path}, row {number}")
+            row_of(values, raw_columns(values, str(path)), f"{path}, row {number}")
         except FaultyRow as fault:
             faults.add(fault)
     return found
@@ -219,7 +220,7 @@ def _numbers(column: pa.Array) -> np.ndarray:
 def _row_batch(path: Path, batch: pa.RecordBatch, numbers: np.ndarray) -> RowBatch:
     """The columns query, passage, negatives and optional ones, of the rows with these numbers."""
     rows = np.arange(len(numbers))
-    names = [name for name in batch.schema.names if name not in OPTIONAL_COLUMNS.names]
+    names = [name for name in batch.schema.names if name not in OPTIONAL_NAMES]
     columns, owners = [], []  # texts, and the row that each belongs to
     for name in names[1:]:
         owner, column = rows, batch[name]
@@ -242,7 +243,7 @@ def _row_batch(path: Path, batch: pa.RecordBatch, numbers: np.ndarray) -> RowBat
         where=where,
         optional={
             name: _optional(batch[name], name, path)
-            for name in OPTIONAL_COLUMNS.names
+            for name in OPTIONAL_NAMES
             if name in batch.schema.names
         },
     )
@@ -279,7 +280,7 @@ def check_schema(path: Path, schema: pa.Schema) -> None:
         kind = schema.field(name).type
         fits, wanted = _TYPES.get(name, (is_text, "string"))
         if not fits(kind) and not (name not in ("query", "passage") and pa.types.is_null(kind)):
-            other = " Rename it if it is something else." if name in OPTIONAL_COLUMNS.names else ""
+            other = " Rename it if it is something else." if name in OPTIONAL_NAMES else ""
             raise UserError(f"{path}: column {name!r} is {kind}; it must be {wanted}.{other}")
 
 

@@ -156,10 +156,13 @@ def _fields(
 ) -> Iterator[tuple[int, list[str] | FaultyRow]]:
     """(line on which it begins, fields) of each row that is not blank, the header first."""
     csv.field_size_limit(sys.maxsize)
+    width = 0  # fields of the header
     with text_lines(path, reading, newline="") as lines:
-        rows = csv.reader(lines, delimiter=delimiter, strict=True)
+        of_row: list[str] = []  # the lines that were read for the row
+        rows = csv.reader(_kept(lines, of_row), delimiter=delimiter, strict=True)
         while True:
             line = rows.line_num + 1
+            of_row.clear()
             try:
                 fields = next(rows)
             except StopIteration:
@@ -167,15 +170,23 @@ def _fields(
             except csv.Error as error:
                 yield line, FaultyRow(f"{path}, line {line}: {_quote_problem(error)}")
                 continue
-            swallowed = [field for field in fields if delimiter in field and "\n" in field]
-            if swallowed and delimiter == "\t":
+            tabs = {text.count("\t") for text in of_row}
+            if delimiter == "\t" and len(of_row) > 1 and tabs == {width - 1}:
+                # Each of the lines is a row by itself: the quotes were part of texts.
                 yield line, FaultyRow(f"{path}, line {line}: {_quote_problem(None)}")
             elif fields:
+                width = width or len(fields)
                 yield line, fields
 
 
+def _kept(lines: Iterable[str], into: list[str]) -> Iterator[str]:
+    for line in lines:
+        into.append(line)
+        yield line
+
+
 def _quote_problem(error: csv.Error | None) -> str:
-    said = f" ({error})" if error else ", and tabs and line ends before its end"
+    said = f" ({error})" if error else ", or it swallows whole lines"
     return (
         f'a field that begins with a quote (") has no right end{said}. Quotes that are part of a '
         "text must be doubled, and the field put in quotes."
@@ -219,7 +230,7 @@ def count_json_lines(path: Path) -> int:
 def _json_object(line: str, where: str) -> dict[str, Any] | FaultyRow:
     try:
         line.encode()
-        value = json.loads(line, object_pairs_hook=_without_doubles)
+        value = _DECODER.decode(line)
     except UnicodeEncodeError as error:  # bytes that are not of the encoding
         value = f"it holds bytes that are not UTF-8, at character {error.start}"
     except _Double as error:
@@ -246,6 +257,9 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
         raise _Double(f"{name!r} stands twice in one object. Keep one.")
     return values
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_without_doubles)
 
 
 def _begins_with_bracket(path: Path, reading: Reading) -> bool:

@@ -13,6 +13,7 @@ import re
 import tokenize
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -31,6 +32,7 @@ OPTIONAL_COLUMNS = pa.schema(
     ]
 )
 """What rows may hold beside texts, as it stands in raw and tokenized data."""
+OPTIONAL_NAMES = tuple(OPTIONAL_COLUMNS.names)
 SHOWN_FAULTS = 5
 
 
@@ -166,15 +168,15 @@ def row_of(
         negatives += list_of(listed, columns["negatives"], where, text_is_list)
     texts = [_checked_text(text, "negatives", where) for text in negatives]
     query, passage = (text_of(record, columns[role], where) for role in ("query", "passage"))
-    given = {name: record.get(columns[name]) for name in OPTIONAL_COLUMNS.names if name in columns}
+    row = RawRow(query, passage, [text for text in texts if text])
+    given = {name: record.get(columns[name]) for name in OPTIONAL_NAMES if name in columns}
+    if not given:
+        return row
 
     def of(name: str) -> tuple[Any, str, str]:
         return given.get(name), columns.get(name, name), where
 
-    return RawRow(
-        query,
-        passage,
-        [text for text in texts if text],
+    return row._replace(
         query_id=query_id_of(*of("query_id")),
         language=_checked_text(*of("language")) or None,
         score=number_of(*of("score")),
@@ -313,17 +315,24 @@ def numbered_negatives(names: Iterable[str]) -> list[str]:
     )
 
 
-def raw_columns(names: Sequence[str], where: str) -> dict[str, str]:
+def raw_columns(names: Iterable[str], where: str) -> Mapping[str, str]:
     """The columns of raw data among some, by their roles, which are their names.
 
     Raises:
         FaultyRow: negatives stand there in two forms.
     """
-    numbered = numbered_negatives(names)
-    if "negatives" in names and numbered:
+    columns, numbered = _raw_columns(tuple(names))
+    if "negatives" in columns and numbered:
         raise FaultyRow(f"{where}: both 'negatives' and {numbered[0]!r}. Keep one form.")
-    optional = [name for name in ("negatives", *OPTIONAL_COLUMNS.names) if name in names]
-    return {name: name for name in ("query", "passage", *numbered, *optional)}
+    return columns
+
+
+@lru_cache(64)
+def _raw_columns(names: tuple[str, ...]) -> tuple[Mapping[str, str], list[str]]:
+    """The columns, and those of them that hold one negative each."""
+    numbered = numbered_negatives(names)
+    optional = [name for name in ("negatives", *OPTIONAL_NAMES) if name in names]
+    return {name: name for name in ("query", "passage", *numbered, *optional)}, numbered
 
 
 def raise_empty(where: str, column: str, text: str | None) -> NoReturn:

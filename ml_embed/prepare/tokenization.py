@@ -47,7 +47,7 @@ from ml_embed.prepare.raw import (
     read_row_batches,
     task_in_file,
 )
-from ml_embed.prepare.rows import OPTIONAL_COLUMNS, RowBatch
+from ml_embed.prepare.rows import OPTIONAL_NAMES, RowBatch
 from ml_embed.prepare.token_files import (
     CORPUS_SCHEMA,
     append_columns,
@@ -226,11 +226,10 @@ def tokenize_folder(options: TokenizeOptions, progress: bool = True) -> Manifest
 def _make_jobs(options: TokenizeOptions) -> dict[str, _Job]:
     """The datasets of the input by name, checked as far as that goes without reading texts."""
     datasets = list_raw_datasets(options.input)
-    for dataset in datasets:
-        check_and_count_rows(dataset)
     check_dataset_names([dataset.name for dataset in datasets], options.datasets)
     jobs = {}
     for dataset in datasets:
+        check_and_count_rows(dataset)
         settings, notes = match_settings(dataset.name, options.datasets), notes_in_file(dataset)
         if settings.prompt is None and "prompt" in notes:
             settings = replace(settings, prompt=notes["prompt"])
@@ -462,7 +461,7 @@ def _write_block(
     optional = [
         pa.array(block.optional[column.name], column.type)
         for column in query_file.schema
-        if column.name in OPTIONAL_COLUMNS.names
+        if column.name in OPTIONAL_NAMES
     ]
     append_columns(query_file, [text_array(ids[:rows]), passages, negatives, *optional])
     append_columns(corpus_file, [text_array(ids[rows:])])

@@ -14,6 +14,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from ml_embed.prepare.raw import (
     check_and_count_rows,
     describe_source,
     list_raw_datasets,
+    notes_in_file,
     read_rows,
     task_in_file,
 )
@@ -51,6 +53,8 @@ ENCODED_BLOCK = 8192  # texts between two writes to disk; what an interruption c
 QUERY_BLOCK = 1024
 VECTOR_SETTINGS = ("model", "query_prompt", "passage_prompt", "source")
 """What the vectors of an unfinished dataset depend on: other settings may change."""
+KEPT_COLUMNS = ("query_id", "language", "score", "pos_score")
+"""Optional columns that stay true when a row gets other negatives."""
 INDEX_SETTINGS = (*VECTOR_SETTINGS, "code_bits")
 
 
@@ -114,6 +118,8 @@ class Corpus:
     passage_of_row: np.ndarray  # (rows,) int64
     own_documents: list[list[int]]
     """for each query, the documents that are no negatives of it: its passages and its own text"""
+    kept: list[dict[str, Any]] | None = None
+    """what else each row holds that stays true with other negatives; None if none has anything"""
 
 
 def read_corpus(dataset: RawDataset) -> Corpus:
@@ -122,6 +128,8 @@ def read_corpus(dataset: RawDataset) -> Corpus:
     documents: dict[str, int] = {}
     query_of_row, passage_of_row = [], []
     own: list[list[int]] = []
+    kept: list[dict[str, Any]] = []
+    named: dict[str, set[int]] = {}  # query_id -> queries
     for row in read_rows(dataset):
         query = queries.setdefault(row.query, len(queries))
         places = [
@@ -133,11 +141,24 @@ def read_corpus(dataset: RawDataset) -> Corpus:
             own[query].append(places[0])
         query_of_row.append(query)
         passage_of_row.append(places[0])
+        further = {name: getattr(row, name) for name in KEPT_COLUMNS}
+        kept.append({name: value for name, value in further.items() if value is not None})
+        if row.query_id is not None:
+            named.setdefault(row.query_id, set()).add(query)
+    for same in named.values():
+        together = [document for query in sorted(same) for document in own[query]]
+        for query in same if len(same) > 1 else ():
+            own[query] = list(dict.fromkeys(together))
     for text, query in queries.items():
         if text in documents and documents[text] not in own[query]:
             own[query].append(documents[text])
     return Corpus(
-        list(queries), list(documents), np.array(query_of_row), np.array(passage_of_row), own
+        list(queries),
+        list(documents),
+        np.array(query_of_row),
+        np.array(passage_of_row),
+        own,
+        kept if any(kept) else None,
     )
 
 
@@ -271,7 +292,8 @@ def _mine_dataset(
             rows, searched = mining.run(dataset, record.settings | {"source": source})
         record.begin(name)  # Not before: until here other settings may use what lies in `work`.
         with atomic_file(target) as partial:
-            counts = write_raw(partial, rows, task)
+            prompt = {k: v for k, v in notes_in_file(dataset).items() if k == "prompt"}
+            counts = write_raw(partial, rows, task, lambda: prompt)
         record.record(name, asdict(counts) | searched | {"source": source})
     shutil.rmtree(work, ignore_errors=True)
 
@@ -391,6 +413,7 @@ def _own_pairs(corpus: Corpus, queries: np.ndarray) -> Tensor:
 def _mined_rows(corpus: Corpus, negatives: np.ndarray) -> Iterator[RawRow]:
     """Rows with the documents that (rows, M) `negatives` names, -1 for none."""
     columns = (corpus.query_of_row, corpus.passage_of_row, negatives)
-    for query, passage, chosen in zip(*columns, strict=True):
+    kept: Iterable[dict[str, Any]] = corpus.kept or repeat({})
+    for query, passage, chosen, further in zip(*columns, kept, strict=False):
         texts = [corpus.documents[number] for number in chosen if number >= 0]
-        yield RawRow(corpus.queries[query], corpus.documents[passage], texts)
+        yield RawRow(corpus.queries[query], corpus.documents[passage], texts, **further)

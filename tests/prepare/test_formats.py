@@ -1,5 +1,6 @@
 """What people bring is read as it was written, or refused with its line: a small file per kind."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -8,9 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers import ROOT
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import tokenize_data_qwen
+from ml_embed.prepare.records import Reading, open_table
+from ml_embed.prepare.rows import FaultyRow
 
+TEXTS = st.text(st.sampled_from("a\"',\t\n\r ;é\0猫"), min_size=1, max_size=8)
 CASES = ROOT / "tests" / "cases" / "rows"
 NONE = {"query_id": None, "language": None, "score": None, "pos_score": None, "neg_scores": None}
 
@@ -104,13 +110,13 @@ def test_the_row_that_was_written_is_read(bring, name, flags, rows):
     ],
 )
 def test_what_cannot_be_read_rightly_is_refused_with_its_line(bring, tmp_path, name, messages):
-    given = CASES / name
+    place = CASES / name
     if name == "moses":
-        given = tmp_path / "moses"
-        shutil.copytree(CASES / name, given)
-        with (given / "talk.sw").open("a") as file:
+        place = tmp_path / "moses"
+        shutil.copytree(CASES / name, place)
+        with (place / "talk.sw").open("a") as file:
             file.write("one more\n")
-    code, said, rows = bring(given)
+    code, said, rows = bring(place)
     assert code == 2
     for message in messages:
         assert message in said
@@ -126,6 +132,31 @@ def test_a_column_may_change_its_type_anywhere(bring, tmp_path):
     code, said, found = bring(path)
     assert code == 0, said
     assert [each["query"] for each in found["long"]] == [f"q{i}" for i in range(1600)]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json", ".jsonl"])
+@given(rows=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=5))
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_text_is_read_as_it_was_written(tmp_path, suffix, rows):
+    """Quotes, tabs, commas, line ends and NUL, as Python's own writers write them."""
+    path = tmp_path / f"x{suffix}"
+    records = [{"query": query, "passage": passage} for query, passage in rows]
+    if suffix in (".csv", ".tsv"):
+        with path.open("w", newline="", encoding="utf-8") as file:
+            delimiter = "," if suffix == ".csv" else "\t"
+            writer = csv.DictWriter(file, ["query", "passage"], delimiter=delimiter)
+            writer.writeheader()
+            writer.writerows(records)
+    else:
+        lines = [json.dumps(record, ensure_ascii=False) for record in records]
+        text = f"[{','.join(lines)}]" if suffix == ".json" else "\n".join(lines)
+        path.write_text(text, encoding="utf-8", newline="")
+    read = [record.values for record in open_table(path, Reading()).read(["query", "passage"])]
+    if suffix == ".tsv" and any(isinstance(values, FaultyRow) for values in read):
+        # Lines of which each could be a row: refused, because which was meant cannot be known.
+        assert any("\t" in text and {"\n", "\r"} & set(text) for row in rows for text in row)
+    else:
+        assert read == records
 
 
 def test_bad_rows_are_skipped_and_counted_where_that_is_asked_for(bring, tmp_path):
@@ -262,16 +293,16 @@ def test_another_split_of_beir_is_another_dataset(bring):
 
 @pytest.mark.parametrize("kind", [".po", ".mo"])
 def test_catalogues(bring, tmp_path, kind):
-    given = CASES / "catalogues"
+    place = CASES / "catalogues"
     if kind == ".mo":
         import polib
 
-        given = tmp_path / "catalogues"
-        (given / "sw" / "LC_MESSAGES").mkdir(parents=True)
+        place = tmp_path / "catalogues"
+        (place / "sw" / "LC_MESSAGES").mkdir(parents=True)
         polib.pofile(str(CASES / "catalogues/sw.po")).save_as_mofile(
-            str(given / "sw/LC_MESSAGES/app.mo")
+            str(place / "sw/LC_MESSAGES/app.mo")
         )
-    code, said, rows = bring(given, "--both-directions")
+    code, said, rows = bring(place, "--both-directions")
     assert code == 0, said
     found = rows["catalogues.en-sw"]
     units = [
@@ -290,6 +321,26 @@ def test_catalogues(bring, tmp_path, kind):
     if kind == ".po":
         for reason in ("without translation: 1", "fuzzy: 1", "obsolete: 1"):
             assert f"left out, {reason}" in said
+
+
+def test_catalogues_of_many_languages(bring, tmp_path):
+    """A link is no second catalogue, "C" is English, and an empty catalogue stops nobody."""
+    folder = tmp_path / "all"
+    shutil.copytree(CASES / "catalogues", folder)
+    (folder / "again_sw.po").symlink_to(folder / "sw.po")
+    header = 'msgid ""\nmsgstr "X-Source-Language: C\\n"\n\nmsgid "Open"\nmsgstr '
+    (folder / "da.po").write_text(header + '"Åbn"\n')
+    (folder / "fo.po").write_text(header + '""\n')
+    code, said, rows = bring(folder)
+    assert code == 0, said
+    assert rows.keys() == {"all.en-sw", "all.en-da"}
+    assert pairs(rows["all.en-da"]) == [("Open", "Åbn", [])]
+    assert "left out, repeated" not in said
+    assert "1 language pairs without a translation: all.en-fo" in said
+    shutil.rmtree(tmp_path / "tokens")
+    code, said, _ = bring(folder / "fo.po")
+    assert code == 2
+    assert "none of its units is translated" in said
 
 
 def test_translation_memory(bring):
@@ -389,11 +440,33 @@ def test_what_datasets_saves_to_disk(bring, tmp_path, splits):
         assert "no split 'test'; choose another with --split: train" in said
 
 
+def test_a_dataset_of_the_hub(bring, monkeypatch):
+    import datasets
+
+    features = datasets.Features(
+        {"review": datasets.Value("string"), "stars": datasets.ClassLabel(names=["no", "yes"])}
+    )
+    data = datasets.Dataset.from_dict({"review": ["a", "b"], "stars": [1, 0]}, features=features)
+
+    def load(name, subset, split, streaming):
+        assert (name, subset, split, streaming) == ("owner/data", "en", "test", True)
+        return data.to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    flags = ["--subset", "en", "--split", "test", "--columns", "text=review,label=stars"]
+    code, said, rows = bring("owner/data", *flags)
+    assert code == 0, said
+    assert pairs(rows["owner_data_en"]) == [("b", "no", ["yes"]), ("a", "yes", ["no"])]
+    code, said, _ = bring("owner/data", *flags, "--columns", "query=no,passage=stars")
+    assert code == 2
+    assert "no column 'no'; its columns are 'review', 'stars'" in said
+
+
 def test_duplicate_columns_of_parquet(bring, tmp_path):
     table = pa.table([["q"], ["p"], ["r"]], names=["query", "passage", "passage"])
     pq.write_table(table, tmp_path / "x.parquet")
-    for given in (tmp_path, tmp_path / "x.parquet"):
-        code, said, _ = bring(given)
+    for place in (tmp_path, tmp_path / "x.parquet"):
+        code, said, _ = bring(place)
         assert code == 2
         assert "several columns 'passage'" in said
         assert "Traceback" not in said

@@ -396,6 +396,27 @@ def test_labels_are_not_mined(tmp_path):
         assert (pq.read_table(file).to_pylist() == rows) == (task == "classification")
 
 
+def test_what_else_a_row_holds_is_kept(tmp_path):
+    """All but the scores of the old negatives; no passage of the same query is a negative."""
+    rows = [
+        {"query": "ab", "passage": "abc", "query_id": "1", "language": "sw", "score": 0.5,
+         "negatives": ["xyz", "xy"], "neg_scores": [0.5, 0.25]},
+        {"query": "ba", "passage": "abcd", "query_id": "1", "pos_score": 2.0, "negatives": []},
+        {"query": "xx", "passage": "yx", "negatives": []},
+    ]  # fmt: skip
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rule = Filter(top=9, skip=0, count=9, max_score=2, max_ratio=2)
+    mine_folder(WordModel(), tmp_path / "in", tmp_path / "out", rule, progress=False)
+    mined = pq.read_table(tmp_path / "out/x.parquet").to_pylist()
+    for name in ("query_id", "language", "score", "pos_score"):
+        assert [row[name] for row in mined] == [row.get(name) for row in rows]
+    assert "neg_scores" not in mined[0]
+    for row in mined[:2]:
+        assert row["negatives"]
+        assert not {"abc", "abcd"} & set(row["negatives"]), "not the other's passage"
+
+
 def test_folders_that_hold_something_else_are_not_mixed_with(raw, tmp_path):
     mine_folder(WordModel(), raw, tmp_path, Filter(), progress=False)
     with pytest.raises(UserError, match="count was 24, now 3"):
