@@ -24,9 +24,10 @@ from typing import Any, Literal, get_args
 from ml_embed.errors import UserError
 from ml_embed.files.paths import expand_home, file_in_the_way, home_path
 
-Task = Literal["retrieval", "clustering", "classification"]
+Task = Literal["retrieval", "clustering", "classification", "similarity"]
 """Retrieval compares a query with its own negatives and with all passages of the global batch;
-clustering and classification (of two labels) with its own negatives only."""
+clustering and classification (of two labels) with its own negatives only. Similarity orders the
+pairs of the global batch by their scores."""
 TASKS: tuple[Task, ...] = get_args(Task)
 
 DistillationLoss = Literal["vectors", "similarity"]
@@ -54,11 +55,12 @@ class DatasetConfig:
     """Settings of one dataset, or of all datasets whose names match a shell-style pattern."""
 
     task: Task | None = None
-    """which losses apply and how many negatives are drawn; null = what the tokenized data says,
-    else what the dataset's name says (`ml_embed/data/dataset_tasks.json`), else retrieval"""
+    """which losses apply and how many negatives are drawn; null = similarity where all rows have a
+    score, else what the tokenized data says, else what the dataset's name says
+    (`ml_embed/data/dataset_tasks.json`), else retrieval"""
     num_hard_neg: int | None = _key(None, low=0)
     """hard negatives drawn per sample; 0 = none; null = the default of the task (num_hard_neg,
-    num_hard_neg_clustering, or 1 for classification)"""
+    num_hard_neg_clustering, 1 for classification, 0 for similarity, whose loss takes none)"""
     weight: float = _key(1.0, above=0, high=HIGHEST_WEIGHT)
     """how many times per epoch the dataset's rows are drawn; 1 = once; 0.1 = only a tenth of
     them"""
@@ -149,8 +151,8 @@ class TrainConfig:
     temperature: float = _key(0.05, above=0)
     """all contrastive losses divide their cosines by this"""
     mask_false_negatives: bool = True
-    """a sample's own positive document is never counted as its negative, wherever it stands in the
-    batch; false = off"""
+    """documents that the data pairs with a sample's query (the same query_id, or else the same
+    query text) are never counted as its negatives, wherever they stand in the batch; false = off"""
     false_negative_margin: float | None = _key(None, low=0, high=2)
     """negatives whose cosine to the query exceeds the positive's by more than this are masked as
     well; null = off"""
@@ -158,7 +160,11 @@ class TrainConfig:
     """settings per dataset, under its name or a shell-style pattern such as "sts_*"; an exact name
     goes before patterns, an earlier pattern before a later one"""
     valid_fraction: float = _key(0.01, low=0, high=0.5)
-    """share of each dataset's rows held out for validation; 0 = no validation"""
+    """share of each dataset's rows held out for validation, in retrieval data whole documents with
+    all their rows; 0 = none; not used with valid_data_path"""
+    valid_data_path: str | None = None
+    """folder of tokenized data for validation; then no training row is held out; null = hold out
+    valid_fraction"""
 
     teacher_model_path: str | None = None
     """Qwen3 model whose vectors are distilled, run beside the student (a folder or a hub name);
@@ -207,6 +213,11 @@ class TrainConfig:
     valid_dims: tuple[int, ...] | None = _key(None, low=1)
     """vector lengths of the cuts whose retrieval quality validation also measures (all combinations
     with valid_ranks and valid_layers); null = only the whole vector"""
+    keep_best: str | None = None
+    """name of a validation number in metrics.jsonl, such as "Avg/retrieval/ndcg@10": the model with
+    its best value (the lowest of a loss, else the highest) is kept in best/; null = off"""
+    patience: int = _key(0, low=0)
+    """validations in a row without a better value of keep_best after which the run ends; 0 = off"""
     checkpointing_steps: int = _key(100, low=0)
     """optimizer steps between checkpoints; 0 = only at the end of each epoch"""
     save_total_limit: int | None = _key(None, low=1)
@@ -220,6 +231,11 @@ class TrainConfig:
     def run_dir(self) -> Path:
         """The folder of this run."""
         return Path(self.output_dir) / self.experiment_id
+
+    @property
+    def held_out_fraction(self) -> float:
+        """Share of the training data's rows that validation takes."""
+        return self.valid_fraction if self.valid_data_path is None else 0.0
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[TrainConfig, dict]:
@@ -319,6 +335,10 @@ def _check_together(config: TrainConfig) -> list[str]:
         )
     if config.lora_r == 0 and config.lora_alpha is not None:
         problems.append("lora_alpha is given but lora_r is 0; set lora_r, e.g. to 16, or remove it")
+    if config.patience and config.keep_best is None:
+        problems.append("patience needs keep_best; name the validation number that has to improve")
+    if config.keep_best and not (config.valid_fraction or config.valid_data_path):
+        problems.append("keep_best needs validation; set valid_fraction or valid_data_path")
     if config.min_lr > config.learning_rate:
         problems.append(
             f"min_lr {config.min_lr} is larger than learning_rate {config.learning_rate}"

@@ -79,11 +79,47 @@ def in_batch_loss(
     return total
 
 
-def same_documents(documents: list[int]) -> list[set[int]]:
-    """For each sample, the other rows whose passage is its own document."""
+def cosent_loss(
+    queries: list[Tensor], passages: list[Tensor], scores: list[float], dims, temperature: float
+) -> Tensor:
+    """Sum over dims of log(1 + the sum over all two pairs, the first of a lower score, of
+    exp((its cosine - the other's) / temperature)): sentence-transformers' CoSENTLoss."""
+    total = torch.zeros(())
+    for dim, weight in dims:
+        cosines = [cosine(q, p, dim) for q, p in zip(queries, passages, strict=True)]
+        terms = [
+            (cosines[i] - cosines[j]) / temperature
+            for i, low in enumerate(scores)
+            for j, high in enumerate(scores)
+            if low < high
+        ]
+        total = total + weight * torch.logsumexp(torch.stack([torch.zeros(()), *terms]), dim=0)
+    return total
+
+
+def naive_spearman(left: list[float], right: list[float]) -> float:
+    """Pearson's correlation of ranks, each counted; equal values get the mean of their places."""
+
+    def ranks(values: list[float]) -> list[float]:
+        return [
+            sum(other < own for other in values) + (sum(other == own for other in values) + 1) / 2
+            for own in values
+        ]
+
+    a, b = ranks(left), ranks(right)
+    mean = (len(a) + 1) / 2
+    products = sum((x - mean) * (y - mean) for x, y in zip(a, b, strict=True))
+    return products / math.sqrt(sum((x - mean) ** 2 for x in a) * sum((y - mean) ** 2 for y in b))
+
+
+def right_documents(data: list[tuple], query_ids: list[str | None] | None = None) -> list[set[int]]:
+    """For each row, the passages of all rows with its query: the same id, or else the same text."""
+    names = [
+        ("id", query_ids[row]) if query_ids and query_ids[row] is not None else ("text", *query)
+        for row, (query, _, _) in enumerate(data)
+    ]
     return [
-        {j for j, other in enumerate(documents) if j != i and other == own}
-        for i, own in enumerate(documents)
+        {data[other][1] for other in range(len(data)) if names[other] == name} for name in names
     ]
 
 
@@ -118,14 +154,16 @@ def objective(
     max_length: int,
     eos_id: int,
     mask: bool = True,
+    right: list[set[int]] | None = None,
+    scores: list[float] | None = None,
     margin: float | None = None,
     counts: dict[str, int] | None = None,
 ) -> Tensor:
-    """The whole loss of a global batch: mean over exits of (hard + in-batch).
+    """The whole loss of a global batch: mean over exits of (hard + in-batch) or similarity.
 
     `samples`: (query ids, passage document, negative documents) each; `documents`: ids of every
-        document; `counts`
-    takes how many logits were left out by document and by margin.
+    document; `right`: the right answers of each sample, by default those that the samples say;
+    `counts` takes how many logits were left out by document and by margin.
     """
     dims = dims_and_weights(model.config.hidden_size, use_mrl)
 
@@ -137,15 +175,16 @@ def objective(
     negatives = [[encode(documents[n]) for n in own] for _, _, own in samples]
     deepest = max(exits)
     negatives_out, passages_out, by_document, by_margin = [], [], 0, 0
-    own_documents = same_documents([passage for _, passage, _ in samples])
-    for i, (_, passage, own) in enumerate(samples):
+    right = right_documents(samples) if right is None else right
+    for i, (_, _, own) in enumerate(samples):
         query, positive = queries[i][deepest], passages[i][deepest]
-        same = {place for place, n in enumerate(own) if mask and n == passage}
+        same = {place for place, n in enumerate(own) if mask and n in right[i]}
         near = above_margin(query, positive, [v[deepest] for v in negatives[i]], margin) - same
         negatives_out.append(same | near)
         by_document, by_margin = by_document + len(same), by_margin + len(near)
         if task == "retrieval":
-            same = own_documents[i] if mask else set()
+            others = {j for j, (_, other, _) in enumerate(samples) if j != i and other in right[i]}
+            same = others if mask else set()
             near = above_margin(query, positive, [v[deepest] for v in passages], margin) - same
             passages_out.append(same | near)
             by_document, by_margin = by_document + len(same), by_margin + len(near)
@@ -154,6 +193,9 @@ def objective(
     total = torch.zeros(())
     for layer in exits:
         q, p = [v[layer] for v in queries], [v[layer] for v in passages]
+        if task == "similarity":
+            total = total + cosent_loss(q, p, scores, dims, temperature)
+            continue
         n = [
             [v[layer] for place, v in enumerate(own) if place not in out]
             for own, out in zip(negatives, negatives_out, strict=True)

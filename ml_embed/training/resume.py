@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ml_embed.config import TrainConfig
+from ml_embed.data.schedule import SCHEDULE_VERSION
 from ml_embed.data.store import Store
 from ml_embed.errors import UserError
 from ml_embed.files.paths import home_path
@@ -21,7 +22,7 @@ _FREE_KEYS = frozenset(
     {"model_path", "experiment_id", "output_dir", "tb_dir", "cache_dir", "train_data_path"}
     | {"attention", "gradient_checkpointing", "max_tokens_per_forward", "compile_layers"}
     | {"log_interval", "validation_steps", "checkpointing_steps", "save_total_limit", "report_to"}
-    | {"valid_ranks", "valid_layers", "valid_dims"}
+    | {"valid_ranks", "valid_layers", "valid_dims", "valid_data_path", "keep_best", "patience"}
     | {"train_batch_size", "num_processes"}
     | {"teacher_model_path", "datasets"}  # what they lead to is compared instead
 )
@@ -30,6 +31,7 @@ _FREE_KEYS = frozenset(
 _MEANINGS = {
     "global_batch_size": "train_batch_size times the number of processes",
     "teacher_weights": "a digest of what teacher_model_path holds",
+    "schedule_version": "which rows a step takes; the state is of another version of ml-embed",
     "dataset_plans": "what `datasets`, its order included, makes of each dataset",
 }
 
@@ -53,10 +55,13 @@ def run_fingerprint(config: TrainConfig, inputs: Inputs, mixed_precision: str) -
     teacher = config.teacher_model_path
     kept["teacher_weights"] = weights_digest(Path(teacher)) if teacher else None
     kept["train_data_path"] = _data_digest(inputs.store)
+    valid = inputs.valid_store
+    kept["valid_data_path"] = None if valid is None else _data_digest(valid)
     kept["global_batch_size"] = resolved.global_batch_size
     if vectors is not None:
         kept["teacher_vectors_path"] = vectors.fingerprint(list(inputs.store.datasets))
     kept["mixed_precision"] = mixed_precision
+    kept["schedule_version"] = SCHEDULE_VERSION
     if config.lora_r:  # the layers are frozen, and in no resume state
         kept["model_path"] = weights_digest(Path(config.model_path))
     return json.loads(json.dumps(kept))  # as it reads back from disk
