@@ -264,7 +264,7 @@ def test_data_of_its_own_is_validated_whole_and_all_rows_are_trained_on(world, t
     for row in rows:
         right = {other["passage"] for other in rows if other["query"] == row["query"]}
         pool = [t for t in searched(rows, "retrieval")[0] if t not in right - {row["passage"]}]
-        scores.append((model.encode(pool) @ model.encode(row["query"])[0]).tolist())
+        scores.append((model.encode(pool) @ model.encode(row["query"])).tolist())
         positive.append(pool.index(row["passage"]))
     for metric, value in naive_metrics(scores, positive).items():
         assert valid[f"facts/{metric}"] == pytest.approx(value)
