@@ -18,7 +18,14 @@ from torch import Tensor
 from ml_embed.errors import UserError
 from ml_embed.evaluation.metrics import ranks_of_positives, ranks_of_scores
 from ml_embed.files.parquet import open_parquet, read_batches, require_columns
-from ml_embed.prepare.raw import RawDataset, check_and_count_rows, list_raw_datasets, read_rows
+from ml_embed.prepare.raw import (
+    RawDataset,
+    check_and_count_rows,
+    files_passed_over,
+    list_raw_datasets,
+    read_rows,
+    say_passed_over,
+)
 
 CANDIDATES = "candidates"
 WHOLE = "all"
@@ -125,6 +132,8 @@ def read_test_sets(path: Path, max_queries: int | None = None) -> tuple[Texts, l
             "of them"
         )
     datasets = list_raw_datasets(path) if path.is_dir() else [RawDataset(path.stem, path)]
+    if path.is_dir():
+        say_passed_over(files_passed_over(path, datasets))
     texts = Texts()
     sets: list[TestSet] = []
     for dataset in datasets:

@@ -10,7 +10,7 @@ blank lines are no rows. Suffixes may be in capitals. All is read in bounded mem
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice, pairwise, repeat
@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from ml_embed.config import TASKS, Task
 from ml_embed.errors import UserError
 from ml_embed.files.parquet import is_text, open_parquet
+from ml_embed.notices import notice
 from ml_embed.prepare.raw_parquet import (
     BATCH_ROWS,
     NOTES_METADATA,
@@ -46,6 +47,7 @@ from ml_embed.prepare.rows import (
 )
 
 SUFFIXES = (".parquet", ".jsonl")
+SHOWN_NAMES = 5
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,23 @@ def list_raw_datasets(folder: Path) -> list[RawDataset]:
             "makes such ones."
         )
     return sorted(datasets.values(), key=lambda dataset: dataset.name)
+
+
+def files_passed_over(folder: Path, datasets: Iterable[RawDataset]) -> list[str]:
+    """Names of the visible files of a folder that are none of its datasets."""
+    data = {dataset.path.name for dataset in datasets}
+    return sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.is_file() and path.name[0] != "." and path.name not in data
+    )
+
+
+def say_passed_over(names: Sequence[str]) -> None:
+    """A notice, if there are any."""
+    if names:
+        shown = ", ".join(names[:SHOWN_NAMES]) + (", ..." if len(names) > SHOWN_NAMES else "")
+        notice(f"files passed over, being no data: {len(names):,} ({shown})")
 
 
 def check_and_count_rows(dataset: RawDataset) -> int:

@@ -204,7 +204,8 @@ def _count_faults(
             wrong |= np.isinf(_numbers(batch[name]))
     found = np.intersect1d(numbers[wrong], chosen, assume_unique=True)
     for number in found.tolist():
-        values = batch.slice(number - int(numbers[0]), 1).to_pylist()[0]
+        with broken_file_is_user_error(path):
+            values = batch.slice(number - int(numbers[0]), 1).to_pylist()[0]
         try:
             row_of(values, raw_columns(values, str(path)), f"{path}, row {number}")
         except FaultyRow as fault:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from ml_embed.data.manifest import Manifest
 from ml_embed.notices import notice, warn
+from ml_embed.prepare.raw import say_passed_over
 
 _SHOWN = 5
 _REASONS = {
@@ -24,10 +25,7 @@ def say_what_is_missing(manifest: Manifest) -> None:
     for name, entry in manifest.datasets.items():
         if 2 * (entry.texts_cut or {}).get("queries", 0) > entry.rows:
             warn(f"{name}: most of its queries are cut; raise --max-seq-length, or shorten prompts")
-    if manifest.passed_over:
-        names = ", ".join(manifest.passed_over[:_SHOWN])
-        more = ", ..." if len(manifest.passed_over) > _SHOWN else ""
-        notice(f"files passed over, being no data: {len(manifest.passed_over):,} ({names}{more})")
+    say_passed_over(manifest.passed_over or ())
 
 
 def _left_out(manifest: Manifest) -> dict[str, dict[str, int]]:

@@ -42,6 +42,7 @@ from ml_embed.prepare.raw import (
     check_all_rows,
     check_and_count_rows,
     describe_source,
+    files_passed_over,
     list_raw_datasets,
     notes_in_file,
     read_row_batches,
@@ -216,7 +217,8 @@ def tokenize_folder(options: TokenizeOptions, progress: bool = True) -> Manifest
                 for path in token_paths(options.output, name).values():
                     path.unlink(missing_ok=True)
                     partial_path(path).unlink(missing_ok=True)
-            passed_over = sorted({*options.passed_over, *_passed_over(options.input, jobs)})
+            others = files_passed_over(options.input, [job.raw for job in jobs.values()])
+            passed_over = sorted({*options.passed_over, *others})
             further = {"datasets": record.entries, "passed_over": passed_over or None}
             manifest = Manifest.from_json({**record.settings, **further})
             record.finish(manifest.to_json(), sort_keys=True)
@@ -236,16 +238,6 @@ def _make_jobs(options: TokenizeOptions) -> dict[str, _Job]:
         task = settings.task or task_in_file(dataset) or task_of(dataset.name)
         jobs[dataset.name] = _Job(dataset, Prompts.of_settings(settings), task, notes)
     return jobs
-
-
-def _passed_over(folder: Path, jobs: Mapping[str, _Job]) -> list[str]:
-    """Files of a folder that are no datasets."""
-    data = {job.raw.path.name for job in jobs.values()}
-    return [
-        path.name
-        for path in folder.iterdir()
-        if path.is_file() and path.name[0] != "." and path.name not in data
-    ]
 
 
 def _check_room(jobs: Mapping[str, _Job], text_tokenizer: TextTokenizer) -> None:

@@ -35,9 +35,11 @@ from ml_embed.prepare.raw import (
     RawDataset,
     check_and_count_rows,
     describe_source,
+    files_passed_over,
     list_raw_datasets,
     notes_in_file,
     read_rows,
+    say_passed_over,
     task_in_file,
 )
 from ml_embed.prepare.raw_parquet import write_raw
@@ -235,6 +237,7 @@ def mine_folder(model: TextModel, options: MiningOptions, progress: bool = True)
             _remove_datasets(output, record.gone(datasets))
             summary = {"settings": settings, "datasets": dict(sorted(record.entries.items()))}
             record.finish(summary)
+    say_passed_over(files_passed_over(options.source, datasets.values()))
     return summary
 
 

@@ -13,10 +13,9 @@ from helpers.in_process import train
 
 import tokenize_data_qwen
 from ml_embed.errors import UserError
+from ml_embed.prepare.inputs import Source, list_sources
 from ml_embed.prepare.own_data import (
-    Source,
     import_source,
-    list_sources,
     open_origins,
     parse_columns,
     raw_folder,
