@@ -149,8 +149,8 @@ class TrainConfig:
     temperature: float = _key(0.05, above=0)
     """all contrastive losses divide their cosines by this"""
     mask_false_negatives: bool = True
-    """a sample's own positive document is never counted as its negative, wherever it stands in the
-    batch; false = off"""
+    """documents that the data pairs with a sample's query (the same query_id, or else the same
+    query text) are never counted as its negatives, wherever they stand in the batch; false = off"""
     false_negative_margin: float | None = _key(None, low=0, high=2)
     """negatives whose cosine to the query exceeds the positive's by more than this are masked as
     well; null = off"""

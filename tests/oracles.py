@@ -79,11 +79,14 @@ def in_batch_loss(
     return total
 
 
-def same_documents(documents: list[int]) -> list[set[int]]:
-    """For each sample, the other rows whose passage is its own document."""
+def right_documents(data: list[tuple], query_ids: list[str | None] | None = None) -> list[set[int]]:
+    """For each row, the passages of all rows with its query: the same id, or else the same text."""
+    names = [
+        ("id", query_ids[row]) if query_ids and query_ids[row] is not None else ("text", *query)
+        for row, (query, _, _) in enumerate(data)
+    ]
     return [
-        {j for j, other in enumerate(documents) if j != i and other == own}
-        for i, own in enumerate(documents)
+        {data[other][1] for other in range(len(data)) if names[other] == name} for name in names
     ]
 
 
@@ -118,14 +121,15 @@ def objective(
     max_length: int,
     eos_id: int,
     mask: bool = True,
+    right: list[set[int]] | None = None,
     margin: float | None = None,
     counts: dict[str, int] | None = None,
 ) -> Tensor:
     """The whole loss of a global batch: mean over exits of (hard + in-batch).
 
     `samples`: (query ids, passage document, negative documents) each; `documents`: ids of every
-        document; `counts`
-    takes how many logits were left out by document and by margin.
+    document; `right`: the right answers of each sample, by default those that the samples say;
+    `counts` takes how many logits were left out by document and by margin.
     """
     dims = dims_and_weights(model.config.hidden_size, use_mrl)
 
@@ -137,15 +141,16 @@ def objective(
     negatives = [[encode(documents[n]) for n in own] for _, _, own in samples]
     deepest = max(exits)
     negatives_out, passages_out, by_document, by_margin = [], [], 0, 0
-    own_documents = same_documents([passage for _, passage, _ in samples])
-    for i, (_, passage, own) in enumerate(samples):
+    right = right_documents(samples) if right is None else right
+    for i, (_, _, own) in enumerate(samples):
         query, positive = queries[i][deepest], passages[i][deepest]
-        same = {place for place, n in enumerate(own) if mask and n == passage}
+        same = {place for place, n in enumerate(own) if mask and n in right[i]}
         near = above_margin(query, positive, [v[deepest] for v in negatives[i]], margin) - same
         negatives_out.append(same | near)
         by_document, by_margin = by_document + len(same), by_margin + len(near)
         if task == "retrieval":
-            same = own_documents[i] if mask else set()
+            others = {j for j, (_, other, _) in enumerate(samples) if j != i and other in right[i]}
+            same = others if mask else set()
             near = above_margin(query, positive, [v[deepest] for v in passages], margin) - same
             passages_out.append(same | near)
             by_document, by_margin = by_document + len(same), by_margin + len(near)

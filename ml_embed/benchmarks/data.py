@@ -27,6 +27,7 @@ from ml_embed.data.batch_builder import BatchBuilder
 from ml_embed.data.loader import Loader
 from ml_embed.data.manifest import MANIFEST, DatasetEntry, Manifest
 from ml_embed.data.schedule import DatasetPlan, Schedule
+from ml_embed.data.split import random_split
 from ml_embed.data.store import TokenizedDataset, open_store
 from ml_embed.files.atomic import write_json
 
@@ -57,7 +58,8 @@ def measure_batches(
     store = open_store(tokenized, cache, progress=False)
     dataset, naive = store.datasets[name], NaiveDataset(tokenized, name)
     plan = DatasetPlan(name, "retrieval", shape.negatives, dataset.num_rows, 0, dataset.num_rows)
-    schedule = Schedule([plan], {name: dataset.num_rows}, shape.batch_size, seed=0)
+    splits = {name: random_split(name, dataset.num_rows, 0, seed=0)}
+    schedule = Schedule([plan], splits, shape.batch_size, seed=0)
     loader = Loader(schedule, store, BatchBuilder(0, shape.max_length, eos_id, True, 0, 1), None)
     group = loader.steps_per_group
     first_steps = range(schedule.steps_per_epoch)[:8]

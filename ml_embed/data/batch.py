@@ -69,8 +69,8 @@ class ContrastiveBatch:
     negatives: Tensor
     """(R, K) index into the texts, 0 where a sample has fewer than K"""
     excluded_candidates: Tensor
-    """(R, 1 + K) bool, the passage first: negatives that a sample lacks, or that are its own
-    positive document"""
+    """(R, 1 + K) bool, the passage first: negatives that a sample lacks, or right answers
+    to its query"""
     sample_weights: Tensor
     """(R,) float32, W / n, and 0 for fillers: engines average gradients over processes, so the
     shares of all processes add up to the mean over the n rows"""
@@ -82,7 +82,8 @@ class ContrastiveBatch:
     target: Tensor
     """(R,) where each sample's passage stands among those n"""
     excluded_passages: Tensor | None
-    """(R, n) bool: passages of other rows that are the sample's own document; None if none is"""
+    """(R, n) bool: passages of other rows that the data pairs with the sample's query; None if none
+    is"""
     passage_documents: Tensor
     """(R,) document number of each passage"""
     negative_documents: Tensor

@@ -19,7 +19,7 @@ from torch import Tensor
 from ml_embed.data.batch import ContrastiveBatch
 from ml_embed.data.packing import PackedBatch, PackedSequences
 from ml_embed.data.random import key_hash
-from ml_embed.data.schedule import DatasetPlan, draw_negatives, share_of_process
+from ml_embed.data.schedule import DatasetPlan, draw_negatives, share_of
 from ml_embed.data.store import TokenizedDataset
 
 ID_BYTES = np.dtype(np.int32).itemsize
@@ -123,9 +123,8 @@ class BatchBuilder:
         documents = dataset.passage_documents[own]  # (S, R)
         negatives = self._draw(dataset, plan, own, epoch)  # (S, R, K), -1 for none
         texts = self._texts(dataset, own, documents, negatives)
-        excluded = self._excluded_candidates(documents, negatives)
+        excluded = self._excluded_candidates(dataset, own, negatives)
         weights = self._negative_weights(dataset, plan, rows, negatives >= 0)
-        all_documents = dataset.passage_documents[rows]
         num_tokens = texts.tokens[:, self._is_real(rows.shape[1])].sum(axis=1).tolist()
         gathered_rows, sample_weights, target = self._same_in_every_step(rows.shape[1])
         most = (negatives >= 0).sum(axis=2).max(axis=1).tolist()  # K of each batch alone
@@ -139,7 +138,7 @@ class BatchBuilder:
                 negatives=torch.from_numpy(texts.negatives[s, :, :k]),
                 excluded_candidates=torch.from_numpy(excluded[s, :, : 1 + k]),
                 negative_weights=torch.from_numpy(weights[s, :, :k]),
-                excluded_passages=self._excluded_passages(all_documents[s]),
+                excluded_passages=self._excluded_passages(dataset, rows[s]),
                 passage_documents=torch.from_numpy(documents[s]),
                 negative_documents=torch.from_numpy(negatives[s, :, :k]),
                 num_tokens=num_tokens[s],
@@ -159,7 +158,7 @@ class BatchBuilder:
         return np.concatenate([own, np.repeat(rows[..., :1], fillers, axis=-1)], axis=-1)
 
     def _share(self, n: int) -> slice:
-        return share_of_process(n, self.process, self.processes)
+        return share_of(n, self.process, self.processes)
 
     def _rows_per_process(self, n: int) -> int:
         """R, fillers included."""
@@ -223,7 +222,7 @@ class BatchBuilder:
     def _same_in_every_step(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
         """`gathered_rows`, `sample_weights`, `target` of each batch of n rows, shared by them."""
         is_real, per_process = self._is_real(n), self._rows_per_process(n)
-        shares = [share_of_process(n, process, self.processes) for process in range(self.processes)]
+        shares = [share_of(n, process, self.processes) for process in range(self.processes)]
         real_rows = [
             number * per_process + np.arange(share.stop - share.start)
             for number, share in enumerate(shares)
@@ -244,27 +243,35 @@ class BatchBuilder:
         weight = (self.processes / used.clip(min=1)).astype(np.float32)
         return (present & self._is_real(rows.shape[1])[:, None]) * weight[:, None, None]
 
-    def _excluded_candidates(self, documents: np.ndarray, negatives: np.ndarray) -> np.ndarray:
-        """(S, R, 1 + K): negatives that a row lacks, or that are its own positive document."""
-        excluded = np.zeros((*documents.shape, 1 + negatives.shape[2]), bool)
+    def _excluded_candidates(
+        self, dataset: TokenizedDataset, own: np.ndarray, negatives: np.ndarray
+    ) -> np.ndarray:
+        """(S, R, 1 + K): negatives that a row lacks, or that are right answers to its query."""
+        excluded = np.zeros((*own.shape, 1 + negatives.shape[2]), bool)
         excluded[..., 1:] = negatives < 0
         if self.mask_false_negatives:
-            excluded[..., 1:] |= negatives == documents[..., None]
+            queries = dataset.query_numbers[own]
+            excluded[..., 1:] |= dataset.are_right(queries[..., None], negatives)
         return excluded
 
-    def _excluded_passages(self, documents: np.ndarray) -> Tensor | None:
-        """(R, n): passages of other rows that are a row's own document; None if there are none.
+    def _excluded_passages(self, dataset: TokenizedDataset, rows: np.ndarray) -> Tensor | None:
+        """(R, n): other rows' passages that are right answers to a row's query; None without any.
 
-        `documents` are those of the global batch, (n,). Documents are compared, not texts.
+        `rows` are those of the global batch, (n,). Documents are compared, not texts.
         """
-        n = len(documents)
-        if not self.mask_false_negatives or len(set(documents.tolist())) == n:
+        n, share = len(rows), self._share(len(rows))
+        documents, queries = dataset.passage_documents[rows], dataset.query_numbers[rows]
+        several = dataset.right_answers(queries) > 1
+        if not self.mask_false_negatives or not (several.any() or len(set(documents.tolist())) < n):
             return None
-        share = self._share(n)
-        same = documents[share, None] == documents[None, :]
-        same[np.arange(len(same)), share.start + np.arange(len(same))] = False
-        fillers = self._rows_per_process(n) - len(same)
-        return torch.from_numpy(np.pad(same, ((0, fillers), (0, 0))))
+        right = documents[share, None] == documents[None, :]
+        own = np.flatnonzero(several[share])
+        right[own] = dataset.are_right(queries[share][own, None], documents[None, :])
+        right[np.arange(len(right)), share.start + np.arange(len(right))] = False
+        if not right.any():
+            return None
+        fillers = self._rows_per_process(n) - len(right)
+        return torch.from_numpy(np.pad(right, ((0, fillers), (0, 0))))
 
 
 def _negative_counts(dataset: TokenizedDataset, rows: np.ndarray) -> np.ndarray:

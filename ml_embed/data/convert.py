@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from ml_embed.data.document_ids import DocumentIds
+from ml_embed.data.document_ids import DocumentIds, hash_lists, hash_strings
+from ml_embed.data.random import scramble
 from ml_embed.data.sources import Sources
 from ml_embed.errors import UserError
 from ml_embed.files.arrays import ArrayFile
@@ -27,18 +28,23 @@ from ml_embed.files.parquet import (
     row_of_value,
 )
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INDEX = "index.json"
-ARRAYS: dict[str, type[np.integer]] = {
+ARRAYS: dict[str, type[np.number]] = {
     "query_tokens": np.int32,
     "query_offsets": np.int64,
     "query_lengths": np.int32,
     "document_tokens": np.int32,
     "document_offsets": np.int64,
     "document_lengths": np.int32,
+    "document_hashes": np.uint64,
     "passage_documents": np.int64,
     "negative_offsets": np.int64,
     "negative_documents": np.int64,
+    "query_numbers": np.int64,
+    "positive_offsets": np.int64,
+    "positive_documents": np.int64,
+    "scores": np.float32,
     "token_counts": np.int64,
 }
 """The array files and their types. Offsets start at 0 in each dataset or corpus, and there is one
@@ -131,6 +137,27 @@ class Block:
             raise UserError(f"{self.path}: column {column!r} is null in row {row}.")
         return strings
 
+    def query_hashes(self, tokens: Ragged) -> np.ndarray:
+        """(rows,) uint64, equal for the same query: the same query_id, or else the same tokens."""
+        hashes = hash_lists(tokens.values, tokens.lengths)
+        if "query_id" not in self.rows.schema.names:
+            return hashes
+        ids = self.strings("query_id", nulls_allowed=True)
+        named = ids.is_valid().to_numpy(zero_copy_only=False)
+        # scrambled, so that an id's bytes are never taken for tokens
+        hashes[named] = scramble(hash_strings(ids.drop_null()))
+        return hashes
+
+    def scores(self) -> np.ndarray:
+        """(rows,) float32: NaN where a row has none; (0,) if there is no such column."""
+        if "score" not in self.rows.schema.names:
+            return np.empty(0, np.float32)
+        scores = self.rows.column("score")
+        kind = scores.type
+        if not (pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)):
+            raise UserError(f"{self.path}: column 'score' is {kind}; it must hold numbers.")
+        return scores.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
+
 
 class ArrayWriter:
     """All array files of one store, open for appending."""
@@ -162,8 +189,8 @@ class ArrayWriter:
 def convert(sources: Sources, folder: Path, progress: bool) -> None:
     """Write every array and index.json of `sources` into the existing, empty `folder`.
 
-    Files are read block by block, so memory does not grow with the data, except for 16 bytes per
-    document in the released layout.
+    Files are read block by block, so memory does not grow with the data, except for about 60 bytes
+    per row of one dataset, and 16 bytes per document in the released layout.
 
     Raises:
         UserError: data that cannot be right; the message names file, column and row.
@@ -213,7 +240,7 @@ def _convert_all(sources: Sources, writer: ArrayWriter, bar: tqdm) -> dict:
 def _convert_corpus(path: Path, sources: Sources, writer: ArrayWriter, bar: tqdm) -> Corpus:
     released = sources.manifest is None
     columns = ["doc_id", "input_ids"] if released else ["input_ids"]
-    starts = writer.position(["document_tokens", "document_offsets", "document_lengths"])
+    starts = writer.position([name for name in ARRAYS if name.startswith("document")])
     ids = DocumentIds() if released else None
     counts = TokenCounts()
     writer.files["document_offsets"].append(np.zeros(1, np.int64))
@@ -221,6 +248,7 @@ def _convert_corpus(path: Path, sources: Sources, writer: ArrayWriter, bar: tqdm
     for block in _blocks(path, columns, bar):
         tokens = block.token_lists("input_ids")
         end = _append_texts(writer, "document", tokens, end)
+        writer.files["document_hashes"].append(hash_lists(tokens.values, tokens.lengths))
         counts.add(tokens.values)
         if ids is not None:
             ids.add(block.strings("doc_id", nulls_allowed=False))
@@ -244,9 +272,13 @@ def _convert_queries(
     counts = TokenCounts()
     used = np.zeros(corpus.num_documents, bool)
     query_end = negative_end = 0
-    for block in _blocks(path, ["query_input_ids", passage_column, *negative_columns], bar):
+    hashes = []
+    columns = ["query_input_ids", passage_column, *negative_columns, *_optional_columns(path)]
+    for block in _blocks(path, columns, bar):
         queries = block.token_lists("query_input_ids")
         query_end = _append_texts(writer, "query", queries, query_end)
+        hashes.append(block.query_hashes(queries))
+        writer.files["scores"].append(block.scores())
         counts.add(queries.values)
         if corpus.ids is None:
             passages, negatives = _numbered_documents(block, corpus.num_documents, corpus_path)
@@ -257,6 +289,8 @@ def _convert_queries(
         negative_end = writer.append_offsets("negative_offsets", negatives.lengths, negative_end)
         used[passages] = True
         used[negatives.values] = True
+    passages = writer.files["passage_documents"].mapped()[starts["passage_documents"] :]
+    _append_positives(writer, np.concatenate(hashes), passages)
     if used.all():
         counts.add_counts(corpus.counts)
     else:
@@ -275,6 +309,29 @@ def _blocks(path: Path, columns: list[str], bar: tqdm) -> Iterator[Block]:
         yield Block(path, first_row, rows)
         first_row += rows.num_rows
         bar.update(rows.num_rows)
+
+
+def _optional_columns(path: Path) -> list[str]:
+    """Those of the columns that training uses where they are there."""
+    with open_parquet(path) as file:
+        return [name for name in ("query_id", "score") if name in file.schema_arrow.names]
+
+
+def _append_positives(writer: ArrayWriter, hashes: np.ndarray, passages: np.ndarray) -> None:
+    """Append the number of each row's query, and the documents that each query is paired with.
+
+    `hashes` and `passages` are (rows,); rows with equal hashes have the same query.
+    """
+    distinct, numbers = np.unique(hashes, return_inverse=True)
+    order = np.lexsort((passages, numbers))
+    pairs = np.stack([numbers[order], passages[order]])
+    new = np.concatenate([[True], (pairs[:, 1:] != pairs[:, :-1]).any(axis=0)])
+    queries, documents = pairs[:, new]
+    writer.files["query_numbers"].append(numbers)
+    writer.files["positive_documents"].append(documents)
+    writer.files["positive_offsets"].append(
+        np.searchsorted(queries, np.arange(len(distinct) + 1), side="left")
+    )
 
 
 def _append_texts(writer: ArrayWriter, kind: str, tokens: Ragged, end: int) -> int:

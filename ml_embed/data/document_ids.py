@@ -57,15 +57,19 @@ def hash_strings(strings: pa.Array) -> np.ndarray:
     offsets = np.frombuffer(offset_buffer, np.int64)[
         strings.offset : strings.offset + len(strings) + 1
     ]
-    text = np.frombuffer(byte_buffer or b"", np.uint8)[offsets[0] : offsets[-1]].astype(np.uint64)
-    ends = offsets - offsets[0]
-    lengths = np.diff(ends)
-    position = np.arange(len(text)) - np.repeat(ends[:-1], lengths)
+    text = np.frombuffer(byte_buffer or b"", np.uint8)[offsets[0] : offsets[-1]]
+    return hash_lists(text, np.diff(offsets))
+
+
+def hash_lists(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """(n,) uint64 hashes of n lists of integers (at least 0), which lie one after another."""
+    ends = np.concatenate([[0], np.cumsum(lengths)])
+    position = np.arange(len(values)) - np.repeat(ends[:-1], lengths)
     capacity = 1 << int(lengths.max(initial=1) - 1).bit_length()
-    # +1 so that a byte of value 0 counts: "a" and "a\0" differ.
+    # +1 so that a value of 0 counts: "a" and "a\0" differ.
+    counted = values.astype(np.uint64) + np.uint64(1)
     high, low = (
-        _segment_sums((text + np.uint64(1)) * _weights(seed, capacity)[position], ends)
-        for seed in _WEIGHT_SEEDS
+        _segment_sums(counted * _weights(seed, capacity)[position], ends) for seed in _WEIGHT_SEEDS
     )
     return (high >> np.uint64(32) << np.uint64(32)) | (low >> np.uint64(32))
 

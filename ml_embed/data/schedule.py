@@ -16,8 +16,13 @@ import numpy as np
 
 from ml_embed.config import Task, TrainConfig, match_settings
 from ml_embed.data.random import Permutation, mix, scramble, uniform
+from ml_embed.data.split import Split, split_dataset
+from ml_embed.data.store import TokenizedDataset
 from ml_embed.data.tasks import task_of
 
+SCHEDULE_VERSION = 2
+"""Counted up whenever the same seed, data and settings give other rows than before: a run is not
+continued on rows that it has not been trained on in the same order."""
 _LARGEST_KEY = np.iinfo(np.uint64).max
 
 
@@ -49,57 +54,55 @@ class GlobalBatch:
 
 
 def plan_dataset(
-    name: str, num_rows: int, config: TrainConfig, task: Task | None = None
+    dataset: TokenizedDataset, config: TrainConfig, task: Task | None = None
 ) -> DatasetPlan:
-    """How the config trains on a dataset of `num_rows` rows.
+    """How the config trains on a dataset.
 
     The task is what the config says; else `task`, which the data says; else that of the name.
     """
-    settings = match_settings(name, config.datasets)
-    task = settings.task or task or task_of(name)
+    settings = match_settings(dataset.name, config.datasets)
+    task = settings.task or task or task_of(dataset.name)
     default_negatives = {
         "retrieval": config.num_hard_neg,
         "clustering": config.num_hard_neg_clustering,
         "classification": 1,
+        "similarity": 0,
     }
     negatives = default_negatives[task] if settings.num_hard_neg is None else settings.num_hard_neg
-    valid_rows = min(int(num_rows * config.valid_fraction + 0.5), num_rows - 1)
-    train_rows = min(num_rows - valid_rows, settings.max_samples or num_rows)
+    split = split_dataset(dataset, task, config.valid_fraction, config.seed)
+    train_rows = min(split.train_rows, settings.max_samples or split.train_rows)
     draws = max(1, int(train_rows * settings.weight + 0.5))
-    return DatasetPlan(name, task, negatives, train_rows, valid_rows, draws)
+    return DatasetPlan(dataset.name, task, negatives, train_rows, len(split.held_out), draws)
 
 
 class Schedule:
     """All steps of a run. In an epoch each dataset's batches come as often as its draws fill them.
 
-    The order of the batches is random in each epoch.
+    A dataset's draws are spread evenly over its batches: their sizes differ by one row at most. The
+    order of the batches is random in each epoch.
     """
 
     def __init__(
         self,
         plans: Sequence[DatasetPlan],
-        num_rows: Mapping[str, int],
+        splits: Mapping[str, Split],
         global_batch: int,
         seed: int,
     ):
         """
         Args:
             plans: one per dataset.
-            num_rows: rows of each dataset, those held out included.
+            splits: of each dataset, which rows it trains on.
             global_batch: G, rows per step.
             seed: the run's.
         """
         self.plans = {plan.name: plan for plan in sorted(plans, key=lambda plan: plan.name)}
         self.global_batch = global_batch
         self.seed = seed
-        self._num_rows = dict(num_rows)
+        self._splits = dict(splits)
         self._names = list(self.plans)
-        batches = [-(-plan.draws // global_batch) for plan in self.plans.values()]
+        batches = [_batches_of(plan.draws, global_batch) for plan in self.plans.values()]
         self._first_batch = np.concatenate([[0], np.cumsum(batches)])
-        # The split never changes in a run: (seed, name) decides which rows are held out.
-        self._split = {
-            name: Permutation(num_rows[name], seed, "split", name) for name in self._names
-        }
 
     @property
     def steps_per_epoch(self) -> int:
@@ -119,9 +122,11 @@ class Schedule:
             for dataset in np.unique(datasets).tolist():
                 plan = self.plans[self._names[dataset]]
                 chosen = datasets == dataset
-                first = (batches[chosen] - self._first_batch[dataset]) * self.global_batch
+                count = _batches_of(plan.draws, self.global_batch)
                 draws = [
-                    np.arange(i, min(i + self.global_batch, plan.draws)) for i in first.tolist()
+                    np.arange(share.start, share.stop)
+                    for number in (batches[chosen] - self._first_batch[dataset]).tolist()
+                    for share in [share_of(plan.draws, number, count)]
                 ]
                 rows = np.split(
                     self._rows(plan, np.concatenate(draws), epoch),
@@ -148,21 +153,23 @@ class Schedule:
         for number in np.unique(passes):
             order = Permutation(plan.train_rows, self.seed, "rows", plan.name, epoch, int(number))
             chosen = passes == number
-            rows[chosen] = self._split[plan.name](plan.valid_rows + order(places[chosen]))
+            rows[chosen] = self._splits[plan.name].training_rows(order(places[chosen]))
         return rows
 
     def valid_batches(self, name: str) -> list[np.ndarray]:
         """The held-out rows of a dataset in global batches, the same every time."""
-        rows = self._split[name](np.arange(self.plans[name].valid_rows))
-        return [
-            rows[start : start + self.global_batch]
-            for start in range(0, len(rows), self.global_batch)
-        ]
+        rows = self._splits[name].held_out
+        count = _batches_of(len(rows), self.global_batch)
+        return [rows[share_of(len(rows), number, count)] for number in range(count)]
 
 
-def share_of_process(num_rows: int, process: int, processes: int) -> slice:
-    """The rows of a global batch that one process takes: contiguous, as even as possible."""
-    return slice(process * num_rows // processes, (process + 1) * num_rows // processes)
+def _batches_of(rows: int, global_batch: int) -> int:
+    return -(-rows // global_batch)
+
+
+def share_of(rows: int, number: int, shares: int) -> slice:
+    """Share `number` of some rows: contiguous, and as long as the others to one row."""
+    return slice(number * rows // shares, (number + 1) * rows // shares)
 
 
 def draw_negatives(counts: np.ndarray, rows: np.ndarray, asked: int, key: int) -> np.ndarray:

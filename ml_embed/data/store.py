@@ -45,6 +45,17 @@ class TokenizedDataset:
         negative_documents[negative_offsets[i]:negative_offsets[i + 1]]."""
         self.negative_documents = arrays["negative_documents"]
         """(total negatives,) int64."""
+        self.query_numbers = arrays["query_numbers"]
+        """(rows,) int64: rows with the same query (query_id, or else tokens) share a number."""
+        self.positive_offsets = arrays["positive_offsets"]
+        """(distinct queries + 1,) int64: query number q's right answers, ascending, are
+        positive_documents[positive_offsets[q]:positive_offsets[q + 1]]."""
+        self.positive_documents = arrays["positive_documents"]
+        """(distinct pairs of a query and its passage,) int64."""
+        self.document_hashes = arrays["document_hashes"]
+        """(documents,) uint64, equal for equal tokens."""
+        self.scores = arrays["scores"] if len(arrays["scores"]) else None
+        """(rows,) float32 graded similarity of each pair, NaN for none; None without any."""
         self.query_tokens = arrays["query_tokens"]
         """(tokens of all queries,) int32, in the order of the rows."""
         self.document_tokens = arrays["document_tokens"]
@@ -87,6 +98,23 @@ class TokenizedDataset:
     def negatives(self, row: int) -> np.ndarray:
         """(number of this row's negatives, may be 0,) int64 view: documents."""
         return self.negative_documents[self.negative_offsets[row] : self.negative_offsets[row + 1]]
+
+    def right_answers(self, queries: np.ndarray) -> np.ndarray:
+        """How many documents the data pairs with each of some query numbers, in their shape."""
+        return self.positive_offsets[queries + 1] - self.positive_offsets[queries]
+
+    def are_right(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
+        """Whether the data pairs query numbers with documents, bool in their common shape."""
+        low, last = self.positive_offsets[queries], self.positive_offsets[queries + 1] - 1
+        most = int((last - low).max(initial=0)) + 1
+        for _ in range((most - 1).bit_length()):  # bisects all lists at once
+            middle = (low + last) // 2
+            above = self.positive_documents[middle] < documents
+            low, last = (
+                np.where(above, np.minimum(middle + 1, last), low),
+                np.where(above, last, middle),
+            )
+        return self.positive_documents[low] == documents
 
     @cached_property
     def token_counts(self) -> np.ndarray:

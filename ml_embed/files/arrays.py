@@ -14,7 +14,7 @@ class ArrayFile:
     headers so that the first axis can grow.
     """
 
-    def __init__(self, path: Path, dtype: type[np.integer]):
+    def __init__(self, path: Path, dtype: type[np.number]):
         self.length = 0
         self._path = path
         self._dtype = np.dtype(dtype)

@@ -1,8 +1,8 @@
 """Masks of a batch's logits: documents that are, or may be, right answers and so are no negatives.
 
-Two rules. By document: a sample's own positive document, where it stands somewhere else in the
-batch (`BatchBuilder` finds these). By margin, an option: any document that is nearer to the query
-than the positive is, by more than the margin.
+Two rules. By document: every document that the data pairs with the sample's query, wherever it
+stands in the batch (`BatchBuilder` finds these). By margin, an option: any document that is nearer
+to the query than the positive is, by more than the margin.
 
 Letters: R rows of this process, K negatives, n passages of the global batch, H hidden size.
 """

@@ -5,7 +5,6 @@ Letters: V vocabulary, H hidden size, L layers, r rank, B samples per process, W
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from transformers import Qwen3Config
 
 from ml_embed.config import TASKS, Task, TrainConfig, check_dataset_names
 from ml_embed.data.schedule import DatasetPlan, Schedule, plan_dataset
+from ml_embed.data.split import split_dataset
 from ml_embed.data.store import Store, TokenizedDataset
 from ml_embed.errors import UserError
 from ml_embed.losses.nested import MatryoshkaSpec
@@ -26,6 +26,8 @@ from ml_embed.model_folders.sizes import (
     layer_parameters,
     matrix_shapes,
 )
+from ml_embed.notices import warn
+from ml_embed.training.learnable import check_losses
 
 GIB = 1024**3
 
@@ -96,11 +98,18 @@ def resolve(config: TrainConfig, backbone: Qwen3Config, store: Store, world_size
     sizes = _nested_sizes(config, backbone)
     plans = _dataset_plans(config, backbone, store)
     global_batch = config.train_batch_size * world_size
-    epoch_steps = make_schedule(plans, store, global_batch, config.seed).steps_per_epoch
+    epoch_steps = make_schedule(plans, store, global_batch, config).steps_per_epoch
     parameters = _count_parameters(config, backbone, len(sizes.exits))
+    check_losses(config, plans, store, global_batch)
     epoch_tokens = sum(_tokens_per_epoch(plan, store.datasets[plan.name], config) for plan in plans)
     tokens = epoch_tokens / epoch_steps
     steps = config.train_steps if config.train_steps > 0 else config.train_epochs * epoch_steps
+    if config.warmup_steps >= steps:
+        warn(
+            f"warmup_steps: the warm-up of {config.warmup_steps} steps is not over when the run of "
+            f"{steps} steps ends; its learning rate rises to {learning_rate(steps, config, steps)} "
+            "at most"
+        )
     return Resolved(
         world_size=world_size,
         global_batch_size=global_batch,
@@ -133,7 +142,7 @@ def _dataset_plans(
         )
     check_dataset_names(list(store.datasets), config.datasets)
     return tuple(
-        plan_dataset(name, dataset.num_rows, config, _task_in_manifest(store, name))
+        plan_dataset(dataset, config, _task_in_manifest(store, name))
         for name, dataset in store.datasets.items()
     )
 
@@ -145,10 +154,15 @@ def _task_in_manifest(store: Store, name: str) -> Task | None:
 
 
 def make_schedule(
-    plans: tuple[DatasetPlan, ...], store: Store, global_batch: int, seed: int
+    plans: tuple[DatasetPlan, ...], store: Store, global_batch: int, config: TrainConfig
 ) -> Schedule:
-    rows: Mapping[str, int] = {name: dataset.num_rows for name, dataset in store.datasets.items()}
-    return Schedule(plans, rows, global_batch, seed)
+    splits = {
+        plan.name: split_dataset(
+            store.datasets[plan.name], plan.task, config.valid_fraction, config.seed
+        )
+        for plan in plans
+    }
+    return Schedule(plans, splits, global_batch, config.seed)
 
 
 def loss_spec(resolved: Resolved, temperature: float) -> MatryoshkaSpec:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ml_embed.config import TrainConfig
+from ml_embed.data.schedule import SCHEDULE_VERSION
 from ml_embed.data.store import Store
 from ml_embed.errors import UserError
 from ml_embed.files.paths import home_path
@@ -30,6 +31,7 @@ _FREE_KEYS = frozenset(
 _MEANINGS = {
     "global_batch_size": "train_batch_size times the number of processes",
     "teacher_weights": "a digest of what teacher_model_path holds",
+    "schedule_version": "which rows a step takes; the state is of another version of ml-embed",
     "dataset_plans": "what `datasets`, its order included, makes of each dataset",
 }
 
@@ -57,6 +59,7 @@ def run_fingerprint(config: TrainConfig, inputs: Inputs, mixed_precision: str) -
     if vectors is not None:
         kept["teacher_vectors_path"] = vectors.fingerprint(list(inputs.store.datasets))
     kept["mixed_precision"] = mixed_precision
+    kept["schedule_version"] = SCHEDULE_VERSION
     if config.lora_r:  # the layers are frozen, and in no resume state
         kept["model_path"] = weights_digest(Path(config.model_path))
     return json.loads(json.dumps(kept))  # as it reads back from disk

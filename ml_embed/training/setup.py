@@ -153,7 +153,7 @@ def _loader(config: TrainConfig, accelerator: Accelerator, inputs: Inputs) -> Lo
         process=accelerator.process_index,
         processes=accelerator.num_processes,
     )
-    schedule = make_schedule(resolved.datasets, store, resolved.global_batch_size, config.seed)
+    schedule = make_schedule(resolved.datasets, store, resolved.global_batch_size, config)
     return Loader(schedule, store, builder, inputs.teacher_vectors)
 
 

@@ -33,7 +33,7 @@ def texts_of(batch) -> list[list[int]]:
 
 def build(store, config, name="facts", rows=range(8), **settings):
     dataset = store.datasets[name]
-    plan = plan_dataset(name, dataset.num_rows, config)
+    plan = plan_dataset(dataset, config)
     return dataset, builder(**settings).build(dataset, plan, np.array(rows), epoch=0)
 
 

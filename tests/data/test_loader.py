@@ -14,6 +14,7 @@ from ml_embed.data.batch import ContrastiveBatch
 from ml_embed.data.batch_builder import BatchBuilder
 from ml_embed.data.loader import Loader
 from ml_embed.data.schedule import DatasetPlan, Schedule
+from ml_embed.data.split import random_split
 from ml_embed.data.store import open_store
 
 
@@ -28,10 +29,11 @@ def store(tmp_path_factory):
 def make_loader(store, process=0, processes=1, max_length=12) -> Loader:
     """Six datasets, two of them smaller than a batch; rows have 0 to more negatives than asked."""
     plans = [
-        DatasetPlan(name, DATASETS[name][0], 3, d.num_rows, 0, 2 * d.num_rows)
+        DatasetPlan(name, DATASETS[name][0], 5, d.num_rows, 0, 2 * d.num_rows)
         for name, d in store.datasets.items()
     ]
-    schedule = Schedule(plans, {name: d.num_rows for name, d in store.datasets.items()}, 4, seed=0)
+    splits = {n: random_split(n, d.num_rows, 0, seed=0) for n, d in store.datasets.items()}
+    schedule = Schedule(plans, splits, 4, seed=0)
     return Loader(schedule, store, BatchBuilder(0, max_length, 1, True, process, processes), None)
 
 
@@ -71,9 +73,9 @@ def test_training_batches_come_in_order_from_any_step(store, monkeypatch, rows_p
 
 
 def test_a_group_is_bounded_by_rows_and_by_tokens(store):
-    """Of four rows of at most five texts."""
+    """Of four rows of at most seven texts."""
     assert make_loader(store, max_length=12).steps_per_group == 512 // 4
-    assert make_loader(store, max_length=4096).steps_per_group == 2**21 // (4 * 5 * 4096)
+    assert make_loader(store, max_length=4096).steps_per_group == 2**21 // (4 * 7 * 4096)
     assert make_loader(store, processes=2, max_length=4096).steps_per_group == 2**21 // (
         2 * 5 * 4096
     )

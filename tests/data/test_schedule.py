@@ -12,8 +12,9 @@ from ml_embed.data.schedule import (
     Schedule,
     draw_negatives,
     draw_rank,
-    share_of_process,
+    share_of,
 )
+from ml_embed.data.split import random_split
 from ml_embed.errors import UserError
 
 ROWS = {"big": 57, "small": 3, "middle": 20}
@@ -26,7 +27,8 @@ def make_schedule(seed=0, global_batch=8, weights=None, max_samples=None) -> Sch
         train_rows = min(rows - VALID[name], (max_samples or {}).get(name, rows))
         draws = round(train_rows * (weights or {}).get(name, 1))
         plans.append(DatasetPlan(name, "retrieval", 2, train_rows, VALID[name], draws))
-    return Schedule(plans, ROWS, global_batch, seed)
+    splits = {name: random_split(name, rows, VALID[name], seed) for name, rows in ROWS.items()}
+    return Schedule(plans, splits, global_batch, seed)
 
 
 def epoch_batches(schedule: Schedule, epoch: int):
@@ -99,10 +101,21 @@ def test_a_dataset_smaller_than_a_batch_trains():
     }
 
 
+def test_rows_are_spread_evenly_over_batches():
+    """Nine rows at four are three times three, and never four, four and one."""
+    plans = [DatasetPlan("nine", "retrieval", 0, 9, 0, 9)]
+    schedule = Schedule(plans, {"nine": random_split("nine", 9, 0, seed=0)}, 4, seed=0)
+    assert [len(batch.rows) for batch in epoch_batches(schedule, 0)] == [3, 3, 3]
+    sizes = {b.dataset: set() for b in epoch_batches(make_schedule(), 0)}
+    for batch in epoch_batches(make_schedule(), 0):
+        sizes[batch.dataset].add(len(batch.rows))
+    assert sizes == {"big": {7, 8}, "small": {3}, "middle": {6}}
+
+
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])
 @pytest.mark.parametrize("rows", [1, 4, 7, 15])
 def test_shares_partition_the_batch_in_order(rows, processes):
-    shares = [np.arange(rows)[share_of_process(rows, p, processes)] for p in range(processes)]
+    shares = [np.arange(rows)[share_of(rows, p, processes)] for p in range(processes)]
     assert np.concatenate(shares).tolist() == list(range(rows))
     assert max(map(len, shares)) <= -(-rows // processes)
 

@@ -175,7 +175,7 @@ def test_a_batch_has_the_vectors_of_its_texts_by_role(world, own, name, processe
     store = open_store(world.tokenized, world.folder / "cache", progress=False)
     dataset = store.datasets[name]
     teacher = open_teacher_vectors(own[1], store, 64, "vectors")
-    plan = plan_dataset(name, dataset.num_rows, config)
+    plan = plan_dataset(dataset, config)
     eos = AutoTokenizer.from_pretrained(world.backbone).eos_token_id
     live = load_text_model(own[0], "cpu")
     rows = np.array([5, 3, 8, 0, 11])

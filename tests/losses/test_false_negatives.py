@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from helpers.in_process import dataset_rows, train
-from oracles import objective
+from helpers.in_process import dataset_rows, train, with_shared_queries
+from oracles import objective, right_documents
 from transformers import AutoModel, AutoTokenizer
 
 from ml_embed.config import parse_config
@@ -32,9 +32,7 @@ def batch_of(world, store, name: str, mask: bool, rows: int = ROWS):
     config = parse_config(world.config(datasets={"*": {"num_hard_neg": 10}}, valid_fraction=0))
     dataset, eos = store.datasets[name], AutoTokenizer.from_pretrained(world.backbone).eos_token_id
     builder = BatchBuilder(0, MAX_LENGTH, eos, mask_false_negatives=mask, process=0, processes=1)
-    plan = plan_dataset(
-        name, dataset.num_rows, config, task="clustering" if name == "topics" else "retrieval"
-    )
+    plan = plan_dataset(dataset, config, task="clustering" if name == "topics" else "retrieval")
     return builder.build(dataset, plan, np.arange(rows), epoch=0), eos
 
 
@@ -47,6 +45,36 @@ def test_losses_gradients_and_counts_are_the_naive_ones(
 ):
     """All rows at once and some at a time; what the deepest exit masks is masked everywhere."""
     batch, eos = batch_of(world, store, name, mask)
+    counts = assert_like_naive(world, monkeypatch, name, batch, eos, mask, margin)
+    assert (counts["masked_by_document"] > 0) == mask
+    assert (counts["masked_by_margin"] > 0) == (margin is not None)
+
+
+SHARED_IDS = [None if row % 6 == 1 else f"question {row % 5}" for row in range(21)]
+
+
+@pytest.mark.parametrize("ids", [None, SHARED_IDS], ids=["by text", "by id"])
+@pytest.mark.parametrize("mask", [True, False])
+def test_no_right_answer_of_a_query_is_its_negative(world, tmp_path, monkeypatch, ids, mask):
+    """Rows with the same query_id, or without one the same text, also those of other batches."""
+    shared = with_shared_queries(world, tmp_path / "shared", ids)
+    store = open_store(shared.tokenized, tmp_path / "cache", progress=False)
+    batch, eos = batch_of(shared, store, "facts", mask)
+    samples, _ = dataset_rows(shared, "facts")
+    right = right_documents(samples, ids)
+    counts = assert_like_naive(shared, monkeypatch, "facts", batch, eos, mask, None, right[:ROWS])
+    if mask:
+        alone = [{passage} for _, passage, _ in samples]
+        own = sum(passage in negatives for _, passage, negatives in samples[:ROWS])
+        assert counts["masked_by_document"] > own, "more than each row's own passage"
+        negatives = [
+            n in right[i] - alone[i] for i, (_, _, own) in enumerate(samples[:ROWS]) for n in own
+        ]
+        assert any(negatives), "an own negative is the passage of another row"
+
+
+def assert_like_naive(world, monkeypatch, name, batch, eos, mask, margin, right=None):
+    """Values and every gradient of the objective; returns what the naive version leaves out."""
     samples, documents = dataset_rows(world, name)
     naive, counts = AutoModel.from_pretrained(world.backbone), {}
     expected = objective(
@@ -60,11 +88,10 @@ def test_losses_gradients_and_counts_are_the_naive_ones(
         max_length=MAX_LENGTH,
         eos_id=eos,
         mask=mask,
+        right=right,
         margin=margin,
         counts=counts,
     )
-    assert (counts["masked_by_document"] > 0) == mask
-    assert (counts["masked_by_margin"] > 0) == (margin is not None)
     expected.backward()
     references = {key: parameter.grad for key, parameter in naive.named_parameters()}
     names = {"embedding.weight": "embed_tokens.weight", "norms.0.weight": "norm.weight"}
@@ -84,6 +111,7 @@ def test_losses_gradients_and_counts_are_the_naive_ones(
             torch.testing.assert_close(
                 parameter.grad, reference, rtol=1e-3, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}"
             )
+    return counts
 
 
 def test_the_margin_decides_how_many(world, store):

@@ -104,7 +104,7 @@ def make_case(
     }
     config = parse_config(world.config(datasets={name: {"num_hard_neg": negatives}}, **settings))
     dataset = open_store(data, config.cache_dir, progress=False).datasets[name]
-    plan = plan_dataset(name, dataset.num_rows, config, task=TASKS[name])
+    plan = plan_dataset(dataset, config, task=TASKS[name])
     eos = AutoTokenizer.from_pretrained(world.backbone).eos_token_id
     builder = BatchBuilder(0, MAX_LENGTH, eos, mask_false_negatives=True, process=0, processes=1)
     batch = builder.build(dataset, plan, np.arange(ROWS), epoch=0)

@@ -75,6 +75,15 @@ def test_another_number_of_processes_continues_the_same_order(inputs, unbroken, 
     assert [line["step"] for line in metrics(broken)] == list(range(1, STEPS + 1))
 
 
+def test_a_state_of_another_order_of_the_data_is_refused(inputs, broken):
+    """States from before schedules had a version were trained on other rows."""
+    rewrite_state(
+        broken / "resume" / "step_6", lambda state: state["fingerprint"].pop("schedule_version")
+    )
+    printed = run(inputs, config_of(inputs, "broken"), "--resume", "auto", expected=2)
+    assert "schedule_version: None -> 2 (which rows a step takes;" in printed
+
+
 def test_what_changed_is_named_and_refused(inputs, broken):
     before = {path: path.read_bytes() for path in broken.rglob("*") if path.is_file()}
     changed = config_of(

@@ -55,7 +55,7 @@ def held_out_rows(given: dict, raw: Path) -> dict[str, list[dict]]:
     config = parse_config(given)
     store = open_store(config.train_data_path, config.cache_dir, progress=False)
     resolved = resolve(config, AutoConfig.from_pretrained(config.model_path), store, 1)
-    schedule = make_schedule(resolved.datasets, store, resolved.global_batch_size, config.seed)
+    schedule = make_schedule(resolved.datasets, store, resolved.global_batch_size, config)
     rows = {name: pq.read_table(raw / f"{name}.parquet").to_pylist() for name in store.datasets}
     return {
         name: [rows[name][i] for batch in schedule.valid_batches(name) for i in batch]
