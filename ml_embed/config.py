@@ -24,9 +24,10 @@ from typing import Any, Literal, get_args
 from ml_embed.errors import UserError
 from ml_embed.files.paths import expand_home, file_in_the_way, home_path
 
-Task = Literal["retrieval", "clustering", "classification"]
+Task = Literal["retrieval", "clustering", "classification", "similarity"]
 """Retrieval compares a query with its own negatives and with all passages of the global batch;
-clustering and classification (of two labels) with its own negatives only."""
+clustering and classification (of two labels) with its own negatives only. Similarity orders the
+pairs of the global batch by their scores."""
 TASKS: tuple[Task, ...] = get_args(Task)
 
 DistillationLoss = Literal["vectors", "similarity"]
@@ -54,11 +55,12 @@ class DatasetConfig:
     """Settings of one dataset, or of all datasets whose names match a shell-style pattern."""
 
     task: Task | None = None
-    """which losses apply and how many negatives are drawn; null = what the tokenized data says,
-    else what the dataset's name says (`ml_embed/data/dataset_tasks.json`), else retrieval"""
+    """which losses apply and how many negatives are drawn; null = similarity where all rows have a
+    score, else what the tokenized data says, else what the dataset's name says
+    (`ml_embed/data/dataset_tasks.json`), else retrieval"""
     num_hard_neg: int | None = _key(None, low=0)
     """hard negatives drawn per sample; 0 = none; null = the default of the task (num_hard_neg,
-    num_hard_neg_clustering, or 1 for classification)"""
+    num_hard_neg_clustering, 1 for classification, 0 for similarity, whose loss takes none)"""
     weight: float = _key(1.0, above=0, high=HIGHEST_WEIGHT)
     """how many times per epoch the dataset's rows are drawn; 1 = once; 0.1 = only a tenth of
     them"""

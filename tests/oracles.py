@@ -79,6 +79,39 @@ def in_batch_loss(
     return total
 
 
+def cosent_loss(
+    queries: list[Tensor], passages: list[Tensor], scores: list[float], dims, temperature: float
+) -> Tensor:
+    """Sum over dims of log(1 + the sum over all two pairs, the first of a lower score, of
+    exp((its cosine - the other's) / temperature)): sentence-transformers' CoSENTLoss."""
+    total = torch.zeros(())
+    for dim, weight in dims:
+        cosines = [cosine(q, p, dim) for q, p in zip(queries, passages, strict=True)]
+        terms = [
+            (cosines[i] - cosines[j]) / temperature
+            for i, low in enumerate(scores)
+            for j, high in enumerate(scores)
+            if low < high
+        ]
+        total = total + weight * torch.logsumexp(torch.stack([torch.zeros(()), *terms]), dim=0)
+    return total
+
+
+def naive_spearman(left: list[float], right: list[float]) -> float:
+    """Pearson's correlation of ranks, each counted; equal values get the mean of their places."""
+
+    def ranks(values: list[float]) -> list[float]:
+        return [
+            sum(other < own for other in values) + (sum(other == own for other in values) + 1) / 2
+            for own in values
+        ]
+
+    a, b = ranks(left), ranks(right)
+    mean = (len(a) + 1) / 2
+    products = sum((x - mean) * (y - mean) for x, y in zip(a, b, strict=True))
+    return products / math.sqrt(sum((x - mean) ** 2 for x in a) * sum((y - mean) ** 2 for y in b))
+
+
 def right_documents(data: list[tuple], query_ids: list[str | None] | None = None) -> list[set[int]]:
     """For each row, the passages of all rows with its query: the same id, or else the same text."""
     names = [
@@ -122,10 +155,11 @@ def objective(
     eos_id: int,
     mask: bool = True,
     right: list[set[int]] | None = None,
+    scores: list[float] | None = None,
     margin: float | None = None,
     counts: dict[str, int] | None = None,
 ) -> Tensor:
-    """The whole loss of a global batch: mean over exits of (hard + in-batch).
+    """The whole loss of a global batch: mean over exits of (hard + in-batch) or similarity.
 
     `samples`: (query ids, passage document, negative documents) each; `documents`: ids of every
     document; `right`: the right answers of each sample, by default those that the samples say;
@@ -159,6 +193,9 @@ def objective(
     total = torch.zeros(())
     for layer in exits:
         q, p = [v[layer] for v in queries], [v[layer] for v in passages]
+        if task == "similarity":
+            total = total + cosent_loss(q, p, scores, dims, temperature)
+            continue
         n = [
             [v[layer] for place, v in enumerate(own) if place not in out]
             for own, out in zip(negatives, negatives_out, strict=True)

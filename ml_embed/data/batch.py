@@ -84,10 +84,14 @@ class ContrastiveBatch:
     excluded_passages: Tensor | None
     """(R, n) bool: passages of other rows that the data pairs with the sample's query; None if none
     is"""
+    query_numbers: Tensor
+    """(R,) which rows ask the same (`TokenizedDataset.query_numbers`)"""
     passage_documents: Tensor
     """(R,) document number of each passage"""
     negative_documents: Tensor
     """(R, K) document number of each negative, -1 where a sample has fewer than K"""
+    scores: Tensor | None
+    """(n,) float32 graded similarity of the global batch's pairs; None for other tasks"""
     num_tokens: int
     """tokens of this process's queries, passages and negatives"""
     num_encoded_tokens: int

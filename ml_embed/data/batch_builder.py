@@ -139,8 +139,10 @@ class BatchBuilder:
                 excluded_candidates=torch.from_numpy(excluded[s, :, : 1 + k]),
                 negative_weights=torch.from_numpy(weights[s, :, :k]),
                 excluded_passages=self._excluded_passages(dataset, rows[s]),
+                query_numbers=torch.from_numpy(dataset.query_numbers[own[s]]),
                 passage_documents=torch.from_numpy(documents[s]),
                 negative_documents=torch.from_numpy(negatives[s, :, :k]),
+                scores=_scores(dataset, plan, rows[s]),
                 num_tokens=num_tokens[s],
                 num_encoded_tokens=len(texts.packed[s].input_ids),
                 gathered_rows=gathered_rows,
@@ -272,6 +274,13 @@ class BatchBuilder:
             return None
         fillers = self._rows_per_process(n) - len(right)
         return torch.from_numpy(np.pad(right, ((0, fillers), (0, 0))))
+
+
+def _scores(dataset: TokenizedDataset, plan: DatasetPlan, rows: np.ndarray) -> Tensor | None:
+    if plan.task != "similarity":
+        return None
+    assert dataset.scores is not None
+    return torch.from_numpy(dataset.scores[rows])
 
 
 def _negative_counts(dataset: TokenizedDataset, rows: np.ndarray) -> np.ndarray:

@@ -58,10 +58,12 @@ def plan_dataset(
 ) -> DatasetPlan:
     """How the config trains on a dataset.
 
-    The task is what the config says; else `task`, which the data says; else that of the name.
+    The task is what the config says; else similarity if all rows have a score; else `task`, which
+    the data says; else that of the name.
     """
     settings = match_settings(dataset.name, config.datasets)
-    task = settings.task or task or task_of(dataset.name)
+    scored: Task | None = "similarity" if dataset.is_scored else None
+    task = settings.task or scored or task or task_of(dataset.name)
     default_negatives = {
         "retrieval": config.num_hard_neg,
         "clustering": config.num_hard_neg_clustering,

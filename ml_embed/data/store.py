@@ -70,6 +70,11 @@ class TokenizedDataset:
     def num_rows(self) -> int:
         return len(self.query_lengths)
 
+    @cached_property
+    def is_scored(self) -> bool:
+        """Whether every row has a score."""
+        return self.scores is not None and not np.isnan(self.scores).any()
+
     @property
     def num_documents(self) -> int:
         return len(self.document_lengths)

@@ -1,4 +1,4 @@
-"""Retrieval metrics: where each query's one relevant document ranks among its candidates.
+"""Metrics: where a query's relevant document ranks among its candidates; correlation of ranks.
 
 Pure functions of tensors, used by validation during training and by the evaluation of finished
 models.
@@ -113,6 +113,22 @@ def metrics_of_ranks(ranks: Tensor | ArrayLike) -> dict[str, float]:
     found = ranks <= CUTOFF
     values = ((ranks <= 1).astype(float), found / ranks, found / np.log2(1 + ranks))
     return {name: float(value.mean()) for name, value in zip(METRICS, values, strict=True)}
+
+
+def spearman(left: Tensor, right: Tensor) -> float:
+    """Spearman's rank correlation of two (n,) lists, -1..1; equal values share their mean rank.
+
+    NaN where one list is constant, or has fewer than two values.
+    """
+    ranks = torch.stack([_mean_ranks(left), _mean_ranks(right)])
+    return float(torch.corrcoef(ranks)[0, 1]) if len(left) > 1 else float("nan")
+
+
+def _mean_ranks(values: Tensor) -> Tensor:
+    """(n,) float64 rank of each value, the mean one where values are equal."""
+    _, place, count = values.unique(return_inverse=True, return_counts=True)  # ascending
+    last = count.cumsum(0).double()
+    return (last - (count - 1).double() / 2)[place]
 
 
 def chance_metrics(candidates: ArrayLike) -> dict[str, float]:

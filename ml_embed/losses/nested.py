@@ -211,6 +211,37 @@ def in_batch_loss(
     return _sum_over_rows(query, passages, of_rows)
 
 
+def pair_cosines(query: Tensor, passage: Tensor, spec: MatryoshkaSpec) -> Tensor:
+    """Cosines of pairs (..., H), cut to each dim of the spec: (..., D) in the spec's order."""
+    pairs = query.unsqueeze(-2), passage.unsqueeze(-2)
+    of_dim = {dim: cosine[..., 0, 0] for dim, cosine in nested_cosines(*pairs, spec.dims)}
+    return torch.stack([of_dim[dim] for dim in spec.dims], dim=-1)
+
+
+def cosent_loss(cosines: Tensor, scores: Tensor, spec: MatryoshkaSpec) -> Tensor:
+    """How far the order of pairs by cosine is from their order by score (CoSENT).
+
+    Source: sentence-transformers' CoSENTLoss, whose scale is 1 / tau; https://kexue.fm/archives/8847.
+    Each dim's sum over all two pairs is formed in n log n steps: for each pair, the sum over pairs
+    of lower scores is a running sum along the order of scores.
+
+    Args:
+        cosines: (n, D) of the pairs of the global batch, in the order of the spec's dims.
+        scores: (n,).
+    Returns:
+        scalar: sum_d c_d log(1 + sum over i, j with score_i < score_j of
+        exp((cos_d(i) - cos_d(j)) / tau)); 0 if all scores are equal.
+    """
+    ordered, order = scores.sort()
+    logits = cosines[order] / spec.temperature  # (n, D)
+    lower = torch.searchsorted(ordered, ordered)  # (n,) how many pairs have a lower score
+    running = logits.logcumsumexp(dim=0)
+    has_lower = lower > 0
+    terms = running[lower[has_lower] - 1] - logits[has_lower]  # (at most n - 1, D)
+    losses = torch.cat([terms, torch.zeros_like(logits[:1])]).logsumexp(dim=0)  # (D,)
+    return (losses * losses.new_tensor(spec.weights)).sum()
+
+
 def distillation_loss(student: Tensor, teacher: Tensor, row_weights: Tensor) -> Tensor:
     """Weighted mean squared error to as many leading components of a teacher's vectors.
 

@@ -18,10 +18,12 @@ from ml_embed.losses.false_negatives import MaskedLogits, mask_false_negatives
 from ml_embed.losses.nested import (
     MatryoshkaSpec,
     candidate_similarity_loss,
+    cosent_loss,
     distillation_loss,
     hard_loss,
     in_batch_loss,
     in_batch_similarity_loss,
+    pair_cosines,
 )
 
 
@@ -36,10 +38,12 @@ class LossTerms:
     """mean over exits"""
     in_batch: Tensor
     """mean over exits; 0 for tasks without it"""
+    similarity: Tensor
+    """mean over exits; 0 for tasks without it"""
     distillation: Tensor
     """mean over exits, before kd_weight; 0 without a teacher"""
     total: Tensor
-    """hard + in_batch + kd_weight * distillation"""
+    """hard + in_batch + similarity + kd_weight * distillation"""
     masked: MaskedLogits
     """of the contrastive losses; its counts add up over processes"""
 
@@ -66,7 +70,7 @@ class _Student:
 
 @dataclass(frozen=True)
 class Objective:
-    """Mean over exits of (hard + in-batch) + kd_weight * mean over exits of the distillation."""
+    """Mean over exits of (hard + in-batch), or of similarity, + kd_weight * the distillation's."""
 
     spec: MatryoshkaSpec
     kd_loss: DistillationLoss = "vectors"
@@ -88,14 +92,15 @@ class Objective:
         student = self._student(vectors, batch, teacher)
         masked = self._mask(student, batch)
         hard, in_batch = self._hard(student, batch, masked), self._in_batch(student, batch, masked)
+        similarity = self._similarity(student, batch)
         if teacher is None:
             distillation = student.nothing
         elif self.kd_loss == "similarity":
             distillation = _similarity_distillation(student, teacher, batch, self.spec)
         else:
             distillation = _vector_distillation(student.parts, teacher, batch)
-        total = hard + in_batch + self.kd_weight * distillation
-        return LossTerms(hard, in_batch, distillation, total, masked)
+        total = hard + in_batch + similarity + self.kd_weight * distillation
+        return LossTerms(hard, in_batch, similarity, distillation, total, masked)
 
     def _student(
         self, vectors: Tensor, batch: ContrastiveBatch, teacher: PartVectors | None
@@ -118,6 +123,8 @@ class Objective:
         )
 
     def _hard(self, student: _Student, batch: ContrastiveBatch, masked: MaskedLogits) -> Tensor:
+        if batch.task == "similarity":
+            return student.nothing
         query, candidates = student.parts.query, student.candidates
         return student.mean_over_exits(
             lambda e: hard_loss(
@@ -141,10 +148,19 @@ class Objective:
             )
         )
 
+    def _similarity(self, student: _Student, batch: ContrastiveBatch) -> Tensor:
+        """The same on every process: its gradients reach the pairs of all through the gather."""
+        scores = batch.scores
+        if scores is None:
+            return student.nothing
+        own = pair_cosines(student.parts.query, student.parts.passage, self.spec)  # (E, R, D)
+        cosines = _of_all_processes(own, batch)  # (n, E, D)
+        return student.mean_over_exits(lambda e: cosent_loss(cosines[:, e], scores, self.spec))
 
-def _of_all_processes(passage: Tensor, batch: ContrastiveBatch) -> Tensor:
+
+def _of_all_processes(rows: Tensor, batch: ContrastiveBatch) -> Tensor:
     """(E, R, H) of each process -> (n, E, H): the global batch's rows in its own order."""
-    return gather_rows(passage.transpose(0, 1)).index_select(0, batch.gathered_rows)
+    return gather_rows(rows.transpose(0, 1)).index_select(0, batch.gathered_rows)
 
 
 def _vector_distillation(

@@ -32,6 +32,7 @@ class Window:
     dataset_steps: dict[str, int] = field(default_factory=dict)
     hard: dict[str, float] = field(default_factory=dict)
     in_batch: dict[str, float] = field(default_factory=dict)
+    similarity: dict[str, float] = field(default_factory=dict)
     tasks: dict[str, Task] = field(default_factory=dict)
 
     def add(self, dataset: str, task: Task, step: "StepValues", seconds: float) -> None:
@@ -45,8 +46,11 @@ class Window:
         self.masked_by_document += step.masked_by_document
         self.masked_by_margin += step.masked_by_margin
         self.dataset_steps[dataset] = self.dataset_steps.get(dataset, 0) + 1
-        self.hard[dataset] = self.hard.get(dataset, 0.0) + step.hard
         self.tasks[dataset] = task
+        if task == "similarity":
+            self.similarity[dataset] = self.similarity.get(dataset, 0.0) + step.similarity
+        else:
+            self.hard[dataset] = self.hard.get(dataset, 0.0) + step.hard
         if task == "retrieval":
             self.in_batch[dataset] = self.in_batch.get(dataset, 0.0) + step.in_batch
 
@@ -72,6 +76,7 @@ class Window:
         for metric, totals in (
             ("training_loss_hard", self.hard),
             ("training_loss_in_batch", self.in_batch),
+            ("training_loss_similarity", self.similarity),
         ):
             means = {name: total / self.dataset_steps[name] for name, total in totals.items()}
             values |= {f"{name}/{metric}": mean for name, mean in means.items()}
@@ -92,6 +97,7 @@ class StepValues:
     total: float
     hard: float
     in_batch: float
+    similarity: float
     distillation: float
     tokens: int
     encoded_tokens: int

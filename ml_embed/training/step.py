@@ -61,17 +61,20 @@ def _over_all_processes(
     run: Run, terms: LossTerms, batch: ContrastiveBatch, grad_norm: Tensor, stop_requested: bool
 ) -> StepValues:
     """Means of the losses and sums of the counts, with one all-reduce."""
-    losses = torch.stack([terms.total, terms.hard, terms.in_batch, terms.distillation])
+    losses = torch.stack(
+        [terms.total, terms.hard, terms.in_batch, terms.similarity, terms.distillation]
+    )
     losses = losses.detach().double() / run.accelerator.num_processes
     masked = torch.stack([terms.masked.by_document, terms.masked.by_margin]).double()
     counts = losses.new_tensor([batch.num_tokens, batch.num_encoded_tokens, stop_requested])
     summed = all_reduce_sum(torch.cat([losses, masked, counts])).tolist()
-    total, hard, in_batch, distillation = summed[:4]
-    by_document, by_margin, tokens, encoded_tokens, stops = map(int, summed[4:])
+    total, hard, in_batch, similarity, distillation = summed[:5]
+    by_document, by_margin, tokens, encoded_tokens, stops = map(int, summed[5:])
     return StepValues(
         total=total,
         hard=hard,
         in_batch=in_batch,
+        similarity=similarity,
         distillation=distillation,
         tokens=tokens,
         encoded_tokens=encoded_tokens,

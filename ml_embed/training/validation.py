@@ -4,19 +4,28 @@ Letters: E exits, N texts of a batch, R rows of this process, K negatives, H hid
 and P distinct passages of a dataset.
 """
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import groupby
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ml_embed.config import Task
 from ml_embed.data.batch import ContrastiveBatch
 from ml_embed.data.loader import Loader
 from ml_embed.data.schedule import DatasetPlan
+from ml_embed.data.store import TokenizedDataset
 from ml_embed.distributed.collectives import all_reduce_sum, gather_uneven, world_size
-from ml_embed.evaluation.metrics import metrics_of_ranks, ranks_of_positives, ranks_of_scores
+from ml_embed.evaluation.metrics import (
+    metrics_of_ranks,
+    ranks_of_positives,
+    ranks_of_scores,
+    spearman,
+)
 from ml_embed.losses.nested import MatryoshkaSpec
 from ml_embed.losses.objective import Objective
 from ml_embed.model_folders.cut import Cut
@@ -26,6 +35,9 @@ Encode = Callable[[ContrastiveBatch, int], Tensor]
 """encodes a batch's texts: (batch, rank; 0 is a whole token table) -> (E, N, H) vectors"""
 Vectors = Mapping[int, Tensor]
 """exit layer -> (N, H), of one rank"""
+LOSS = "valid_loss_"
+"""what the names of a dataset's losses begin with"""
+_LOSSES = ("hard", "in_batch", "similarity")
 
 
 @torch.no_grad()
@@ -48,11 +60,12 @@ def validate(
         spec: the losses' dims, weights and temperature.
         resolved: sizes of the model, and the grid of cuts to measure beside the whole of it.
     Returns:
-        "<dataset>/valid_loss_hard", "<dataset>/ndcg@10" and so on; with a grid also
-        "<dataset>/ndcg@10/<name of a cut>" and so on; the means of all these over the datasets of a
-        task as "Avg/<task>/…"; and "loss", the mean over datasets. The same on every process; empty
-        if nothing is held out. A clustering or classification dataset has losses only if none of
-        its held-out rows has a negative.
+        "<dataset>/valid_loss_hard", "<dataset>/ndcg@10" and so on (similarity datasets have
+        "spearman" instead of retrieval metrics); with a grid also "<dataset>/ndcg@10/<name of a
+        cut>" and so on; the means of all these over the datasets of a task as "Avg/<task>/…"; and
+        "loss", the mean over datasets. The same on every process; empty if nothing is held out. A
+        clustering or classification dataset has losses only if none of its held-out rows has a
+        negative, and a similarity dataset if its held-out scores are equal.
     """
     values: dict[str, float] = {}
     by_task: dict[str, list[float]] = defaultdict(list)
@@ -62,7 +75,7 @@ def validate(
             continue
         losses = _Losses(Objective(spec), device)
         own = _validate_dataset(encode, loader, plan, losses, resolved)
-        totals.append(own["valid_loss_hard"] + own.get("valid_loss_in_batch", 0.0))
+        totals.append(sum(own[LOSS + term] for term in _losses_of(plan.task)))
         for metric, value in own.items():
             values[f"{name}/{metric}"] = value
             by_task[f"Avg/{plan.task}/{metric}"].append(value)
@@ -79,21 +92,18 @@ def _validate_dataset(
     whole = Cut(rank, resolved.exits[-1], resolved.dims[0])
     grid = resolved.valid_grid.cuts if resolved.valid_grid else ()
     wanted = {whole, *grid}
-    search_of_task = _PoolSearch if plan.task == "retrieval" else _CandidateSearch
+    dataset = loader.store.datasets[plan.name]
     found: dict[Cut, dict[str, float]] = {}
     for rank in sorted({cut.rank for cut in wanted}):
-        search = search_of_task({cut for cut in wanted if cut.rank == rank})
+        search = _SEARCH_OF_TASK[plan.task]({cut for cut in wanted if cut.rank == rank}, dataset)
         for rows, on_host in loader.held_out_batches(plan.name):
             batch = on_host.to(losses.device)
             vectors = encode(batch, rank)
             if rank == whole.rank:
                 losses.add(vectors, batch, rows)
             search.add(dict(zip(resolved.exits, vectors, strict=True)), batch)
-        found |= {
-            cut: metrics_of_ranks(ranks.cpu()) if len(ranks) else {}
-            for cut, ranks in search.ranks()
-        }
-    values = losses.means(with_in_batch=plan.task == "retrieval") | found[whole]
+        found |= search.metrics()
+    values = losses.means(plan.task) | found[whole]
     for cut in grid:
         values |= {f"{metric}/{cut.name}": value for metric, value in found[cut].items()}
     return values
@@ -105,29 +115,38 @@ class _Losses:
     def __init__(self, objective: Objective, device: torch.device):
         self.device = device
         self._objective = objective
-        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(len(_LOSSES), dtype=torch.float64, device=device)
         self._rows = 0
 
     def add(self, vectors: Tensor, batch: ContrastiveBatch, rows: int) -> None:
         """vectors: (E, N, H); rows: of the global batch."""
         terms = self._objective(vectors, batch)
-        self._sums += rows * torch.stack([terms.hard, terms.in_batch]).double()
+        self._sums += rows * torch.stack([getattr(terms, term) for term in _LOSSES]).double()
         self._rows += rows
 
-    def means(self, with_in_batch: bool) -> dict[str, float]:
-        hard, in_batch = (all_reduce_sum(self._sums) / (world_size() * self._rows)).tolist()
-        means = {"valid_loss_hard": hard}
-        return means | {"valid_loss_in_batch": in_batch} if with_in_batch else means
+    def means(self, task: Task) -> dict[str, float]:
+        means = (all_reduce_sum(self._sums) / (world_size() * self._rows)).tolist()
+        by_term = dict(zip(_LOSSES, means, strict=True))
+        return {f"{LOSS}{term}": by_term[term] for term in _losses_of(task)}
+
+
+def _losses_of(task: Task) -> tuple[str, ...]:
+    if task == "similarity":
+        return ("similarity",)
+    return ("hard", "in_batch") if task == "retrieval" else ("hard",)
 
 
 class _PoolSearch:
     """Retrieval: each query searches all distinct documents of the dataset's held-out rows.
 
+    Other right answers of a query, as far as the data says, do not compete with its positive.
     Keeps the vectors of this process's queries and documents at the exits that are measured.
     """
 
-    def __init__(self, cuts: Collection[Cut]):
+    def __init__(self, cuts: Collection[Cut], dataset: TokenizedDataset):
+        self._dataset = dataset
         self._cuts = sorted(cuts)
+        self._numbers: list[Tensor] = []
         self._queries: dict[int, list[Tensor]] = {cut.depth: [] for cut in self._cuts}
         self._passages: dict[int, list[Tensor]] = {cut.depth: [] for cut in self._cuts}
         self._documents: list[Tensor] = []
@@ -138,17 +157,23 @@ class _PoolSearch:
         used, numbers = candidate_documents(batch)
         self._documents.append(numbers)
         self._wanted.append(batch.passage_documents[real])
+        self._numbers.append(batch.query_numbers[real])
         for depth in self._queries:
             self._queries[depth].append(vectors[depth][batch.query[real]])
             self._passages[depth].append(vectors[depth][used])
 
-    def ranks(self) -> Iterator[tuple[Cut, Tensor]]:
+    def metrics(self) -> dict[Cut, dict[str, float]]:
+        return _metrics_of(self._ranks())
+
+    def _ranks(self) -> Iterator[tuple[Cut, Tensor]]:
         """Each cut with the (Q,) ranks of the positives."""
-        number, wanted = (
-            gather_uneven(torch.cat(parts)) for parts in (self._documents, self._wanted)
+        number, wanted, queries_numbers = (
+            gather_uneven(torch.cat(parts))
+            for parts in (self._documents, self._wanted, self._numbers)
         )
         distinct, place = torch.unique(number, return_inverse=True)  # sorted
         positive = torch.searchsorted(distinct, wanted)
+        others = _other_right_answers(self._dataset, queries_numbers, wanted, distinct)
         for depth, cuts in groupby(self._cuts, key=lambda cut: cut.depth):
             query, passage = (
                 gather_uneven(torch.cat(parts.pop(depth)))
@@ -158,7 +183,7 @@ class _PoolSearch:
             pool[place] = passage  # the same document has the same vector
             for cut in cuts:
                 queries, documents = (normalize(v[:, : cut.dim], dim=-1) for v in (query, pool))
-                yield cut, ranks_of_positives(queries, documents, positive)
+                yield cut, ranks_of_positives(queries, documents, positive, excluded=others)
 
 
 class _CandidateSearch:
@@ -167,7 +192,7 @@ class _CandidateSearch:
     Rows without negatives do not count: with one passage to choose from they are always right.
     """
 
-    def __init__(self, cuts: Collection[Cut]):
+    def __init__(self, cuts: Collection[Cut], dataset: TokenizedDataset):
         self._ranks: dict[Cut, list[Tensor]] = {cut: [] for cut in sorted(cuts)}
 
     def add(self, vectors: Vectors, batch: ContrastiveBatch) -> None:
@@ -176,10 +201,66 @@ class _CandidateSearch:
             unit = normalize(vectors[cut.depth][:, : cut.dim], dim=-1)
             ranks.append(_ranks_among_own(unit, batch)[chooses])
 
-    def ranks(self) -> Iterator[tuple[Cut, Tensor]]:
-        """Each cut with the (Q,) ranks of the positives."""
-        for cut, ranks in self._ranks.items():
-            yield cut, gather_uneven(torch.cat(ranks))
+    def metrics(self) -> dict[Cut, dict[str, float]]:
+        return _metrics_of(
+            (cut, gather_uneven(torch.cat(ranks))) for cut, ranks in self._ranks.items()
+        )
+
+
+class _PairOrder:
+    """Similarity: whether the cosines of all held-out pairs have the order of their scores."""
+
+    def __init__(self, cuts: Collection[Cut], dataset: TokenizedDataset):
+        self._cosines: dict[Cut, list[Tensor]] = {cut: [] for cut in sorted(cuts)}
+        self._scores: list[Tensor] = []
+
+    def add(self, vectors: Vectors, batch: ContrastiveBatch) -> None:
+        assert batch.scores is not None
+        real = batch.sample_weights > 0
+        self._scores.append(batch.scores[batch.target[real]])
+        for cut, cosines in self._cosines.items():
+            unit = normalize(vectors[cut.depth][:, : cut.dim], dim=-1)
+            cosines.append((unit[batch.query] * unit[batch.passage]).sum(-1)[real])
+
+    def metrics(self) -> dict[Cut, dict[str, float]]:
+        scores = gather_uneven(torch.cat(self._scores))
+        found = {}
+        for cut, cosines in self._cosines.items():
+            correlation = spearman(gather_uneven(torch.cat(cosines)), scores)
+            found[cut] = {"spearman": correlation} if math.isfinite(correlation) else {}
+        return found
+
+
+_SEARCH_OF_TASK: Mapping[Task, type[_PoolSearch | _CandidateSearch | _PairOrder]] = {
+    "retrieval": _PoolSearch,
+    "clustering": _CandidateSearch,
+    "classification": _CandidateSearch,
+    "similarity": _PairOrder,
+}
+
+
+def _metrics_of(ranks: Iterable[tuple[Cut, Tensor]]) -> dict[Cut, dict[str, float]]:
+    return {cut: metrics_of_ranks(own.cpu()) if len(own) else {} for cut, own in ranks}
+
+
+def _other_right_answers(
+    dataset: TokenizedDataset, queries: Tensor, wanted: Tensor, pool: Tensor
+) -> Tensor:
+    """(P, 2) pairs (row of `queries`, row of `pool`) that are right besides the wanted documents.
+
+    Args:
+        queries: (Q,) query numbers.
+        wanted: (Q,) documents.
+        pool: (documents,) ascending document numbers.
+    """
+    several = torch.from_numpy(dataset.right_answers(queries.cpu().numpy()) > 1)
+    pairs = [pool.new_empty((0, 2))]
+    for row in several.nonzero().flatten().tolist():
+        right = dataset.are_right(queries[row].cpu().numpy(), pool.cpu().numpy())
+        places = torch.from_numpy(np.flatnonzero(right)).to(pool.device)
+        places = places[pool[places] != wanted[row]]
+        pairs.append(torch.stack([torch.full_like(places, row), places], dim=1))
+    return torch.cat(pairs)
 
 
 def candidate_documents(batch: ContrastiveBatch) -> tuple[Tensor, Tensor]:

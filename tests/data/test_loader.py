@@ -27,7 +27,7 @@ def store(tmp_path_factory):
 
 
 def make_loader(store, process=0, processes=1, max_length=12) -> Loader:
-    """Six datasets, two of them smaller than a batch; rows have 0 to more negatives than asked."""
+    """Eight datasets, two smaller than a batch; rows have 0 to more negatives than asked."""
     plans = [
         DatasetPlan(name, DATASETS[name][0], 5, d.num_rows, 0, 2 * d.num_rows)
         for name, d in store.datasets.items()
@@ -77,7 +77,7 @@ def test_a_group_is_bounded_by_rows_and_by_tokens(store):
     assert make_loader(store, max_length=12).steps_per_group == 512 // 4
     assert make_loader(store, max_length=4096).steps_per_group == 2**21 // (4 * 7 * 4096)
     assert make_loader(store, processes=2, max_length=4096).steps_per_group == 2**21 // (
-        2 * 5 * 4096
+        2 * 7 * 4096
     )
     assert make_loader(store, max_length=10**6).steps_per_group == 1
 

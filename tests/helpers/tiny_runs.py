@@ -47,7 +47,11 @@ DATASETS = {
     "topics": ("clustering", 6, 8, (0, 4)),
     "polarity": ("classification", 7, 2, (1, 1)),
     "no_negatives": ("classification", 3, 3, (0, 0)),
+    "asked_again": ("retrieval", 10, 8, (0, 4)),
+    "graded": ("similarity", 7, 7, (0, 0)),
 }
+SAME_QUERIES = {"asked_again": 3}
+"""so many distinct queries a dataset has"""
 
 
 def write_backbone(folder: Path, seed: int = 0) -> Path:
@@ -72,18 +76,24 @@ def write_tokenized(folder: Path, tokenizer, datasets: Mapping[str, tuple] = DAT
         return np.append(ids, tokenizer.eos_token_id).astype(np.int32)
 
     described = {}
-    for name, (_, rows, documents, (fewest, most)) in datasets.items():
+    for name, (task, rows, documents, (fewest, most)) in datasets.items():
         negatives = [
             generator.integers(0, documents, generator.integers(fewest, most + 1))
             for _ in range(rows)
         ]
         flat = np.concatenate([*negatives, np.empty(0, np.int64)]).astype(np.int64)
+        queries = [text() for _ in range(rows)]
+        distinct = SAME_QUERIES.get(name, rows)
         columns = [
-            text_array([text() for _ in range(rows)]),
+            text_array([queries[row % distinct] for row in range(rows)]),
             pa.array(generator.integers(0, documents, rows)),
             list_array([len(n) for n in negatives], flat),
         ]
-        with token_file(folder / f"{name}_query.parquet", QUERY_SCHEMA) as file:
+        schema = QUERY_SCHEMA
+        if task == "similarity":
+            schema = schema.append(pa.field("score", pa.float32()))
+            columns.append(pa.array(generator.integers(0, 4, rows) / 3, pa.float32()))
+        with token_file(folder / f"{name}_query.parquet", schema) as file:
             append_columns(file, columns)
         with token_file(folder / f"{name}_corpus.parquet", CORPUS_SCHEMA) as file:
             append_columns(file, [text_array([text() for _ in range(documents)])])

@@ -109,6 +109,9 @@ def test_the_cases_hold_what_they_should(run_dirs, inputs):
     counted = [line for line in metrics(run_dirs("everything", 4)) if line["split"] == "train"]
     assert any(line["masked_by_document"] for line in counted)
     assert any(line["masked_by_margin"] for line in counted)
+    assert any(line.get("graded/training_loss_similarity", 0) > 0.1 for line in counted)
+    assert not any("graded/training_loss_hard" in line for line in counted)
+    assert all(-1 <= line["graded/spearman/rank_8_depth_1_dim_8"] <= 1 for line in valid)
 
 
 @pytest.mark.parametrize("case", ["everything", "in_chunks"])
