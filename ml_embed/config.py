@@ -160,7 +160,11 @@ class TrainConfig:
     """settings per dataset, under its name or a shell-style pattern such as "sts_*"; an exact name
     goes before patterns, an earlier pattern before a later one"""
     valid_fraction: float = _key(0.01, low=0, high=0.5)
-    """share of each dataset's rows held out for validation; 0 = no validation"""
+    """share of each dataset's rows held out for validation, in retrieval data whole documents with
+    all their rows; 0 = none; not used with valid_data_path"""
+    valid_data_path: str | None = None
+    """folder of tokenized data for validation; then no training row is held out; null = hold out
+    valid_fraction"""
 
     teacher_model_path: str | None = None
     """Qwen3 model whose vectors are distilled, run beside the student (a folder or a hub name);
@@ -209,6 +213,11 @@ class TrainConfig:
     valid_dims: tuple[int, ...] | None = _key(None, low=1)
     """vector lengths of the cuts whose retrieval quality validation also measures (all combinations
     with valid_ranks and valid_layers); null = only the whole vector"""
+    keep_best: str | None = None
+    """name of a validation number in metrics.jsonl, such as "Avg/retrieval/ndcg@10": the model with
+    its best value (the lowest of a loss, else the highest) is kept in best/; null = off"""
+    patience: int = _key(0, low=0)
+    """validations in a row without a better value of keep_best after which the run ends; 0 = off"""
     checkpointing_steps: int = _key(100, low=0)
     """optimizer steps between checkpoints; 0 = only at the end of each epoch"""
     save_total_limit: int | None = _key(None, low=1)
@@ -222,6 +231,11 @@ class TrainConfig:
     def run_dir(self) -> Path:
         """The folder of this run."""
         return Path(self.output_dir) / self.experiment_id
+
+    @property
+    def held_out_fraction(self) -> float:
+        """Share of the training data's rows that validation takes."""
+        return self.valid_fraction if self.valid_data_path is None else 0.0
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[TrainConfig, dict]:
@@ -321,6 +335,10 @@ def _check_together(config: TrainConfig) -> list[str]:
         )
     if config.lora_r == 0 and config.lora_alpha is not None:
         problems.append("lora_alpha is given but lora_r is 0; set lora_r, e.g. to 16, or remove it")
+    if config.patience and config.keep_best is None:
+        problems.append("patience needs keep_best; name the validation number that has to improve")
+    if config.keep_best and not (config.valid_fraction or config.valid_data_path):
+        problems.append("keep_best needs validation; set valid_fraction or valid_data_path")
     if config.min_lr > config.learning_rate:
         problems.append(
             f"min_lr {config.min_lr} is larger than learning_rate {config.learning_rate}"

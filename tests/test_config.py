@@ -91,7 +91,7 @@ def test_a_list_of_other_things_is_one_problem_an_item():
 def test_home_is_expanded_in_every_path_and_the_users_own_words_are_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     keys = [key for key in vars(parse_config(REQUIRED)) if key.endswith(("_path", "_dir"))]
-    assert len(keys) == 7
+    assert len(keys) == 8
     for given in (dict.fromkeys(keys, "~/x"), dict.fromkeys(keys, "./x")):
         (tmp_path / "config.json").write_text(
             json.dumps(REQUIRED | given | {"teacher_vectors_path": None})

@@ -28,6 +28,14 @@ VALIDATION_EPOCH = -1
 
 
 @dataclass(frozen=True)
+class Validation:
+    """Data with rows that are held out, and which rows they are."""
+
+    schedule: Schedule
+    store: Store
+
+
+@dataclass(frozen=True)
 class Loader:
     """Makes this process's share of every step."""
 
@@ -36,6 +44,8 @@ class Loader:
     builder: BatchBuilder
     teacher_vectors: TeacherVectors | None
     """vectors that a teacher computed beforehand, to go along with training batches; or None"""
+    validation: Validation | None = None
+    """data of its own for validation; None = the rows that `schedule` holds out"""
 
     def training_batches(self, steps: range) -> Generator[ContrastiveBatch, None, None]:
         """The batches of `steps` (counted from 0), in order; a thread builds them ahead of use."""
@@ -56,6 +66,11 @@ class Loader:
             finally:
                 for future in pending:
                     future.cancel()
+
+    @property
+    def held_out(self) -> Validation:
+        """What validation goes through."""
+        return self.validation or Validation(self.schedule, self.store)
 
     @property
     def steps_per_group(self) -> int:
@@ -91,6 +106,7 @@ class Loader:
 
     def held_out_batches(self, dataset: str) -> Iterator[tuple[int, ContrastiveBatch]]:
         """(rows of the global batch, this process's share of it) over a dataset's held-out rows."""
-        data, plan = self.store.datasets[dataset], self.schedule.plans[dataset]
-        for rows in self.schedule.valid_batches(dataset):
+        schedule, store = self.held_out.schedule, self.held_out.store
+        data, plan = store.datasets[dataset], schedule.plans[dataset]
+        for rows in schedule.valid_batches(dataset):
             yield len(rows), self.builder.build(data, plan, rows, VALIDATION_EPOCH)

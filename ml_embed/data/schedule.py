@@ -56,7 +56,7 @@ class GlobalBatch:
 def plan_dataset(
     dataset: TokenizedDataset, config: TrainConfig, task: Task | None = None
 ) -> DatasetPlan:
-    """How the config trains on a dataset.
+    """How the config trains on a dataset and validates with it.
 
     The task is what the config says; else similarity if all rows have a score; else `task`, which
     the data says; else that of the name.
@@ -71,7 +71,7 @@ def plan_dataset(
         "similarity": 0,
     }
     negatives = default_negatives[task] if settings.num_hard_neg is None else settings.num_hard_neg
-    split = split_dataset(dataset, task, config.valid_fraction, config.seed)
+    split = split_dataset(dataset, task, config.held_out_fraction, config.seed)
     train_rows = min(split.train_rows, settings.max_samples or split.train_rows)
     draws = max(1, int(train_rows * settings.weight + 0.5))
     return DatasetPlan(dataset.name, task, negatives, train_rows, len(split.held_out), draws)

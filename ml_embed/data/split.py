@@ -65,6 +65,11 @@ def random_split(name: str, rows: int, valid_rows: int, seed: int) -> Split:
     return Split(order, valid_rows, _NO_ROWS, order(np.arange(valid_rows)))
 
 
+def hold_out_all(name: str, rows: int, seed: int) -> Split:
+    """Hold out every row of data that is there for validation."""
+    return random_split(name, rows, rows, seed)
+
+
 def _split_by_document(dataset: TokenizedDataset, wanted: int, seed: int) -> Split:
     left_out = _rows_of_some_documents(dataset, wanted, key_hash(seed, "held out"))
     trained = _queries_of_others(dataset, left_out)

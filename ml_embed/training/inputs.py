@@ -16,6 +16,7 @@ from ml_embed.model_folders.read import ModelFolder
 from ml_embed.prepare.prompts import check_prompts
 from ml_embed.prepare.tokenizer import end_token, fingerprint
 from ml_embed.training import lora
+from ml_embed.training.best import check_metric
 from ml_embed.training.resolve import Resolved, resolve
 
 
@@ -28,6 +29,8 @@ class Inputs:
     store: Store
     teacher_vectors: TeacherVectors | None
     """a teacher's vectors that were computed beforehand"""
+    valid_store: Store | None
+    """data of its own for validation"""
     resolved: Resolved
 
     @property
@@ -64,9 +67,10 @@ def open_inputs(config: TrainConfig, world_size: int, progress: bool) -> Inputs:
     if config.lora_r:
         lora.check_installed()
     start = ModelFolder.open(Path(config.model_path))
-    store = open_store(config.train_data_path, config.cache_dir, progress)
-    _check_tokenizer(config, start.tokenizer, store)
-    check_prompts(config, store)
+    store = _open_data(config, "train_data_path", start.tokenizer, progress)
+    valid_store = None
+    if config.valid_data_path is not None:
+        valid_store = _open_data(config, "valid_data_path", start.tokenizer, progress)
     if config.teacher_model_path is not None:
         _check_teacher(ModelFolder.open(Path(config.teacher_model_path)), config, start)
     teacher_vectors = None
@@ -75,22 +79,34 @@ def open_inputs(config: TrainConfig, world_size: int, progress: bool) -> Inputs:
         teacher_vectors = open_teacher_vectors(
             folder, store, start.config.hidden_size, config.kd_loss
         )
-    resolved = resolve(config, start.config, store, world_size)
-    return Inputs(start, store, teacher_vectors, resolved)
+    resolved = resolve(config, start.config, store, world_size, valid_store)
+    check_metric(config.keep_best, resolved)
+    return Inputs(start, store, teacher_vectors, valid_store, resolved)
 
 
-def _check_tokenizer(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, store: Store) -> None:
+def _open_data(
+    config: TrainConfig, key: str, tokenizer: PreTrainedTokenizerBase, progress: bool
+) -> Store:
+    store = open_store(getattr(config, key), config.cache_dir, progress)
+    _check_tokenizer(config, key, tokenizer, store)
+    check_prompts(config, store)
+    return store
+
+
+def _check_tokenizer(
+    config: TrainConfig, key: str, tokenizer: PreTrainedTokenizerBase, store: Store
+) -> None:
     if store.manifest is None:  # the released layout does not say which tokenizer it was made with
         return
     if store.manifest.tokenizer_fingerprint != fingerprint(tokenizer):
         raise UserError(
-            f"train_data_path: {config.train_data_path} was tokenized with another tokenizer than "
+            f"{key}: {getattr(config, key)} was tokenized with another tokenizer than "
             f"the one in model_path {config.model_path}; run tokenize_data_qwen.py again with "
             "--overwrite"
         )
     if store.manifest.eos_id != (end := end_token(tokenizer)):
         raise UserError(
-            f"train_data_path: the texts of {config.train_data_path} end in token "
+            f"{key}: the texts of {getattr(config, key)} end in token "
             f"{store.manifest.eos_id}, those of model_path {config.model_path} in {end} "
             f"({tokenizer.convert_ids_to_tokens(end)}); run tokenize_data_qwen.py again with "
             "--overwrite"

@@ -5,7 +5,7 @@ import functools
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from torch import Tensor
@@ -63,6 +63,9 @@ def train(run: Run, progress: bool = False) -> int:
         UserError: the loss is not finite, or the disk is full.
     """
     config, last = run.config, run.resolved.total_steps
+    if run.best.is_over(config.patience):  # a run that had ended is continued
+        notice(run.best.reason_to_end(run.start_step))
+        return 0
     steps = range(run.start_step, last)
     bar = tqdm(total=last, initial=run.start_step, desc="training", disable=not progress)
     run.engine.model.train()
@@ -85,8 +88,12 @@ def train(run: Run, progress: bool = False) -> int:
                 counted = time.perf_counter()  # that was not training
             epoch_ends = done % run.resolved.steps_per_epoch == 0
             due = _is_due(done, config.checkpointing_steps, last)
-            if due or epoch_ends or values.stop_requested:
+            ends_early = run.best.is_over(config.patience) and done < last
+            if due or epoch_ends or values.stop_requested or ends_early:
                 save_checkpoint(run, done, epoch_ends)
+            if ends_early:
+                notice(run.best.reason_to_end(done))
+                return 0
             if values.stop_requested and done < last:
                 notice(f"stopped by a signal after step {done}; continue with --resume auto")
                 return PREEMPTED_EXIT_CODE
@@ -112,8 +119,10 @@ def log_window(run: Run, step: int, bar: tqdm) -> None:
 def validate_and_log(run: Run, step: int) -> None:
     """Validation, if any rows are held out; the model is back in training mode afterwards.
 
+    With keep_best, a better model than before is written to best/. A collective.
+
     Raises:
-        UserError: a loss is not finite.
+        UserError: a loss is not finite, or the disk is full.
     """
     run.engine.model.eval()
     encode = functools.partial(_encode, run)
@@ -127,6 +136,8 @@ def validate_and_log(run: Run, step: int) -> None:
         )
     if values:
         run.log.valid(step, run.epoch_of(step), values)
+        if run.best.add(values, step):
+            save_best(run)
 
 
 def _encode(run: Run, batch: ContrastiveBatch, rank: int) -> Tensor:
@@ -144,24 +155,44 @@ def save_checkpoint(run: Run, step: int, epoch_ends: bool) -> None:
         UserError: the disk is full; on all processes alike.
     """
     state, moments = run.engine.model_state(), run.engine.optimizer_state()
+
+    def write() -> None:
+        # Model folders first: a state is only resumed from when all that should stand before it
+        # does.
+        epoch = step // run.resolved.steps_per_epoch
+        names = [f"step_{step}", *([f"epoch_{epoch}"] if epoch_ends else [])]
+        _write_model_folders(run, names, state)
+        _write_resume_state(run, step, state, moments)
+        _keep_newest_model_folders(run, step)
+
+    _on_main_process(run, write)
+
+
+def save_best(run: Run) -> None:
+    """Write the model folder best/, in place of a former one. A collective.
+
+    Raises:
+        UserError: the disk is full; on all processes alike.
+    """
+    state = run.engine.model_state()
+    _on_main_process(run, lambda: _write_model_folders(run, ["best"], state))
+
+
+def _on_main_process(run: Run, write: Callable[[], None]) -> None:
+    """Let the first process write; if it fails, all do."""
     failure: Exception | None = None
     if run.accelerator.is_main_process:
         try:
-            # Model folders first: a state is only resumed from when all that should stand before it
-            # does.
-            _write_model_folders(run, step, epoch_ends, state)
-            _write_resume_state(run, step, state, moments)
-            _keep_newest_model_folders(run, step)
+            write()
         except Exception as error:  # held back until the other processes know
             failure = error
     if all_reduce_max(int(failure is not None), run.accelerator.device):
         raise failure or UserError("the first process could not write its checkpoint")
 
 
-def _write_model_folders(run: Run, step: int, epoch_ends: bool, state: dict[str, Tensor]) -> None:
+def _write_model_folders(run: Run, names: list[str], state: dict[str, Tensor]) -> None:
     weights = lora.merged(state, lora.scale(run.config)) if run.config.lora_r else state
-    epoch = step // run.resolved.steps_per_epoch
-    for name in [f"step_{step}", *([f"epoch_{epoch}"] if epoch_ends else [])]:
+    for name in names:
         with atomic_folder(run.config.run_dir / name) as folder:
             save_model_folder(folder, weights, run.backbone_config, run.tokenizer, run.record)
 
@@ -169,6 +200,7 @@ def _write_model_folders(run: Run, step: int, epoch_ends: bool, state: dict[str,
 def _write_resume_state(run: Run, step: int, state: dict[str, Tensor], moments: Moments) -> None:
     progress = {
         "window": run.window.to_json(),
+        "best": run.best.to_json(),
         "metrics_bytes": run.log.force_to_disk(),
         "fingerprint": run.fingerprint,
         "processes": run.accelerator.num_processes,

@@ -12,8 +12,9 @@ import numpy as np
 from transformers import Qwen3Config
 
 from ml_embed.config import TASKS, Task, TrainConfig, check_dataset_names
+from ml_embed.data.loader import Validation
 from ml_embed.data.schedule import DatasetPlan, Schedule, plan_dataset
-from ml_embed.data.split import split_dataset
+from ml_embed.data.split import hold_out_all, split_dataset
 from ml_embed.data.store import Store, TokenizedDataset
 from ml_embed.errors import UserError
 from ml_embed.losses.nested import MatryoshkaSpec
@@ -27,7 +28,7 @@ from ml_embed.model_folders.sizes import (
     matrix_shapes,
 )
 from ml_embed.notices import warn
-from ml_embed.training.learnable import check_losses
+from ml_embed.training.learnable import check_losses, check_scores
 
 GIB = 1024**3
 
@@ -61,6 +62,8 @@ class Resolved:
     memory_gib: dict[str, float]
     """estimate for one process without sharding"""
     datasets: tuple[DatasetPlan, ...]
+    valid_datasets: tuple[DatasetPlan, ...]
+    """those of valid_data_path; empty = validation takes the rows that `datasets` hold out"""
 
     def to_json(self) -> dict:
         return dataclasses.asdict(self)
@@ -88,7 +91,13 @@ class _Parameters:
     embedding: int
 
 
-def resolve(config: TrainConfig, backbone: Qwen3Config, store: Store, world_size: int) -> Resolved:
+def resolve(
+    config: TrainConfig,
+    backbone: Qwen3Config,
+    store: Store,
+    world_size: int,
+    valid_store: Store | None = None,
+) -> Resolved:
     """Derive every number of a run.
 
     Raises:
@@ -96,11 +105,22 @@ def resolve(config: TrainConfig, backbone: Qwen3Config, store: Store, world_size
             once.
     """
     sizes = _nested_sizes(config, backbone)
-    plans = _dataset_plans(config, backbone, store)
+    names = {*store.datasets, *(valid_store.datasets if valid_store else ())}
+    check_dataset_names(sorted(names), config.datasets)
+    plans = _dataset_plans(config, backbone, store, "train_data_path")
+    valid_plans: tuple[DatasetPlan, ...] = ()
+    if valid_store is not None:
+        read = _dataset_plans(config, backbone, valid_store, "valid_data_path")
+        valid_plans = tuple(
+            _all_held_out(plan, valid_store.datasets[plan.name].num_rows) for plan in read
+        )
     global_batch = config.train_batch_size * world_size
     epoch_steps = make_schedule(plans, store, global_batch, config).steps_per_epoch
     parameters = _count_parameters(config, backbone, len(sizes.exits))
     check_losses(config, plans, store, global_batch)
+    for plan in valid_plans:
+        assert valid_store is not None
+        check_scores(plan, valid_store.datasets[plan.name])
     epoch_tokens = sum(_tokens_per_epoch(plan, store.datasets[plan.name], config) for plan in plans)
     tokens = epoch_tokens / epoch_steps
     steps = config.train_steps if config.train_steps > 0 else config.train_epochs * epoch_steps
@@ -128,23 +148,27 @@ def resolve(config: TrainConfig, backbone: Qwen3Config, store: Store, world_size
         valid_grid=_valid_grid(config, sizes),
         memory_gib=_memory(config, backbone, parameters, tokens / world_size),
         datasets=plans,
+        valid_datasets=valid_plans,
     )
 
 
 def _dataset_plans(
-    config: TrainConfig, backbone: Qwen3Config, store: Store
+    config: TrainConfig, backbone: Qwen3Config, store: Store, key: str
 ) -> tuple[DatasetPlan, ...]:
     if store.max_token_id >= backbone.vocab_size:
         raise UserError(
-            f"train_data_path: the data holds token id {store.max_token_id}, but the backbone's "
+            f"{key}: the data holds token id {store.max_token_id}, but the backbone's "
             f"vocabulary has only {backbone.vocab_size}; tokenize the data with the tokenizer in "
             f"{config.model_path}"
         )
-    check_dataset_names(list(store.datasets), config.datasets)
     return tuple(
         plan_dataset(dataset, config, _task_in_manifest(store, name))
         for name, dataset in store.datasets.items()
     )
+
+
+def _all_held_out(plan: DatasetPlan, rows: int) -> DatasetPlan:
+    return dataclasses.replace(plan, train_rows=0, valid_rows=rows, draws=0)
 
 
 def _task_in_manifest(store: Store, name: str) -> Task | None:
@@ -158,11 +182,18 @@ def make_schedule(
 ) -> Schedule:
     splits = {
         plan.name: split_dataset(
-            store.datasets[plan.name], plan.task, config.valid_fraction, config.seed
+            store.datasets[plan.name], plan.task, config.held_out_fraction, config.seed
         )
         for plan in plans
     }
     return Schedule(plans, splits, global_batch, config.seed)
+
+
+def make_validation(resolved: Resolved, store: Store, seed: int) -> Validation:
+    """What validation goes through where it has data of its own."""
+    plans = resolved.valid_datasets
+    splits = {plan.name: hold_out_all(plan.name, plan.valid_rows, seed) for plan in plans}
+    return Validation(Schedule(plans, splits, resolved.global_batch_size, seed), store)
 
 
 def loss_spec(resolved: Resolved, temperature: float) -> MatryoshkaSpec:

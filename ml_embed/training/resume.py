@@ -22,7 +22,7 @@ _FREE_KEYS = frozenset(
     {"model_path", "experiment_id", "output_dir", "tb_dir", "cache_dir", "train_data_path"}
     | {"attention", "gradient_checkpointing", "max_tokens_per_forward", "compile_layers"}
     | {"log_interval", "validation_steps", "checkpointing_steps", "save_total_limit", "report_to"}
-    | {"valid_ranks", "valid_layers", "valid_dims"}
+    | {"valid_ranks", "valid_layers", "valid_dims", "valid_data_path", "keep_best", "patience"}
     | {"train_batch_size", "num_processes"}
     | {"teacher_model_path", "datasets"}  # what they lead to is compared instead
 )
@@ -55,6 +55,8 @@ def run_fingerprint(config: TrainConfig, inputs: Inputs, mixed_precision: str) -
     teacher = config.teacher_model_path
     kept["teacher_weights"] = weights_digest(Path(teacher)) if teacher else None
     kept["train_data_path"] = _data_digest(inputs.store)
+    valid = inputs.valid_store
+    kept["valid_data_path"] = None if valid is None else _data_digest(valid)
     kept["global_batch_size"] = resolved.global_batch_size
     if vectors is not None:
         kept["teacher_vectors_path"] = vectors.fingerprint(list(inputs.store.datasets))

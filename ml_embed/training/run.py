@@ -13,6 +13,7 @@ from ml_embed.distributed.engine import Engine
 from ml_embed.files.paths import numbered_folders
 from ml_embed.losses.objective import Objective
 from ml_embed.model_folders.record import ModelRecord
+from ml_embed.training.best import Best
 from ml_embed.training.metrics_log import MetricsLog, Window
 from ml_embed.training.resolve import Resolved, learning_rate
 
@@ -35,6 +36,8 @@ class Run:
     record: ModelRecord
     log: MetricsLog
     window: Window
+    best: Best
+    """the best validation so far"""
     start_step: int
     """optimizer steps already done"""
     fingerprint: dict[str, Any]

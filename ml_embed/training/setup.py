@@ -20,11 +20,12 @@ from ml_embed.notices import notice
 from ml_embed.prepare.prompts import prompts_to_record
 from ml_embed.prepare.tokenizer import end_token
 from ml_embed.training.accelerator import compute_dtype, make_engine
+from ml_embed.training.best import Best
 from ml_embed.training.build import build_encoder, build_optimizer, build_teacher
 from ml_embed.training.checkpoint import drop_newer, load_state, read_progress
 from ml_embed.training.inputs import Inputs
 from ml_embed.training.metrics_log import MetricsLog, Window
-from ml_embed.training.resolve import Resolved, loss_spec, make_schedule
+from ml_embed.training.resolve import Resolved, loss_spec, make_schedule, make_validation
 from ml_embed.training.resume import (
     check_unchanged,
     continuation_notice,
@@ -44,6 +45,7 @@ class _Start:
     step: int = 0
     window: dict[str, Any] = field(default_factory=dict)
     metrics_bytes: int = 0
+    best: dict[str, Any] | None = None
 
 
 def set_up(
@@ -87,7 +89,12 @@ def _continued(
     changes = check_unchanged(progress["fingerprint"], fingerprint, allow_changes)
     notice(continuation_notice(state, progress, resolved, changes))
     return _Start(
-        fingerprint, state, progress["step"], progress["window"], progress["metrics_bytes"]
+        fingerprint,
+        state,
+        progress["step"],
+        progress["window"],
+        progress["metrics_bytes"],
+        progress.get("best"),
     )
 
 
@@ -129,6 +136,7 @@ def _build(config: TrainConfig, accelerator: Accelerator, inputs: Inputs, start:
         record=_model_record(config, inputs),
         log=_metrics_log(config, accelerator, start),
         window=Window(**start.window),
+        best=Best.continued(config.keep_best, start.best),
         start_step=start.step,
         fingerprint=start.fingerprint,
     )
@@ -154,7 +162,10 @@ def _loader(config: TrainConfig, accelerator: Accelerator, inputs: Inputs) -> Lo
         processes=accelerator.num_processes,
     )
     schedule = make_schedule(resolved.datasets, store, resolved.global_batch_size, config)
-    return Loader(schedule, store, builder, inputs.teacher_vectors)
+    validation = None
+    if inputs.valid_store is not None:
+        validation = make_validation(resolved, inputs.valid_store, config.seed)
+    return Loader(schedule, store, builder, inputs.teacher_vectors, validation)
 
 
 def _model_record(config: TrainConfig, inputs: Inputs) -> ModelRecord:

@@ -21,6 +21,7 @@ from ml_embed.data.schedule import DatasetPlan
 from ml_embed.data.store import TokenizedDataset
 from ml_embed.distributed.collectives import all_reduce_sum, gather_uneven, world_size
 from ml_embed.evaluation.metrics import (
+    METRICS,
     metrics_of_ranks,
     ranks_of_positives,
     ranks_of_scores,
@@ -28,7 +29,7 @@ from ml_embed.evaluation.metrics import (
 )
 from ml_embed.losses.nested import MatryoshkaSpec
 from ml_embed.losses.objective import Objective
-from ml_embed.model_folders.cut import Cut
+from ml_embed.model_folders.cut import Cube, Cut
 from ml_embed.training.resolve import Resolved
 
 Encode = Callable[[ContrastiveBatch, int], Tensor]
@@ -70,7 +71,7 @@ def validate(
     values: dict[str, float] = {}
     by_task: dict[str, list[float]] = defaultdict(list)
     totals = []
-    for name, plan in loader.schedule.plans.items():
+    for name, plan in loader.held_out.schedule.plans.items():
         if plan.valid_rows == 0:
             continue
         losses = _Losses(Objective(spec), device)
@@ -92,7 +93,7 @@ def _validate_dataset(
     whole = Cut(rank, resolved.exits[-1], resolved.dims[0])
     grid = resolved.valid_grid.cuts if resolved.valid_grid else ()
     wanted = {whole, *grid}
-    dataset = loader.store.datasets[plan.name]
+    dataset = loader.held_out.store.datasets[plan.name]
     found: dict[Cut, dict[str, float]] = {}
     for rank in sorted({cut.rank for cut in wanted}):
         search = _SEARCH_OF_TASK[plan.task]({cut for cut in wanted if cut.rank == rank}, dataset)
@@ -128,6 +129,20 @@ class _Losses:
         means = (all_reduce_sum(self._sums) / (world_size() * self._rows)).tolist()
         by_term = dict(zip(_LOSSES, means, strict=True))
         return {f"{LOSS}{term}": by_term[term] for term in _losses_of(task)}
+
+
+def metric_names(plans: Iterable[DatasetPlan], grid: Cube | None) -> list[str]:
+    """The names of all numbers that `validate` may give."""
+    names = ["loss"]
+    for plan in plans:
+        if plan.valid_rows == 0:
+            continue
+        metrics = ("spearman",) if plan.task == "similarity" else METRICS
+        cuts = grid.cuts if grid else ()
+        own = [LOSS + term for term in _losses_of(plan.task)] + [*metrics]
+        own += [f"{metric}/{cut.name}" for cut in cuts for metric in metrics]
+        names += [f"{group}/{name}" for group in (plan.name, f"Avg/{plan.task}") for name in own]
+    return list(dict.fromkeys(names))
 
 
 def _losses_of(task: Task) -> tuple[str, ...]:

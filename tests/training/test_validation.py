@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers.in_process import train
+from helpers.in_process import train, with_shared_queries
 from helpers.tiny_runs import Inputs, metrics, run
 from helpers.tiny_world import TASKS
 from oracles import naive_metrics
@@ -245,3 +245,28 @@ def test_cuts_have_names():
     assert Cube((0,), (1, 2), (8,)).cuts == (Cut(0, 1, 8), Cut(0, 2, 8))
     assert Cut.of_name(Cut(64, 2, 32).name) == Cut(64, 2, 32)
     assert Cut.of_name("ndcg@10") is None
+
+
+def test_data_of_its_own_is_validated_whole_and_all_rows_are_trained_on(world, tmp_path):
+    """Against the naive metrics of the saved model on the rows of that data."""
+    folder = with_shared_queries(world, tmp_path / "valid").tokenized
+    code, lines = train(world, tmp_path, valid_data_path=str(folder), **SETTINGS)
+    assert code == 0
+    resolved = json.loads((tmp_path / "run" / "resolved.json").read_text())
+    assert all(plan["valid_rows"] == 0 for plan in resolved["datasets"])
+    assert [plan["valid_rows"] for plan in resolved["valid_datasets"]] == [21]
+    valid = [line for line in lines if line["split"] == "valid"][-1]
+    assert {key.split("/")[0] for key in valid if "/" in key} == {"facts", "Avg"}
+    model = Embedder.from_pretrained(tmp_path / "run" / "step_4", device="cpu")
+    rows = pq.read_table(world.raw / "facts.parquet").to_pylist()
+    rows = [row | {"query": rows[i % 6]["query"]} for i, row in enumerate(rows)]
+    scores, positive = [], []
+    for row in rows:
+        right = {other["passage"] for other in rows if other["query"] == row["query"]}
+        pool = [t for t in searched(rows, "retrieval")[0] if t not in right - {row["passage"]}]
+        scores.append((model.encode(pool) @ model.encode(row["query"])[0]).tolist())
+        positive.append(pool.index(row["passage"]))
+    for metric, value in naive_metrics(scores, positive).items():
+        assert valid[f"facts/{metric}"] == pytest.approx(value)
+    changed = train(world, tmp_path, arguments=["--resume", "auto"], **SETTINGS)
+    assert changed[0] == 2, "without it other rows are trained on"

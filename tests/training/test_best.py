@@ -1,0 +1,100 @@
+"""keep_best and patience: the best model is kept, and a run that no longer improves ends."""
+
+import json
+import shutil
+
+import pytest
+from helpers.in_process import train
+from helpers.tiny_runs import Inputs, config_of, metrics, run
+
+from ml_embed.training.best import Best
+
+KEY = "Avg/retrieval/ndcg@10"
+EVERY_STEP = {"validation_steps": 1, "checkpointing_steps": 1, "valid_fraction": 0.4}
+
+
+@pytest.mark.parametrize(
+    ("metric", "better", "worse"),
+    [(KEY, 0.6, 0.4), ("loss", 0.4, 0.6), ("facts/valid_loss_hard", 0.4, 0.6)],
+)
+def test_a_loss_is_better_the_lower_it_is(metric, better, worse):
+    best = Best(metric)
+    assert best.add({metric: 0.5}, 1)
+    assert not best.add({metric: 0.5}, 2), "as good is no gain"
+    assert not best.add({metric: worse}, 3)
+    assert (best.without_gain, best.is_over(2), best.is_over(3), best.is_over(0)) == (
+        2,
+        True,
+        False,
+        False,
+    )
+    assert best.add({metric: better}, 4)
+    assert (best.value, best.step, best.without_gain) == (better, 4, 0)
+
+
+def test_the_best_model_is_kept_outside_the_limit(world, tmp_path):
+    settings = EVERY_STEP | {"keep_best": KEY, "train_steps": 6, "learning_rate": 0.02}
+    code, lines = train(world, tmp_path, "all", **settings)
+    assert code == 0
+    values = {line["step"]: line[KEY] for line in lines if line["split"] == "valid"}
+    best = max(values, key=lambda step: (values[step], -step))
+    assert len(set(values.values())) > 1
+    for file in ("model.safetensors", "ml_embed.json"):
+        kept = (tmp_path / "all" / "best" / file).read_bytes()
+        assert kept == (tmp_path / "all" / f"step_{best}" / file).read_bytes()
+    train(world, tmp_path, "limited", save_total_limit=1, **settings)
+    assert [path.name for path in (tmp_path / "limited").glob("step_*")] == ["step_6"]
+    limited = (tmp_path / "limited" / "best" / "model.safetensors").read_bytes()
+    assert limited == (tmp_path / "all" / "best" / "model.safetensors").read_bytes()
+
+
+def test_a_run_without_gains_ends_and_stays_ended(world, tmp_path, capsys):
+    """At weights that do not move, no validation is better than the first."""
+    still = {"learning_rate": 1e-12, "min_lr": 0.0, "weight_decay": 0.0, "train_steps": 9}
+    settings = EVERY_STEP | still | {"keep_best": KEY, "patience": 2, "checkpointing_steps": 0}
+    code, lines = train(world, tmp_path, **settings)
+    assert code == 0
+    assert max(line["step"] for line in lines) == 3
+    assert "ended after step 3: the last 2 validations gave no better" in capsys.readouterr().err
+    assert (tmp_path / "run" / "step_3").is_dir()
+    code, again = train(world, tmp_path, arguments=["--resume", "auto"], **settings)
+    assert (code, again) == (0, lines)
+    settings["patience"] = 4
+    code, longer = train(world, tmp_path, arguments=["--resume", "auto"], **settings)
+    assert code == 0
+    assert max(line["step"] for line in longer) == 5
+
+
+def test_it_is_exact_in_a_continued_run_of_two_processes(tmp_path):
+    inputs = Inputs.write(tmp_path / "inputs")
+    settings = EVERY_STEP | {"keep_best": "loss", "patience": 2, "learning_rate": 0.01}
+    run(inputs, config_of(inputs, "unbroken", **settings))
+    unbroken, broken = inputs.run_dir("unbroken"), inputs.run_dir("broken")
+    shutil.copytree(unbroken, broken)
+    last = max(line["step"] for line in metrics(unbroken))
+    assert 2 < last < 9, "the run ended early"
+    for step in range(2, last + 1):
+        shutil.rmtree(broken / "resume" / f"step_{step}", ignore_errors=True)
+    shutil.copytree(
+        unbroken / "resume" / f"step_{last - 1}", broken / "resume" / f"step_{last - 1}"
+    )
+    settings["train_batch_size"] = 2
+    run(inputs, config_of(inputs, "broken", **settings), "--resume", "auto", processes=2)
+    states = [
+        json.loads((folder / "resume" / f"step_{last}" / "state.json").read_text())["best"]
+        for folder in (unbroken, broken)
+    ]
+    assert states[0].pop("value") == pytest.approx(states[1].pop("value"), rel=1e-5)
+    assert states[0] == states[1]
+    assert len(metrics(broken)) == len(metrics(unbroken))
+
+
+def test_a_number_that_validation_does_not_give_is_refused(world, tmp_path, capsys):
+    assert train(world, tmp_path, keep_best="Avg/retrieval/ndgc@10")[0] == 2
+    said = capsys.readouterr().err
+    assert "keep_best: validation gives no number 'Avg/retrieval/ndgc@10'" in said
+    assert "'Avg/retrieval/ndcg@10'" in said
+    assert train(world, tmp_path, patience=2)[0] == 2
+    assert "patience needs keep_best" in capsys.readouterr().err
+    assert train(world, tmp_path, keep_best="loss", valid_fraction=0)[0] == 2
+    assert "keep_best needs validation" in capsys.readouterr().err
