@@ -38,6 +38,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the derived numbers and memory, train nothing"
     )
+    parser.add_argument(
+        "--show-batch",
+        type=int,
+        default=0,
+        metavar="N",
+        help="print the first N batches as text, with what is masked, train nothing",
+    )
     return parse_command(parser, arguments)
 
 
@@ -55,7 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
     from ml_embed.training.accelerator import make_accelerator
     from ml_embed.training.inputs import open_inputs, with_model_folders
     from ml_embed.training.loop import train
-    from ml_embed.training.setup import set_up
+    from ml_embed.training.setup import make_loader, set_up
+    from ml_embed.training.show_batch import show_batches
 
     with failures_from_outside(), heartbeat():
         config = with_model_folders(config)
@@ -67,6 +75,12 @@ def main(arguments: list[str] | None = None) -> int:
         if options.dry_run:
             if accelerator.is_local_main_process:
                 print(json.dumps(inputs.resolved.to_json(), indent=2))
+            return 0
+        if options.show_batch:
+            if accelerator.is_main_process:
+                loader = make_loader(config, accelerator, inputs)
+                for text in show_batches(loader, inputs.tokenizer, options.show_batch):
+                    print(text)
             return 0
         with sole_launch(config.run_dir):
             run = set_up(config, given, accelerator, inputs, options.resume, options.allow_changes)

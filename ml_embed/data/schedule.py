@@ -40,6 +40,8 @@ class DatasetPlan:
     """rows held out for validation"""
     draws: int
     """samples drawn per epoch: train_rows times the dataset's weight"""
+    dropped_rows: int = 0
+    """rows that are neither trained on nor validated: held out, but their query is trained on"""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,15 @@ def plan_dataset(
     split = split_dataset(dataset, task, config.held_out_fraction, config.seed)
     train_rows = min(split.train_rows, settings.max_samples or split.train_rows)
     draws = max(1, int(train_rows * settings.weight + 0.5))
-    return DatasetPlan(dataset.name, task, negatives, train_rows, len(split.held_out), draws)
+    return DatasetPlan(
+        name=dataset.name,
+        task=task,
+        num_negatives=negatives,
+        train_rows=train_rows,
+        valid_rows=len(split.held_out),
+        draws=draws,
+        dropped_rows=split.dropped_rows,
+    )
 
 
 class Schedule:

@@ -38,6 +38,11 @@ class Split:
     def train_rows(self) -> int:
         return self.order.size - self.skipped
 
+    @property
+    def dropped_rows(self) -> int:
+        """How many rows are used for nothing."""
+        return max(0, len(self.left_out) - len(self.held_out))
+
     def training_rows(self, places: np.ndarray) -> np.ndarray:
         """(n,) rows at some places of training's own order, 0 to train_rows - 1."""
         numbers = self.order(self.skipped + places)

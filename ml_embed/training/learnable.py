@@ -6,7 +6,7 @@ from ml_embed.config import TrainConfig
 from ml_embed.data.schedule import DatasetPlan
 from ml_embed.data.store import Store, TokenizedDataset
 from ml_embed.errors import UserError
-from ml_embed.notices import warn
+from ml_embed.notices import notice, warn
 
 
 def check_losses(
@@ -32,6 +32,28 @@ def check_losses(
         raise UserError(f"no dataset has a loss, so nothing would be trained:\n{listing}\n{remedy}")
     if reasons:
         warn(f"no batch of these datasets has a loss:\n{listing}\n{remedy}")
+
+
+def check_held_out(config: TrainConfig, plans: tuple[DatasetPlan, ...]) -> None:
+    """Say which datasets have nothing to validate, and how many held-out rows are left out."""
+    if dropped := sum(plan.dropped_rows for plan in plans):
+        kept = sum(plan.valid_rows for plan in plans)
+        notice(
+            f"{dropped} held-out rows are not used, because their queries are trained on; "
+            f"{kept} are validated"
+        )
+    absent = [plan.name for plan in plans if plan.valid_rows == 0 and _asked_for(config, plan)]
+    if absent:
+        warn(
+            f"validation has no rows of {', '.join(absent)}: all of their documents have many "
+            "rows, or queries that are trained on too. Give validation data as valid_data_path"
+        )
+
+
+def _asked_for(config: TrainConfig, plan: DatasetPlan) -> bool:
+    """Whether at least one row was to be held out."""
+    rows = plan.train_rows + plan.dropped_rows
+    return rows > 1 and int(rows * config.held_out_fraction + 0.5) > 0
 
 
 def check_scores(plan: DatasetPlan, dataset: TokenizedDataset) -> None:

@@ -28,7 +28,7 @@ from ml_embed.model_folders.sizes import (
     matrix_shapes,
 )
 from ml_embed.notices import warn
-from ml_embed.training.learnable import check_losses, check_scores
+from ml_embed.training.learnable import check_held_out, check_losses, check_scores
 
 GIB = 1024**3
 
@@ -118,6 +118,7 @@ def resolve(
     epoch_steps = make_schedule(plans, store, global_batch, config).steps_per_epoch
     parameters = _count_parameters(config, backbone, len(sizes.exits))
     check_losses(config, plans, store, global_batch)
+    check_held_out(config, plans)
     for plan in valid_plans:
         assert valid_store is not None
         check_scores(plan, valid_store.datasets[plan.name])

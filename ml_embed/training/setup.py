@@ -130,7 +130,7 @@ def _build(config: TrainConfig, accelerator: Accelerator, inputs: Inputs, start:
         engine=engine,
         objective=_objective(config, inputs.resolved),
         teacher=teacher,
-        loader=_loader(config, accelerator, inputs),
+        loader=make_loader(config, accelerator, inputs),
         tokenizer=inputs.tokenizer,
         backbone_config=inputs.backbone_config,
         record=_model_record(config, inputs),
@@ -151,7 +151,8 @@ def _objective(config: TrainConfig, resolved: Resolved) -> Objective:
     )
 
 
-def _loader(config: TrainConfig, accelerator: Accelerator, inputs: Inputs) -> Loader:
+def make_loader(config: TrainConfig, accelerator: Accelerator, inputs: Inputs) -> Loader:
+    """The loader of this process."""
     resolved, store = inputs.resolved, inputs.store
     builder = BatchBuilder(
         seed=config.seed,

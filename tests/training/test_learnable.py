@@ -66,3 +66,16 @@ def test_a_warm_up_longer_than_the_run_is_said(world, tmp_path, capsys):
     assert "the warm-up of 4 steps is not over when the run of 4 steps" in capsys.readouterr().err
     assert train(world, tmp_path, "short", ["--dry-run"], warmup_steps=3, train_steps=4)[0] == 0
     assert "warm-up" not in capsys.readouterr().err
+
+
+def test_what_validation_lacks_is_said(inputs, capsys):
+    """A query of many passages is trained on wherever one of them is held out."""
+    shape = ("retrieval", 30, 30, (1, 2))
+    datasets = {"good": shape, "asked_again": shape}
+    tasks = dict.fromkeys(datasets, "retrieval")
+    assert dry_run(inputs, "lacking", datasets, tasks, valid_fraction=0.1) == 0
+    said = capsys.readouterr().err
+    assert "3 held-out rows are not used, because their queries are trained on" in said
+    assert "validation has no rows of asked_again:" in said
+    assert dry_run(inputs, "whole", {"good": shape}, {"good": "retrieval"}, valid_fraction=0.1) == 0
+    assert "held-out" not in capsys.readouterr().err
