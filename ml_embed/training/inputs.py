@@ -13,6 +13,7 @@ from ml_embed.data.teacher_vectors import KD_REMEDY, TeacherVectors, open_teache
 from ml_embed.errors import UserError
 from ml_embed.files.model_source import find_model_folder
 from ml_embed.model_folders.read import ModelFolder
+from ml_embed.notices import warn
 from ml_embed.prepare.prompts import check_prompts
 from ml_embed.prepare.tokenizer import end_token, fingerprint
 from ml_embed.training import lora
@@ -97,6 +98,7 @@ def _check_tokenizer(
     config: TrainConfig, key: str, tokenizer: PreTrainedTokenizerBase, store: Store
 ) -> None:
     if store.manifest is None:  # the released layout does not say which tokenizer it was made with
+        _look_at_end(getattr(config, key), tokenizer, store)
         return
     if store.manifest.tokenizer_fingerprint != fingerprint(tokenizer):
         raise UserError(
@@ -110,6 +112,18 @@ def _check_tokenizer(
             f"{store.manifest.eos_id}, those of model_path {config.model_path} in {end} "
             f"({tokenizer.convert_ids_to_tokens(end)}); run tokenize_data_qwen.py again with "
             "--overwrite"
+        )
+
+
+def _look_at_end(folder: str, tokenizer: PreTrainedTokenizerBase, store: Store) -> None:
+    """Warn where data that does not say its end token seems to have another than the model."""
+    dataset, end = next(iter(store.datasets.values())), end_token(tokenizer)
+    found = int(dataset.query(0)[-1])
+    if found != end:
+        warn(
+            f"the first text of {folder} ends in token {found}, those of model_path end in {end} "
+            f"({tokenizer.convert_ids_to_tokens(end)}), where their vectors are read; tokenize the "
+            "raw data with the model's tokenizer"
         )
 
 

@@ -17,9 +17,11 @@ from oracles import objective
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
+from ml_embed.data.store import open_store
 from ml_embed.distributed import sole_launch
 from ml_embed.training import loop as training
 from ml_embed.training.accelerator import can_train_on_gpu
+from ml_embed.training.inputs import _look_at_end
 
 
 @pytest.fixture(scope="module")
@@ -287,8 +289,8 @@ def test_two_launches_never_train_into_one_folder(world, tmp_path, capsys, monke
     assert "waiting for another launch" in capsys.readouterr().err
 
 
-def test_the_released_layout_trains_the_same(world, tmp_path, one_dataset):
-    """The same rows with string document ids: the same losses."""
+def test_the_released_layout_trains_the_same(world, tmp_path, one_dataset, capsys):
+    """The same rows with string document ids: the same losses; a warning for another end token."""
     folder = tmp_path / "released"
     folder.mkdir()
     samples, documents = dataset_rows(world, "facts")
@@ -311,3 +313,12 @@ def test_the_released_layout_trains_the_same(world, tmp_path, one_dataset):
         _, lines = train(world, tmp_path, name, datasets={}, train_data_path=path, train_steps=6)
         losses.append([line["loss"] for line in lines])
     assert losses[0] == losses[1]
+    tokenizer = AutoTokenizer.from_pretrained(world.backbone)
+    store = open_store(folder, tmp_path / "cache", False)
+    _look_at_end(str(folder), tokenizer, store)
+    assert "ends in token" not in capsys.readouterr().err
+    tokenizer.eos_token = tokenizer.pad_token
+    _look_at_end(str(folder), tokenizer, store)
+    assert (
+        "ends in token 1, those of model_path end in 0 (<|endoftext|>)" in capsys.readouterr().err
+    )
