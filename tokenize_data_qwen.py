@@ -118,7 +118,8 @@ def main(arguments: list[str] | None = None) -> int:
     origin = {key: options.pop(key) for key in ("input", "columns", "split", "subset")}
     progress = bars_wanted()
     kept = {key: options[key] for key in ("output", "seed", "overwrite")}
-    reading = Reading(options.pop("encoding"), options.pop("delimiter"))
+    delimiter = options.pop("delimiter")
+    reading = Reading(options.pop("encoding"), "\t" if delimiter == r"\t" else delimiter)
     how = ImportOptions(reading, options.pop("both_directions"), options["skip_bad_rows"])
     folder = raw_folder(**origin, **kept, progress=progress, options=how)
     settings = TokenizeOptions(

@@ -18,16 +18,17 @@ READ_BUFFER_BYTES = 1 << 20
 @contextmanager
 def broken_file_is_user_error(path: Path) -> Iterator[None]:
     """Arrow's errors about a file's content become a UserError that names the file."""
+    kind = "Arrow" if ".arrow" in path.suffixes else "parquet"
     try:
         yield
     except (pa.ArrowException, UnicodeDecodeError) as error:  # the latter: a damaged column name
         raise UserError(
-            f"{path} is not a readable parquet file: {error}. Write or download it again."
+            f"{path} is not a readable {kind} file: {error}. Write or download it again."
         ) from error
     except OSError as error:
         if error.errno is None:  # Arrow's own "unexpected end of stream", "corrupt snappy data"
             raise UserError(
-                f"{path} is a broken parquet file: {error}. Write or download it again."
+                f"{path} is a broken {kind} file: {error}. Write or download it again."
             ) from error
         raise UserError(f"cannot read {path}: {error}.") from error
 

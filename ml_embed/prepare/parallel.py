@@ -227,7 +227,9 @@ class _Memory:
                     yield from self._units
                     self._units.clear()
                 parser.Parse(b"", True)
-        except (xml.parsers.expat.ExpatError, OSError, EOFError) as error:
+        except UserError:
+            raise
+        except (xml.parsers.expat.ExpatError, OSError, EOFError, LookupError, ValueError) as error:
             raise UserError(f"{self.path} cannot be read ({one_line(error)}).") from error
 
     def _refuse(self, *_: object) -> None:

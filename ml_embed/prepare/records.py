@@ -125,7 +125,7 @@ def _open_delimited(path: Path, reading: Reading, suffix: str) -> Table:
             if other in header[0]:
                 raise UserError(
                     f"{path}, line 1: one column, {header[0]!r}. If its fields are separated by "
-                    f"{other!r}, say so with --delimiter {'$' if other == chr(9) else ''}{other!r}"
+                    f"{other!r}, say so with --delimiter {other!r}"
                 )
     refuse_doubles(header, path)
 
@@ -295,9 +295,10 @@ def _json_array(path: Path, reading: Reading) -> Iterator[Record]:
 
 
 def _open_arrow(path: Path) -> Table:
-    with _arrow_file(path) as file:
+    with _arrow_file(path) as file, broken_file_is_user_error(path):
         schema = file.schema_arrow if isinstance(file, pq.ParquetFile) else file.schema
-    refuse_doubles(schema.names, path)
+        names = schema.names
+    refuse_doubles(names, path)
 
     def read(columns: Collection[str]) -> Iterator[Record]:
         names = [name for name in schema.names if name in columns]
@@ -339,6 +340,7 @@ def _arrow_batches(file: Any, names: list[str]) -> Iterator[pa.RecordBatch]:
     stream = isinstance(file, pa.ipc.RecordBatchStreamReader)
     batches = file if stream else map(file.get_batch, range(file.num_record_batches))
     for batch in batches:
+        batch.validate(full=True)  # Arrow reads damaged offsets as they are, beyond its memory too
         for start in range(0, batch.num_rows, BATCH_ROWS):
             yield batch.select(names).slice(start, BATCH_ROWS)
 

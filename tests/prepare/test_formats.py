@@ -1,6 +1,7 @@
 """What people bring is read as it was written, or refused with its line: a small file per kind."""
 
 import csv
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tokenize_data_qwen
+from ml_embed.errors import UserError
+from ml_embed.prepare.inputs import list_sources
+from ml_embed.prepare.own_data import import_source, open_origins
 from ml_embed.prepare.records import Reading, open_table
 from ml_embed.prepare.rows import FaultyRow
 
@@ -157,6 +161,48 @@ def test_every_text_is_read_as_it_was_written(tmp_path, suffix, rows):
         assert any("\t" in text and {"\n", "\r"} & set(text) for row in rows for text in row)
     else:
         assert read == records
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    """A file of each kind by its suffix."""
+    import polib
+
+    folder = tmp_path_factory.mktemp("originals")
+    table = pa.table({"query": ["a", "b"], "passage": ["c", "d"], "negatives": [["x"], None]})
+    pq.write_table(table, folder / "x.parquet")
+    with pa.ipc.new_stream(folder / "x.arrow", table.schema) as file:
+        file.write_table(table)
+    (folder / "x.csv.gz").write_bytes(gzip.compress((CASES / "lists.csv").read_bytes()))
+    polib.pofile(str(CASES / "catalogues/sw.po")).save_as_mofile(str(folder / "sw.mo"))
+    cases = [
+        *("embedded.csv", "swallowed.tsv", "comma.json", "flag_embedding.jsonl"),
+        *("memory.tmx", "catalogues/sw.po", "tatoeba/eng-swh.tsv", "ms_swift.jsonl"),
+    ]
+    return [*(CASES / name for name in cases), *sorted(folder.iterdir())]
+
+
+@given(data=st.data())
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_a_damaged_file_gives_rows_or_a_message(originals, tmp_path, data):
+    original = data.draw(st.sampled_from(originals))
+    content = bytearray(original.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        start = data.draw(st.integers(0, len(content)))
+        content[start : start + data.draw(st.integers(0, 9))] = data.draw(st.binary(max_size=6))
+    path = tmp_path / original.name
+    path.write_bytes(content)
+    folder = tmp_path / "raw"
+    folder.mkdir(exist_ok=True)
+    said = str(path)
+    try:
+        for source in list_sources(str(path), "train", None):
+            import_source(source, None, open_origins(folder, True), 0, progress=False)
+    except UserError as error:
+        said = str(error)
+    assert str(path) in said, "a message names the file"
 
 
 def test_bad_rows_are_skipped_and_counted_where_that_is_asked_for(bring, tmp_path):
