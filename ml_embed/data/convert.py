@@ -21,6 +21,7 @@ from ml_embed.files.arrays import ArrayFile
 from ml_embed.files.parquet import (
     Ragged,
     first_true,
+    is_text,
     open_parquet,
     ragged_integers,
     read_batches,
@@ -127,11 +128,13 @@ class Block:
             return strings.cast(pa.string())
         if pa.types.is_dictionary(strings.type):
             strings = strings.dictionary_decode()
-        if not (pa.types.is_string(strings.type) or pa.types.is_large_string(strings.type)):
+        if not is_text(strings.type):
             raise UserError(
                 f"{self.path}: column {column!r} is {strings.type}; it must hold document ids as "
                 "strings."
             )
+        if pa.types.is_string_view(strings.type):
+            strings = strings.cast(pa.large_string())
         if strings.null_count and not nulls_allowed:
             row = self.first_row + first_true(strings.is_null())
             raise UserError(f"{self.path}: column {column!r} is null in row {row}.")

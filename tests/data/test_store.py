@@ -355,6 +355,21 @@ def test_repeated_document_ids(tmp_path, same):
             open_store(folder, tmp_path / "cache", progress=False)
 
 
+def test_the_released_layout_with_string_views(tmp_path):
+    folder = write_released(tmp_path / "data")
+    expected = rows(open_store(folder, tmp_path / "cache", progress=False).datasets["toy"])
+    for path in folder.glob("*.parquet"):
+        table = pq.read_table(path)
+        kinds = [
+            pa.string_view() if pa.types.is_string(kind) else kind for kind in table.schema.types
+        ]
+        views = zip(table.columns, kinds, strict=True)
+        arrays = [column.cast(kind) for column, kind in views]
+        pq.write_table(pa.table(arrays, names=table.column_names), path)
+    store = open_store(folder, tmp_path / "other", progress=False)
+    assert rows(store.datasets["toy"]) == expected
+
+
 def test_document_ids_against_a_dictionary():
     rng = np.random.default_rng(0)
     names = ["", "a", "a\0", "\0", "é", "a" * 300] + [
