@@ -132,6 +132,12 @@ def random_dataset(rows: int, vocabulary: int, longest: int, seed: int = 0) -> T
     arrays["passage_documents"] = rng.integers(0, 10 * rows, rows)
     arrays["negative_offsets"] = np.arange(rows + 1, dtype=np.int64) * 24
     arrays["negative_documents"] = rng.integers(0, 10 * rows, rows * 24)
+    # every query is asked once, and every document has its own text
+    arrays["query_numbers"] = np.arange(rows, dtype=np.int64)
+    arrays["positive_offsets"] = np.arange(rows + 1, dtype=np.int64)
+    arrays["positive_documents"] = arrays["passage_documents"]
+    arrays["document_hashes"] = np.arange(10 * rows, dtype=np.uint64)
+    arrays["scores"] = np.zeros(0, np.float32)
     arrays["token_counts"] = np.zeros(0, np.int64)
     return TokenizedDataset(Path(), "random", arrays, vocabulary - 1)
 
