@@ -53,6 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     from ml_embed.config import load_config
 
+    if options.show_batch < 0:
+        raise UserError(f"--show-batch is {options.show_batch}; it must be at least 0")
     # before the slow imports: mistakes show at once
     config, given = load_config(options.config, options.set)
 

@@ -63,3 +63,9 @@ def test_texts_prompts_negatives_scores_and_masks_are_shown(world, tokenized, tm
 
 def passage_of(row: str) -> str:
     return re.search(r"passage   (.*?)<", row).group(1)
+
+
+def test_a_negative_number_of_batches_is_refused(world, tmp_path, capsys):
+    code, _ = train(world, tmp_path, arguments=["--show-batch", "-1"])
+    assert code == 2
+    assert "--show-batch is -1" in capsys.readouterr().err
