@@ -67,6 +67,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--count", type=int, default=24, help="negatives of a row at most (default 24)"
     )
     parser.add_argument(
+        "--keep-if-in-top",
+        type=int,
+        default=0,
+        metavar="N",
+        help="drop rows whose passage is not among the N nearest of their query (default 0: none)",
+    )
+    parser.add_argument(
         "--search",
         choices=("exact", "ann"),
         default="exact",
@@ -125,7 +132,9 @@ def main(arguments: list[str] | None = None) -> None:
     from ml_embed.prepare.raw import list_raw_datasets
     from ml_embed.recipe.mining import Filter, MiningOptions, mine_folder
 
-    rule = Filter(args.top, args.skip, args.max_score, args.max_ratio, args.count)
+    rule = Filter(
+        args.top, args.skip, args.max_score, args.max_ratio, args.count, args.keep_if_in_top
+    )
     rule.check()
     approximation = _approximation(args)
     check_writable(args.output)  # mistakes show before a model is loaded

@@ -126,17 +126,18 @@ def _classification_rows(by_label: Mapping[str, list[str]]) -> Iterator[RawRow]:
 def _clustering_rows(by_label: Mapping[str, list[str]], name: str, seed: int) -> Iterator[RawRow]:
     """A text, another of its label, texts of other labels, drawn again for each text.
 
+    The label is the `query_id`, because all texts of a label are right answers to each other.
     Labels with a single text give no row: it has no positive.
     """
     rng = random.Random(f"{seed}/{name}")
     everything = [text for texts in by_label.values() for text in texts]
     start = 0
-    for texts in by_label.values():
+    for label, texts in by_label.items():
         # All but this label's texts, which begin at `start`.
         others = range(len(everything) - len(texts))
         for i, text in enumerate(texts if len(texts) > 1 else ()):
             positive = rng.randrange(len(texts) - 1)
             drawn = rng.sample(others, min(MOST_NEGATIVES, len(others)))
             negatives = [everything[place + len(texts) * (place >= start)] for place in drawn]
-            yield RawRow(text, texts[positive + (positive >= i)], negatives)
+            yield RawRow(text, texts[positive + (positive >= i)], negatives, query_id=label)
         start += len(texts)

@@ -12,7 +12,7 @@ Letters: Q queries of a block, N documents, K neighbours, M negatives, D vector 
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import repeat
 from pathlib import Path
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ml_embed.config import Task
 from ml_embed.data.tasks import task_of
 from ml_embed.errors import UserError
 from ml_embed.files.arrays import RowFile
@@ -45,6 +46,7 @@ from ml_embed.prepare.raw import (
 from ml_embed.prepare.raw_parquet import write_raw
 from ml_embed.prepare.rows import RawRow
 from ml_embed.recipe import ann
+from ml_embed.recipe.corpus import Corpus, read_corpus
 from ml_embed.recipe.search import nearest
 
 SUMMARY = "mining.json"
@@ -55,8 +57,10 @@ ENCODED_BLOCK = 8192  # texts between two writes to disk; what an interruption c
 QUERY_BLOCK = 1024
 VECTOR_SETTINGS = ("model", "query_prompt", "passage_prompt", "source")
 """What the vectors of an unfinished dataset depend on: other settings may change."""
-KEPT_COLUMNS = ("query_id", "language", "score", "pos_score")
-"""Optional columns that stay true when a row gets other negatives."""
+NOT_MINED: Collection[Task] = ("classification", "similarity")
+"""Tasks whose negatives are labels, or that have none."""
+DROPPED = -2  # in place of a row's negatives: the row is left out
+OWN_PAIRS = 2**22  # pairs of a query and a document that is not searched, in memory at a time
 INDEX_SETTINGS = (*VECTOR_SETTINGS, "code_bits")
 
 
@@ -74,6 +78,8 @@ class Filter:
     """share of the positive's cosine that a negative's must be below"""
     count: int = 24
     """negatives kept at most, the nearest first"""
+    keep_if_in_top: int = 0
+    """drop a row unless its passage is among so many nearest; 0 = keep all rows"""
 
     def check(self) -> None:
         """Raise UserError for values that keep nothing or make no sense."""
@@ -84,6 +90,8 @@ class Filter:
                 f"--skip {self.skip} must be from 0 to less than --top {self.top}, or nothing is "
                 "left"
             )
+        if self.keep_if_in_top < 0:
+            raise UserError(f"--keep-if-in-top is {self.keep_if_in_top}; take 0 (off) or more")
         for name in ("max_score", "max_ratio"):
             if not 0 < (value := getattr(self, name)) <= 2:
                 raise UserError(
@@ -99,69 +107,18 @@ def filter_neighbours(scores: Tensor, documents: Tensor, positive: Tensor, rule:
             none.
         positive: (Q,) cosine of each query's own passage.
     Returns:
-        (Q, M) int64 document rows, nearest first, -1 where there are fewer than M.
+        (Q, M) int64 document rows, nearest first, -1 where there are fewer than M; all DROPPED for
+        a query whose passage is not among the nearest `keep_if_in_top`.
     """
+    nearer = (scores[:, : rule.keep_if_in_top] > positive.unsqueeze(1)).sum(dim=1, keepdim=True)
+    dropped = nearer >= rule.keep_if_in_top if rule.keep_if_in_top else nearer.bool()
     scores, documents = scores[:, rule.skip : rule.top], documents[:, rule.skip : rule.top]
     limit = (rule.max_ratio * positive).clamp(max=rule.max_score).unsqueeze(1)
     kept = (scores < limit) & (scores > -torch.inf)
     order = (~kept).int().argsort(dim=1, stable=True)[:, : rule.count]
     chosen = documents.gather(1, order).masked_fill(~kept.gather(1, order), -1)
-    return torch.nn.functional.pad(chosen, (0, rule.count - chosen.shape[1]), value=-1)
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """One dataset's distinct texts, held in memory, and which of them each row uses."""
-
-    queries: list[str]
-    documents: list[str]
-    """passages and negatives"""
-    query_of_row: np.ndarray  # (rows,) int64
-    passage_of_row: np.ndarray  # (rows,) int64
-    own_documents: list[list[int]]
-    """for each query, the documents that are no negatives of it: its passages and its own text"""
-    kept: list[dict[str, Any]] | None = None
-    """what else each row holds that stays true with other negatives; None if none has anything"""
-
-
-def read_corpus(dataset: RawDataset) -> Corpus:
-    """Number a dataset's distinct queries and documents by first occurrence."""
-    queries: dict[str, int] = {}
-    documents: dict[str, int] = {}
-    query_of_row, passage_of_row = [], []
-    own: list[list[int]] = []
-    kept: list[dict[str, Any]] = []
-    named: dict[str, set[int]] = {}  # query_id -> queries
-    for row in read_rows(dataset):
-        query = queries.setdefault(row.query, len(queries))
-        places = [
-            documents.setdefault(text, len(documents)) for text in (row.passage, *row.negatives)
-        ]
-        if query == len(own):
-            own.append([])
-        if places[0] not in own[query]:
-            own[query].append(places[0])
-        query_of_row.append(query)
-        passage_of_row.append(places[0])
-        further = {name: getattr(row, name) for name in KEPT_COLUMNS}
-        kept.append({name: value for name, value in further.items() if value is not None})
-        if row.query_id is not None:
-            named.setdefault(row.query_id, set()).add(query)
-    for same in named.values():
-        together = [document for query in sorted(same) for document in own[query]]
-        for query in same if len(same) > 1 else ():
-            own[query] = list(dict.fromkeys(together))
-    for text, query in queries.items():
-        if text in documents and documents[text] not in own[query]:
-            own[query].append(documents[text])
-    return Corpus(
-        list(queries),
-        list(documents),
-        np.array(query_of_row),
-        np.array(passage_of_row),
-        own,
-        kept if any(kept) else None,
-    )
+    chosen = torch.nn.functional.pad(chosen, (0, rule.count - chosen.shape[1]), value=-1)
+    return chosen.masked_fill(dropped, DROPPED)
 
 
 @dataclass(frozen=True)
@@ -203,7 +160,8 @@ class MiningOptions:
 def mine_folder(model: TextModel, options: MiningOptions, progress: bool = True) -> dict[str, Any]:
     """Write the datasets of a raw folder again with mined negatives; continues what was begun.
 
-    Classification datasets, whose passages are labels, keep the negatives they have.
+    Classification datasets, whose passages are labels, keep the negatives they have; so do pairs
+    with graded scores.
 
     Memory: one dataset's texts, and blocks of vectors; all vectors of a dataset lie on disk while
     it is mined. The approximate search adds its codes (see ann.py).
@@ -288,11 +246,12 @@ def _mine_dataset(
     source, done = describe_source(dataset.path), record.entries.get(name)
     if done is None or done["source"] != source or not target.is_file():
         task, searched = task_in_file(dataset), dict[str, Any]()
-        if (task or task_of(name)) == "classification":
-            task, rows = "classification", read_rows(dataset)
+        if (kind := task or task_of(name)) in NOT_MINED:
+            task, rows = kind, read_rows(dataset)
         else:
             mining = _Mining(model, options, work, progress)
-            rows, searched = mining.run(dataset, record.settings | {"source": source})
+            settings = record.settings | {"source": source}
+            rows, searched = mining.run(dataset, kind, settings)
         record.begin(name)  # Not before: until here other settings may use what lies in `work`.
         with atomic_file(target) as partial:
             prompt = {k: v for k, v in notes_in_file(dataset).items() if k == "prompt"}
@@ -311,23 +270,43 @@ class _Mining:
     progress: bool
 
     def run(
-        self, dataset: RawDataset, settings: dict[str, Any]
+        self, dataset: RawDataset, task: Task, settings: dict[str, Any]
     ) -> tuple[Iterator[RawRow], dict[str, Any]]:
         """The dataset's rows with mined negatives, and what the summary says of the search."""
-        corpus = read_corpus(dataset)
+        corpus = read_corpus(dataset, task)
         self._open_work(settings)
         query_prompt, passage_prompt = self.options.query_prompt, self.options.passage_prompt
         queries = self._vectors("queries", corpus.queries, query_prompt, dataset.name)
         documents = self._vectors("documents", corpus.documents, passage_prompt, dataset.name)
         nearest_documents, searched = self._prepare_search(corpus, queries, documents, dataset.name)
 
+        at_once = max(1, OWN_PAIRS // max(map(len, corpus.own_documents)))
+
         def search(start: int, stop: int) -> np.ndarray:
-            return self._search(nearest_documents, corpus, queries, documents, slice(start, stop))
+            parts = (slice(at, min(at + at_once, stop)) for at in range(start, stop, at_once))
+            return np.concatenate(
+                [self._search(nearest_documents, corpus, queries, documents, p) for p in parts]
+            )
 
         negatives = RowFile(self.work / "negatives.bin", np.int64, self.options.rule.count)
         title = f"{dataset.name}: searching"
         negatives.fill(len(corpus.query_of_row), QUERY_BLOCK, search, title, self.progress)
+        if self.options.rule.keep_if_in_top:
+            dropped = int((negatives.mapped()[:, 0] == DROPPED).sum())
+            searched["rows_not_in_top"] = dropped
+            self._say_dropped(dataset.name, dropped, len(corpus.query_of_row))
         return _mined_rows(corpus, negatives.mapped()), searched
+
+    def _say_dropped(self, name: str, dropped: int, rows: int) -> None:
+        most = self.options.rule.keep_if_in_top
+        if dropped == rows:
+            raise UserError(
+                f"{name}: no passage is among the {most} nearest of its query. Raise "
+                "--keep-if-in-top, or take a --model that knows this data."
+            )
+        notice(
+            f"{name}: {dropped:,} of {rows:,} rows dropped, their passage is not in the top {most}"
+        )
 
     def _open_work(self, settings: dict[str, Any]) -> None:
         """Keep of what lies there all that was made for the same things."""
@@ -400,23 +379,26 @@ class _Mining:
         vectors = torch.from_numpy(queries[numbers]).to(self.model.device)
         own = torch.from_numpy(documents[corpus.passage_of_row[rows]]).to(self.model.device)
         rule = self.options.rule
+        looked_at = max(rule.top, rule.keep_if_in_top)
         with torch.inference_mode():
-            scores, found = search(vectors, documents, rule.top, _own_pairs(corpus, numbers))
+            scores, found = search(vectors, documents, looked_at, _own_pairs(corpus, numbers))
             positive = (vectors * own).sum(1)
             return filter_neighbours(scores, found, positive, rule).cpu().numpy()
 
 
 def _own_pairs(corpus: Corpus, queries: np.ndarray) -> Tensor:
     """(P, 2) places in `queries` and the documents that are no negatives of the query there."""
-    return torch.tensor(
-        [(place, own) for place, query in enumerate(queries) for own in corpus.own_documents[query]]
-    )
+    own = [corpus.own_documents[query] for query in queries]
+    places = np.repeat(np.arange(len(own)), [len(documents) for documents in own])
+    return torch.from_numpy(np.stack([places, np.concatenate(own)], axis=1))
 
 
 def _mined_rows(corpus: Corpus, negatives: np.ndarray) -> Iterator[RawRow]:
-    """Rows with the documents that (rows, M) `negatives` names, -1 for none."""
+    """Rows with the documents that (rows, M) `negatives` names, -1 for none; not those DROPPED."""
     columns = (corpus.query_of_row, corpus.passage_of_row, negatives)
     kept: Iterable[dict[str, Any]] = corpus.kept or repeat({})
     for query, passage, chosen, further in zip(*columns, kept, strict=False):
+        if chosen[0] == DROPPED:
+            continue
         texts = [corpus.documents[number] for number in chosen if number >= 0]
         yield RawRow(corpus.queries[query], corpus.documents[passage], texts, **further)

@@ -16,6 +16,8 @@ from helpers.tiny_models import make_tokenizer, write_model
 from ml_embed.errors import UserError
 from ml_embed.files.arrays import RowFile
 from ml_embed.inference.text_models import load_text_model
+from ml_embed.prepare.inputs import Source
+from ml_embed.prepare.own_data import import_source, open_origins
 from ml_embed.prepare.raw import RawDataset, task_in_file
 from ml_embed.prepare.raw_parquet import TASK_METADATA
 from ml_embed.recipe import ann, mining
@@ -148,6 +150,63 @@ def test_the_filter_by_hand():
         scores, documents, torch.tensor([0.99]), Filter(top=4, skip=1, count=3)
     )
     assert kept.tolist() == [[12, 13, -1]], "0.9 is not below 0.8, and only four were looked at"
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_no_negative_has_the_label_of_its_query(tmp_path, labelled):
+    """By the label, where the data was made of labels; else by the texts that its rows pair."""
+    labels = ("red", "green", "blue")
+    texts = {label: [f"{label[:2]} {word} text" for word in "abcdefghij"] for label in labels}
+    label_of = {text: label for label in labels for text in texts[label]}
+    (tmp_path / "raw").mkdir()
+    if labelled:
+        rows = [{"text": text, "label": label} for text, label in label_of.items()]
+        (tmp_path / "colours.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        source = Source(str(tmp_path / "colours.jsonl"))
+        import_source(source, None, open_origins(tmp_path / "raw"), 0, progress=False)
+    else:  # pairs of neighbours make one chain of each label
+        rows = [
+            {"query": first, "passage": second, "negatives": texts[other][:4]}
+            for label, other in zip(labels, labels[1:] + labels[:1], strict=True)
+            for first, second in itertools.pairwise(texts[label])
+        ]
+        table = pa.Table.from_pylist(rows).replace_schema_metadata({TASK_METADATA: "clustering"})
+        pq.write_table(table, tmp_path / "raw/colours.parquet")
+    rule = Filter(top=100, skip=0, max_score=2, max_ratio=2, count=100)
+    mine_folder(WordModel(), tmp_path / "raw", tmp_path / "mined", rule, progress=False)
+    mined = pq.read_table(tmp_path / "mined/colours.parquet").to_pylist()
+    assert len(mined) == (30 if labelled else 27)
+    for row in mined:
+        assert label_of[row["query"]] == label_of[row["passage"]]
+        assert row["negatives"], "there is something to find"
+        assert label_of[row["query"]] not in {label_of[text] for text in row["negatives"]}
+
+
+def test_pairs_whose_positive_is_not_found_can_be_dropped(raw, tmp_path, monkeypatch):
+    """`keep_if_in_top`: fewer than so many other documents are nearer than the positive."""
+    monkeypatch.setattr(mining, "QUERY_BLOCK", 7)
+    rows = read(raw / "letters.jsonl")
+    places = [
+        sum(score > positive for score, _ in ranked)
+        for positive, ranked in naive_ranking(rows, WordModel())
+    ]
+    for most in (1, 4):
+        rule = Filter(top=3, skip=0, keep_if_in_top=most)
+        summary = mine_folder(WordModel(), raw, tmp_path / str(most), rule, progress=False)
+        mined = pq.read_table(tmp_path / str(most) / "letters.parquet").to_pylist()
+        kept = [row for row, place in zip(rows, places, strict=True) if place < most]
+        expected = [
+            texts
+            for texts, place in zip(naive(rows, WordModel(), rule), places, strict=True)
+            if place < most
+        ]
+        assert 0 < len(kept) < len(rows)
+        assert [(row["query"], row["passage"]) for row in mined] == [
+            (row["query"], row["passage"]) for row in kept
+        ]
+        assert [row["negatives"] for row in mined] == expected
+        entry = summary["datasets"]["letters"]
+        assert (entry["rows"], entry["rows_not_in_top"]) == (len(kept), len(rows) - len(kept))
 
 
 def test_an_interrupted_mining_goes_on(raw, tmp_path, monkeypatch):
