@@ -36,6 +36,8 @@ class DatasetEntry:
     """optional columns of the query file, of `query_id, language, score, pos_score, neg_scores`"""
     queries: int | None = None
     """different `query_id`s; None if there is no such column"""
+    languages: Mapping[str, int] | None = None
+    """rows of each `language`; None if there is no such column"""
     left_out: Mapping[str, int] | None = None
     """rows that are not there, by the reason; None if there are none"""
     texts_cut: Mapping[str, int] | None = None

@@ -20,7 +20,13 @@ from ml_embed.errors import UserError
 from ml_embed.evaluation.data import TestSet, behind_prompts, read_test_sets
 from ml_embed.evaluation.metrics import chance_metrics, metrics_of_ranks
 from ml_embed.files.model_source import find_model_folder
-from ml_embed.inference.encoding import choose_device, default_dtype, longest_first, pooled_vectors
+from ml_embed.inference.encoding import (
+    check_finite,
+    choose_device,
+    default_dtype,
+    longest_first,
+    pooled_vectors,
+)
 from ml_embed.kernels.attention import choose_kernel
 from ml_embed.model import MatryoshkaEncoder
 from ml_embed.model_folders.cut import Cube, Cut, choose_cube
@@ -185,6 +191,8 @@ def _evaluate(
     ) as bar:
         for rank in model.cube.ranks:
             vectors = encode_all_exits(model.encoder, token_ids, batch_tokens, rank, bar)
+            for at_exit in vectors:
+                check_finite(at_exit.numpy(), texts.texts)
             for cut, unit in _cut_vectors(vectors, model.cube, rank, model.device):
                 sizes = model.describe(cut)
                 for test_set, columns in zip(test_sets, fixed, strict=True):

@@ -9,6 +9,7 @@ Letters: N texts, T tokens of a packed batch, E exits, H hidden size, D vector l
 """
 
 import functools
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -25,7 +26,13 @@ from tqdm import tqdm
 from ml_embed.errors import UserError
 from ml_embed.files.model_source import find_model_folder
 from ml_embed.files.paths import check_model_output, home_path
-from ml_embed.inference.encoding import choose_device, default_dtype, longest_first, pooled_vectors
+from ml_embed.inference.encoding import (
+    check_finite,
+    choose_device,
+    default_dtype,
+    longest_first,
+    pooled_vectors,
+)
 from ml_embed.inference.precision import Precision, check_precision, quantize
 from ml_embed.inference.similarity import Vectors, similarity, similarity_pairwise
 from ml_embed.inference.texts import as_several, prompt_text, windows_of
@@ -328,15 +335,18 @@ class Embedder:
             delay=0 if show_progress else PROGRESS_DELAY,
             disable=None if show_progress is None else not show_progress,
         )
+        under_way: deque[list[str]] = deque()
+        size = WINDOW if devices is None else WORKER_WINDOW
+        windows = _noted(windows_of(texts, prefix, size), under_way)
         if devices is None:
-            windows = windows_of(texts, prefix, WINDOW)
             run = self._encode_here(windows, settings, bar.update)
         else:
-            windows = windows_of(texts, prefix, WORKER_WINDOW)
             names = as_several(devices, "devices")
             run = self._encode_elsewhere(windows, settings, bar.update, names)
         with bar, closing(run):
-            yield from run
+            for vectors in run:
+                check_finite(vectors, under_way.popleft())
+                yield vectors
 
     def _encode_here(
         self,
@@ -384,6 +394,12 @@ class Embedder:
         for vectors in encode_in_processes(load, names, windows):
             progress(len(vectors))
             yield vectors
+
+
+def _noted(windows: Iterable[list[str]], under_way: deque[list[str]]) -> Iterator[list[str]]:
+    for window in windows:
+        under_way.append(window)
+        yield window
 
 
 def _load_cut(folder: Path, cut: Cut, dtype: torch.dtype, device: str) -> Embedder:

@@ -15,6 +15,7 @@ from ml_embed.model import MatryoshkaEncoder
 
 BATCH_TOKENS = {"cuda": 32768, "cpu": 4096}
 """Kind of device -> most tokens in a batch, where nothing else is asked for."""
+SHOWN_CHARACTERS = 80  # of a text in an error
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
@@ -42,6 +43,24 @@ def default_dtype(device: torch.device) -> torch.dtype:
         if device.type == "cuda" and torch.cuda.is_bf16_supported()
         else torch.float32
     )
+
+
+def check_finite(
+    vectors: np.ndarray, texts: Sequence[str], problem: str = "the model gives NaN or infinity"
+) -> None:
+    """Check that no vector has NaN or infinity.
+
+    Args:
+        vectors: (n, D).
+        texts: n, that the vectors are of.
+        problem: what to tell the user.
+    Raises:
+        UserError: for the first one that has, with the beginning of its text.
+    """
+    finite = np.isfinite(vectors).all(axis=1)
+    if not finite.all():
+        text = texts[int(finite.argmin())]
+        raise UserError(f"{problem} for the text {text[:SHOWN_CHARACTERS]!r}")
 
 
 def longest_first(token_ids: Sequence[np.ndarray]) -> list[int]:

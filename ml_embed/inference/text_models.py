@@ -30,27 +30,6 @@ class TextModel(Protocol):
         """(len(texts), dim) float32, rows of unit length unless `normalize` is False."""
 
 
-def check_finite(
-    vectors: np.ndarray,
-    title: str,
-    start: int,
-    problem: str = "the model gives NaN or infinity there; is it damaged?",
-) -> None:
-    """Check that no vector has NaN or infinity.
-
-    Args:
-        vectors: (n, D).
-        title: what the texts are.
-        start: number of the first text.
-        problem: what to tell the user.
-    Raises:
-        UserError: for the first one that has.
-    """
-    finite = np.isfinite(vectors).all(axis=1)
-    if not finite.all():
-        raise UserError(f"{title}, text {start + int(finite.argmin())} (from 0): {problem}")
-
-
 class OwnModel:
     """A model folder of this project, or a backbone."""
 

@@ -1,5 +1,7 @@
 """The model card (`README.md`) of a model folder: what the hub, and whoever opens it, is told."""
 
+import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from ml_embed.model_folders.sizes import parameters_of
 CARD_FILE = "README.md"
 LIBRARY = "sentence-transformers"
 TASK = "sentence-similarity"
+_LANGUAGE_CODE = re.compile(r"[A-Za-z]{2,3}(?![A-Za-z])")
+"""The hub knows languages (ISO 639), not their countries or scripts: pt of pt_BR."""
 TAGS = [LIBRARY, TASK, "feature-extraction", "ml-embed", "matryoshka"]
 
 BODY = """# {title}
@@ -109,18 +113,27 @@ def _prompts(record: ModelRecord) -> str:
     return "\n".join([*lines, "", f"Choose one with `prompt_name`; without it {unnamed}."])
 
 
-def origin_of(folder: Path, record: ModelRecord, datasets: tuple[str, ...]) -> Origin:
+def origin_of(
+    folder: Path, record: ModelRecord, datasets: Iterable[str], languages: Iterable[str]
+) -> Origin:
     """What is known of what is trained.
 
     Args:
         folder: of the model that training starts from.
         record: of that model.
         datasets: that are trained on.
+        languages: of their rows, as the data writes them.
     """
     known = record.origin
     if known == Origin():
         known = _origin_of_folder(folder)
-    return replace(known, datasets=tuple(dict.fromkeys((*known.datasets, *datasets))))
+    codes = (_LANGUAGE_CODE.match(language) for language in languages)
+    spoken = sorted({code[0].lower() for code in codes if code})
+    return replace(
+        known,
+        datasets=tuple(dict.fromkeys((*known.datasets, *datasets))),
+        languages=tuple(dict.fromkeys((*known.languages, *spoken))),
+    )
 
 
 def _origin_of_folder(folder: Path) -> Origin:

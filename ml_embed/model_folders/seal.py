@@ -12,7 +12,13 @@ from typing import Any
 
 from ml_embed.errors import UserError
 from ml_embed.files.digests import file_digest, value_digest
-from ml_embed.model_folders.record import NESTED, RECORD_FILE, ModelRecord
+from ml_embed.model_folders.record import (
+    EXIT_NORMS_FILE,
+    FACTORS_FILE,
+    NESTED,
+    RECORD_FILE,
+    ModelRecord,
+)
 from ml_embed.notices import warn
 
 SETTINGS_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
@@ -59,12 +65,18 @@ def check_seal(folder: Path, record: ModelRecord) -> None:
 
 def stale(folder: Path, changed: str) -> UserError:
     """The error for weights, `changed`, that are not those that the nested parts belong to."""
+    parts = [f"{NESTED}/"] if (folder / NESTED).is_dir() else _nested_in_format_1(folder)
     return UserError(
         f"{folder}: {changed} changed after the folder was written, so {RECORD_FILE} and the "
         "nested parts no longer belong to the weights. Copy the model folder again; if another "
-        f"program saved new weights into it, remove {NESTED}/ and {RECORD_FILE} to use it as a "
-        "plain folder without cuts"
+        f"program saved new weights into it, remove {', '.join(parts)} and {RECORD_FILE} to use it "
+        "as a plain folder without cuts"
     )
+
+
+def _nested_in_format_1(folder: Path) -> list[str]:
+    names = (Path(path).name for path in (FACTORS_FILE, EXIT_NORMS_FILE))
+    return [name for name in names if (folder / name).is_file()]
 
 
 def _weights(folder: Path) -> dict[str, str]:

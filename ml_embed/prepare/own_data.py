@@ -247,7 +247,8 @@ def _make_rows(
 ) -> Made:
     made = Made((), Faults(source.path, options.skip_bad_rows))
     if source.parallel is not None:
-        units = _with_bar(source.parallel.units(options.reading, made.left_out), source, progress)
+        found = source.parallel.units(options.reading, made.left_out, made.faults)
+        units = _with_bar(found, source, progress)
         language = source.parallel.pair[1]
         made.rows = parallel_rows(units, language, options.both_directions, made.left_out)
         return made

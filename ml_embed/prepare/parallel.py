@@ -10,7 +10,7 @@ import re
 import struct
 import xml.parsers.expat
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -20,7 +20,7 @@ from ml_embed.errors import UserError, one_line
 from ml_embed.prepare.forms import query_id_of_text
 from ml_embed.prepare.numbering import text_digest
 from ml_embed.prepare.records import PACKED, Reading, open_bytes, stem_and_suffix, text_lines
-from ml_embed.prepare.rows import RawRow
+from ml_embed.prepare.rows import Faults, FaultyRow, RawRow, Record, good_rows
 
 CATALOGUES = (".po", ".mo")
 MEMORIES = (".tmx",)
@@ -53,7 +53,7 @@ class ParallelText:
     pair: Pair
     files: tuple[Path, ...]
 
-    def units(self, reading: Reading, left_out: Counts) -> Iterator[Unit]:
+    def units(self, reading: Reading, left_out: Counts, faults: Faults) -> Iterator[Unit]:
         """Sources and translations, in the order of the files."""
         suffix = stem_and_suffix(self.files[0])[1]
         if suffix in CATALOGUES:
@@ -64,7 +64,7 @@ class ParallelText:
         elif len(self.files) == 2:
             yield from _moses_units(*self.files, reading)
         else:
-            yield from _tatoeba_units(self.files[0], reading)
+            yield from _tatoeba_units(self.files[0], reading, faults)
 
 
 def parallel_rows(
@@ -348,12 +348,18 @@ def _tatoeba_language(stem: str) -> str:
     return match.group(2) if match else ""
 
 
-def _tatoeba_units(path: Path, reading: Reading) -> Iterator[Unit]:
+def _tatoeba_units(path: Path, reading: Reading, faults: Faults) -> Iterator[Unit]:
     with text_lines(path, reading, newline="\n") as lines:
-        for number, line in enumerate(lines, start=1):
-            fields = line.rstrip("\r\n").split("\t")
-            if len(fields) != 4:
-                raise UserError(
-                    f"{path}, line {number}: {len(fields)} fields instead of id, text, id, text."
-                )
-            yield fields[1].strip(), fields[3].strip()
+        records = (
+            Record(f"{path}, line {number}", {"line": line})
+            for number, line in enumerate(lines, start=1)
+        )
+        for _, unit in good_rows(records, _tatoeba_unit, faults):
+            yield unit
+
+
+def _tatoeba_unit(values: Mapping[str, str], where: str) -> Unit:
+    fields = values["line"].rstrip("\r\n").split("\t")
+    if len(fields) != 4:
+        raise FaultyRow(f"{where}: {len(fields)} fields instead of id, text, id, text.")
+    return fields[1].strip(), fields[3].strip()

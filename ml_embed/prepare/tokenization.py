@@ -8,7 +8,7 @@ GIL). Blocks depend on the content alone, so the number of workers does not chan
 import hashlib
 import os
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -145,6 +145,8 @@ class Totals:
     queries_cut: int = 0
     documents_cut: int = 0
     query_ids: set[str] = field(default_factory=set)
+    languages: Counter[str] = field(default_factory=Counter)
+    """rows of each language"""
 
     def add(self, block: Block, ids: list[np.ndarray], cut: np.ndarray) -> None:
         """Count a block, its token ids, and which texts (queries, then documents) were cut."""
@@ -152,6 +154,7 @@ class Totals:
         self.queries_cut += int(cut[:rows].sum())
         self.documents_cut += int(cut[rows:].sum())
         self.query_ids.update(filter(None, block.optional.get("query_id", ())))
+        self.languages.update(filter(None, block.optional.get("language", ())))
         self.rows += len(block.passages)
         self.documents += len(block.documents)
         self.tokens += sum(map(len, ids))
@@ -168,6 +171,7 @@ class Totals:
         return {
             **{key: getattr(self, key) for key in ("rows", "documents", "tokens", "negatives")},
             "queries": len(self.query_ids) or None,
+            "languages": dict(sorted(self.languages.items())) or None,
             "texts_cut": cut if any(cut.values()) else None,
         }
 

@@ -30,7 +30,8 @@ from ml_embed.files.arrays import RowFile
 from ml_embed.files.atomic import atomic_file, disk_errors_are_user_errors, write_json
 from ml_embed.files.locks import lock_folder
 from ml_embed.files.work_record import Finished, WorkRecord
-from ml_embed.inference.text_models import TextModel, check_finite
+from ml_embed.inference.encoding import check_finite
+from ml_embed.inference.text_models import TextModel
 from ml_embed.notices import notice
 from ml_embed.prepare.raw import (
     RawDataset,
@@ -331,8 +332,9 @@ class _Mining:
         file = RowFile(self.work / f"{kind}.bin", np.float32, self.model.dim)
 
         def encode(start: int, stop: int) -> np.ndarray:
-            vectors = self.model.encode([prompt + text for text in texts[start:stop]])
-            check_finite(vectors, f"{name}: distinct {kind}", start)
+            prompted = [prompt + text for text in texts[start:stop]]
+            vectors = self.model.encode(prompted)
+            check_finite(vectors, prompted)
             return vectors
 
         file.fill(len(texts), ENCODED_BLOCK, encode, f"{name}: encoding {kind}", self.progress)

@@ -40,7 +40,8 @@ from ml_embed.files.atomic import disk_errors_are_user_errors
 from ml_embed.files.locks import lock_folder
 from ml_embed.files.model_source import find_tokenizer_folder
 from ml_embed.files.work_record import Entry, Finished, WorkRecord, journal_of
-from ml_embed.inference.text_models import TextModel, check_finite
+from ml_embed.inference.encoding import check_finite
+from ml_embed.inference.text_models import TextModel
 from ml_embed.model_folders.read import weights_digest
 from ml_embed.prepare.prompts import Prompts
 from ml_embed.prepare.tokenizer import TextTokenizer, end_token, fingerprint, load_tokenizer
@@ -335,12 +336,10 @@ def _embed(
         texts = [part.prompt + text.removeprefix(part.former_prompt) for text in texts]
         # One call sorts its texts by length, so that little is padded.
         vectors = model.encode(texts, normalize=False)
-        check_finite(vectors, part.title, start)
+        check_finite(vectors, texts)
         with np.errstate(over="ignore"):
             stored = vectors.astype(DTYPES[dtype])
-        check_finite(
-            stored, part.title, start, f"a component is too large for {dtype}; use --dtype float32"
-        )
+        check_finite(stored, texts, f"use --dtype float32: {dtype} is too small")
         return stored
 
     RowFile(part.path, DTYPES[dtype], width).fill(part.total, BLOCK, make, part.title, progress)

@@ -170,7 +170,9 @@ def make_loader(config: TrainConfig, accelerator: Accelerator, inputs: Inputs) -
 
 
 def _model_record(config: TrainConfig, inputs: Inputs) -> ModelRecord:
-    former, datasets = inputs.start.record, tuple(inputs.store.datasets)
+    former, manifest = inputs.start.record, inputs.store.manifest
+    entries = manifest.datasets.values() if manifest else ()
+    languages = (code for entry in entries for code in entry.languages or ())
     return ModelRecord(
         exits=inputs.resolved.exits,
         dims=inputs.resolved.dims,
@@ -180,7 +182,7 @@ def _model_record(config: TrainConfig, inputs: Inputs) -> ModelRecord:
         norm_sharing=config.mll_norm,
         prompts=prompts_to_record(config, inputs.store, former.prompts),
         default_prompt_name=former.default_prompt_name,
-        origin=origin_of(inputs.start.path, former, datasets),
+        origin=origin_of(inputs.start.path, former, inputs.store.datasets, languages),
     )
 
 

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 
 from ml_embed import Embedder
 from ml_embed.errors import UserError
-from ml_embed.evaluation.cube import CubeModel
+from ml_embed.evaluation.cube import CubeModel, evaluate_cube
 from ml_embed.inference.text_models import OwnModel, SentenceTransformersModel, load_text_model
 from ml_embed.model_folders.export import export_model
 from ml_embed.prepare.tokenizer import append_eos_template
@@ -345,6 +345,19 @@ def test_a_backbone_that_is_not_finite(backbone, world, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "model.safetensors: the tensor layers.1.mlp.up_proj.weight has NaN" in said
     assert "learning_rate" not in said
+
+
+def test_vectors_that_overflow(backbone, tmp_path):
+    """Weights may be finite, and what is computed with them not."""
+    weights = load_file(backbone / "model.safetensors")
+    for name in ("gate_proj", "up_proj"):
+        weights[f"layers.1.mlp.{name}.weight"].fill_(1e30)
+    save_file(weights, backbone / "model.safetensors", {"format": "pt"})
+    message = r"the model gives NaN or infinity for the text '(Where|Here)"
+    refused(backbone, message, lambda f: load_text_model(f).encode(["Where?", "Here."]))
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"query": "Where?", "passage": "Here.", "negatives": ["No."]}))
+    refused(backbone, message, lambda f: evaluate_cube(f, data))
 
 
 def test_large_weights_are_finite(backbone):

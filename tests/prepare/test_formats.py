@@ -268,6 +268,7 @@ def test_optional_columns_reach_the_tokenized_data(bring, tmp_path):
     entry = json.loads((tmp_path / "tokens/manifest.json").read_text())["datasets"]["optional"]
     assert entry["columns"] == list(types)
     assert entry["queries"] == 1
+    assert entry["languages"] == {"sw": 1}
 
 
 @pytest.mark.parametrize("scores", [False, True])
@@ -416,6 +417,22 @@ def test_tatoeba(bring):
     assert two["passage"] == "Hebu tujaribu."
     assert one["query_id"] == two["query_id"]
     assert one["language"] == "swh"
+
+
+def test_faulty_lines_of_tatoeba_are_counted(bring, tmp_path):
+    path = tmp_path / "tatoeba" / "eng-swh.tsv"
+    shutil.copytree(CASES / "tatoeba", path.parent)
+    with path.open("a") as file:
+        file.write("7\tHello.\n8\tTwo\ttabs.\t9\tMbili.\n")
+    code, said, rows = bring(path)
+    assert code == 2
+    assert not rows
+    assert "2 faulty rows" in said
+    assert "line 3: 2 fields instead of id, text, id, text" in said
+    code, said, rows = bring(path, "--skip-bad-rows")
+    assert code == 0, said
+    assert len(rows["eng-swh"]) == 2
+    assert "faulty rows left out by --skip-bad-rows: 2 (eng-swh 2)" in said
 
 
 def test_both_directions_are_for_parallel_text(bring):

@@ -371,7 +371,8 @@ def test_a_finished_folder_stays_usable_while_data_is_added(world, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("scale", "message"), [(1e4, "too large for float16; use --dtype float32"), (np.nan, "NaN")]
+    ("scale", "message"),
+    [(1e4, "use --dtype float32: float16 is too small for the text"), (np.nan, "NaN")],
 )
 def test_vectors_that_cannot_be_stored_are_refused(world, tmp_path, scale, message):
     with pytest.raises(UserError, match=message):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from helpers.in_process import train
+from huggingface_hub import ModelCard
 
 from ml_embed.prepare.tokenization import TokenizeOptions, tokenize_folder
 
@@ -11,7 +12,13 @@ GRADED = [
     {"query": f"river {n}", "passage": f"stone {n % 5}", "score": n % 4 / 3} for n in range(20)
 ]
 ANSWERS = [
-    {"query": f"moon {n}", "passage": f"light {n}", "query_id": f"q{n % 3}"} for n in range(12)
+    {
+        "query": f"moon {n}",
+        "passage": f"light {n}",
+        "query_id": f"q{n % 3}",
+        "language": ("pt_BR", "swh", "unknown")[n % 3],
+    }
+    for n in range(12)
 ]
 
 
@@ -43,6 +50,8 @@ def test_pairs_with_scores_are_trained_by_their_order(world, tmp_path, settings)
     assert -1 <= valid["graded/spearman"] <= 1
     assert valid["Avg/similarity/valid_loss_similarity"] > 0
     assert "graded/ndcg@10" not in valid
+    card = ModelCard.load(tmp_path / "run" / "step_6" / "README.md")
+    assert card.data.language == ["pt", "swh"], "without country, and only what looks like a code"
 
 
 def test_passages_of_one_query_id_are_no_negatives_of_each_other(world, tmp_path, settings):
