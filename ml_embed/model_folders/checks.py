@@ -25,8 +25,8 @@ def check_config(folder: Path) -> None:
     A config.json that is missing or damaged is left to whoever reads it next.
 
     Raises:
-        UserError: adapters, code of its own, quantized weights, attention to later tokens, or
-            another architecture.
+        UserError: adapters, code of its own, quantized weights, attention to later tokens,
+            another architecture, or texts cut at their beginning.
     """
     if (adapter := _read(folder / ADAPTER_FILE)) is not None:
         base = adapter.get("base_model_name_or_path")
@@ -38,6 +38,13 @@ def check_config(folder: Path) -> None:
     config = _read(folder / "config.json") or {}
     if problem := _problem(config):
         raise UserError(f"config.json of {folder}: {problem}")
+    tokenizer = _read(folder / "tokenizer_config.json") or {}
+    if (side := tokenizer.get("truncation_side", "right")) != "right":
+        raise UserError(
+            f"tokenizer_config.json of {folder}: truncation_side {side!r} keeps the end of a long "
+            "text; ml-embed keeps its beginning, so use sentence-transformers for this model, or "
+            'set it to "right"'
+        )
 
 
 def _problem(config: dict[str, Any]) -> str | None:

@@ -63,7 +63,18 @@ def read_modules(folder: Path) -> Modules:
     prompts, default = _prompts(folder / PROMPTS_FILE)
     length = _max_seq_length(folder)
     dim = _check_modules(folder) if (folder / MODULES_FILE).is_file() else None
+    _check_similarity(folder)
     return Modules(dim, length, prompts, default)
+
+
+def _check_similarity(folder: Path) -> None:
+    """Refuse another similarity than the cosine: of vectors of unit length, dot products too."""
+    path, listing = folder / PROMPTS_FILE, folder / MODULES_FILE
+    name = _read(path).get("similarity_fn_name") if path.is_file() else None
+    kinds = [str(module["type"]) for module in _read(listing, list)] if listing.is_file() else []
+    unit_length = bool(kinds) and kinds[-1].endswith("Normalize")
+    if name not in (None, "cosine") and not (name == "dot" and unit_length):
+        raise foreign_modules(folder, f"the similarity {name!r} in {path.name}")
 
 
 def _prompts(path: Path) -> tuple[dict[str, str] | None, str | None]:

@@ -179,6 +179,30 @@ def test_settings_of_the_transformer_module(backbone, settings, name):
     refused(backbone, name)
 
 
+@pytest.mark.parametrize(
+    "kinds", [("Transformer", "Pooling"), ("Transformer", "Pooling", "Normalize")]
+)
+def test_other_similarities(backbone, kinds):
+    """Dot products are cosines only of vectors that are normalised."""
+    write_modules(backbone, *kinds)
+    path = backbone / "config_sentence_transformers.json"
+    for name in ("euclidean", "dot"):
+        path.write_text(json.dumps({"similarity_fn_name": name}))
+        if name == "dot" and "Normalize" in kinds:
+            Embedder.from_pretrained(backbone, device="cpu")
+        else:
+            refused(backbone, f"the similarity '{name}'", Embedder.from_pretrained, CubeModel.open)
+
+
+def test_texts_cut_at_their_beginning(folder, world, tmp_path, capsys):
+    change(folder / "tokenizer_config.json", truncation_side="left")
+    refused(folder, "truncation_side 'left' keeps the end of a long text")
+    model = shutil.copytree(world.backbone, tmp_path / "start")
+    change(model / "tokenizer_config.json", truncation_side="left")
+    assert train(world, tmp_path, model_path=str(model))[0] == 2
+    assert "truncation_side 'left'" in capsys.readouterr().err
+
+
 def test_teachers_and_mining_hand_such_folders_to_sentence_transformers_as_a_whole(folder):
     write_modules(folder, "Transformer", "Pooling", pooling={"pooling_mode_mean_tokens": True})
     expected = theirs(folder).encode(SPOKEN)
