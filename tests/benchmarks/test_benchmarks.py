@@ -51,6 +51,7 @@ def best_ratio(timing: dict, slow: str, fast: str) -> float:
     return min(timing[slow].seconds) / min(timing[fast].seconds)
 
 
+@pytest.mark.alone
 def test_training_step(sample, tmp_path):
     """All 151,936 rows of the table, but two layers and short texts: seconds instead of minutes."""
     compiled = Version(transformers.__version__) >= Version(COMPILES_SINCE)
@@ -63,6 +64,7 @@ def test_training_step(sample, tmp_path):
             assert_not_slower("training", best_ratio(result["seconds"], "naive", version))
 
 
+@pytest.mark.alone
 def test_batches(sample, tmp_path):
     timing = measure_batches(
         sample.tokenized,
@@ -75,6 +77,7 @@ def test_batches(sample, tmp_path):
     assert_not_slower("batches", best_ratio(timing, "naive", "fast"))
 
 
+@pytest.mark.alone
 def test_opening_a_converted_corpus_takes_no_time_and_no_memory(tmp_path):
     write_synthetic(tmp_path / "data", documents=200_000, rows=1000)
     again = measure_opening(tmp_path / "data", tmp_path / "cache", with_naive=False)["again"]
@@ -82,6 +85,7 @@ def test_opening_a_converted_corpus_takes_no_time_and_no_memory(tmp_path):
     assert again["private_mib"] < 5, "grows with the documents"
 
 
+@pytest.mark.alone
 def test_encoding(tmp_path):
     pytest.importorskip("sentence_transformers")
     texts, articles = mixed_texts(25)
@@ -92,6 +96,7 @@ def test_encoding(tmp_path):
     assert_not_slower("encode", best_ratio(result["seconds"], "sentence-transformers", "Embedder"))
 
 
+@pytest.mark.alone
 def test_gradcache_needs_the_memory_of_a_chunk(sample, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     chunks, whole = measure_batch(
@@ -112,6 +117,7 @@ def test_the_gpu_benchmark_says_when_it_cannot_run():
     assert json.loads(run.stdout.splitlines()[-1])["skipped"]
 
 
+@pytest.mark.alone
 def test_tokenizing(sample, tmp_path):
     """End to end against the library's own batches, in one process, unlike the script."""
     _, articles = mixed_texts(1)

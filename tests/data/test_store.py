@@ -183,6 +183,7 @@ def test_pickle_passes_only_the_place(tmp_path):
     assert rows(pickle.loads(pickle.dumps(store.datasets["toy"]))) == EXPECTED
 
 
+@pytest.mark.alone
 def test_opening_many_datasets_is_quick(tmp_path):
     """No file handle or map per dataset: hundreds of datasets open as fast as one."""
     for i in range(150):

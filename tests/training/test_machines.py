@@ -106,6 +106,7 @@ def kill_machine(launcher: subprocess.Popen) -> None:
     launcher.wait()
 
 
+@pytest.mark.alone
 def test_two_launches_are_one_run_and_neither_outlives_the_other(inputs, machines, tmp_path):
     """The second machine is killed in mid-run; the first ends with a message; continued, the run
     ends bit-equal."""
@@ -174,6 +175,7 @@ def main_with_quick_heartbeat(arguments: list[str]) -> int:
     return run_script.main(arguments)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("silent", [0, 1])
 def test_a_machine_that_falls_silent_ends_the_other(inputs, silent):
     """A stopped process closes no connection, as a machine without power closes none."""
