@@ -38,7 +38,7 @@ from ml_embed.prepare.token_files import (
 from ml_embed.prepare.tokenizer import fingerprint
 
 STEPS = 9
-TIMEOUT = 60  # seconds a tiny run may take: only a hang reaches it
+TIMEOUT = 240  # seconds a tiny run may take: only a hang reaches it, also beside other work
 # name -> (task, rows, documents, negatives of each row: lowest and highest)
 DATASETS = {
     "answers": ("retrieval", 11, 7, (0, 5)),
