@@ -103,6 +103,9 @@ class TrainConfig:
     """highest learning rate, reached at the end of the warm-up"""
     min_lr: float = _key(1e-6, low=0)
     """lowest learning rate after the warm-up; 0 = no lower limit"""
+    embedding_lr_scale: float = _key(1.0, above=0)
+    """factor on the learning rate of the token table, or with r > 0 of its factor A (B moves with
+    the layers); 1 = as published"""
     weight_decay: float = _key(1e-2, low=0)
     """decoupled weight decay of AdamW, on all trained parameters; 0 = off"""
     warmup_steps: int = _key(100, low=0)
@@ -137,6 +140,13 @@ class TrainConfig:
     16, 24, ... up to 48"""
     mel_ranks: tuple[int, ...] | None = _key(None, low=1)
     """ranks trained with use_mel; r is always added; null = 64, 128, 256, ... up to r"""
+    mel_sampling: Literal["proportional", "full"] = "proportional"
+    """which rank a step of use_mel trains: "proportional" draws one of them, a larger one more
+    often, "full" is always r, and the smaller ones come from mel_refactor"""
+    mel_refactor: Literal["never", "save"] = "never"
+    """"save" turns the factors of each model folder so that every smaller rank holds the best part
+    of the token table, for tokens as frequent as in the training data; rank r stays what it was;
+    "never" = factors as trained"""
     mel_init: Literal["svd", "frequency"] = "svd"
     """best approximation of the token table that the factors start from: "svd" counts all tokens
     alike, "frequency" counts each as often as it occurs in the training data"""
@@ -318,6 +328,10 @@ def _check_together(config: TrainConfig) -> list[str]:
             )
     if config.mel_ranks is not None and config.r and max(config.mel_ranks) > config.r:
         problems.append(f"mel_ranks: {max(config.mel_ranks)} is larger than r = {config.r}")
+    if config.mel_sampling == "full" and not config.use_mel:
+        problems.append("mel_sampling: 'full' needs use_mel: true; without it r is the only rank")
+    if config.mel_refactor == "save" and config.r == 0:
+        problems.append("mel_refactor: 'save' needs factors; set r > 0 or remove mel_refactor")
     if config.mel_init == "frequency" and config.r == 0:
         problems.append("mel_init: 'frequency' needs factors; set r > 0 or remove mel_init")
     if config.teacher_model_path is not None and config.teacher_vectors_path is not None:

@@ -52,8 +52,34 @@ def factorize_table(
     return (wide @ basis.T).to(table.dtype), basis.to(table.dtype)
 
 
+def turn_factors(A: Tensor, B: Tensor, token_share: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors of the table A B whose leading components are its best ones at every rank.
+
+    They are those of `factorize_table(A B, r, token_share)`, found in r x r: with B^T = Q R, rows
+    A R^T and basis Q^T give the same table, and are turned by the eigenvectors W of
+    R (sum_x p(x) A_x^T A_x) R^T.
+
+    Args:
+        A, B: (V, r) and (r, H).
+        token_share: p, (V,), non-negative: the share of each token in the data.
+    Returns:
+        G (r, r) and C (r, H), so that A G and C are the turned factors: A G C = A B. The signs are
+        those of `factorize_table`.
+    """
+    Q, R = torch.linalg.qr(B.double().T)  # (H, r), (r, r)
+    weighted = A.double() * token_share.to(A.device, torch.double).unsqueeze(1)
+    _, W = torch.linalg.eigh(R @ (A.double().T @ weighted) @ R.T)  # ascending eigenvalues
+    W = W.flip(1)
+    C = W.T @ Q.T
+    sign = C.gather(1, C.abs().argmax(dim=1, keepdim=True)).sign()  # (r, 1)
+    return (R.T @ W * sign.T).to(A.dtype), (sign * C).to(B.dtype)
+
+
 class FactorizedEmbedding(nn.Module):
     """A token table as two factors, E ~ A B; neither E nor its gradient is ever computed (MEL)."""
+
+    turned: tuple[Tensor, Tensor] | None = None
+    """G and C of `turn_factors`, by which ranks smaller than r are computed; None = as trained"""
 
     def __init__(self, A: Tensor, B: Tensor):
         super().__init__()
@@ -67,6 +93,9 @@ class FactorizedEmbedding(nn.Module):
 
     def forward(self, input_ids: Tensor, rank: int | None = None) -> Tensor:
         """(T,) token ids -> (T, H) vectors A[ids, :rank] B[:rank]; rank None is r."""
+        if self.turned is not None and rank is not None and rank < self.rank:
+            turn, basis = self.turned
+            return F.embedding(input_ids, self.A) @ turn[:, :rank] @ basis[:rank]
         rows = F.embedding(input_ids, self.A)[:, :rank]
         return rows @ self.B[:rank]
 

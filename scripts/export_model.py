@@ -41,6 +41,13 @@ def main(arguments: list[str] | None = None) -> None:
         "--dtype", choices=DTYPES, help="of the weights written (default the model's)"
     )
     parser.add_argument(
+        "--refactor",
+        type=home_path,
+        metavar="DATA",
+        help="turn the token factors first, so that smaller ranks are the best ones for tokens as "
+        "frequent as in this folder of tokenized data",
+    )
+    parser.add_argument(
         "--allow-untrained", action="store_true", help="take values that were not trained"
     )
     parser.add_argument(
@@ -62,6 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
         dtype,
         args.allow_untrained,
         args.overwrite,
+        args.refactor,
     )
     weights = sum(file.stat().st_size for file in args.output.glob("*.safetensors"))
     print(json.dumps({"output": str(args.output), **vars(cut), "bytes_of_weights": weights}))

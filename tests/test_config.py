@@ -59,6 +59,8 @@ def test_every_key_is_accepted_and_documented():
         ({"scheduler_type": "linear"},
          "scheduler_type: 'linear' is not one of 'cosine', 'constant_with_warmup'"),
         ({"use_mel": True}, "use_mel: true needs factors"),
+        ({"mel_sampling": "full"}, "mel_sampling: 'full' needs use_mel"),
+        ({"mel_refactor": "save"}, "mel_refactor: 'save' needs factors"),
         ({"mrl_dims": [8]}, "mrl_dims is given but use_mrl is false"),
         ({"mrl_dims": [], "use_mrl": True},
          "mrl_dims: the list is empty; name at least one whole number"),

@@ -9,7 +9,13 @@ from transformers import AutoModel, Qwen3Config
 from ml_embed.data.packing import PackedSequences
 from ml_embed.errors import UserError
 from ml_embed.kernels.attention import available_kernels, choose_kernel
-from ml_embed.model import MatryoshkaEncoder, check_supported, factorize_table
+from ml_embed.model import (
+    FactorizedEmbedding,
+    MatryoshkaEncoder,
+    check_supported,
+    factorize_table,
+    turn_factors,
+)
 
 EXITS = (1, 2)
 LENGTHS = (1, 3, 3, 3, 7, 12)
@@ -110,6 +116,28 @@ def test_factors_are_the_optimum_at_every_nested_rank(weighted):
     for rank in (1, 4, 16):
         error = (root * (table - A[:, :rank] @ B[:rank]).double()).square().sum()
         torch.testing.assert_close(error, singular[rank:].square().sum(), rtol=1e-4, atol=1e-6)
+
+
+def test_turned_factors_are_those_of_their_table():
+    """In r x r what `factorize_table` finds from the whole product, also of a singular B."""
+    generator = torch.Generator().manual_seed(0)
+    A, full = torch.randn(300, 12, generator=generator), torch.randn(12, 32, generator=generator)
+    share = torch.rand(300, generator=generator).pow(8)
+    share /= share.sum()
+    for B in (full, torch.cat([full[:11], full[:1]])):
+        rank = int(torch.linalg.matrix_rank(B))
+        expected_A, expected_B = factorize_table(A @ B, rank, share)
+        G, C = turn_factors(A, B, share)
+        torch.testing.assert_close(A @ G @ C, A @ B, atol=2e-5, rtol=0)
+        torch.testing.assert_close((A @ G)[:, :rank], expected_A, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(C[:rank], expected_B, atol=1e-4, rtol=1e-4)
+        embedding = FactorizedEmbedding(A, B)
+        embedding.turned = (G, C)
+        for used in (4, 12, None):
+            cut = expected_A[:, :used] @ expected_B[:used]
+            torch.testing.assert_close(
+                embedding(torch.arange(300), used), cut, atol=1e-4, rtol=1e-4
+            )
 
 
 def test_frequency_factors_beat_svd_on_frequent_tokens():

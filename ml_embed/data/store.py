@@ -168,6 +168,13 @@ class Store:
             for name, slices in sorted(index["datasets"].items())
         }
 
+    def token_share(self, vocabulary: int) -> np.ndarray:
+        """(vocabulary,) float64: the share of each token in the data, add-one smoothed."""
+        counts = np.ones(vocabulary)
+        for dataset in self.datasets.values():
+            counts[: len(dataset.token_counts)] += dataset.token_counts
+        return counts / counts.sum()
+
     def __reduce__(self) -> tuple[Any, ...]:
         return open_converted, (self.folder,)
 

@@ -25,6 +25,9 @@ from torch.distributed.checkpoint.state_dict import (
 Moments = dict[str, dict[str, Tensor]]
 """parameter -> name of one of the optimizer's tensors -> that tensor"""
 
+LR_SCALE = "lr_scale"
+"""key of an optimizer's parameter group: the factor on its learning rate; 1 if it is not there"""
+
 # The same calls serve one process, DDP and FSDP2: tensors come whole, on the CPU, on the first
 # process.
 _GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -63,9 +66,9 @@ class Engine(ABC):
         """
 
     def step(self, learning_rate: float) -> None:
-        """Move the weights."""
+        """Move the weights, those of a group with `LR_SCALE` by so much more."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get(LR_SCALE, 1.0)
         self._move_weights()
 
     @abstractmethod

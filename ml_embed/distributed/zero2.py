@@ -128,7 +128,7 @@ class Zero2Engine(Engine):
     def optimizer_state(self) -> Moments:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        step = self._step_counter()
+        step = self._step_counters()[0]  # all count alike
         state: Moments = {}
         for name, parameter in self._trained():
             whole = {moment: safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS}
@@ -154,17 +154,17 @@ class Zero2Engine(Engine):
                 safe_set_full_optimizer_state(
                     parameter, moments[name][moment].to(parameter), moment
                 )
-            self._step_counter().copy_(moments[name]["step"])
+            for counter in self._step_counters():
+                counter.copy_(moments[name]["step"])
         sharded.update_lp_params()
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         named = self.model.module.named_parameters()
         return [(name, parameter) for name, parameter in named if parameter.requires_grad]
 
-    def _step_counter(self) -> Tensor:
+    def _step_counters(self) -> list[Tensor]:
         optimizer = self.model.optimizer.optimizer
-        (part,) = _parts(optimizer)
-        return optimizer.state[part]["step"]
+        return [optimizer.state[part]["step"] for part in _parts(optimizer)]
 
 
 def _make_moments(optimizer: torch.optim.Optimizer) -> None:

@@ -1,11 +1,14 @@
 """Cutting a trained model: a part of it becomes a model folder of its own."""
 
 import dataclasses
+import tempfile
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import Qwen3Config
 
+from ml_embed.data.store import open_store
 from ml_embed.errors import UserError
 from ml_embed.files.atomic import atomic_folder
 from ml_embed.files.model_source import find_model_folder
@@ -13,7 +16,9 @@ from ml_embed.files.paths import check_model_output, home_path
 from ml_embed.model_folders.cut import Cut, choose_cut
 from ml_embed.model_folders.read import ModelFolder, load_encoder
 from ml_embed.model_folders.record import RECORD_FILE, ModelRecord
+from ml_embed.model_folders.turning import A, B, turned_state
 from ml_embed.model_folders.write import save_model_folder
+from ml_embed.prepare.tokenizer import fingerprint
 
 
 def export_model(
@@ -25,6 +30,7 @@ def export_model(
     dtype: torch.dtype | None = None,
     allow_untrained: bool = False,
     overwrite: bool = False,
+    frequencies: str | Path | None = None,
 ) -> Cut:
     """Write the part of a model that is wanted as a model folder of its own.
 
@@ -40,6 +46,8 @@ def export_model(
         dtype: of the weights written; None is the model's.
         allow_untrained: take values that were not trained.
         overwrite: replace a model folder at `output`.
+        frequencies: folder of tokenized data; the factors are first turned so that smaller ranks
+            are the best ones for tokens as frequent as there. None leaves them as they are.
 
     Returns:
         what was written.
@@ -58,19 +66,43 @@ def export_model(
         )
     folder = ModelFolder.open(path)
     cut = choose_cut(folder.record, folder.config, depth, dim, rank, allow_untrained)
-    write_cut(folder, cut, output, dtype)
+    turned_by = None if frequencies is None else _token_share(folder, Path(frequencies))
+    write_cut(folder, cut, output, dtype, turned_by)
     return cut
 
 
 def write_cut(
-    folder: ModelFolder, cut: Cut, output: Path, dtype: torch.dtype | None = None
+    folder: ModelFolder,
+    cut: Cut,
+    output: Path,
+    dtype: torch.dtype | None = None,
+    turned_by: Tensor | None = None,
 ) -> None:
-    """Write a part of a model, or of a plain backbone, as a model folder of its own."""
+    """Write a part of a model, or of a plain backbone, as a model folder of its own.
+
+    `turned_by` is the (V,) share of each token that the factors are turned for; None = not.
+    """
     left = cut_record(folder.record, cut)
     dtype = dtype or stored_dtype(folder.config)
-    encoder = load_encoder(folder, depth=cut.depth, rank=cut.rank, exits=left.exits, dtype=dtype)
+    rank = cut.rank if turned_by is None else None
+    encoder = load_encoder(folder, depth=cut.depth, rank=rank, exits=left.exits, dtype=dtype)
+    state = encoder.state_dict()
+    if turned_by is not None:
+        state = turned_state(state, turned_by)
+        state |= {A: state[A][:, : cut.rank].contiguous(), B: state[B][: cut.rank].contiguous()}
     with atomic_folder(output) as new:
-        save_model_folder(new, encoder.state_dict(), encoder.config, folder.tokenizer, left)
+        save_model_folder(new, state, encoder.config, folder.tokenizer, left)
+
+
+def _token_share(folder: ModelFolder, data: Path) -> Tensor:
+    """(V,) of each token in tokenized data. Raises UserError if the two do not belong together."""
+    if not folder.record.ranks:
+        raise UserError(f"{folder.path} has a whole token table: there are no factors to turn")
+    with tempfile.TemporaryDirectory() as cache:
+        store = open_store(data, cache)
+        if store.manifest and store.manifest.tokenizer_fingerprint != fingerprint(folder.tokenizer):
+            raise UserError(f"{data} was made with another tokenizer than that of {folder.path}")
+        return torch.from_numpy(store.token_share(folder.config.vocab_size))
 
 
 def cut_record(record: ModelRecord, cut: Cut) -> ModelRecord:

@@ -5,13 +5,13 @@ Letters: V vocabulary, H hidden size, r rank.
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import Qwen3Model
 
 from ml_embed.config import TrainConfig
 from ml_embed.data.store import Store
+from ml_embed.distributed.engine import LR_SCALE
 from ml_embed.kernels.attention import choose_kernel
 from ml_embed.kernels.compilation import check_compiler
 from ml_embed.model import MatryoshkaEncoder, default_exits, factorize_table
@@ -64,16 +64,9 @@ def initial_factors(
     if record is not None and record.ranks and config.r == record.ranks[-1]:
         return read_factors(Path(config.model_path))
     table = backbone.embed_tokens.weight.detach()
-    share = token_share(store, len(table)) if config.mel_init == "frequency" else None
+    by_frequency = config.mel_init == "frequency"
+    share = torch.from_numpy(store.token_share(len(table))) if by_frequency else None
     return factorize_table(table, config.r, share)
-
-
-def token_share(store: Store, vocabulary: int) -> Tensor:
-    """(V,) float64: the share of each token in the tokenized data, add-one smoothed."""
-    counts = np.ones(vocabulary, dtype=np.float64)
-    for dataset in store.datasets.values():
-        counts[: len(dataset.token_counts)] += dataset.token_counts
-    return torch.from_numpy(counts / counts.sum())
 
 
 def _take_over_exit_norms(encoder: MatryoshkaEncoder, folder: Path) -> None:
@@ -90,13 +83,23 @@ def _take_over_exit_norms(encoder: MatryoshkaEncoder, folder: Path) -> None:
 def build_optimizer(encoder: MatryoshkaEncoder, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW over all trained parameters with weight decay on all of them, in one fused pass."""
     return torch.optim.AdamW(
-        [parameter for parameter in encoder.parameters() if parameter.requires_grad],
+        _parameter_groups(encoder, config.embedding_lr_scale),
         lr=config.learning_rate,
         betas=ADAM_BETAS,
         eps=ADAM_EPSILON,
         weight_decay=config.weight_decay,
         fused=True,
     )
+
+
+def _parameter_groups(encoder: MatryoshkaEncoder, embedding_lr_scale: float) -> list[dict]:
+    """All trained parameters; the token table, or A, apart if its learning rate is another."""
+    trained = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
+    if embedding_lr_scale == 1:
+        return [{"params": trained}]
+    table = next(encoder.embedding.parameters())  # A comes first
+    others = [parameter for parameter in trained if parameter is not table]
+    return [{"params": others}, {"params": [table], LR_SCALE: embedding_lr_scale}]
 
 
 def build_teacher(

@@ -25,6 +25,7 @@ from ml_embed.training.gradcache import encode_in_chunks
 from ml_embed.training.metrics_log import Window
 from ml_embed.training.run import Run
 from ml_embed.training.step import training_step
+from ml_embed.training.turning import smaller_ranks_as_saved, turned
 from ml_embed.training.validation import validate
 
 PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
@@ -127,7 +128,8 @@ def validate_and_log(run: Run, step: int) -> None:
     run.engine.model.eval()
     encode = functools.partial(_encode, run)
     spec = run.objective.spec
-    values = validate(encode, run.loader, spec, run.resolved, run.accelerator.device)
+    with smaller_ranks_as_saved(run):
+        values = validate(encode, run.loader, spec, run.resolved, run.accelerator.device)
     run.engine.model.train()
     if not all(map(math.isfinite, values.values())):  # alike on all processes
         raise UserError(
@@ -191,7 +193,9 @@ def _on_main_process(run: Run, write: Callable[[], None]) -> None:
 
 
 def _write_model_folders(run: Run, names: list[str], state: dict[str, Tensor]) -> None:
-    weights = lora.merged(state, lora.scale(run.config)) if run.config.lora_r else state
+    weights = turned(run, state)
+    if run.config.lora_r:
+        weights = lora.merged(weights, lora.scale(run.config))
     for name in names:
         with atomic_folder(run.config.run_dir / name) as folder:
             save_model_folder(folder, weights, run.backbone_config, run.tokenizer, run.record)

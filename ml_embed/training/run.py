@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen3Config
 
 from ml_embed.config import TrainConfig
@@ -33,6 +33,8 @@ class Run:
     loader: Loader
     tokenizer: PreTrainedTokenizerBase
     backbone_config: Qwen3Config
+    token_share: Tensor | None
+    """(V,) of each token in the training data, by which factors are turned; None = they are not"""
     record: ModelRecord
     log: MetricsLog
     window: Window

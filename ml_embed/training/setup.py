@@ -4,8 +4,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch import Tensor
 
 from ml_embed.config import TrainConfig
 from ml_embed.data.batch_builder import BatchBuilder
@@ -133,6 +135,7 @@ def _build(config: TrainConfig, accelerator: Accelerator, inputs: Inputs, start:
         loader=make_loader(config, accelerator, inputs),
         tokenizer=inputs.tokenizer,
         backbone_config=inputs.backbone_config,
+        token_share=_token_share(config, inputs),
         record=_model_record(config, inputs),
         log=_metrics_log(config, accelerator, start),
         window=Window(**start.window),
@@ -140,6 +143,12 @@ def _build(config: TrainConfig, accelerator: Accelerator, inputs: Inputs, start:
         start_step=start.step,
         fingerprint=start.fingerprint,
     )
+
+
+def _token_share(config: TrainConfig, inputs: Inputs) -> Tensor | None:
+    if config.mel_refactor == "never":
+        return None
+    return torch.from_numpy(inputs.store.token_share(inputs.backbone_config.vocab_size))
 
 
 def _objective(config: TrainConfig, resolved: Resolved) -> Objective:

@@ -27,7 +27,8 @@ def training_step(run: Run, batch: ContrastiveBatch, step: int, stop_requested: 
     """
     config, engine = run.config, run.engine
     batch = batch.to(run.accelerator.device)
-    rank = draw_rank(run.resolved.ranks, config.seed, step) if config.use_mel else None
+    draws = config.use_mel and config.mel_sampling == "proportional"
+    rank = draw_rank(run.resolved.ranks, config.seed, step) if draws else None
     teacher = batch.teacher if run.teacher is None else _vectors_of(run.teacher, run, batch)
     objective = functools.partial(run.objective, batch=batch, teacher=teacher)
     engine.optimizer.zero_grad()

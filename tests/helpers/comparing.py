@@ -5,9 +5,10 @@ import torch
 
 GRID = {"valid_ranks": [8, 32], "valid_layers": [1, 3], "valid_dims": [8, 64]}
 MARGIN = {"false_negative_margin": 0.05}
+RANK_AXIS = {"embedding_lr_scale": 4.0, "mel_refactor": "save"}
 CASES = {
-    "everything": {"valid_fraction": 0.3} | GRID | MARGIN,
-    "in_chunks": {"valid_fraction": 0.3} | GRID | MARGIN | {"max_tokens_per_forward": 40},
+    "everything": {"valid_fraction": 0.3} | GRID | MARGIN | RANK_AXIS,
+    "in_chunks": {"valid_fraction": 0.3, "max_tokens_per_forward": 40} | GRID | MARGIN | RANK_AXIS,
     "teacher": {
         "teacher": True,
         "kd_weight": 0.5,

@@ -21,12 +21,45 @@ from helpers.tiny_models import (
     write_model,
 )
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 from ml_embed import Embedder
+from ml_embed.data.store import open_store
 from ml_embed.errors import UserError
+from ml_embed.model import factorize_table
 from ml_embed.model_folders.export import export_model
 from ml_embed.model_folders.record import ModelRecord
+
+
+def test_factors_are_turned_for_the_data_before_the_cut(world, tmp_path, monkeypatch, capsys):
+    """The whole rank is the same model, and smaller ranks are nearer to its table than without."""
+    code, _ = train(world, tmp_path, "run", learning_rate=3e-2)
+    assert code == 0
+    model, errors = tmp_path / "run/step_4", {}
+    table = load_file(model / "model.safetensors")["embed_tokens.weight"]
+    store = open_store(world.tokenized, tmp_path / "cache")
+    share = torch.from_numpy(store.token_share(len(table))).unsqueeze(1)
+    for turned in (False, True):
+        for rank in (16, 32):
+            output = tmp_path / f"{turned}{rank}"
+            flags = ["--refactor", str(world.tokenized)] if turned else []
+            arguments = ["--model", model, "--output", output, "--rank", rank, *flags]
+            assert load_script("export_model").main(list(map(str, arguments))) == 0
+            cut = load_file(output / "model.safetensors")["embed_tokens.weight"]
+            errors[turned, rank] = float((share * (cut - table).square()).sum())
+    assert errors[True, 32] < 1e-8
+    assert errors[True, 16] < 0.9 * errors[False, 16]
+    A, B = factorize_table(table, 16, share.flatten())
+    assert errors[True, 16] == pytest.approx(
+        float((share * (A @ B - table).square()).sum()), rel=1e-3
+    )
+
+
+def test_data_of_another_tokenizer_turns_nothing(checkpoint, world, tmp_path):
+    with pytest.raises(UserError, match="made with another tokenizer"):
+        export_model(checkpoint, tmp_path / "cut", frequencies=world.tokenized)
+    assert not (tmp_path / "cut").exists()
 
 
 @pytest.fixture(scope="module", params=["shared", "per_layer"])

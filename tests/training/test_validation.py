@@ -4,25 +4,21 @@ Embedder."""
 import itertools
 import json
 import re
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.held_out import held_out_rows, measured, searched
 from helpers.in_process import train, with_shared_queries
 from helpers.tiny_runs import Inputs, metrics, run
 from helpers.tiny_world import TASKS
 from oracles import naive_metrics
-from transformers import AutoConfig
 
 import run as run_script
 from ml_embed import Embedder
-from ml_embed.config import parse_config
-from ml_embed.data.store import open_store
 from ml_embed.model import MatryoshkaEncoder
 from ml_embed.model_folders.cut import Cube, Cut
 from ml_embed.prepare.tokenization import TokenizeOptions, tokenize_folder
-from ml_embed.training.resolve import make_schedule, resolve
 
 GRID = {"valid_ranks": [32, 16], "valid_layers": [1, 2], "valid_dims": [64, 8]}
 SETTINGS = {
@@ -49,38 +45,6 @@ def held_out(world, tmp_path_factory):
     return held_out_rows(
         world.config(**SETTINGS, cache_dir=str(tmp_path_factory.mktemp("cache"))), world.raw
     )
-
-
-def held_out_rows(given: dict, raw: Path) -> dict[str, list[dict]]:
-    config = parse_config(given)
-    store = open_store(config.train_data_path, config.cache_dir, progress=False)
-    resolved = resolve(config, AutoConfig.from_pretrained(config.model_path), store, 1)
-    schedule = make_schedule(resolved.datasets, store, resolved.global_batch_size, config)
-    rows = {name: pq.read_table(raw / f"{name}.parquet").to_pylist() for name in store.datasets}
-    return {
-        name: [rows[name][i] for batch in schedule.valid_batches(name) for i in batch]
-        for name in rows
-    }
-
-
-def searched(rows: list[dict], task: str) -> list[list[str]]:
-    """The texts that each row's query is compared with."""
-    if task == "retrieval":
-        pool = sorted({text for row in rows for text in (row["passage"], *row["negatives"])})
-        return [pool] * len(rows)
-    return [
-        [row["passage"], *(text for text in row["negatives"] if text != row["passage"])]
-        for row in rows
-    ]
-
-
-def measured(model: Embedder, rows: list[dict], task: str) -> dict[str, float]:
-    """The naive metrics of a model on rows."""
-    scores, positive = [], []
-    for row, texts in zip(rows, searched(rows, task), strict=True):
-        scores.append((model.encode(texts) @ model.encode(row["query"])).tolist())
-        positive.append(texts.index(row["passage"]))
-    return naive_metrics(scores, positive)
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=str)

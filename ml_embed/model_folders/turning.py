@@ -1,0 +1,21 @@
+"""Turning a model's factors, so that their leading components are the best ones at every rank."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from ml_embed.model import turn_factors
+
+A, B = "embedding.A", "embedding.B"
+"""Names of the factors in an encoder's state."""
+
+
+def turned_state(state: Mapping[str, Tensor], token_share: Tensor) -> dict[str, Tensor]:
+    """An encoder's state with turned factors: the same model at its whole rank.
+
+    Args:
+        state: of an encoder with factors, whole; it is left as it is.
+        token_share: (V,) of each token in the data that the model is for.
+    """
+    turn, basis = turn_factors(state[A], state[B], token_share)
+    return {**state, A: (state[A].double() @ turn.double()).to(state[A].dtype), B: basis}

@@ -1,0 +1,38 @@
+"""The key `mel_refactor`: model folders and validation have turned factors, training its own.
+
+Training moves the factors wherever the whole rank r is best. Turned (`ml_embed.model.turn_factors`)
+they give the same token table, and the best one at every smaller rank.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor
+
+from ml_embed.distributed.collectives import compute_on_main_process
+from ml_embed.model import FactorizedEmbedding, turn_factors
+from ml_embed.model_folders.turning import A, B, turned_state
+from ml_embed.training.run import Run
+
+
+def turned(run: Run, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """An encoder's whole state as model folders get it."""
+    return state if run.token_share is None else turned_state(state, run.token_share)
+
+
+@contextlib.contextmanager
+def smaller_ranks_as_saved(run: Run) -> Iterator[None]:
+    """Within it the model computes smaller ranks than r as its saved folder would. A collective."""
+    if run.token_share is None:
+        yield
+        return
+    state, share = run.engine.model_state(), run.token_share
+    factors = compute_on_main_process(lambda: turn_factors(state[A], state[B], share))
+    modules = run.engine.model.modules()
+    (embedding,) = (module for module in modules if isinstance(module, FactorizedEmbedding))
+    device = run.accelerator.device
+    embedding.turned = (factors[0].to(device), factors[1].to(device))
+    try:
+        yield
+    finally:
+        embedding.turned = None

@@ -1,0 +1,107 @@
+"""How token factors are trained: their learning rate, a step's rank, and turned factors."""
+
+import numpy as np
+import pytest
+import torch
+from helpers.held_out import held_out_rows, measured
+from helpers.in_process import train
+from safetensors.torch import load_file
+
+from ml_embed import Embedder
+from ml_embed.data.store import open_store
+from ml_embed.model import factorize_table
+
+SETTINGS = {"valid_fraction": 0.5, "num_hard_neg": 9, "num_hard_neg_clustering": 9}
+
+
+def state_of(folder, step):
+    return load_file(folder / f"resume/step_{step}/model.safetensors")
+
+
+def factors_of(folder, step):
+    factors = load_file(folder / f"step_{step}/nested/embedding_factors.safetensors")
+    return factors["A"], factors["B"]
+
+
+def table_of(folder, step):
+    return load_file(folder / f"step_{step}/model.safetensors")["embed_tokens.weight"]
+
+
+def without_clock(lines):
+    clock = {"time", "seconds", "tokens_per_second"}
+    return [{key: value for key, value in line.items() if key not in clock} for line in lines]
+
+
+@pytest.mark.parametrize("r", [32, 0])
+def test_the_token_table_has_a_learning_rate_of_its_own(world, tmp_path, r):
+    """AdamW's first step moves each weight by the learning rate times something that is the same in
+    both runs; so the table, or A, moves eight times as far, and all others as before."""
+    ranks = {} if r else {"use_mel": False, "r": 0, "mel_ranks": None}
+    code, _ = train(world, tmp_path, "start", train_steps=1, learning_rate=1e-12, min_lr=0, **ranks)
+    assert code == 0
+    moved = {}
+    for scale in (1.0, 8.0):
+        name = f"scale_{scale}"
+        code, _ = train(world, tmp_path, name, train_steps=1, embedding_lr_scale=scale, **ranks)
+        assert code == 0
+        moved[scale] = state_of(tmp_path / name, 1)
+    table = "embedding.A" if r else "embedding.weight"
+    before = state_of(tmp_path / "start", 1)
+    step = moved[1.0][table] - before[table]
+    assert step.abs().max() > 1e-4
+    torch.testing.assert_close(moved[8.0][table] - before[table], 8 * step, atol=1e-6, rtol=1e-4)
+    for name in before.keys() - {table}:
+        assert torch.equal(moved[1.0][name], moved[8.0][name]), name
+
+
+def test_turned_factors_stand_in_the_folder_alone(world, tmp_path):
+    """Training is the same to the bit, rank r is the same model, smaller ranks are the best, and
+    validation measures them as they are saved."""
+    grid = {"valid_ranks": [16, 32], "valid_layers": [2], "valid_dims": [64]}
+    lines = {}
+    for refactor in ("never", "save"):
+        settings = SETTINGS | grid | {"learning_rate": 3e-2, "mel_refactor": refactor}
+        code, lines[refactor] = train(world, tmp_path, refactor, **settings)
+        assert code == 0
+    plain, turned = (without_clock(lines[refactor]) for refactor in ("never", "save"))
+    for one, other in zip(plain, turned, strict=True):
+        smaller = {key for key in one if "rank_16" in key}
+        assert {k: v for k, v in one.items() if k not in smaller} == {
+            k: v for k, v in other.items() if k not in smaller
+        }
+    never, save = tmp_path / "never", tmp_path / "save"
+    trained = state_of(save, 4)
+    for name, tensor in state_of(never, 4).items():
+        assert torch.equal(tensor, trained[name]), name
+    torch.testing.assert_close(table_of(save, 4), table_of(never, 4), atol=2e-5, rtol=0)
+    store = open_store(world.tokenized, tmp_path / "cache")
+    whole = trained["embedding.A"] @ trained["embedding.B"]
+    A, B = factorize_table(whole, 32, torch.from_numpy(store.token_share(len(whole))))
+    saved_A, saved_B = factors_of(save, 4)
+    for rank in (1, 16, 32):
+        best = A[:, :rank] @ B[:rank]
+        torch.testing.assert_close(saved_A[:, :rank] @ saved_B[:rank], best, atol=2e-4, rtol=0)
+    assert not np.allclose(factors_of(never, 4)[1], saved_B, atol=1e-3), "training turns them away"
+    model = Embedder.from_pretrained(save / "step_4", rank=16, device="cpu")
+    config = world.config(**SETTINGS, cache_dir=str(tmp_path / "cache"))
+    expected = measured(model, held_out_rows(config, world.raw)["facts"], "retrieval")
+    for metric, value in expected.items():
+        found = turned[-1][f"facts/{metric}/rank_16_depth_2_dim_64"]
+        assert found == pytest.approx(value), metric
+    assert any(plain[-1][key] != turned[-1][key] for key in plain[-1] if "rank_16" in key)
+
+
+def test_a_whole_rank_in_every_step(world, tmp_path):
+    """It is the run with r alone, but for the ranks that its folder names."""
+    states = {}
+    for name, ranks in {
+        "full": {"mel_sampling": "full"},
+        "alone": {"use_mel": False, "mel_ranks": None},
+    }.items():
+        code, _ = train(world, tmp_path, name, **ranks)
+        assert code == 0
+        states[name] = state_of(tmp_path / name, 4)
+    for name, tensor in states["full"].items():
+        assert torch.equal(tensor, states["alone"][name]), name
+    model = Embedder.from_pretrained(tmp_path / "full/step_4", rank=16, device="cpu")
+    assert model.encode("a text").shape == (64,)
