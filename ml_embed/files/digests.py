@@ -78,9 +78,14 @@ class TextsDigest:
         return value_digest([self._lengths.hexdigest(), self._tokens.hexdigest()])
 
 
+def bytes_digest(content: bytes) -> str:
+    """The xxh3_128 of bytes."""
+    return xxhash.xxh3_128_hexdigest(content)
+
+
 def value_digest(value: Any) -> str:
     """The xxh3_128 of a JSON value, whatever the order of its keys."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
+    return bytes_digest(json.dumps(value, sort_keys=True).encode())
 
 
 def sealed(content: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from typing import Any
 from ml_embed.errors import UserError
 from ml_embed.evaluation.metrics import METRICS
 from ml_embed.files.atomic import atomic_file
+from ml_embed.files.digests import bytes_digest
+from ml_embed.files.paths import numbered_folders
 from ml_embed.model_folders.cut import Cut
 from ml_embed.model_folders.sizes import BYTES_PER_COMPONENT, cut_parameters
 from ml_embed.notices import warn
@@ -202,6 +204,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         raise UserError(
             f"{path} cannot be read ({error.strerror}); give a run folder, output_dir/experiment_id"
         ) from None
+    _compare_with_states(path, content)
     lines = []
     whole = content.split(b"\n")[:-1]  # what follows the last line end is not whole
     for number, line in enumerate(whole, start=1):
@@ -212,6 +215,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not lines:
         raise UserError(f"{path} has no lines yet; wait for the first log line of the run")
     return lines
+
+
+def _compare_with_states(path: Path, content: bytes) -> None:
+    """Warn where the metrics are not as they were when the newest resume state was saved."""
+    for step, folder in numbered_folders(path.parent / "resume")[-1:]:
+        state = _read_json(folder / "state.json")
+        try:
+            as_saved = bytes_digest(content[: state["metrics_bytes"]]) == state["metrics_digest"]
+        except (TypeError, KeyError):  # of another version
+            continue
+        if not as_saved:
+            warn(f"{path} has changed since the state of step {step} was saved")
 
 
 def _metrics_line(line: bytes) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from ml_embed.notices import warn
 FORMAT_VERSION = 2
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
 KEPT_STATES = 2  # the newest, and the one before it in case the newest is found damaged
-_PROGRESS_KEYS = {"step", "window", "metrics_bytes", "fingerprint", "processes"}
+_PROGRESS_KEYS = {"step", "window", "metrics_bytes", "metrics_digest", "fingerprint", "processes"}
 _SEPARATOR = "|"  # stands in no parameter's name
 
 

@@ -13,6 +13,7 @@ from helpers.teachers import LetterModel, teacher_options
 from helpers.tiny_world import write_manifest
 
 from ml_embed.recipe.teacher import embed_teacher
+from scripts import report
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +25,25 @@ def begun(world, tmp_path_factory):
     shutil.copytree(world.tokenized, folder / "tokenized")
     forget_digests(folder / "tokenized")
     embed_teacher(LetterModel(), teacher_options(world, folder / "vectors"), progress=False)
-    own = dataclasses.replace(
-        world, backbone=folder / "backbone", tokenized=folder / "tokenized", folder=folder
-    )
+    own = in_folder(world, folder)
     code, _ = train(own, folder, "begun", **settings(own))
     assert code == 0
     for path in (*folder.glob("begun/step_4"), *folder.glob("begun/resume/step_4")):
         shutil.rmtree(path)
     return own
+
+
+def in_folder(world, folder):
+    """The world whose parts lie in a folder."""
+    return dataclasses.replace(
+        world, backbone=folder / "backbone", tokenized=folder / "tokenized", folder=folder
+    )
+
+
+def copied(begun, tmp_path):
+    """A copy of a world, and the folder that it is in."""
+    folder = shutil.copytree(begun.folder, tmp_path / "world")
+    return in_folder(begun, folder), folder
 
 
 def settings(world) -> dict:
@@ -100,11 +112,7 @@ CHANGES = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_a_run_is_made_of_may_not_change(begun, tmp_path, capsys, name):
     change, file = CHANGES[name]
-    shutil.copytree(begun.folder, tmp_path / "world")
-    folder = tmp_path / "world"
-    own = dataclasses.replace(
-        begun, backbone=folder / "backbone", tokenized=folder / "tokenized", folder=folder
-    )
+    own, folder = copied(begun, tmp_path)
     change(own)
     code, _ = train(own, folder, "begun", ["--resume", "auto"], **settings(own))
     errors = capsys.readouterr().err
@@ -114,11 +122,24 @@ def test_what_a_run_is_made_of_may_not_change(begun, tmp_path, capsys, name):
 
 
 def test_a_copy_of_all_of_it_is_the_same(begun, tmp_path):
-    shutil.copytree(begun.folder, tmp_path / "world")
-    folder = tmp_path / "world"
-    own = dataclasses.replace(
-        begun, backbone=folder / "backbone", tokenized=folder / "tokenized", folder=folder
-    )
+    own, folder = copied(begun, tmp_path)
     code, lines = train(own, folder, "begun", ["--resume", "auto"], **settings(own))
     assert code == 0
     assert [line["step"] for line in lines if line["split"] == "train"] == [1, 2, 3, 4]
+
+
+def test_changed_metrics_are_said_and_kept(begun, tmp_path, capsys):
+    """A digit that a disk gave back wrong: the line is still one."""
+    own, folder = copied(begun, tmp_path)
+    path = folder / "begun" / "metrics.jsonl"
+    content = path.read_bytes()
+    start = content.index(b'"loss": ') + 8
+    changed = bytes([content[start] ^ 1])
+    path.write_bytes(content[:start] + changed + content[start + 1 :])
+    code, lines = train(own, folder, "begun", ["--resume", "auto"], **settings(own))
+    assert code == 0
+    assert "metrics.jsonl has changed since the state was saved" in capsys.readouterr().err
+    assert [line["step"] for line in lines if line["split"] == "train"] == [1, 2, 3, 4]
+    path.write_bytes(path.read_bytes().replace(b'"loss": ' + changed, b'"loss": 7', 1))
+    assert report.main([str(folder / "begun")]) == 0
+    assert "metrics.jsonl has changed since the state of step 4" in capsys.readouterr().err
