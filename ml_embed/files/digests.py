@@ -131,8 +131,8 @@ def digests_of(
         if memory:
             megabytes = sum(path.stat().st_size for path in unknown) / 1e6
             notice(
-                f"read {len(unknown)} files ({megabytes:,.1f} MB) whole in "
-                f"{time.perf_counter() - begin:.2f} s for their digests"
+                f"digests: read {len(unknown)} file{'s' * (len(unknown) > 1)} whole, "
+                f"{megabytes:,.1f} MB in {time.perf_counter() - begin:.2f} s"
             )
         new = {
             states[path]: found[path]

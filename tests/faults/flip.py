@@ -30,9 +30,11 @@ from helpers.teachers import LetterModel, teacher_options  # noqa: E402
 from helpers.tiny_world import TinyWorld, make_world  # noqa: E402
 
 import run as run_script  # noqa: E402
+import tokenize_data_qwen  # noqa: E402
 from ml_embed.data.store import open_converted  # noqa: E402
 from ml_embed.files import digests  # noqa: E402
 from ml_embed.files.model_identity import model_identity  # noqa: E402
+from ml_embed.recipe.mining import Filter, MiningOptions, mine_folder  # noqa: E402
 from ml_embed.recipe.teacher import embed_teacher  # noqa: E402
 from scripts import export_model, report  # noqa: E402
 
@@ -67,6 +69,8 @@ class Bench:
         self.world: TinyWorld = make_world(folder / "world")
         vectors = teacher_options(self.world, folder / "vectors")
         embed_teacher(LetterModel(), vectors, progress=False)
+        mined = MiningOptions(self.world.raw, folder / "mined", Filter(count=2))
+        mine_folder(LetterModel(), mined, progress=False)
         done = self.run("base")
         assert done.code == 0, done.said
         run_dir = folder / "runs" / "base"
@@ -119,6 +123,15 @@ class Bench:
         trial = in_process(export_model.main, *flags)
         return trial if trial.code else Trial(0, trial.said, model_identity(output))
 
+    def tokenize(self) -> Trial:
+        """The mined data as tokens."""
+        output = self.folder / "tokens"
+        shutil.rmtree(output, ignore_errors=True)
+        flags = ["--tokenizer", str(self.world.backbone), "--input", str(self.folder / "mined")]
+        trial = in_process(tokenize_data_qwen.main, *flags, "--output", str(output), "--quiet")
+        made = output.glob("*.parquet")
+        return trial if trial.code else Trial(0, trial.said, {p.name: p.read_bytes() for p in made})
+
     def report(self) -> Trial:
         """The page of the base run."""
         page = self.folder / "report.html"
@@ -147,6 +160,8 @@ KINDS = {
     "converted data": Kind(Bench.arrays, Bench.start),
     "start model": Kind(lambda bench: files_in(bench.model), Bench.start),
     "model to cut": Kind(lambda bench: files_in(bench.model), Bench.export),
+    "model begun with": Kind(lambda bench: files_in(bench.world.backbone), Bench.resume),
+    "mined data": Kind(lambda bench: files_in(bench.folder / "mined"), Bench.tokenize),
     "teacher vectors": Kind(lambda bench: files_in(bench.folder / "vectors"), Bench.start),
     "resume state": Kind(Bench.states, Bench.resume),
     "remembered digests": Kind(Bench.memories, Bench.start),
@@ -218,7 +233,10 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=200, help="flips (default: 200)")
     parser.add_argument("--seed", type=int, default=0, help="of the first one (default: 0)")
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary one)")
+    parser.add_argument("--only", choices=list(KINDS), help="one kind of files (default: all)")
     options = parser.parse_args()
+    for name in [name for name in KINDS if options.only not in (None, name)]:
+        del KINDS[name]
     table: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     with contextlib.ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))

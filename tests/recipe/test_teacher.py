@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -344,6 +345,24 @@ def test_an_interrupted_overwrite_goes_on_and_keeps_no_old_vector(world, tmp_pat
     assert len(again.seen) < len(whole.seen) - 20
     for path in (tmp_path / "whole").glob("*.[jv]*"):
         assert (output / path.name).read_bytes() == path.read_bytes()
+
+
+def test_another_teacher_of_the_same_name_and_damaged_vectors_are_refused(world, tmp_path):
+    embed_teacher(LetterModel(), teacher_options(world, tmp_path), progress=False)
+
+    class Retrained(LetterModel):
+        identity: ClassVar[dict[str, str]] = {"letters": "2"}
+
+    with pytest.raises(UserError, match=r"files was \{'letters': '1'\}, now \{'letters': '2'\}"):
+        embed_teacher(Retrained(), teacher_options(world, tmp_path), progress=False)
+    path = next(tmp_path.glob("queries-*.vectors"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match=rf"{path.name} is not as it was written.*--overwrite"):
+        embed_teacher(LetterModel(), teacher_options(world, tmp_path), progress=False)
+    assert path.read_bytes() != whole, "nothing is touched"
+    embed_teacher(LetterModel(), teacher_options(world, tmp_path, overwrite=True), progress=False)
+    assert path.read_bytes() == whole
 
 
 def test_a_finished_folder_stays_usable_while_data_is_added(world, tmp_path):
