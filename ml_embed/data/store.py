@@ -208,9 +208,8 @@ def open_store(
         identity = sources.identity(cache_dir, verify=True)
         target = _place(cache_dir, identity)
         _convert_once(sources, identity, target, progress)
-    store = open_converted(target)
-    _check_arrays(target, identity, (target, cache_dir), verify)
-    return store
+    _check_arrays(target, identity, (target, cache_dir), verify)  # before a header is believed
+    return open_converted(target)
 
 
 def _place(cache_dir: Path, identity: dict[str, str]) -> Path:

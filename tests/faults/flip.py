@@ -74,13 +74,14 @@ class Bench:
         done = self.run("base")
         assert done.code == 0, done.said
         run_dir = folder / "runs" / "base"
+        shutil.copytree(run_dir, folder / "runs" / "finished")
         for last in (run_dir / f"step_{STEPS}", run_dir / "resume" / f"step_{STEPS}"):
             shutil.rmtree(last)
         self.model = run_dir / f"step_{STEPS - 1}"
-        self.undamaged: dict[str, Trial] = {}
-        for name, kind in KINDS.items():
-            self.undamaged[name] = kind.command(self)
-            assert self.undamaged[name].code == 0, self.undamaged[name].said
+        self.undamaged: dict[Callable, Trial] = {}
+        for command in {kind.command for kind in KINDS.values()}:
+            self.undamaged[command] = command(self)
+            assert self.undamaged[command].code == 0, self.undamaged[command].said
 
     def run(self, name: str, *flags: str, **changes: Any) -> Trial:
         """A run of run.py; its result is the weights that it ends with."""
@@ -97,7 +98,7 @@ class Bench:
         config = self.world.write_config(self.folder / f"{name}.json", name, **changes)
         trial = in_process(run_script.main, "--config", str(config), "--quiet", *flags)
         last = self.folder / "runs" / name / f"step_{changes['train_steps']}"
-        return trial if trial.code else Trial(0, trial.said, model_identity(last))
+        return trial if trial.code != 0 else Trial(0, trial.said, model_identity(last))
 
     def start(self) -> Trial:
         """A new run with everything verified."""
@@ -121,7 +122,7 @@ class Bench:
         shutil.rmtree(output, ignore_errors=True)
         flags = ["--model", str(self.model), "--output", str(output), "--rank", "16", "--verify"]
         trial = in_process(export_model.main, *flags)
-        return trial if trial.code else Trial(0, trial.said, model_identity(output))
+        return trial if trial.code != 0 else Trial(0, trial.said, model_identity(output))
 
     def tokenize(self) -> Trial:
         """The mined data as tokens."""
@@ -129,14 +130,14 @@ class Bench:
         shutil.rmtree(output, ignore_errors=True)
         flags = ["--tokenizer", str(self.world.backbone), "--input", str(self.folder / "mined")]
         trial = in_process(tokenize_data_qwen.main, *flags, "--output", str(output), "--quiet")
-        made = output.glob("*.parquet")
-        return trial if trial.code else Trial(0, trial.said, {p.name: p.read_bytes() for p in made})
+        made = {path.name: path.read_bytes() for path in output.glob("*.parquet")}
+        return trial if trial.code != 0 else Trial(0, trial.said, made)
 
     def report(self) -> Trial:
-        """The page of the base run."""
-        page = self.folder / "report.html"
-        trial = in_process(report.main, str(self.folder / "runs" / "base"), "--output", str(page))
-        return trial if trial.code else Trial(0, trial.said, page.read_bytes())
+        """The page of the finished run."""
+        run_dir, page = self.folder / "runs" / "finished", self.folder / "report.html"
+        trial = in_process(report.main, str(run_dir), "--output", str(page))
+        return trial if trial.code != 0 else Trial(0, trial.said, page.read_bytes())
 
     def states(self) -> list[Path]:
         """The files of the newest resume state."""
@@ -165,7 +166,9 @@ KINDS = {
     "teacher vectors": Kind(lambda bench: files_in(bench.folder / "vectors"), Bench.start),
     "resume state": Kind(Bench.states, Bench.resume),
     "remembered digests": Kind(Bench.memories, Bench.start),
-    "metrics": Kind(lambda bench: [bench.folder / "runs" / "base" / "metrics.jsonl"], Bench.report),
+    "metrics": Kind(
+        lambda bench: [bench.folder / "runs" / "finished" / "metrics.jsonl"], Bench.report
+    ),
 }
 
 
@@ -201,7 +204,7 @@ def try_one(seed: int, folder: Path) -> dict:
     """
     bench, random = bench_in(folder), np.random.default_rng(seed)
     name = list(KINDS)[random.integers(len(KINDS))]
-    kind, undamaged = KINDS[name], bench.undamaged[name]
+    kind = KINDS[name]
     files = [path for path in kind.files(bench) if path.stat().st_size]
     path = files[random.integers(len(files))]
     whole = path.read_bytes()
@@ -217,7 +220,7 @@ def try_one(seed: int, folder: Path) -> dict:
         trial = kind.command(bench)
     finally:
         path.write_bytes(whole)
-    outcome = "equal" if trial.result == undamaged.result else "silent"
+    outcome = "equal" if trial.result == bench.undamaged[kind.command].result else "silent"
     if trial.code is None:
         outcome = "traceback"
     elif trial.code or (outcome == "silent" and path.name in trial.said):
