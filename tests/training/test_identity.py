@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -119,6 +120,15 @@ def test_what_a_run_is_made_of_may_not_change(begun, tmp_path, capsys, name):
     assert code == 2, errors
     assert file in errors
     assert "Traceback" not in errors
+
+
+def test_a_dry_run_says_what_it_read(begun, tmp_path, capsys):
+    """Once: the second one knows the digests."""
+    own, folder = copied(begun, tmp_path)
+    for said in (True, False):
+        time.sleep(0.06)  # what was just written is not taken for settled
+        assert train(own, folder, "begun", ["--dry-run"], **settings(own))[0] == 0
+        assert ("digests: read 6 files whole, 0.0 MB in 0." in capsys.readouterr().err) == said
 
 
 def test_a_copy_of_all_of_it_is_the_same(begun, tmp_path):
