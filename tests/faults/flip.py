@@ -1,21 +1,11 @@
-"""Flip one bit of one file that a command reads, and compare what the command then makes.
+"""Flip one bit of one file that a command reads, and compare what the command then makes."""
 
-    python tests/faults/flip.py --count 200 [--seed 0] [--folder DIR]
-
-Prints one JSON line per flip, and a table of outcomes at the end.
-"""
-
-import argparse
-import collections
 import contextlib
 import functools
 import io
 import itertools
-import json
 import logging
 import shutil
-import sys
-import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,20 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from helpers.teachers import LetterModel, teacher_options
+from helpers.tiny_world import TinyWorld, make_world
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]  # as a script
-
-from helpers.teachers import LetterModel, teacher_options  # noqa: E402
-from helpers.tiny_world import TinyWorld, make_world  # noqa: E402
-
-import run as run_script  # noqa: E402
-import tokenize_data_qwen  # noqa: E402
-from ml_embed.data.store import open_converted  # noqa: E402
-from ml_embed.files import digests  # noqa: E402
-from ml_embed.files.model_identity import model_identity  # noqa: E402
-from ml_embed.recipe.mining import Filter, MiningOptions, mine_folder  # noqa: E402
-from ml_embed.recipe.teacher import embed_teacher  # noqa: E402
-from scripts import export_model, report  # noqa: E402
+import run as run_script
+import tokenize_data_qwen
+from ml_embed.data.store import open_converted
+from ml_embed.files import digests
+from ml_embed.files.model_identity import model_identity
+from ml_embed.recipe.mining import Filter, MiningOptions, mine_folder
+from ml_embed.recipe.teacher import embed_teacher
+from scripts import export_model, report
 
 EDGE = 600
 """bytes at each end of a file, where headers and footers are, that every other flip is in"""
@@ -188,7 +175,7 @@ def in_process(main: Callable[[list[str]], int], *arguments: str) -> Trial:
 def bench_in(folder: Path) -> Bench:
     """Made once per folder and process."""
     logging.getLogger("ml_embed").setLevel(logging.WARNING)
-    names = (folder / f"flips-{number}" for number in itertools.count())
+    names = (folder / f"world-{number}" for number in itertools.count())
     return Bench(next(path for path in names if not path.exists()))
 
 
@@ -197,12 +184,12 @@ def try_one(seed: int, folder: Path) -> dict:
 
     Args:
         seed: chooses kind, file and bit.
-        folder: to work in; what it holds already is used again by the same process.
+        folder: of the case; the world that all flips of a process share lies beside it.
     Returns:
         kind "flip", what was flipped, the outcome ("equal", "error", "traceback" or "silent") and
         a detail to look at.
     """
-    bench, random = bench_in(folder), np.random.default_rng(seed)
+    bench, random = bench_in(folder.parent), np.random.default_rng(seed)
     name = list(KINDS)[random.integers(len(KINDS))]
     kind = KINDS[name]
     files = [path for path in kind.files(bench) if path.stat().st_size]
@@ -227,30 +214,3 @@ def try_one(seed: int, folder: Path) -> dict:
         outcome = "error"  # or a warning that names the file
     what = f"{name}: {path.relative_to(bench.folder)}, bit {bit} of byte {place}"
     return {"kind": "flip", "what": what, "outcome": outcome, "detail": trial.said[-600:]}
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--count", type=int, default=200, help="flips (default: 200)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first one (default: 0)")
-    parser.add_argument("--folder", type=Path, help="where to work (default: a temporary one)")
-    parser.add_argument("--only", choices=list(KINDS), help="one kind of files (default: all)")
-    options = parser.parse_args()
-    for name in [name for name in KINDS if options.only not in (None, name)]:
-        del KINDS[name]
-    table: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
-    with contextlib.ExitStack() as stack:
-        folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        for seed in range(options.seed, options.seed + options.count):
-            case = try_one(seed, folder)
-            table[case["what"].split(":")[0]][case["outcome"]] += 1
-            print(json.dumps(case), flush=True)
-    for name, outcomes in table.items():
-        print(f"{name:20} {dict(outcomes)}")
-    return int(any(outcomes["silent"] + outcomes["traceback"] for outcomes in table.values()))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The short and the longer form of `tests/faults/flip.py`: no flipped bit passes unnoticed."""
+"""No flipped bit passes unnoticed: the short form of `tests/faults/flip.py`, and a longer one."""
 
 import collections
 
@@ -8,7 +8,7 @@ from faults.flip import KINDS, try_one
 
 def outcomes(seeds, folder) -> tuple[collections.Counter, set[str]]:
     """How often each outcome came, and the kinds of files that were damaged."""
-    cases = [try_one(seed, folder) for seed in seeds]
+    cases = [try_one(seed, folder / str(seed)) for seed in seeds]
     wrong = [case for case in cases if case["outcome"] not in ("equal", "error")]
     assert not wrong, wrong
     kinds = {case["what"].split(":")[0] for case in cases}
