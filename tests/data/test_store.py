@@ -206,6 +206,29 @@ def test_a_known_folder_is_not_read_again_unless_verified(tmp_path, caplog):
     assert sorted(path.name for path in folder.glob(".*")) == [digests.MEMORY]
 
 
+def test_digests_of_data_that_cannot_be_written_beside_are_remembered_in_the_cache(
+    tmp_path, monkeypatch, caplog
+):
+    caplog.set_level("INFO", "ml_embed")
+    folder, cache = write_own(tmp_path / "data"), tmp_path / "cache"
+    make = digests.tempfile.mkstemp
+
+    def read_only_data(suffix, prefix, place):
+        if place == folder:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return make(suffix, prefix, place)
+
+    monkeypatch.setattr(digests.tempfile, "mkstemp", read_only_data)
+    time.sleep(0.06)  # a file that was just written is not taken for settled
+    open_store(folder, cache, progress=False)
+    assert not (folder / digests.MEMORY).exists()
+    assert (cache / digests.MEMORY).is_file()
+    digests._file_digest.cache_clear()
+    caplog.clear()
+    open_store(folder, cache, progress=False)
+    assert "read 2 files" not in caplog.text
+
+
 @pytest.mark.parametrize("where", ["query", "corpus"])
 def test_a_file_that_is_not_the_manifests_is_named(tmp_path, where):
     folder = write_own(tmp_path / "data")
