@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 
 from ml_embed.errors import UserError, exit_on_user_error
+from ml_embed.files.digests import add_verify_flag
 from ml_embed.notices import bars_wanted, parse_command
 
 
@@ -45,6 +46,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="print the first N batches as text, with what is masked, train nothing",
     )
+    add_verify_flag(parser)
     return parse_command(parser, arguments)
 
 
@@ -73,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
         if accelerator.device.type == "cpu":
             keep_freed_memory()
         bars = bars_wanted() and accelerator.is_local_main_process
-        inputs = open_inputs(config, accelerator.num_processes, progress=bars)
+        inputs = open_inputs(config, accelerator.num_processes, bars, options.verify)
         if options.dry_run:
             if accelerator.is_local_main_process:
                 print(json.dumps(inputs.resolved.to_json(), indent=2))

@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ml_embed.errors import exit_on_user_error
+from ml_embed.files.digests import add_verify_flag
 from ml_embed.files.paths import check_writable, home_path
 from ml_embed.notices import bars_wanted, parse_command
 
@@ -87,6 +88,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="make everything anew, or go on with that after an interruption",
     )
+    add_verify_flag(parser)
     return parse_command(parser, arguments)
 
 
@@ -94,6 +96,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     from ml_embed.inference.text_models import load_text_model
+    from ml_embed.model_folders.seal import verify_model
     from ml_embed.recipe.teacher import TeacherOptions, embed_teacher, tokenizer_of_data
 
     options = TeacherOptions(
@@ -106,8 +109,11 @@ def main(arguments: list[str] | None = None) -> None:
         dtype=args.dtype,
         cache_dir=args.cache_dir,
         overwrite=args.overwrite,
+        verify=args.verify,
     )
     check_writable(args.output)  # mistakes show before a model is loaded
+    if args.verify:
+        verify_model(args.model)
     tokenizer_of_data(options)
     model = load_text_model(args.model, args.device, args.batch_size)
     record = embed_teacher(model, options, progress=bars_wanted())

@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ml_embed.errors import UserError, exit_on_user_error
+from ml_embed.files.digests import add_verify_flag
 from ml_embed.files.paths import check_writable, home_path
 from ml_embed.model_folders.cut import add_cut_flags
 from ml_embed.notices import bars_wanted, parse_command
@@ -67,6 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
         help="tokens per forward pass (default 4096 on CPU, 32768 on GPU)",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default the first GPU, else the CPU)")
+    add_verify_flag(parser)
     args = parse_command(parser, arguments)
     for name in ("max_queries", "batch_tokens"):
         value = getattr(args, name)
@@ -79,9 +81,12 @@ def main(arguments: list[str] | None = None) -> None:
 def evaluate(args: argparse.Namespace) -> None:
     from ml_embed.evaluation.cube import evaluate_baseline, evaluate_cube
     from ml_embed.files.atomic import write_json
+    from ml_embed.model_folders.seal import verify_model
     from ml_embed.reports.plots import plot_cube
     from ml_embed.reports.tables import cube_tables, test_set_table
 
+    for model in filter(None, (args.model, args.baseline)) if args.verify else ():
+        verify_model(model)
     options = {
         "batch_tokens": args.batch_tokens,
         "max_queries": args.max_queries,

@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ml_embed.errors import UserError, exit_on_user_error
+from ml_embed.files.digests import add_verify_flag
 from ml_embed.files.paths import check_writable, home_path
 from ml_embed.model_folders.cut import add_cut_flags
 from ml_embed.notices import bars_wanted, parse_command
@@ -60,6 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default the first GPU, else the CPU)")
     parser.add_argument("--overwrite", action="store_true", help="compute again what is there")
+    add_verify_flag(parser)
     args = parse_command(parser, arguments)
     if not args.tasks and not args.benchmark:
         raise UserError("give --tasks or --benchmark")
@@ -72,8 +74,11 @@ def main(arguments: list[str] | None = None) -> None:
 def evaluate(args: argparse.Namespace) -> None:
     from ml_embed.evaluation.mteb import SUMMARY_FILE, evaluate_mteb, find_tasks
     from ml_embed.files.atomic import disk_errors_are_user_errors
+    from ml_embed.model_folders.seal import verify_model
     from ml_embed.reports.tables import summary_table
 
+    if args.verify:
+        verify_model(args.model)
     tasks = find_tasks(args.tasks, args.benchmark, args.languages)
     with disk_errors_are_user_errors(args.output, "Then run the same command again: it continues."):
         summary = evaluate_mteb(

@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ml_embed.errors import exit_on_user_error
+from ml_embed.files.digests import add_verify_flag
 from ml_embed.files.paths import home_path
 from ml_embed.model_folders.cut import add_cut_flags, add_flag
 from ml_embed.notices import parse_command
@@ -53,12 +54,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a model folder at --output"
     )
+    add_verify_flag(parser)
     args = parse_command(parser, arguments)
 
     import torch
 
     from ml_embed.model_folders.export import export_model
+    from ml_embed.model_folders.seal import verify_model
 
+    if args.verify:
+        verify_model(args.model)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     cut = export_model(
         args.model,

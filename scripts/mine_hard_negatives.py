@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ml_embed.errors import UserError, exit_on_user_error
+from ml_embed.files.digests import add_verify_flag
 from ml_embed.files.paths import check_writable, home_path
 from ml_embed.notices import bars_wanted, parse_command
 
@@ -101,6 +102,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="replace datasets that were mined otherwise, and remove those that "
         "--input no longer has",
     )
+    add_verify_flag(parser)
     return parse_command(parser, arguments)
 
 
@@ -129,6 +131,7 @@ def _approximation(args: argparse.Namespace) -> "Approximation | None":
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     from ml_embed.inference.text_models import load_text_model
+    from ml_embed.model_folders.seal import verify_model
     from ml_embed.prepare.raw import list_raw_datasets
     from ml_embed.recipe.mining import Filter, MiningOptions, mine_folder
 
@@ -139,6 +142,8 @@ def main(arguments: list[str] | None = None) -> None:
     approximation = _approximation(args)
     check_writable(args.output)  # mistakes show before a model is loaded
     list_raw_datasets(args.input)
+    if args.verify:
+        verify_model(args.model)
     model = load_text_model(args.model, args.device)
     options = MiningOptions(
         args.input,

@@ -18,6 +18,7 @@ from ml_embed.data.random import scramble
 from ml_embed.data.sources import Sources
 from ml_embed.errors import UserError
 from ml_embed.files.arrays import ArrayFile
+from ml_embed.files.digests import TextsDigest, file_digest, sealed
 from ml_embed.files.parquet import (
     Ragged,
     first_true,
@@ -29,7 +30,7 @@ from ml_embed.files.parquet import (
     row_of_value,
 )
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 INDEX = "index.json"
 ARRAYS: dict[str, type[np.number]] = {
     "query_tokens": np.int32,
@@ -89,6 +90,8 @@ class Corpus:
     """(largest id + 1,) occurrences of each token id in all documents"""
     ids: DocumentIds | None
     """None in our own layout, whose ids are row numbers"""
+    digest: str
+    """of all tokens of its documents"""
 
     @property
     def num_documents(self) -> int:
@@ -189,8 +192,10 @@ class ArrayWriter:
         return int(ends[-1]) if len(ends) else base
 
 
-def convert(sources: Sources, folder: Path, progress: bool) -> None:
+def convert(sources: Sources, identity: dict[str, str], folder: Path, progress: bool) -> None:
     """Write every array and index.json of `sources` into the existing, empty `folder`.
+
+    The index holds `identity` and the digest of each array file.
 
     Files are read block by block, so memory does not grow with the data, except for about 60 bytes
     per row of one dataset, and 16 bytes per document in the released layout.
@@ -209,11 +214,14 @@ def convert(sources: Sources, folder: Path, progress: bool) -> None:
         for file in writer.files.values():
             file.discard()
         raise
+    digests = {name: file_digest(folder / f"{name}.npy") for name in ARRAYS}
+    index = sealed(index | {"identity": identity, "digests": digests})
     (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
 
 
 def _convert_all(sources: Sources, writer: ArrayWriter, bar: tqdm) -> dict:
     datasets: dict[str, Slices] = {}
+    texts: dict[str, tuple[str, str]] = {}
     corpora: dict[Path, Corpus] = {}
     uses = list(sources.corpora.values())
     largest_id = 0
@@ -222,7 +230,8 @@ def _convert_all(sources: Sources, writer: ArrayWriter, bar: tqdm) -> dict:
         if corpus_path not in corpora:
             corpora[corpus_path] = _convert_corpus(corpus_path, sources, writer, bar)
         corpus = corpora[corpus_path]
-        counts, slices = _convert_queries(query_path, corpus_path, corpus, writer, bar)
+        counts, slices, digest = _convert_queries(query_path, corpus_path, corpus, writer, bar)
+        texts[name] = digest, corpus.digest
         _check_against_manifest(sources, name, slices, corpus)
         starts = writer.position(["token_counts"])
         writer.files["token_counts"].append(counts)
@@ -237,6 +246,7 @@ def _convert_all(sources: Sources, writer: ArrayWriter, bar: tqdm) -> dict:
         "max_token_id": largest_id,
         "lengths": writer.position(list(ARRAYS)),
         "datasets": datasets,
+        "texts": texts,
     }
 
 
@@ -245,17 +255,18 @@ def _convert_corpus(path: Path, sources: Sources, writer: ArrayWriter, bar: tqdm
     columns = ["doc_id", "input_ids"] if released else ["input_ids"]
     starts = writer.position([name for name in ARRAYS if name.startswith("document")])
     ids = DocumentIds() if released else None
-    counts = TokenCounts()
+    counts, digest = TokenCounts(), TextsDigest()
     writer.files["document_offsets"].append(np.zeros(1, np.int64))
     end = 0
     for block in _blocks(path, columns, bar):
         tokens = block.token_lists("input_ids")
         end = _append_texts(writer, "document", tokens, end)
         writer.files["document_hashes"].append(hash_lists(tokens.values, tokens.lengths))
+        digest.add(tokens.lengths, tokens.values)
         counts.add(tokens.values)
         if ids is not None:
             ids.add(block.strings("doc_id", nulls_allowed=False))
-    corpus = Corpus(writer.slices_since(starts), counts.counts, ids)
+    corpus = Corpus(writer.slices_since(starts), counts.counts, ids, digest.hexdigest())
     if ids is not None:
         _check_repeated_ids(ids.finish(), path, corpus, writer)
     return corpus
@@ -263,8 +274,8 @@ def _convert_corpus(path: Path, sources: Sources, writer: ArrayWriter, bar: tqdm
 
 def _convert_queries(
     path: Path, corpus_path: Path, corpus: Corpus, writer: ArrayWriter, bar: tqdm
-) -> tuple[np.ndarray, Slices]:
-    """Append one dataset's rows; return its token counts and slices."""
+) -> tuple[np.ndarray, Slices, str]:
+    """Append one dataset's rows; return its token counts, slices, and the digest of its queries."""
     negative_columns = _negative_columns(path) if corpus.ids is not None else ["negative_doc_ids"]
     passage_column = "passage_doc_id" if corpus.ids is None else "passage_input_ids"
     starts = writer.position(
@@ -272,7 +283,7 @@ def _convert_queries(
     )
     writer.files["query_offsets"].append(np.zeros(1, np.int64))
     writer.files["negative_offsets"].append(np.zeros(1, np.int64))
-    counts = TokenCounts()
+    counts, digest = TokenCounts(), TextsDigest()
     used = np.zeros(corpus.num_documents, bool)
     query_end = negative_end = 0
     hashes = []
@@ -281,6 +292,7 @@ def _convert_queries(
         queries = block.token_lists("query_input_ids")
         query_end = _append_texts(writer, "query", queries, query_end)
         hashes.append(block.query_hashes(queries))
+        digest.add(queries.lengths, queries.values)
         writer.files["scores"].append(block.scores())
         counts.add(queries.values)
         if corpus.ids is None:
@@ -298,7 +310,7 @@ def _convert_queries(
         counts.add_counts(corpus.counts)
     else:
         counts.add_counts(_count_documents(np.flatnonzero(used), corpus, writer))
-    return counts.counts, writer.slices_since(starts)
+    return counts.counts, writer.slices_since(starts), digest.hexdigest()
 
 
 def _blocks(path: Path, columns: list[str], bar: tqdm) -> Iterator[Block]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ml_embed.errors import UserError
+from ml_embed.files.digests import SEAL, seal_is_broken
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
@@ -78,6 +79,12 @@ class Manifest:
             raise UserError(
                 f"cannot read {path}: {error}. Run tokenize_data_qwen.py again with --overwrite."
             ) from error
+        if isinstance(content, dict) and seal_is_broken(content):
+            raise UserError(
+                f"{path} has changed since it was written. Copy it again, or run "
+                f"tokenize_data_qwen.py with --overwrite; if you have edited it on purpose, remove "
+                f"its key {SEAL!r}."
+            )
         version = content.get("format_version") if isinstance(content, dict) else None
         if version not in (1, FORMAT_VERSION):
             raise UserError(

@@ -1,13 +1,12 @@
 """Which files a folder of tokenized data holds, and in which of the two layouts."""
 
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ml_embed.data.manifest import MANIFEST, Manifest
 from ml_embed.errors import UserError
+from ml_embed.files.digests import digests_of, value_digest
 from ml_embed.files.parquet import open_parquet
 from ml_embed.files.work_record import journal_of
 
@@ -33,15 +32,29 @@ class Sources:
         """Every file once, in a fixed order."""
         yield from sorted({*self.queries.values(), *self.corpora.values()})
 
-    def fingerprint(self, format_version: int) -> str:
-        """A digest of the manifest, of each file's name, size and time, and of `format_version`."""
-        stats = ((path.name, path.stat()) for path in self.files())
-        described = {
-            "format_version": format_version,
-            "manifest": None if self.manifest is None else self.manifest.to_json(),
-            "files": [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
-        }
-        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
+    def identity(self, cache_dir: Path, verify: bool = False) -> dict[str, str]:
+        """File name -> digest of its content, wherever the folder lies: what the data is.
+
+        Args:
+            cache_dir: where digests are remembered if that cannot be beside the data.
+            verify: read all files, also those whose digest is remembered.
+        Raises:
+            UserError: a file is not the one that the manifest was written with.
+        """
+        digests = digests_of(self.files(), (self.folder, cache_dir), verify)
+        identity = {path.name: digest for path, digest in digests.items()}
+        if self.manifest is None:
+            return identity
+        for name, entry in self.manifest.datasets.items():
+            for kind, path in (("query", self.queries[name]), ("corpus", self.corpora[name])):
+                recorded, found = (entry.digests or {}).get(kind), digests[path]
+                if recorded not in (None, found):
+                    raise UserError(
+                        f"{path} is not the file that {MANIFEST} was written with: its digest was "
+                        f"{recorded}, now it is {found}. Copy the file again, or run "
+                        "tokenize_data_qwen.py with --overwrite."
+                    )
+        return identity | {MANIFEST: value_digest(self.manifest.to_json())}
 
 
 def find_sources(folder: Path) -> Sources:

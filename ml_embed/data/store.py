@@ -7,6 +7,7 @@ a converted store reads no data. A text is a slice of a memory map; no token is 
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ml_embed.data.sources import Sources, find_sources
 from ml_embed.errors import UserError
 from ml_embed.files.arrays import map_array
 from ml_embed.files.atomic import disk_errors_are_user_errors, umask
+from ml_embed.files.digests import SEAL, digests_of, sealed, value_digest
 from ml_embed.files.locks import take_lock
 
 
@@ -31,9 +33,16 @@ class TokenizedDataset:
     """
 
     def __init__(
-        self, store_folder: Path, name: str, arrays: dict[str, np.ndarray], max_token_id: int
+        self,
+        store_folder: Path,
+        name: str,
+        arrays: dict[str, np.ndarray],
+        max_token_id: int,
+        texts: Sequence[str],
     ):
         self.name = name
+        self.query_digest, self.document_digest = texts
+        """of all tokens of the queries, and of the documents, in their order"""
         self.query_lengths = arrays["query_lengths"]
         """(rows,) int32: number of tokens of each query."""
         self.document_lengths = arrays["document_lengths"]
@@ -156,6 +165,8 @@ class Store:
         self.manifest = None if manifest is None else Manifest.from_json(manifest)
         """of the tokenized folder; None in the released layout, which has none"""
         self.eos_id = None if self.manifest is None else self.manifest.eos_id
+        self.identity: dict[str, str] = index["identity"]
+        """what the data is: `Sources.identity`"""
         self.max_token_id: int = index["max_token_id"]
         """The largest token id in the data: the model's vocabulary must be larger."""
         self.datasets: dict[str, TokenizedDataset] = {
@@ -164,6 +175,7 @@ class Store:
                 name,
                 {key: array[slice(*slices[key])] for key, array in arrays.items()},
                 self.max_token_id,
+                index["texts"][name],
             )
             for name, slices in sorted(index["datasets"].items())
         }
@@ -179,20 +191,36 @@ class Store:
         return open_converted, (self.folder,)
 
 
-def open_store(folder: str | Path, cache_dir: str | Path, progress: bool = True) -> Store:
+def open_store(
+    folder: str | Path, cache_dir: str | Path, progress: bool = True, verify: bool = False
+) -> Store:
     """Open a folder of tokenized data, in our own or the released layout; convert it if needed.
 
-    The converted arrays lie in `cache_dir/store-<fingerprint of the files>`. Several processes may
-    call this at once: one converts and the others wait.
+    The converted arrays lie in `cache_dir/store-<digest of the data's identity>`. Several processes
+    may call this at once: one converts and the others wait.
 
+    Args:
+        folder: of the data.
+        cache_dir: for the converted arrays.
+        progress: a bar on stderr.
+        verify: compare all of the data and of the arrays with their digests; otherwise what has
+            not changed since it was last read whole is taken for whole.
     Raises:
-        UserError: data is missing or wrong.
+        UserError: data is missing, wrong or damaged.
     """
-    sources = find_sources(Path(folder))
-    target = Path(cache_dir).absolute() / f"store-{sources.fingerprint(FORMAT_VERSION)}"
+    sources, cache_dir = find_sources(Path(folder)), Path(cache_dir).absolute()
+    identity = sources.identity(cache_dir, verify)
+    target = _place(cache_dir, identity)
     if not (target / INDEX).is_file():
-        _convert_once(sources, target, progress)
+        identity = sources.identity(cache_dir, verify=True)
+        target = _place(cache_dir, identity)
+        _convert_once(sources, identity, target, progress)
+    _check_arrays(target, identity, (target, cache_dir), verify)  # before a header is believed
     return open_converted(target)
+
+
+def _place(cache_dir: Path, identity: dict[str, str]) -> Path:
+    return cache_dir / f"store-{value_digest([FORMAT_VERSION, identity])}"
 
 
 @lru_cache(maxsize=8)
@@ -203,22 +231,50 @@ def open_converted(folder: Path) -> Store:
         UserError: they are damaged.
     """
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index = _read_index(folder)
         arrays = {name: map_array(folder / f"{name}.npy") for name in ARRAYS}
         for name, array in arrays.items():
             if len(array) != index["lengths"][name]:
                 raise ValueError(
                     f"{name} has {len(array)} items instead of {index['lengths'][name]}"
                 )
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"the converted data in {folder} is damaged ({error}). Remove that folder: it is made "
-            "again."
-        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(folder, error) from error
     return Store(folder, index, arrays)
 
 
-def _convert_once(sources: Sources, target: Path, progress: bool) -> None:
+def _read_index(folder: Path) -> dict[str, Any]:
+    """Raises OSError, ValueError, KeyError or TypeError if it is damaged."""
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    if index[SEAL] != sealed(index)[SEAL]:
+        raise ValueError(f"{INDEX} does not match its digest")
+    return index
+
+
+def _damaged(folder: Path, problem: object) -> UserError:
+    return UserError(
+        f"the converted data in {folder} is damaged ({problem}). Remove that folder: it is made "
+        "again."
+    )
+
+
+def _check_arrays(
+    folder: Path, identity: dict[str, str], memory: Sequence[Path], verify: bool
+) -> None:
+    """Raise UserError if a converted store is of other data, or its arrays are not as written."""
+    try:
+        index = _read_index(folder)
+        if index["identity"] != identity:
+            raise ValueError("it is that of other data")
+        found = digests_of((folder / f"{name}.npy" for name in ARRAYS), memory, verify)
+        for path, digest in found.items():
+            if digest != index["digests"][path.stem]:
+                raise ValueError(f"{path.name} does not match its digest")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(folder, error) from error
+
+
+def _convert_once(sources: Sources, identity: dict[str, str], target: Path, progress: bool) -> None:
     """Convert into a temporary folder and rename it: `target` is whole whenever it exists."""
     remedy = "It takes about 4 bytes per token. Free space there or set cache_dir to another disk."
     with disk_errors_are_user_errors(target.parent, remedy):
@@ -235,7 +291,7 @@ def _convert_once(sources: Sources, target: Path, progress: bool) -> None:
                     shutil.rmtree(leftover, ignore_errors=True)
             partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.partial-", dir=target.parent))
             try:
-                convert(sources, partial, progress)
+                convert(sources, identity, partial, progress)
                 _rename_unless_there(partial, target)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)

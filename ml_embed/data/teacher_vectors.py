@@ -3,19 +3,14 @@
 `ml_embed.recipe.teacher` writes it. `teacher.json` says what the vectors are. Each dataset has a
 file of its queries' vectors, row i for query i, and one of its documents', row j for document j. A
 file is named by a digest of all tokens of its texts: datasets that share a corpus share its file,
-and no others do.
-
-Training must not read all of its data before it starts. It compares lengths, token counts and some
-tokens, which shows nearly every change of the data. The program that writes the vectors compares
-digests of all tokens, so that it never keeps a vector of a text that has changed.
+and no others do. The record holds the digest of each file.
 
 Letters: R rows of a process's share, K negatives, H' the teacher's vector length, T tokens.
 """
 
-import hashlib
 import json
 import mmap
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,78 +20,14 @@ import torch
 
 from ml_embed.config import DistillationLoss
 from ml_embed.data.batch import ContrastiveBatch, PartVectors
-from ml_embed.data.store import Store
+from ml_embed.data.store import Store, TokenizedDataset
 from ml_embed.errors import UserError
+from ml_embed.files.digests import digests_of, file_digest, seal_is_broken, sealed
 
 RECORD = "teacher.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 DTYPES: dict[str, type[np.floating]] = {"float16": np.float16, "float32": np.float32}
-SAMPLED_PLACES = 64
-"""places of a dataset's tokens that are compared"""
-SAMPLED_TOKENS = 64
-"""tokens from each of these places on"""
-SAMPLED_VECTORS = 8
-"""vectors of a file that are compared"""
 KD_REMEDY = 'set kd_loss to "similarity", which compares cosines and takes any teacher'
-
-
-@dataclass(frozen=True)
-class DatasetTexts:
-    """What identifies the texts of a tokenized dataset and their order."""
-
-    rows: int
-    documents: int
-    check: str
-    """digest of their lengths, of some of their tokens, and of how often each token occurs"""
-
-
-def describe_texts(store: Store) -> dict[str, DatasetTexts]:
-    """Identify the texts of each dataset by their lengths and some of their tokens."""
-    described = {}
-    for name, (queries, documents) in digest_texts(store, _digest_of_some).items():
-        dataset = store.datasets[name]
-        check = _digest(
-            queries.encode(), documents.encode(), np.ascontiguousarray(dataset.token_counts)
-        )
-        described[name] = DatasetTexts(dataset.num_rows, dataset.num_documents, check)
-    return described
-
-
-def digest_texts(
-    store: Store, digest: Callable[[np.ndarray, np.ndarray], str]
-) -> dict[str, tuple[str, str]]:
-    """The digests of each dataset's queries and of its documents.
-
-    Args:
-        store: the datasets.
-        digest: a function of the lengths of n texts, (n,) int32, and all their tokens, (T,) int32.
-            Called once per corpus.
-    """
-    # In the released layout many datasets have the same corpus.
-    of_corpus: dict[tuple[int, int], str] = {}
-    digests = {}
-    for name, dataset in store.datasets.items():
-        corpus = dataset.document_lengths.__array_interface__["data"][0], dataset.num_documents
-        if corpus not in of_corpus:
-            of_corpus[corpus] = digest(dataset.document_lengths, dataset.document_tokens)
-        digests[name] = digest(dataset.query_lengths, dataset.query_tokens), of_corpus[corpus]
-    return digests
-
-
-def _digest_of_some(lengths: np.ndarray, tokens: np.ndarray) -> str:
-    """A digest of all lengths, which change with the order of texts, and of some tokens."""
-    places = np.linspace(0, max(0, len(tokens) - SAMPLED_TOKENS), SAMPLED_PLACES).astype(np.int64)
-    samples = (
-        np.ascontiguousarray(tokens[place : place + SAMPLED_TOKENS]) for place in places.tolist()
-    )
-    return _digest(np.ascontiguousarray(lengths), *samples)
-
-
-def _digest(*parts: Any) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -106,25 +37,26 @@ class VectorFile:
     file: str
     """name in the folder"""
     rows: int
-    check: str
-    """digest of some of its vectors"""
+    digest: str
+    """of its content"""
 
     @classmethod
     def describe(cls, path: Path, dtype: str, width: int) -> "VectorFile":
         """Describe a file that is complete."""
-        vectors = map_vectors(path, dtype, width)
-        return cls(path.name, len(vectors), _digest_of_sample(vectors))
+        return cls(path.name, path.stat().st_size // _row_bytes(dtype, width), file_digest(path))
 
     def problem(self, folder: Path, dtype: str, width: int) -> str | None:
-        """What is wrong with the file; None if nothing is."""
+        """What is wrong with the file but for its content; None if nothing is."""
         path = folder / self.file
         if not path.is_file():
             return f"{path} is missing"
-        if path.stat().st_size != self.rows * width * np.dtype(DTYPES[dtype]).itemsize:
+        if path.stat().st_size != self.rows * _row_bytes(dtype, width):
             return f"{path} does not have the size of {self.rows} vectors"
-        if _digest_of_sample(map_vectors(path, dtype, width)) != self.check:
-            return f"{path} is damaged"
         return None
+
+
+def _row_bytes(dtype: str, width: int) -> int:
+    return width * np.dtype(DTYPES[dtype]).itemsize
 
 
 def map_vectors(path: Path, dtype: str, width: int) -> np.ndarray:
@@ -136,21 +68,15 @@ def map_vectors(path: Path, dtype: str, width: int) -> np.ndarray:
     return np.frombuffer(mapped, DTYPES[dtype]).reshape(-1, width)
 
 
-def _digest_of_sample(vectors: np.ndarray) -> str:
-    rows = np.unique(np.linspace(0, len(vectors) - 1, SAMPLED_VECTORS).astype(np.int64))
-    return _digest(np.ascontiguousarray(vectors[rows]))
-
-
 @dataclass(frozen=True)
 class DatasetVectors:
     """A dataset's entry in teacher.json."""
 
     rows: int
     documents: int
-    digest: str
-    """of every token of its texts"""
-    check: str
-    """`DatasetTexts.check`"""
+    query_digest: str
+    document_digest: str
+    """of all tokens of its texts, as in `TokenizedDataset`"""
     query_vectors: VectorFile
     document_vectors: VectorFile
 
@@ -189,6 +115,8 @@ class TeacherVectors:
             )
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
+            if seal_is_broken(record):
+                raise ValueError("it has changed since it was written")
             if (version := record["format_version"]) != FORMAT_VERSION:
                 raise ValueError(f"format version {version!r}, not {FORMAT_VERSION}")
             datasets = {
@@ -209,17 +137,13 @@ class TeacherVectors:
     def to_json(self) -> dict[str, Any]:
         """The content of teacher.json."""
         described = {key: value for key, value in asdict(self).items() if key != "folder"}
-        return {"format_version": FORMAT_VERSION, **described}
+        return sealed({"format_version": FORMAT_VERSION, **described})
 
-    def fingerprint(self, names: list[str]) -> str:
-        """A digest of the vectors of some datasets, the same wherever the folder lies."""
-        parts = [f"{self.dtype} {self.width}"]
-        for name in sorted(names):
-            entry = self.datasets[name]
-            parts.append(
-                f"{name} {entry.digest} {entry.query_vectors.check} {entry.document_vectors.check}"
-            )
-        return _digest("\n".join(parts).encode())
+    def identity(self, names: Iterable[str]) -> dict[str, str]:
+        """File -> digest of its content, of the vectors of some datasets; and their form."""
+        entries = [self.datasets[name] for name in names]
+        files = [file for e in entries for file in (e.query_vectors, e.document_vectors)]
+        return {RECORD: f"{self.width} x {self.dtype}"} | {f.file: f.digest for f in files}
 
     def of_batch(self, batch: ContrastiveBatch, rows: np.ndarray) -> PartVectors:
         """The teacher's vectors of a share: one exit, in the type of the files, on the CPU.
@@ -240,21 +164,36 @@ class TeacherVectors:
         parts = (self._vectors(entry.query_vectors)[rows], found[: len(rows)], negatives)
         return PartVectors(*(torch.from_numpy(part).unsqueeze(0) for part in parts))
 
-    def problems_of(self, name: str, texts: DatasetTexts) -> list[str]:
-        """What is wrong with the vectors of a dataset that has these texts."""
-        again = "run scripts/embed_teacher.py"
+    def problems_of(self, dataset: TokenizedDataset) -> list[str]:
+        """What is wrong with the vectors of a dataset that shows without reading them."""
+        name, again = dataset.name, "run scripts/embed_teacher.py"
         entry = self.datasets.get(name)
         if entry is None:
             return [f"dataset {name!r} is not there; {again} again with the same flags"]
-        if entry.check != texts.check:
+        texts = dataset.query_digest, dataset.document_digest
+        if (entry.query_digest, entry.document_digest) != texts:
             return [
                 f"dataset {name!r} has other texts or another order there ({entry.rows} rows, "
-                f"{entry.documents} documents) than in the data ({texts.rows}, "
-                f"{texts.documents}); {again} again"
+                f"{entry.documents} documents) than in the data ({dataset.num_rows}, "
+                f"{dataset.num_documents}); {again} again"
             ]
         files = (entry.query_vectors, entry.document_vectors)
         found = (file.problem(self.folder, self.dtype, self.width) for file in files)
         return [f"{problem}; {again} with --overwrite" for problem in found if problem]
+
+    def damaged(self, names: Iterable[str], memory: Sequence[Path], verify: bool) -> list[str]:
+        """What is wrong with the content of the vectors of some datasets; see `digests_of`."""
+        recorded = {
+            self.folder / file: digest
+            for file, digest in self.identity(names).items()
+            if file != RECORD
+        }
+        return [
+            f"{path} is damaged: its digest was {recorded[path]}, now it is {found}; run "
+            "scripts/embed_teacher.py with --overwrite"
+            for path, found in digests_of(recorded, memory, verify).items()
+            if found != recorded[path]
+        ]
 
     def _vectors(self, file: VectorFile) -> np.ndarray:
         # Mapped again for each batch, in microseconds: a process may not hold thousands of maps.
@@ -262,7 +201,12 @@ class TeacherVectors:
 
 
 def open_teacher_vectors(
-    folder: Path, store: Store, student_width: int, kd_loss: DistillationLoss
+    folder: Path,
+    store: Store,
+    student_width: int,
+    kd_loss: DistillationLoss,
+    cache_dir: Path | None = None,
+    verify: bool = False,
 ) -> TeacherVectors:
     """Open the teacher's vectors of a run and check them against the data and the student.
 
@@ -271,6 +215,8 @@ def open_teacher_vectors(
         store: the run's datasets.
         student_width: components of the student's vectors.
         kd_loss: the distillation loss.
+        cache_dir: where digests are remembered if that cannot be beside the vectors.
+        verify: read all vectors, also where their digests are remembered.
     Raises:
         UserError: vectors are missing, damaged, of other data, or do not fit the loss; all problems
             in one message.
@@ -284,8 +230,10 @@ def open_teacher_vectors(
         )
     if kd_loss == "vectors" and teacher.normalized:
         problems.append(f"its vectors are of unit length, which the student's are not; {KD_REMEDY}")
-    for name, texts in describe_texts(store).items():
-        problems += teacher.problems_of(name, texts)
+    memory = (folder,) if cache_dir is None else (folder, cache_dir)
+    for dataset in store.datasets.values():
+        problems += teacher.problems_of(dataset)
+    problems += [] if problems else teacher.damaged(store.datasets, memory, verify)
     if problems:
         listing = "\n".join(f"  - {problem}" for problem in problems)
         raise UserError(f"teacher_vectors_path: {folder} does not fit:\n{listing}")

@@ -6,9 +6,7 @@ Letters: E exits, N texts, D vector length.
 """
 
 import dataclasses
-import hashlib
 import importlib.util
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -25,9 +23,10 @@ from tqdm import tqdm
 from ml_embed.errors import UserError, one_line
 from ml_embed.evaluation.cube import CubeModel, encode_all_exits
 from ml_embed.files.atomic import write_json
+from ml_embed.files.digests import value_digest
+from ml_embed.files.model_identity import model_identity
 from ml_embed.files.paths import home_path
 from ml_embed.model_folders.cut import Cut, choose_cube
-from ml_embed.model_folders.read import weights_digest
 
 if TYPE_CHECKING:
     from mteb import ResultCache
@@ -202,11 +201,11 @@ def _check_text_only(tasks: Iterable["AbsTask"]) -> None:
 def _revision(model: CubeModel, prompts: TaskPrompts) -> str:
     """Tells apart what gives different scores under the same name."""
     content = [
-        weights_digest(model.folder.path),
+        model_identity(model.folder.path),
         dataclasses.asdict(prompts),
         model.folder.record.max_seq_length,
     ]
-    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return value_digest(content)
 
 
 @dataclass(frozen=True)
@@ -329,8 +328,7 @@ class _Vectors:
         """(E, N, longest dim), from a file that other cuts read again, if there are others."""
         if len(self._model.cube.depths) * len(self._model.cube.dims) == 1:
             return self._encode(texts).numpy()
-        digest = hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).hexdigest()
-        path = self._folder / f"{digest}.npy"
+        path = self._folder / f"{value_digest(texts)}.npy"
         if not path.exists():
             np.save(path, self._encode(texts)[:, :, : self._model.cube.dims[-1]].numpy())
         return np.load(path, mmap_mode="r")

@@ -4,7 +4,6 @@ Everything is written under a hidden name beside its place, forced to disk, and 
 """
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -14,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ml_embed.errors import UserError
+from ml_embed.files.digests import file_digest
 
 CHECKSUMS_FILE = "checksums.json"
+CHECKSUM = "xxh3_128"
 MAX_SHARD_SIZE = "5GB"
 """Of a file of weights; larger models are split. The hub's own tools split there, too."""
 _PARTIAL = ".partial"
@@ -180,29 +181,25 @@ def remove_leftovers(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def checksum(path: Path) -> str:
-    """The BLAKE2b sum of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()
-
-
 def write_checksums(folder: Path) -> None:
-    """Record the BLAKE2b sum of every file of a folder in the folder."""
-    sums = {
-        str(p.relative_to(folder)): checksum(p) for p in sorted(folder.rglob("*")) if p.is_file()
-    }
-    (folder / CHECKSUMS_FILE).write_text(json.dumps(sums, indent=2), encoding="utf-8")
+    """Record the digest of every file of a folder in the folder."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    sums = {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
+    text = json.dumps({CHECKSUM: sums}, indent=2)
+    (folder / CHECKSUMS_FILE).write_text(text, encoding="utf-8")
 
 
 def checksum_problem(folder: Path) -> str | None:
-    """How a folder differs from the sums that `write_checksums` recorded; None if it does not."""
+    """What is wrong with a folder by the sums of `write_checksums`, "is …"; None if nothing is."""
     try:
         sums = json.loads((folder / CHECKSUMS_FILE).read_text(encoding="utf-8"))
-        for name, expected in sums.items():
-            if checksum(folder / name) != expected:
-                return f"{name} does not match its checksum"
-    except (OSError, ValueError, AttributeError) as error:
-        return f"{CHECKSUMS_FILE} or a file it names cannot be read ({error})"
+        if CHECKSUM not in sums:
+            return "was saved by another version of ml-embed, which has to go on with it"
+        for name, expected in sums[CHECKSUM].items():
+            if file_digest(folder / name) != expected:
+                return f"is damaged ({name} does not match its checksum)"
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        return f"is damaged ({CHECKSUMS_FILE} or a file it names cannot be read: {error})"
     return None
 
 

@@ -38,7 +38,12 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     with broken_file_is_user_error(path):
         # Memory-mapped and buffered: a row group of many gigabytes is decoded page by page, never
         # held whole.
-        file = pq.ParquetFile(path, memory_map=True, buffer_size=READ_BUFFER_BYTES)
+        file = pq.ParquetFile(
+            path,
+            memory_map=True,
+            buffer_size=READ_BUFFER_BYTES,
+            page_checksum_verification=True,
+        )
         _ = file.schema_arrow  # decoded here, so that damage in it is met here
         return file
 
@@ -59,8 +64,8 @@ def read_batches(
 
 @contextmanager
 def parquet_writer(path: Path, schema: pa.Schema, **options: Any) -> Iterator[pq.ParquetWriter]:
-    """A file to write tables to, compressed by zstd; `options` are those of pq.ParquetWriter."""
-    writer = pq.ParquetWriter(path, schema, compression="zstd", **options)
+    """A file to write tables to, by zstd and with checksums; `options` are pq.ParquetWriter's."""
+    writer = pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True, **options)
     try:
         yield writer
     except BaseException:

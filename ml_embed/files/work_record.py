@@ -17,6 +17,7 @@ from typing import Any
 
 from ml_embed.errors import UserError
 from ml_embed.files.atomic import sync_folder, write_json
+from ml_embed.files.digests import only_differing
 
 Entry = dict[str, Any]
 Finished = tuple[dict[str, Any], dict[str, Entry]]
@@ -82,7 +83,8 @@ class WorkRecord:
         now = self.settings
         changed = [key for key, value in now.items() if former.get(key) != value]
         if changed and not self._overwrite:
-            said = "; ".join(f"{key} was {former.get(key)!r}, now {now[key]!r}" for key in changed)
+            pairs = {key: only_differing(former.get(key), now[key]) for key in changed}
+            said = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in pairs.items())
             raise UserError(f"{self.path.parent} was made otherwise: {said}. {self._remedy}")
         if changed:
             self.replace_all()

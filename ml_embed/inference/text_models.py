@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ml_embed.errors import UserError, one_line
+from ml_embed.files.model_identity import model_identity
 from ml_embed.files.model_source import find_model_folder
 from ml_embed.files.paths import home_path, model_type
 from ml_embed.inference.embedder import Embedder
@@ -23,6 +24,8 @@ class TextModel(Protocol):
 
     name: str
     """the folder, or the name on the hub"""
+    identity: dict[str, str]
+    """what the model is, wherever it lies: file -> digest of its content"""
     dim: int
     device: torch.device
 
@@ -34,7 +37,7 @@ class OwnModel:
     """A model folder of this project, or a backbone."""
 
     def __init__(self, folder: Path, name: str, device: str | None):
-        self.name = name
+        self.name, self.identity = name, model_identity(folder)
         self._embedder = Embedder.from_pretrained(folder, device=device)
         self.dim, self.device = self._embedder.dim, self._embedder.device
 
@@ -63,7 +66,7 @@ class SentenceTransformersModel:
             raise UserError(f"{name} cannot be read as a model: {one_line(error)}") from None
         if type(self._model[-1]).__name__ == "Normalize":
             del self._model[-1]  # `encode` does it, where it is wanted
-        self._batch_size = batch_size
+        self._batch_size, self.identity = batch_size, model_identity(folder)
         self.dim = self.encode(["a"]).shape[1]
 
     def encode(self, texts: Sequence[str], normalize: bool = True) -> np.ndarray:

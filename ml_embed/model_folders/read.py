@@ -5,11 +5,9 @@ is run. Letters: V vocabulary, r rank, H hidden size.
 """
 
 import copy
-import hashlib
 import json
 import math
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,6 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3Model
 
 from ml_embed.errors import UserError, one_line
-from ml_embed.files.atomic import checksum
 from ml_embed.kernels.attention import Kernel
 from ml_embed.model import MatryoshkaEncoder, check_supported
 from ml_embed.model_folders.checks import check_config, check_vocabulary
@@ -29,7 +26,6 @@ from ml_embed.model_folders.modules import MODULES_FILE, foreign_modules
 from ml_embed.model_folders.record import (
     EXIT_NORMS_FILE,
     FACTORS_FILE,
-    NESTED,
     ModelRecord,
     nested_file,
 )
@@ -343,14 +339,3 @@ def read_exit_norms(folder: Path, dtype: torch.dtype = torch.float32) -> dict[in
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); copy the model folder again") from None
     return {n: _finite(path, str(n), weight).to(dtype) for n, weight in norms.items()}
-
-
-def weights_digest(folder: Path) -> str:
-    """Tells the weights of a model folder apart by their content, wherever they lie."""
-    found = (*folder.glob("*.safetensors"), *folder.glob(f"{NESTED}/*.safetensors"))
-    files = sorted(found, key=lambda path: path.name)  # as in folders of format 1
-    digest = hashlib.blake2b(digest_size=16)
-    with ThreadPoolExecutor() as pool:  # a large backbone has many files
-        for path, whole in zip(files, pool.map(checksum, files), strict=True):
-            digest.update(f"{path.name}:{whole};".encode())
-    return digest.hexdigest()

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase, Qwen3Config
 
 from ml_embed.errors import UserError
 from ml_embed.files.atomic import write_json
+from ml_embed.files.digests import SEAL, seal_is_broken, sealed
 from ml_embed.model import NormSharing
 from ml_embed.model_folders.modules import Modules, read_modules
 
@@ -106,7 +107,7 @@ class ModelRecord:
 
     def save(self, folder: Path) -> None:
         """Write it into a model folder."""
-        write_json(folder / RECORD_FILE, dataclasses.asdict(self))
+        write_json(folder / RECORD_FILE, sealed(dataclasses.asdict(self)))
 
 
 def nested_file(folder: Path, file: str) -> Path:
@@ -118,6 +119,11 @@ def nested_file(folder: Path, file: str) -> Path:
 def _read(path: Path) -> ModelRecord:
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if seal_is_broken(values):
+            raise UserError(
+                f"{path} has changed since it was written. Copy the model folder again; if you "
+                f"have edited it on purpose, remove its key {SEAL!r}"
+            )
         version = values["format_version"]
         if version not in range(1, FORMAT_VERSION + 1):
             raise UserError(

@@ -5,13 +5,12 @@ nothing of them may save others over those; then the folder would be half old an
 """
 
 import dataclasses
-import json
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Set
 from pathlib import Path
-from typing import Any
 
 from ml_embed.errors import UserError
-from ml_embed.files.digests import file_digest, value_digest
+from ml_embed.files.model_identity import SETTINGS_FILES, model_identity
+from ml_embed.files.model_source import find_model_folder
 from ml_embed.model_folders.record import (
     EXIT_NORMS_FILE,
     FACTORS_FILE,
@@ -21,45 +20,54 @@ from ml_embed.model_folders.record import (
 )
 from ml_embed.notices import warn
 
-SETTINGS_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
-WITHOUT_EFFECT = {
-    "architectures",
-    "backend",
-    "is_local",
-    "local_files_only",
-    "padding",
-    "transformers_version",
-    "truncation",
-    "use_cache",
-}
-"""Keys of these that say nothing about the vectors."""
-
 
 def seal(folder: Path, record: ModelRecord) -> None:
     """Write the record of a folder that is whole otherwise, with the digests of its content."""
-    dataclasses.replace(record, digests=_weights(folder) | _settings(folder)).save(folder)
+    dataclasses.replace(record, digests=_content(folder)).save(folder)
 
 
 def check_seal(folder: Path, record: ModelRecord) -> None:
     """Warn of changed settings; folders of format 1 have no digests and pass.
 
+    Prompts and maximum length, which sentence-transformers' files say, are edited on purpose.
+
     Raises:
         UserError: the weights are not those that the folder was written with.
     """
-    expected = record.digests
-    if not expected:
+    if not record.digests:
         return
-    found = _weights(folder)
-    weights = {name: digest for name, digest in expected.items() if name.endswith(".safetensors")}
-    if missing := sorted(weights.keys() - found.keys()):
+    found = _content(folder)
+    weights = _changed(record, found, found.keys() | record.digests.keys(), ".safetensors")
+    if missing := [name for name in weights if name not in found]:
         raise UserError(f"{folder} lacks {', '.join(missing)}; copy the model folder again")
-    if changed := sorted(name for name in found if weights.get(name) != found[name]):
-        raise stale(folder, ", ".join(changed))
-    settings = _settings(folder)
-    if edited := sorted(name for name in settings if expected.get(name) != settings[name]):
+    if weights:
+        raise stale(folder, ", ".join(weights))
+    if edited := _changed(record, found, found.keys() & SETTINGS_FILES):
         warn(
             f"{folder}: {', '.join(edited)} changed after the folder was written; its vectors may "
             "be others than those that were trained"
+        )
+
+
+def verify_model(name: str | Path) -> None:
+    """Compare every file of a model folder with its digest: what `--verify` does.
+
+    Raises:
+        UserError: a file is missing or has changed, or there is no such folder.
+    """
+    folder = find_model_folder(name)
+    record = ModelRecord.load(folder)
+    if record is None or not record.digests:
+        warn(f"--verify: {name} has no digests to compare with; only what it loads is checked")
+        return
+    found = _content(folder)
+    if changed := _changed(record, found, record.digests.keys()):
+        listing = "; ".join(
+            f"{n} was {record.digests[n]}, now {found.get(n, 'it is missing')}" for n in changed
+        )
+        raise UserError(
+            f"--verify: {folder} has changed since it was written: {listing}. Copy the model "
+            "folder again, or leave --verify out if you have edited it on purpose"
         )
 
 
@@ -79,28 +87,11 @@ def _nested_in_format_1(folder: Path) -> list[str]:
     return [name for name in names if (folder / name).is_file()]
 
 
-def _weights(folder: Path) -> dict[str, str]:
-    """Weights file of a model folder, by its path in it -> digest of its content."""
-    files = sorted((*folder.glob("*.safetensors"), *folder.glob(f"{NESTED}/*.safetensors")))
-    with ThreadPoolExecutor() as pool:  # a large backbone has many files
-        digests = pool.map(file_digest, files)
-        return {str(p.relative_to(folder)): d for p, d in zip(files, digests, strict=True)}
+def _content(folder: Path) -> dict[str, str]:
+    """File -> digest, of all but the record, which has a seal of its own."""
+    return {name: digest for name, digest in model_identity(folder).items() if name != RECORD_FILE}
 
 
-def _settings(folder: Path) -> dict[str, str]:
-    """Digests of parsed values: another layout of the same JSON is no change."""
-    return {
-        name: value_digest(_parsed(folder / name))
-        for name in SETTINGS_FILES
-        if (folder / name).is_file()
-    }
-
-
-def _parsed(path: Path) -> Any:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}); copy the model folder again") from None
-    if not isinstance(values, dict):
-        return values
-    return {key: value for key, value in values.items() if key not in WITHOUT_EFFECT}
+def _changed(record: ModelRecord, found: dict[str, str], names: Set[str], end: str = "") -> list:
+    """Those of the names, with an end, whose file is not the one that the record says."""
+    return sorted(n for n in names if n.endswith(end) and record.digests.get(n) != found.get(n))

@@ -30,7 +30,7 @@ from ml_embed.data.sources import CORPUS_SUFFIX, QUERY_SUFFIX
 from ml_embed.data.tasks import task_of
 from ml_embed.errors import UserError
 from ml_embed.files.atomic import disk_errors_are_user_errors, partial_path
-from ml_embed.files.digests import file_digest
+from ml_embed.files.digests import digests_of, file_digest, sealed
 from ml_embed.files.locks import lock_folder
 from ml_embed.files.model_source import find_tokenizer_folder
 from ml_embed.files.work_record import Finished, WorkRecord
@@ -225,7 +225,7 @@ def tokenize_folder(options: TokenizeOptions, progress: bool = True) -> Manifest
             passed_over = sorted({*options.passed_over, *others})
             further = {"datasets": record.entries, "passed_over": passed_over or None}
             manifest = Manifest.from_json({**record.settings, **further})
-            record.finish(manifest.to_json(), sort_keys=True)
+            record.finish(sealed(manifest.to_json()), sort_keys=True)
             return manifest
 
 
@@ -300,12 +300,12 @@ def _check_former(record: WorkRecord, jobs: Mapping[str, _Job], folder: Path) ->
 
 
 def _is_complete(job: _Job, record: WorkRecord, folder: Path) -> bool:
-    """Whether a dataset is recorded and its files have the recorded sizes."""
-    entry = record.entries.get(job.raw.name)
-    return entry is not None and all(
-        path.is_file() and path.stat().st_size == entry["bytes"][kind]
-        for kind, path in token_paths(folder, job.raw.name).items()
-    )
+    """Whether a dataset is recorded and its files are those that were recorded."""
+    entry, paths = record.entries.get(job.raw.name), token_paths(folder, job.raw.name)
+    if entry is None or not all(path.is_file() for path in paths.values()):
+        return False
+    found = digests_of(paths.values(), [folder])
+    return all(entry.get("digests", {}).get(kind) == found[path] for kind, path in paths.items())
 
 
 def token_paths(folder: Path, name: str) -> dict[str, Path]:

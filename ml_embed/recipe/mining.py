@@ -28,6 +28,7 @@ from ml_embed.data.tasks import task_of
 from ml_embed.errors import UserError
 from ml_embed.files.arrays import RowFile
 from ml_embed.files.atomic import atomic_file, disk_errors_are_user_errors, write_json
+from ml_embed.files.digests import file_digest
 from ml_embed.files.locks import lock_folder
 from ml_embed.files.work_record import Finished, WorkRecord
 from ml_embed.inference.encoding import check_finite
@@ -56,7 +57,7 @@ WORK_SUFFIX = ".mining"
 REMEDY = "Use another --output, or --overwrite to make that folder anew"
 ENCODED_BLOCK = 8192  # texts between two writes to disk; what an interruption costs at most
 QUERY_BLOCK = 1024
-VECTOR_SETTINGS = ("model", "query_prompt", "passage_prompt", "source")
+VECTOR_SETTINGS = ("files", "query_prompt", "passage_prompt", "source")
 """What the vectors of an unfinished dataset depend on: other settings may change."""
 NOT_MINED: Collection[Task] = ("classification", "similarity")
 """Tasks whose negatives are labels, or that have none."""
@@ -148,14 +149,14 @@ class MiningOptions:
         if self.source.resolve() == self.output.resolve():
             raise UserError(f"--input and --output are both {self.source}: write to another folder")
 
-    def settings(self, model: str) -> dict[str, Any]:
+    def settings(self, model: TextModel) -> dict[str, Any]:
         """All that the mined negatives depend on, beside the data."""
         prompts = {"query_prompt": self.query_prompt, "passage_prompt": self.passage_prompt}
         if self.approximation is None:
             search: dict[str, Any] = {"search": "exact"}
         else:
             search = {"search": "ann", **asdict(self.approximation)}
-        return {"model": model, **prompts, **asdict(self.rule), **search}
+        return {"files": dict(model.identity), **prompts, **asdict(self.rule), **search}
 
 
 def mine_folder(model: TextModel, options: MiningOptions, progress: bool = True) -> dict[str, Any]:
@@ -183,7 +184,7 @@ def mine_folder(model: TextModel, options: MiningOptions, progress: bool = True)
     datasets = {dataset.name: dataset for dataset in list_raw_datasets(options.source)}
     for dataset in datasets.values():
         check_and_count_rows(dataset)
-    output, settings = options.output, options.settings(model.name)
+    output, settings = options.output, options.settings(model)
     with disk_errors_are_user_errors(output, "Then run the same command again: it continues."):
         output.mkdir(parents=True, exist_ok=True)
         with lock_folder(output / LOCK, "mining into"):
@@ -194,6 +195,7 @@ def mine_folder(model: TextModel, options: MiningOptions, progress: bool = True)
             for name in tqdm(datasets, unit=" file", desc="files", disable=not progress):
                 _mine_dataset(datasets[name], record, model, options, progress)
             _remove_datasets(output, record.gone(datasets))
+            settings = {"model": model.name} | settings
             summary = {"settings": settings, "datasets": dict(sorted(record.entries.items()))}
             record.finish(summary)
     say_passed_over(files_passed_over(options.source, datasets.values()))
@@ -241,11 +243,17 @@ def _mine_dataset(
     options: MiningOptions,
     progress: bool,
 ) -> None:
-    """Make a dataset's file, unless it is recorded as made of the same rows."""
+    """Make a dataset's file, unless it is recorded as made of the same rows and is as it was."""
     name, output = dataset.name, options.output
     target, work = output / f"{name}.parquet", _work_folder(output, name)
     source, done = describe_source(dataset.path), record.entries.get(name)
-    if done is None or done["source"] != source or not target.is_file():
+    as_recorded = (
+        done is not None
+        and done["source"] == source
+        and target.is_file()
+        and file_digest(target) == done.get("digest")
+    )
+    if not as_recorded:
         task, searched = task_in_file(dataset), dict[str, Any]()
         if (kind := task or task_of(name)) in NOT_MINED:
             task, rows = kind, read_rows(dataset)
@@ -257,7 +265,8 @@ def _mine_dataset(
         with atomic_file(target) as partial:
             prompt = {k: v for k, v in notes_in_file(dataset).items() if k == "prompt"}
             counts = write_raw(partial, rows, task, lambda: prompt)
-        record.record(name, asdict(counts) | searched | {"source": source})
+        made = {"source": source, "digest": file_digest(target)}
+        record.record(name, asdict(counts) | searched | made)
     shutil.rmtree(work, ignore_errors=True)
 
 

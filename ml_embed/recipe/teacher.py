@@ -9,12 +9,10 @@ lower-case letters, single spaces.
 Letters: n texts of a block, T tokens.
 """
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +25,19 @@ from ml_embed.data.store import Store, TokenizedDataset, open_store
 from ml_embed.data.teacher_vectors import (
     DTYPES,
     RECORD,
-    DatasetTexts,
     DatasetVectors,
     TeacherVectors,
     VectorFile,
-    describe_texts,
-    digest_texts,
 )
 from ml_embed.errors import UserError
-from ml_embed.files.arrays import RowFile, blocks
+from ml_embed.files.arrays import RowFile
 from ml_embed.files.atomic import disk_errors_are_user_errors
+from ml_embed.files.digests import file_digest, value_digest
 from ml_embed.files.locks import lock_folder
 from ml_embed.files.model_source import find_tokenizer_folder
 from ml_embed.files.work_record import Entry, Finished, WorkRecord, journal_of
 from ml_embed.inference.encoding import check_finite
 from ml_embed.inference.text_models import TextModel
-from ml_embed.model_folders.read import weights_digest
 from ml_embed.prepare.prompts import Prompts
 from ml_embed.prepare.tokenizer import TextTokenizer, end_token, fingerprint, load_tokenizer
 
@@ -50,7 +45,6 @@ LOCK = ".teacher.lock"
 OWN_CACHE = "cache"
 REMEDY = "Use another --output, or --overwrite to make that folder anew"
 VECTORS_SUFFIX = ".vectors"
-DIGESTED_TOKENS = 2**20  # between two moves of the progress bar: 4 MB
 BLOCK = 8192  # texts between two writes to disk; what an interruption costs at most
 PROBES = ("a", "A short sentence.", "Two sentences. The second is the longer one.")
 UNIT_TOLERANCE = 1e-3
@@ -78,6 +72,8 @@ class TeacherOptions:
     """folder for the converted data, as in a training config; None = one that is removed again"""
     overwrite: bool = False
     """make everything anew instead of refusing; after an interruption, go on with that"""
+    verify: bool = False
+    """compare all of the data with its digests; False = what has changed since it was last read"""
 
 
 class TextDecoder:
@@ -156,8 +152,7 @@ def embed_teacher(
     norms = np.linalg.norm(probe, axis=1)
     form = {"dtype": options.dtype, "width": probe.shape[1]}
     settings = {
-        "model": model.name,
-        "weights": weights_digest(Path(model.name)) if Path(model.name).is_dir() else None,
+        "files": dict(model.identity),
         "query_prompt": options.query_prompt,
         "passage_prompt": options.passage_prompt,
         "strip_prompts": options.strip_prompts,
@@ -172,7 +167,11 @@ def embed_teacher(
             datasets = _embed_datasets(model, tokenizer, record, options, progress)
             normalized = bool(np.allclose(norms, 1, atol=UNIT_TOLERANCE))
             folder = TeacherVectors(
-                output, settings, **form, normalized=normalized, datasets=former | datasets
+                output,
+                {"model": model.name} | settings,
+                **form,
+                normalized=normalized,
+                datasets=former | datasets,
             )
             record.finish(folder.to_json())
             _remove_unused(folder)
@@ -199,7 +198,7 @@ def _open_record(options: TeacherOptions, settings: dict[str, Any]) -> WorkRecor
 def _read_finished(path: Path) -> Finished:
     made = TeacherVectors.read(path.parent)
     files: dict[str, Entry] = {
-        file.file: {}
+        file.file: {"digest": file.digest}
         for entry in made.datasets.values()
         for file in (entry.query_vectors, entry.document_vectors)
     }
@@ -214,44 +213,22 @@ def _embed_datasets(
     progress: bool,
 ) -> dict[str, DatasetVectors]:
     """Make the files of all datasets whole; their entries."""
-    store = open_store(options.data, options.cache_dir or options.output / OWN_CACHE, progress)
+    cache_dir = options.cache_dir or options.output / OWN_CACHE
+    store = open_store(options.data, cache_dir, progress, options.verify)
     decoder = TextDecoder(tokenizer)
     if store.manifest is None:
         _check_by_texts(store, tokenizer, decoder, options)
-    with tqdm(
-        unit="B", unit_scale=True, desc="reading all tokens", leave=False, disable=not progress
-    ) as bar:
-        digests = digest_texts(store, partial(digest_of_all, progress=bar.update))
     parts = {
-        name: _parts(dataset, digests[name], store, decoder, options)
-        for name, dataset in store.datasets.items()
+        name: _parts(dataset, store, decoder, options) for name, dataset in store.datasets.items()
     }
     # A corpus that datasets share is one part.
     by_path = {part.path: part for pair in parts.values() for part in pair}
     for part in tqdm(by_path.values(), unit=" file", desc="files", disable=not progress):
         _embed(part, record, model, decoder, progress)
-    described = describe_texts(store)
     return {
-        name: _entry(described[name], digests[name], parts[name], record.settings) for name in parts
+        name: _entry(dataset, parts[name], record.settings)
+        for name, dataset in store.datasets.items()
     }
-
-
-def digest_of_all(
-    lengths: np.ndarray, tokens: np.ndarray, progress: Callable[[int], object]
-) -> str:
-    """A digest of texts that is equal only for the same texts in the same order.
-
-    Args:
-        lengths: (n,) int32, tokens of each text.
-        tokens: (T,) int32, of all texts joined.
-        progress: is called with the bytes of each block of tokens.
-    """
-    digest = hashlib.blake2b(f"{len(lengths)} texts ".encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(lengths).data)
-    for block in blocks(len(tokens), DIGESTED_TOKENS):
-        digest.update(np.ascontiguousarray(tokens[block]).data)
-        progress(tokens[block].nbytes)
-    return digest.hexdigest()
 
 
 def _check_by_texts(
@@ -286,13 +263,11 @@ def _common_start(one: np.ndarray, other: np.ndarray) -> int:
 
 def _parts(
     dataset: TokenizedDataset,
-    digests: tuple[str, str],
     store: Store,
     decoder: TextDecoder,
     options: TeacherOptions,
 ) -> tuple[_Part, _Part]:
     """A dataset's queries and documents, told apart from others by their digests."""
-    queries, documents = digests
     former = Prompts()
     if options.strip_prompts and store.manifest is not None:
         former = Prompts.of_manifest(store.manifest.datasets[dataset.name])
@@ -301,17 +276,22 @@ def _parts(
         kind: str, digest: str, total: int, ids: Callable, former_prompt: str, prompt: str
     ) -> _Part:
         former_prompt = decoder.as_decoded(former_prompt)
-        name = hashlib.blake2b(f"{digest} {former_prompt}".encode(), digest_size=16).hexdigest()
+        name = value_digest([digest, former_prompt])
         path = options.output / f"{kind}-{name}{VECTORS_SUFFIX}"
         return _Part(f"{dataset.name}: {kind}", path, total, ids, former_prompt, prompt)
 
     return (
         part(
-            "queries", queries, dataset.num_rows, dataset.query, former.query, options.query_prompt
+            "queries",
+            dataset.query_digest,
+            dataset.num_rows,
+            dataset.query,
+            former.query,
+            options.query_prompt,
         ),
         part(
             "documents",
-            documents,
+            dataset.document_digest,
             dataset.num_documents,
             dataset.document,
             former.passage,
@@ -325,8 +305,10 @@ def _embed(
 ) -> None:
     """Make a file whole."""
     name, dtype, width = part.path.name, record.settings["dtype"], record.settings["width"]
-    if name in record.entries:
-        return
+    if (entry := record.entries.get(name)) is not None:
+        if part.path.is_file() and file_digest(part.path) == entry["digest"]:
+            return
+        record.replace(name, f"{part.path} is not as it was written")
     if name not in record.unfinished:  # of other vectors, which --overwrite replaces
         part.path.unlink(missing_ok=True)
     record.begin(name)
@@ -345,18 +327,16 @@ def _embed(
     RowFile(part.path, DTYPES[dtype], width).fill(part.total, BLOCK, make, part.title, progress)
     with part.path.open("rb") as file:
         os.fsync(file.fileno())  # before the record says that it is whole
-    record.record(name, {})
+    record.record(name, {"digest": file_digest(part.path)})
 
 
 def _entry(
-    texts: DatasetTexts,
-    digests: tuple[str, str],
-    parts: tuple[_Part, _Part],
-    settings: Mapping[str, Any],
+    dataset: TokenizedDataset, parts: tuple[_Part, _Part], settings: Mapping[str, Any]
 ) -> DatasetVectors:
     dtype, width = settings["dtype"], settings["width"]
+    texts = dataset.query_digest, dataset.document_digest
     files = (VectorFile.describe(part.path, dtype, width) for part in parts)
-    return DatasetVectors(texts.rows, texts.documents, "-".join(digests), texts.check, *files)
+    return DatasetVectors(dataset.num_rows, dataset.num_documents, *texts, *files)
 
 
 def _remove_unused(folder: TeacherVectors) -> None:

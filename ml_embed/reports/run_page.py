@@ -15,8 +15,11 @@ from typing import Any
 from ml_embed.errors import UserError
 from ml_embed.evaluation.metrics import METRICS
 from ml_embed.files.atomic import atomic_file
+from ml_embed.files.digests import bytes_digest
+from ml_embed.files.paths import numbered_folders
 from ml_embed.model_folders.cut import Cut
 from ml_embed.model_folders.sizes import BYTES_PER_COMPONENT, cut_parameters
+from ml_embed.notices import warn
 from ml_embed.reports.charts import Point, line_chart
 from ml_embed.reports.choices import choices_section
 from ml_embed.reports.tables import Result, mean_chance, number_text
@@ -190,27 +193,49 @@ def _page(title: str, parts: Sequence[str]) -> str:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, but for a last one that is still being written.
 
+    Damaged ones are named and left out.
+
     Raises:
-        UserError: there is none, or one is damaged.
+        UserError: there is none.
     """
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror}); give a run folder, output_dir/experiment_id"
         ) from None
+    _compare_with_states(path, content)
     lines = []
-    whole = content.split("\n")[:-1]  # what follows the last line end is not whole
+    whole = content.split(b"\n")[:-1]  # what follows the last line end is not whole
     for number, line in enumerate(whole, start=1):
         try:
-            values = json.loads(line)
-            values["split"], values["step"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path}, line {number} is damaged ({error})") from None
-        lines.append(values)
+            lines.append(_metrics_line(line))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            warn(f"{path}, line {number} is damaged and left out ({error!r}); the others are shown")
     if not lines:
         raise UserError(f"{path} has no lines yet; wait for the first log line of the run")
     return lines
+
+
+def _compare_with_states(path: Path, content: bytes) -> None:
+    """Warn where the metrics are not as they were when the newest resume state was saved."""
+    for step, folder in numbered_folders(path.parent / "resume")[-1:]:
+        state = _read_json(folder / "state.json")
+        try:
+            as_saved = bytes_digest(content[: state["metrics_bytes"]]) == state["metrics_digest"]
+        except (TypeError, KeyError):  # of another version
+            continue
+        if not as_saved:
+            warn(f"{path} has changed since the state of step {step} was saved")
+
+
+def _metrics_line(line: bytes) -> dict[str, Any]:
+    """Raises ValueError, TypeError or KeyError for what is no line of a run."""
+    values = json.loads(line)
+    for name in ("step", "tokens") if values["split"] == "train" else ("step",):
+        if not isinstance(values[name], int):
+            raise ValueError(f"{name} is no whole number")
+    return values
 
 
 def _read_json(path: Path) -> Any:

@@ -5,7 +5,7 @@ of a run's randomness is a function of (seed, step), so weights, moments, the st
 window are its whole state.
 
 Frozen weights (LoRA's) are not in it: they come from model_path again, of which the fingerprint
-then holds a digest.
+then holds the digests.
 """
 
 import json
@@ -23,10 +23,10 @@ from ml_embed.files.atomic import atomic_folder, checksum_problem, remove_folder
 from ml_embed.files.paths import numbered_folders
 from ml_embed.notices import warn
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
 KEPT_STATES = 2  # the newest, and the one before it in case the newest is found damaged
-_PROGRESS_KEYS = {"step", "window", "metrics_bytes", "fingerprint", "processes"}
+_PROGRESS_KEYS = {"step", "window", "metrics_bytes", "metrics_digest", "fingerprint", "processes"}
 _SEPARATOR = "|"  # stands in no parameter's name
 
 
@@ -79,11 +79,11 @@ def find_state(folder: Path) -> Path | None:
         problem = checksum_problem(path)
         if problem is None:
             return path
-        warn(f"{path} is damaged ({problem}); trying the one before")
+        warn(f"{path} {problem}; trying the one before")
     if states:
         raise UserError(
-            f"all resume states in {folder} are damaged; start a new run under another "
-            "experiment_id"
+            f"all resume states in {folder} are damaged, or of another version of ml-embed; start "
+            "a new run under another experiment_id"
         )
     return None
 
@@ -111,8 +111,7 @@ def read_progress(path: Path) -> dict[str, Any]:
     problem = checksum_problem(path)
     if problem is not None:
         raise UserError(
-            f"--resume: {path} is damaged ({problem}); use --resume auto to take the newest whole "
-            "one"
+            f"--resume: {path} {problem}; use --resume auto to take the newest whole one"
         )
     try:
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))

@@ -13,6 +13,7 @@ from ml_embed.data.teacher_vectors import KD_REMEDY, TeacherVectors, open_teache
 from ml_embed.errors import UserError
 from ml_embed.files.model_source import find_model_folder
 from ml_embed.model_folders.read import ModelFolder
+from ml_embed.model_folders.seal import verify_model
 from ml_embed.notices import warn
 from ml_embed.prepare.prompts import check_prompts
 from ml_embed.prepare.tokenizer import end_token, fingerprint
@@ -59,26 +60,36 @@ def with_model_folders(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, **folders)
 
 
-def open_inputs(config: TrainConfig, world_size: int, progress: bool) -> Inputs:
-    """Open and check all inputs; nothing is written but the data's cached form.
+def open_inputs(
+    config: TrainConfig, world_size: int, progress: bool, verify: bool = False
+) -> Inputs:
+    """Open and check all inputs; nothing is written but the data's cached form and known digests.
 
+    Args:
+        config: with models as folders.
+        world_size: processes.
+        progress: bars on stderr.
+        verify: compare all of them with the digests that they were written with; otherwise what
+            has not changed since it was last read whole is taken for whole.
     Raises:
         UserError: something is missing, damaged, or does not fit together.
     """
     if config.lora_r:
         lora.check_installed()
+    for model in filter(None, (config.model_path, config.teacher_model_path)) if verify else ():
+        verify_model(Path(model))
     start = ModelFolder.open(Path(config.model_path))
-    store = _open_data(config, "train_data_path", start.tokenizer, progress)
+    store = _open_data(config, "train_data_path", start.tokenizer, progress, verify)
     valid_store = None
     if config.valid_data_path is not None:
-        valid_store = _open_data(config, "valid_data_path", start.tokenizer, progress)
+        valid_store = _open_data(config, "valid_data_path", start.tokenizer, progress, verify)
     if config.teacher_model_path is not None:
         _check_teacher(ModelFolder.open(Path(config.teacher_model_path)), config, start)
     teacher_vectors = None
     if config.teacher_vectors_path is not None:
-        folder = Path(config.teacher_vectors_path)
+        folder, cache_dir = Path(config.teacher_vectors_path), Path(config.cache_dir)
         teacher_vectors = open_teacher_vectors(
-            folder, store, start.config.hidden_size, config.kd_loss
+            folder, store, start.config.hidden_size, config.kd_loss, cache_dir, verify
         )
     resolved = resolve(config, start.config, store, world_size, valid_store)
     check_metric(config.keep_best, resolved)
@@ -86,9 +97,13 @@ def open_inputs(config: TrainConfig, world_size: int, progress: bool) -> Inputs:
 
 
 def _open_data(
-    config: TrainConfig, key: str, tokenizer: PreTrainedTokenizerBase, progress: bool
+    config: TrainConfig,
+    key: str,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: bool,
+    verify: bool,
 ) -> Store:
-    store = open_store(getattr(config, key), config.cache_dir, progress)
+    store = open_store(getattr(config, key), config.cache_dir, progress, verify)
     _check_tokenizer(config, key, tokenizer, store)
     check_prompts(config, store)
     return store

@@ -205,7 +205,7 @@ def _write_resume_state(run: Run, step: int, state: dict[str, Tensor], moments: 
     progress = {
         "window": run.window.to_json(),
         "best": run.best.to_json(),
-        "metrics_bytes": run.log.force_to_disk(),
+        **run.log.force_to_disk(),
         "fingerprint": run.fingerprint,
         "processes": run.accelerator.num_processes,
     }

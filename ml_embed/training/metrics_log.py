@@ -13,6 +13,8 @@ from accelerate import Accelerator
 
 from ml_embed.config import Task
 from ml_embed.files.atomic import append_whole
+from ml_embed.files.digests import bytes_digest
+from ml_embed.notices import warn
 
 
 @dataclass
@@ -127,6 +129,7 @@ class MetricsLog:
         distilled: bool,
         margin_used: bool,
         keep_bytes: int = 0,
+        keep_digest: str | None = None,
     ):
         """
         Args:
@@ -134,6 +137,7 @@ class MetricsLog:
             margin_used: it has a false_negative_margin; else there is no "masked_by_margin".
             keep_bytes: length of the file when the state that is resumed from was saved; what
                 follows is dropped.
+            keep_digest: of these bytes then; what differs is said, and kept as it is.
         """
         self._accelerator = accelerator
         self._path = path
@@ -141,12 +145,21 @@ class MetricsLog:
         if accelerator.is_main_process:
             path.touch()
             os.truncate(path, min(keep_bytes, path.stat().st_size))
+            if keep_digest not in (None, bytes_digest(path.read_bytes())):
+                warn(
+                    f"{path} has changed since the state was saved; its lines are kept as they are"
+                )
 
-    def force_to_disk(self) -> int:
-        """Bytes of metrics.jsonl, all of them safe from a power cut. First process only."""
+    def force_to_disk(self) -> dict[str, Any]:
+        """What a state says of metrics.jsonl, which is safe from a power cut. First process only.
+
+        Returns:
+            metrics_bytes and metrics_digest, of all that is in it.
+        """
         with self._path.open("rb") as file:
             os.fsync(file.fileno())
-            return os.fstat(file.fileno()).st_size
+            content = file.read()
+        return {"metrics_bytes": len(content), "metrics_digest": bytes_digest(content)}
 
     def train(
         self, step: int, epoch: float, learning_rate: float, window: Window

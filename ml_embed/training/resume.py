@@ -1,17 +1,16 @@
 """Which state a run continues from, whether it may, and what is no longer as it was."""
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from ml_embed.config import TrainConfig
 from ml_embed.data.schedule import SCHEDULE_VERSION
-from ml_embed.data.store import Store
 from ml_embed.errors import UserError
+from ml_embed.files.digests import only_differing
+from ml_embed.files.model_identity import model_identity
 from ml_embed.files.paths import home_path
-from ml_embed.model_folders.read import weights_digest
 from ml_embed.training.checkpoint import STATE_FILE, find_state
 from ml_embed.training.inputs import Inputs
 from ml_embed.training.resolve import Resolved
@@ -30,7 +29,11 @@ _FREE_KEYS = frozenset(
 # The fingerprint's own keys, explained to the user.
 _MEANINGS = {
     "global_batch_size": "train_batch_size times the number of processes",
-    "teacher_weights": "a digest of what teacher_model_path holds",
+    "train_data_path": "digests of its files",
+    "valid_data_path": "digests of its files",
+    "model_path": "digests of its files; weights only with lora_r, since states hold the others",
+    "teacher_model_path": "digests of its files",
+    "teacher_vectors_path": "digests of its files",
     "schedule_version": "which rows a step takes; the state is of another version of ml-embed",
     "dataset_plans": "what `datasets`, its order included, makes of each dataset",
 }
@@ -52,29 +55,20 @@ def run_fingerprint(config: TrainConfig, inputs: Inputs, mixed_precision: str) -
     resolved, vectors = inputs.resolved, inputs.teacher_vectors
     kept = {key: value for key, value in vars(config).items() if key not in _FREE_KEYS}
     kept["dataset_plans"] = {plan.name: vars(plan) for plan in resolved.datasets}
+    memory = [Path(config.cache_dir)]
+    # With LoRA the layers are frozen, and in no resume state.
+    kept["model_path"] = model_identity(Path(config.model_path), memory, weights=config.lora_r > 0)
     teacher = config.teacher_model_path
-    kept["teacher_weights"] = weights_digest(Path(teacher)) if teacher else None
-    kept["train_data_path"] = _data_digest(inputs.store)
+    kept["teacher_model_path"] = model_identity(Path(teacher), memory) if teacher else None
+    kept["train_data_path"] = inputs.store.identity
     valid = inputs.valid_store
-    kept["valid_data_path"] = None if valid is None else _data_digest(valid)
+    kept["valid_data_path"] = None if valid is None else valid.identity
     kept["global_batch_size"] = resolved.global_batch_size
     if vectors is not None:
-        kept["teacher_vectors_path"] = vectors.fingerprint(list(inputs.store.datasets))
+        kept["teacher_vectors_path"] = vectors.identity(inputs.store.datasets)
     kept["mixed_precision"] = mixed_precision
     kept["schedule_version"] = SCHEDULE_VERSION
-    if config.lora_r:  # the layers are frozen, and in no resume state
-        kept["model_path"] = weights_digest(Path(config.model_path))
     return json.loads(json.dumps(kept))  # as it reads back from disk
-
-
-def _data_digest(store: Store) -> str:
-    """Of the data's content, wherever it lies: manifest, rows, and how often each token occurs."""
-    manifest = None if store.manifest is None else store.manifest.to_json()
-    digest = hashlib.blake2b(json.dumps(manifest, sort_keys=True).encode(), digest_size=16)
-    for name, dataset in store.datasets.items():
-        digest.update(f"{name}:{dataset.num_rows}:{dataset.num_documents}".encode())
-        digest.update(dataset.token_counts.tobytes())
-    return digest.hexdigest()
 
 
 def check_unchanged(before: dict, now: dict, allow_changes: bool) -> list[str]:
@@ -94,17 +88,14 @@ def check_unchanged(before: dict, now: dict, allow_changes: bool) -> list[str]:
             "--resume: these have changed since the state was saved, so the run would not be the "
             "same:\n"
             + "\n".join(changes)
-            + "\nrestore them, or give --allow-changes to continue all the same"
+            + "\nrestore them, give --allow-changes to continue all the same, or start another run "
+            "under another experiment_id"
         )
     return changes
 
 
 def _change(key: str, before: Any, now: Any) -> str:
-    if isinstance(before, dict) and isinstance(now, dict):  # there may be hundreds of datasets
-        changed = [name for name in before | now if before.get(name) != now.get(name)]
-        before, now = (
-            {name: side[name] for name in changed if name in side} for side in (before, now)
-        )
+    before, now = only_differing(before, now)
     meaning = f" ({_MEANINGS[key]})" if key in _MEANINGS else ""
     return f"  - {key}: {before!r} -> {now!r}{meaning}"
 

@@ -47,6 +47,7 @@ class _Start:
     step: int = 0
     window: dict[str, Any] = field(default_factory=dict)
     metrics_bytes: int = 0
+    metrics_digest: str | None = None
     best: dict[str, Any] | None = None
 
 
@@ -96,6 +97,7 @@ def _continued(
         progress["step"],
         progress["window"],
         progress["metrics_bytes"],
+        progress["metrics_digest"],
         progress.get("best"),
     )
 
@@ -202,4 +204,5 @@ def _metrics_log(config: TrainConfig, accelerator: Accelerator, start: _Start) -
         distilled=(config.teacher_model_path or config.teacher_vectors_path) is not None,
         margin_used=config.false_negative_margin is not None,
         keep_bytes=start.metrics_bytes,
+        keep_digest=start.metrics_digest,
     )

@@ -3,6 +3,7 @@
 import errno
 import json
 import multiprocessing
+import os
 import pickle
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from ml_embed.data import convert as convert_module
 from ml_embed.data.document_ids import DocumentIds, hash_strings
 from ml_embed.data.store import open_converted, open_store
 from ml_embed.errors import UserError
+from ml_embed.files import digests
 from ml_embed.files.arrays import ArrayFile
 
 QUERIES = [[1, 2, 9], [3, 9], [4, 4, 4, 9], [5, 9]]
@@ -174,6 +176,100 @@ def test_second_opening_converts_nothing_and_a_change_converts_again(tmp_path, m
     again = open_store(folder, tmp_path / "cache", progress=False)
     assert again.folder != first.folder
     assert list(again.datasets) == ["more", "toy"]
+
+
+def test_a_cache_is_known_by_content_and_not_by_names_and_dates(tmp_path):
+    """Another folder's data, or the same folder's with its dates set back, is other data."""
+    one, other = write_own(tmp_path / "one"), write_own(tmp_path / "other")
+    exchanged = pa.array([0, 0, 1, 4], pa.int64())
+    open_store(one, tmp_path / "cache", progress=False)
+    for folder in (one, other):
+        dates = {path.name: path.stat().st_mtime_ns for path in one.iterdir()}
+        size = (folder / "toy_query.parquet").stat().st_size
+        write_own(folder, passage_doc_id=exchanged)
+        for path in folder.iterdir():
+            os.utime(path, ns=(dates.get(path.name, 0),) * 2)
+        assert (folder / "toy_query.parquet").stat().st_size == size, "or sizes would tell"
+        found = rows(open_store(folder, tmp_path / "cache", progress=False).datasets["toy"])
+        assert [passage for _, passage, _ in found] == [DOCUMENTS[i] for i in (0, 0, 1, 4)]
+
+
+def test_a_known_folder_is_not_read_again_unless_verified(tmp_path, caplog):
+    caplog.set_level("INFO", "ml_embed")
+    folder = write_own(tmp_path / "data")
+    for verify, read in ((False, True), (False, False), (True, True)):
+        time.sleep(0.06)  # a file that was just written is not taken for settled
+        digests._file_digest.cache_clear()
+        caplog.clear()
+        open_store(folder, tmp_path / "cache", progress=False, verify=verify)
+        assert ("read 2 files" in caplog.text) == read
+    assert sorted(path.name for path in folder.glob(".*")) == [digests.MEMORY]
+
+
+def test_digests_of_data_that_cannot_be_written_beside_are_remembered_in_the_cache(
+    tmp_path, monkeypatch, caplog
+):
+    caplog.set_level("INFO", "ml_embed")
+    folder, cache = write_own(tmp_path / "data"), tmp_path / "cache"
+    make = digests.tempfile.mkstemp
+
+    def read_only_data(suffix, prefix, place):
+        if place == folder:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return make(suffix, prefix, place)
+
+    monkeypatch.setattr(digests.tempfile, "mkstemp", read_only_data)
+    time.sleep(0.06)  # a file that was just written is not taken for settled
+    open_store(folder, cache, progress=False)
+    assert not (folder / digests.MEMORY).exists()
+    assert (cache / digests.MEMORY).is_file()
+    digests._file_digest.cache_clear()
+    caplog.clear()
+    open_store(folder, cache, progress=False)
+    assert "read 2 files" not in caplog.text
+
+
+@pytest.mark.parametrize("where", ["query", "corpus"])
+def test_a_file_that_is_not_the_manifests_is_named(tmp_path, where):
+    folder = write_own(tmp_path / "data")
+    path = folder / f"toy_{where}.parquet"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["datasets"]["toy"]["digests"] = {where: digests.file_digest(path)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    open_store(folder, tmp_path / "cache", progress=False)
+    damaged = bytearray(path.read_bytes())
+    damaged[40] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match=rf"{path.name} is not the file .* its digest was"):
+        open_store(folder, tmp_path / "cache", progress=False)
+
+
+@pytest.mark.parametrize("file", ["document_tokens.npy", "scores.npy", "index.json"])
+def test_a_flipped_bit_of_the_cache_is_noticed(tmp_path, file):
+    folder = write_own(tmp_path / "data")
+    path = open_store(folder, tmp_path / "cache", progress=False).folder / file
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    open_converted.cache_clear()
+    with pytest.raises(UserError, match=f"{file} does not match its digest|is damaged"):
+        open_store(folder, tmp_path / "cache", progress=False)
+
+
+def test_damage_that_leaves_no_trace_in_the_dates_shows_with_verify(tmp_path, monkeypatch):
+    """As of a disk that gives back other bytes than were written."""
+    folder = write_own(tmp_path / "data")
+    monkeypatch.setattr(digests, "_state", lambda path: f"1:{path.stat().st_ino}:1:1:1")
+    monkeypatch.setattr(digests, "_SETTLED", 0)
+    store = open_store(folder, tmp_path / "cache", progress=False)
+    path = store.folder / "document_tokens.npy"
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    digests._file_digest.cache_clear()
+    open_store(folder, tmp_path / "cache", progress=False)
+    with pytest.raises(UserError, match=r"document_tokens\.npy does not match its digest"):
+        open_store(folder, tmp_path / "cache", progress=False, verify=True)
 
 
 def test_pickle_passes_only_the_place(tmp_path):

@@ -121,7 +121,7 @@ def test_another_tokenizer_and_width_teach(world, stranger, tmp_path):
     )
     losses = [line["distillation_loss"] for line in lines if line["split"] == "train"]
     assert losses[-1] < 0.5 * losses[0]
-    assert {path.name: path.read_bytes() for path in stranger.iterdir()} == before
+    assert before.items() <= {path.name: path.read_bytes() for path in stranger.iterdir()}.items()
     weights = []
     for name, budget in (("whole", 0), ("chunks", 64)):
         train(
@@ -260,7 +260,7 @@ def test_teachers_whose_vectors_cannot_be_learned_are_told_of_similarities(
         ),
         (
             lambda folder: flip_last_byte(next(folder.glob("documents-*"))),
-            "is damaged; run scripts/embed_teacher.py",
+            "is damaged: its digest was",
         ),
         (shutil.rmtree, "holds no teacher.json"),
     ],
@@ -278,14 +278,14 @@ def flip_last_byte(path) -> None:
     path.write_bytes(content)
 
 
-def test_the_fingerprint_is_of_the_runs_datasets_and_their_content(world, own, tmp_path):
+def test_the_identity_is_of_the_runs_datasets_and_their_content(world, own, tmp_path):
     teacher = TeacherVectors.read(own[1])
     other = tmp_path / "other"
     embed_teacher(LetterModel(), teacher_options(world, other), progress=False)
     names = ["facts", "topics"]
-    assert teacher.fingerprint(names) == TeacherVectors.read(own[1]).fingerprint(names[::-1])
-    assert teacher.fingerprint(names) != teacher.fingerprint(["facts"])
-    assert teacher.fingerprint(names) != TeacherVectors.read(other).fingerprint(names)
+    assert teacher.identity(names) == TeacherVectors.read(own[1]).identity(names[::-1])
+    assert teacher.identity(names) != teacher.identity(["facts"])
+    assert teacher.identity(names) != TeacherVectors.read(other).identity(names)
     with pytest.raises(UserError, match="not finished"):
         TeacherVectors.read(tmp_path)
 

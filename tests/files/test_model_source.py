@@ -14,10 +14,10 @@ from huggingface_hub.utils import filter_repo_objects
 from ml_embed import Embedder
 from ml_embed.errors import UserError
 from ml_embed.evaluation.cube import evaluate_baseline, evaluate_cube
+from ml_embed.files.model_identity import model_identity
 from ml_embed.files.model_source import find_model_folder, find_tokenizer_folder
 from ml_embed.inference.text_models import OwnModel, SentenceTransformersModel, load_text_model
 from ml_embed.model_folders.export import export_model
-from ml_embed.model_folders.read import weights_digest
 from ml_embed.model_folders.record import ModelRecord
 from ml_embed.prepare.tokenizer import load_tokenizer
 
@@ -119,7 +119,7 @@ def test_export(hub, nested, tmp_path):
     export_model("ada/nested", tmp_path / "named", rank=16)
     export_model(nested, tmp_path / "folder", rank=16)
     assert ModelRecord.load(tmp_path / "named") == ModelRecord.load(tmp_path / "folder")
-    assert weights_digest(tmp_path / "named") == weights_digest(tmp_path / "folder")
+    assert model_identity(tmp_path / "named") == model_identity(tmp_path / "folder")
 
 
 def test_a_tokenizer(hub, tmp_path):

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import run as run_script
-from helpers.tiny_world import TinyWorld
+from helpers.tiny_world import TinyWorld, write_manifest
 
 
 def train(world, tmp_path, experiment_id="run", arguments=(), **changes) -> tuple[int, list[dict]]:
@@ -51,5 +51,5 @@ def with_shared_queries(world, folder: Path, ids: Sequence[str | None] | None = 
     shutil.copy(world.tokenized / "facts_corpus.parquet", folder)
     manifest = json.loads((world.tokenized / "manifest.json").read_text())
     manifest["datasets"] = {"facts": manifest["datasets"]["facts"]}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder, manifest)
     return dataclasses.replace(world, tokenized=folder)

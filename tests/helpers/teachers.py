@@ -1,5 +1,7 @@
 """Teachers that cost nothing."""
 
+from typing import ClassVar
+
 import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3Model
@@ -29,6 +31,7 @@ class LetterModel:
     """Texts to vectors by their letters and order; not of unit length; costs nothing."""
 
     name, dim, device = "letters", 6, torch.device("cpu")
+    identity: ClassVar[dict[str, str]] = {"letters": "1"}
 
     def __init__(self, scale: float = 1.0):
         self.scale = scale

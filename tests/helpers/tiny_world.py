@@ -10,6 +10,9 @@ import pyarrow.parquet as pq
 import torch
 from transformers import Qwen3Config, Qwen3Model
 
+from ml_embed.data.manifest import Manifest
+from ml_embed.files.atomic import write_json
+from ml_embed.files.digests import file_digest
 from ml_embed.prepare.tokenization import TokenizeOptions, tokenize_folder
 from ml_embed.prepare.tokenizer_training import train_tokenizer
 
@@ -90,6 +93,14 @@ def raw_rows(name: str, rng: random.Random) -> list[dict]:
         )
     rows[0]["negatives"] = [rows[0]["passage"], documents[-1]]
     return rows
+
+
+def write_manifest(folder: Path, content: dict) -> None:
+    """A manifest that agrees with the files beside it, as if they had been written so."""
+    for name, entry in content["datasets"].items():
+        for kind in entry.get("digests", ()):
+            entry["digests"][kind] = file_digest(folder / f"{name}_{kind}.parquet")
+    write_json(folder / "manifest.json", Manifest.from_json(content).to_json())
 
 
 def make_world(folder: Path) -> TinyWorld:

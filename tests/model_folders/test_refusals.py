@@ -25,6 +25,7 @@ from ml_embed.errors import UserError
 from ml_embed.evaluation.cube import CubeModel, evaluate_cube
 from ml_embed.inference.text_models import OwnModel, SentenceTransformersModel, load_text_model
 from ml_embed.model_folders.export import export_model
+from ml_embed.model_folders.seal import verify_model
 from ml_embed.prepare.tokenizer import append_eos_template
 
 LASTTOKEN = {"pooling_mode_lasttoken": True}
@@ -321,6 +322,42 @@ def test_changed_settings_are_a_warning(folder, caplog):
     change(path, rms_norm_eps=1e-3)
     Embedder.from_pretrained(folder, device="cpu")
     assert "config.json changed after the folder was written" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "config.json",
+        "tokenizer.json",
+        "sentence_bert_config.json",
+        "1_Pooling/config.json",
+        "model.safetensors",
+        "nested/exit_norms.safetensors",
+    ],
+)
+def test_verify_compares_every_file(folder, file):
+    verify_model(folder)
+    path = folder / file
+    if path.suffix == ".json":
+        change(path, something_new=1)
+    else:
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(UserError, match=rf"has changed since it was written: {file} was \w+, now"):
+        verify_model(folder)
+    path.unlink()
+    with pytest.raises(UserError, match=f"{file}|lacks"):
+        verify_model(folder)
+
+
+def test_a_changed_record_is_named(folder):
+    change(folder / "ml_embed.json", exits=[3])
+    refused(folder, r"ml_embed\.json has changed since it was written", verify_model)
+
+
+def test_a_backbone_has_nothing_to_verify(backbone, caplog):
+    verify_model(backbone)
+    assert "has no digests to compare with" in caplog.text
 
 
 def test_prompts_and_length_that_were_edited_are_obeyed(folder):

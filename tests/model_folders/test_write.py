@@ -192,7 +192,7 @@ def as_format_1(folder: Path, new: Path) -> Path:
         path.rename(new / path.name)
     (new / "nested").rmdir()
     record = read(new / "ml_embed.json")
-    for name in ("digests", "origin", "default_prompt_name"):
+    for name in ("digest", "digests", "origin", "default_prompt_name"):
         del record[name]
     (new / "ml_embed.json").write_text(json.dumps(record | {"format_version": 1}))
     return new

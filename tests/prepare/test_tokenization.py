@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ml_embed.data.store import open_store
 from ml_embed.errors import UserError
+from ml_embed.files.digests import sealed
 from ml_embed.prepare import raw_parquet, tokenization
 from ml_embed.prepare.numbering import TextNumbers, text_digest
 from ml_embed.prepare.raw import (
@@ -130,7 +131,7 @@ def test_everything_written_is_right(tokenizer_folder, tmp_path):
     assert corpus.to_pydict() == {"input_ids": expected(DOCUMENTS)}
     assert max(map(len, expected(DOCUMENTS))) == 32  # one was cut
 
-    text = json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    text = json.dumps(sealed(manifest), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     assert (tmp_path / "tokens/manifest.json").read_text() == text
     source = (tmp_path / "raw/imdb.parquet").read_bytes()
     assert manifest["datasets"]["imdb"] == {

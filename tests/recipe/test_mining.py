@@ -5,6 +5,7 @@ import itertools
 import json
 import random
 import shutil
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +37,7 @@ class WordModel:
     """Texts to vectors by their pairs of letters: related texts are near, and it costs nothing."""
 
     name, dim, device = "letters", 16, torch.device("cpu")
+    identity: ClassVar[dict[str, str]] = {"letters": "1"}
     calls = 0
     of_pair = np.random.default_rng(0).normal(size=(997, dim)).astype(np.float32)
 
@@ -491,6 +493,23 @@ def test_folders_that_hold_something_else_are_not_mixed_with(raw, tmp_path):
     assert (other / "few.parquet").read_bytes() == b"precious"
     with pytest.raises(UserError, match="write to another folder"):
         mine_folder(WordModel(), raw, raw, Filter(), progress=False)
+
+
+def test_another_model_of_the_same_name_is_refused_and_a_damaged_file_made_again(raw, tmp_path):
+    rule = Filter(count=2)
+    mine_folder(WordModel(), raw, tmp_path, rule, progress=False)
+    whole = {path: path.read_bytes() for path in tmp_path.glob("*.parquet")}
+
+    class Retrained(WordModel):
+        identity: ClassVar[dict[str, str]] = {"letters": "2"}
+
+    with pytest.raises(UserError, match=r"files was \{'letters': '1'\}, now \{'letters': '2'\}"):
+        mine_folder(Retrained(), raw, tmp_path, rule, progress=False)
+    damaged = bytearray(whole[tmp_path / "few.parquet"])
+    damaged[40] ^= 1
+    (tmp_path / "few.parquet").write_bytes(damaged)
+    mine_folder(WordModel(), raw, tmp_path, rule, progress=False)
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.parquet")} == whole
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -18,9 +19,8 @@ from helpers.tiny_models import make_tokenizer, write_model
 from transformers import AutoModel, AutoTokenizer
 
 from ml_embed.config import DatasetConfig
-from ml_embed.data import teacher_vectors
 from ml_embed.data.store import open_store
-from ml_embed.data.teacher_vectors import TeacherVectors, describe_texts, map_vectors
+from ml_embed.data.teacher_vectors import TeacherVectors, map_vectors
 from ml_embed.errors import UserError
 from ml_embed.inference.embedder import Embedder
 from ml_embed.inference.text_models import load_text_model
@@ -194,11 +194,9 @@ def test_other_data_is_added_and_changed_data_replaced(world, tmp_path):
     assert {path.name for path in output.glob("*.vectors")} == used
 
 
-def test_texts_that_samples_do_not_tell_apart_have_their_own_vectors(world, tmp_path, monkeypatch):
+def test_texts_that_counts_do_not_tell_apart_have_their_own_vectors(world, tmp_path):
     """Two datasets of a folder, and data that changed: rows in the middle are swapped, so that all
     counts are equal."""
-    monkeypatch.setattr(teacher_vectors, "SAMPLED_PLACES", 2)
-    monkeypatch.setattr(teacher_module, "DIGESTED_TOKENS", 7)
     order = list(range(100, 140))
     orders = [
         order,
@@ -229,11 +227,6 @@ def test_texts_that_samples_do_not_tell_apart_have_their_own_vectors(world, tmp_
     assert_vectors("one", orders[0])
     assert_vectors("two", orders[1])
     after = tokenized("after", one=orders[2])
-    seen = [
-        describe_texts(open_store(data, world.folder / "cache", False))["one"]
-        for data in (before, after)
-    ]
-    assert seen[0] == seen[1], "or this would test what the samples see"
     embed_teacher(LetterModel(), teacher_options(world, tmp_path / "out", after), progress=False)
     assert_vectors("one", orders[2])
 
@@ -352,6 +345,24 @@ def test_an_interrupted_overwrite_goes_on_and_keeps_no_old_vector(world, tmp_pat
     assert len(again.seen) < len(whole.seen) - 20
     for path in (tmp_path / "whole").glob("*.[jv]*"):
         assert (output / path.name).read_bytes() == path.read_bytes()
+
+
+def test_another_teacher_of_the_same_name_and_damaged_vectors_are_refused(world, tmp_path):
+    embed_teacher(LetterModel(), teacher_options(world, tmp_path), progress=False)
+
+    class Retrained(LetterModel):
+        identity: ClassVar[dict[str, str]] = {"letters": "2"}
+
+    with pytest.raises(UserError, match=r"files was \{'letters': '1'\}, now \{'letters': '2'\}"):
+        embed_teacher(Retrained(), teacher_options(world, tmp_path), progress=False)
+    path = next(tmp_path.glob("queries-*.vectors"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match=rf"{path.name} is not as it was written.*--overwrite"):
+        embed_teacher(LetterModel(), teacher_options(world, tmp_path), progress=False)
+    assert path.read_bytes() != whole, "nothing is touched"
+    embed_teacher(LetterModel(), teacher_options(world, tmp_path, overwrite=True), progress=False)
+    assert path.read_bytes() == whole
 
 
 def test_a_finished_folder_stays_usable_while_data_is_added(world, tmp_path):

@@ -196,6 +196,20 @@ def test_folders_without_a_run(tmp_path, capsys, content, message):
     assert not (tmp_path / "report.html").exists()
 
 
+def test_a_damaged_line_is_named_and_the_others_are_shown(tmp_path, capsys):
+    line = {"split": "train", "step": 1, "loss": 2.0, "tokens": 5}
+    lines = [json.dumps(line | {"step": step}).encode() for step in (1, 2, 3)]
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    (whole / "metrics.jsonl").write_bytes(b"\n".join([lines[0], lines[2], b""]))
+    for damaged in (b"{" + lines[1], lines[1].replace(b"loss", b"lo\xffs"), b"[]", b"[" * 9000):
+        (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([lines[0], damaged, lines[2], b""]))
+        assert main([str(tmp_path)]) == 0
+        assert "metrics.jsonl, line 2 is damaged and left out" in capsys.readouterr().err
+        shown = (tmp_path / "report.html").read_text().replace(tmp_path.name, "whole")
+        assert shown == _report(whole).read_text()
+
+
 def test_damaged_evaluations_are_named(run_dir, tmp_path, capsys):
     (tmp_path / "evaluation.json").write_text('{"model": {"rows": []}}')
     assert main([str(run_dir), "--evaluation", str(tmp_path)]) == 2

@@ -127,6 +127,19 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_good_checkpoint(
         subprocess.run(["umount", "--lazy", str(mounted)], check=True)  # mapped tensors may live on
 
 
+def test_a_state_of_an_earlier_version_is_refused_by_a_sentence(inputs, copy, capsys):
+    """Its sums were BLAKE2b ones, under no name."""
+    for _, state in numbered_folders(copy / "resume"):
+        sums = {path.name: "ab" * 64 for path in state.iterdir() if path.name != "checksums.json"}
+        (state / "checksums.json").write_text(json.dumps(sums))
+    newest = str(state)
+    for resume in ("auto", newest):
+        assert train(config_of(inputs, "copy"), "--resume", resume) == 2
+        said = capsys.readouterr().err
+        assert "was saved by another version of ml-embed" in said
+        assert "is damaged" not in said
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [

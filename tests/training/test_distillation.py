@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.in_process import dataset_rows, train
 from helpers.teachers import random_model
-from helpers.tiny_world import TASKS
+from helpers.tiny_world import TASKS, write_manifest
 from oracles import distillation, objective, similarity
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
@@ -61,7 +61,7 @@ def only_facts(world, tmp_path_factory):
         (folder / f"facts_{part}.parquet").symlink_to(world.tokenized / f"facts_{part}.parquet")
     manifest = json.loads((world.tokenized / "manifest.json").read_text())
     manifest["datasets"] = {"facts": manifest["datasets"]["facts"]}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder, manifest)
     return folder
 
 

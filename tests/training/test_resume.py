@@ -165,7 +165,9 @@ def test_the_same_teacher_elsewhere_is_accepted_and_another_at_its_path_is_not(
     shutil.copytree(inputs.folder / "backbone", changes["teacher_model_path"])
     printed = run(inputs, config_of(inputs, "taught", **changes), "--resume", "auto", expected=2)
     assert re.search(
-        r"teacher_weights: '\w+' -> '\w+' \(a digest of what teacher_model_path holds\)", printed
+        r"teacher_model_path: {'model\.safetensors': '\w+'} -> {'model\.safetensors': '\w+'} "
+        r"\(digests of its files\)",
+        printed,
     )
     assert printed.count("  - ") == 1
 

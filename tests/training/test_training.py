@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers.in_process import dataset_rows, train
+from helpers.tiny_world import write_manifest
 from oracles import objective
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
@@ -36,7 +37,7 @@ def one_dataset(world, tmp_path_factory):
             )
         manifest = json.loads((world.tokenized / "manifest.json").read_text())
         manifest["datasets"] = {name: manifest["datasets"][name]}
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+        write_manifest(folder, manifest)
         return str(folder)
 
     return keep
