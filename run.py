@@ -4,11 +4,15 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from ml_embed.errors import UserError, exit_on_user_error
 from ml_embed.files.digests import add_verify_flag
 from ml_embed.notices import bars_wanted, parse_command
+
+if TYPE_CHECKING:
+    from ml_embed.config import TrainConfig
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -61,35 +65,53 @@ def main(arguments: list[str] | None = None) -> int:
     config, given = load_config(options.config, options.set)
 
     from ml_embed.distributed.heartbeat import heartbeat
+
+    with failures_from_outside(), heartbeat() as all_have_met:
+        return run_on_this_process(options, config, given, all_have_met)
+
+
+def run_on_this_process(
+    options: argparse.Namespace,
+    config: "TrainConfig",
+    given: dict[str, Any],
+    all_have_met: Callable[[], None],
+) -> int:
+    """This process's part of the run; returns its exit code."""
+    from ml_embed.distributed.collectives import compute_on_all_processes
     from ml_embed.distributed.sole_launch import sole_launch
     from ml_embed.kernels.allocator import keep_freed_memory
     from ml_embed.training.accelerator import make_accelerator
+    from ml_embed.training.agreement import agree_on_inputs, agree_on_settings
     from ml_embed.training.inputs import open_inputs, with_model_folders
     from ml_embed.training.loop import train
     from ml_embed.training.setup import make_loader, set_up
     from ml_embed.training.show_batch import show_batches
 
-    with failures_from_outside(), heartbeat():
-        config = with_model_folders(config)
-        accelerator = make_accelerator(config)
-        if accelerator.device.type == "cpu":
-            keep_freed_memory()
-        bars = bars_wanted() and accelerator.is_local_main_process
-        inputs = open_inputs(config, accelerator.num_processes, bars, options.verify)
-        if options.dry_run:
-            if accelerator.is_local_main_process:
-                print(json.dumps(inputs.resolved.to_json(), indent=2))
-            return 0
-        if options.show_batch:
-            if accelerator.is_main_process:
-                loader = make_loader(config, accelerator, inputs)
-                for text in show_batches(loader, inputs.tokenizer, options.show_batch):
-                    print(text)
-            return 0
-        with sole_launch(config.run_dir):
-            run = set_up(config, given, accelerator, inputs, options.resume, options.allow_changes)
-            code = train(run, progress=bars and accelerator.is_main_process)
-        accelerator.end_training()
+    config = with_model_folders(config)
+    accelerator = make_accelerator(config)
+    all_have_met()
+    agree_on_settings(config, options, accelerator)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+    bars = bars_wanted() and accelerator.is_local_main_process
+    inputs = compute_on_all_processes(
+        lambda: open_inputs(config, accelerator.num_processes, bars, options.verify)
+    )
+    agree_on_inputs(config, inputs, accelerator)
+    if options.dry_run:
+        if accelerator.is_local_main_process:
+            print(json.dumps(inputs.resolved.to_json(), indent=2))
+        return 0
+    if options.show_batch:
+        if accelerator.is_main_process:
+            loader = make_loader(config, accelerator, inputs)
+            for text in show_batches(loader, inputs.tokenizer, options.show_batch):
+                print(text)
+        return 0
+    with sole_launch(config.run_dir):
+        run = set_up(config, given, accelerator, inputs, options.resume, options.allow_changes)
+        code = train(run, progress=bars and accelerator.is_main_process)
+    accelerator.end_training()
     if code == 0 and accelerator.is_local_main_process:
         print(f"done: {config.run_dir}")
     return code

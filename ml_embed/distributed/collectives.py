@@ -6,7 +6,7 @@ Letters: W processes, R rows of each process.
 import os
 import socket
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import psutil
 import torch
@@ -134,3 +134,32 @@ def compute_on_main_process(compute: Callable[[], Result]) -> Result:
     if outcome[1] is not None:
         raise UserError(outcome[1])
     return outcome[0]
+
+
+def compute_on_all_processes(compute: Callable[[], Result]) -> Result:
+    """Call `compute` on each process; where it is a UserError on one, it is one on all of them.
+
+    No process ends before all have come here: one that is still on its way would take the end of
+    another for the reason to end. Each raises its own error; those without, the first process's
+    that has one.
+    """
+    result, error = None, None
+    try:
+        result = compute()
+    except UserError as raised:
+        error = raised
+    errors = gather_objects(None if error is None else str(error))
+    if error is not None:
+        raise error
+    for process, message in enumerate(errors):
+        if message is not None:
+            raise UserError(f"process {process} of this run cannot go on: {message}")
+    return cast("Result", result)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """`value` of each process, in their order."""
+    gathered = [value] * world_size()
+    if len(gathered) > 1:
+        dist.all_gather_object(gathered, value)
+    return gathered

@@ -1,7 +1,6 @@
 """The accelerator and the engine of a run; those that would not train as asked are refused."""
 
 import os
-from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -12,14 +11,16 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from ml_embed.config import TrainConfig
 from ml_embed.distributed import zero2
-from ml_embed.distributed.collectives import choose_gloo_interface, world_size
+from ml_embed.distributed.collectives import (
+    choose_gloo_interface,
+    compute_on_all_processes,
+    world_size,
+)
 from ml_embed.distributed.engine import AccelerateEngine, Engine
+from ml_embed.distributed.meeting import meeting
 from ml_embed.errors import UserError
 from ml_embed.kernels.attention import choose_kernel
 
-# Processes wait for one that converts the data or writes a checkpoint. Dead ones are noticed much
-# sooner: by closed connections, and over several machines by `ml_embed.distributed.heartbeat`.
-_COLLECTIVE_TIMEOUT = timedelta(hours=2)
 # The engines that keep one copy of the weights per process.
 _COPIES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
@@ -39,31 +40,38 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     choose_gloo_interface()
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
     has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    accelerator = Accelerator(
-        # said aloud, or accelerate takes launched processes for single ones
-        cpu=not can_train_on_gpu(),
-        mixed_precision=None if launched else ("bf16" if has_bf16 else "no"),
-        log_with=list(config.report_to) or None,
-        project_dir=config.tb_dir,
-        kwargs_handlers=[
-            # The only buffers are constants, and GradCache makes forward passes that other
-            # processes do not.
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT),
-        ],
-    )
-    _check_engine(accelerator)
+    with meeting() as timeout:
+        accelerator = Accelerator(
+            # said aloud, or accelerate takes launched processes for single ones
+            cpu=not can_train_on_gpu(),
+            mixed_precision=None if launched else ("bf16" if has_bf16 else "no"),
+            log_with=list(config.report_to) or None,
+            project_dir=config.tb_dir,
+            kwargs_handlers=[
+                # The only buffers are constants, and GradCache makes forward passes that other
+                # processes do not.
+                DistributedDataParallelKwargs(
+                    broadcast_buffers=False, gradient_as_bucket_view=True
+                ),
+                InitProcessGroupKwargs(timeout=timeout),
+            ],
+        )
+    compute_on_all_processes(lambda: _check(accelerator, config))
     if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
         # accelerate's own choice would also sum gradients and return vectors in bf16
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+    return accelerator
+
+
+def _check(accelerator: Accelerator, config: TrainConfig) -> None:
+    _check_engine(accelerator)
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise UserError(
             f"mixed_precision: {accelerator.mixed_precision!r} is not supported; use 'bf16' or 'no'"
         )
     # refuses a kernel that cannot run here
     choose_kernel(config.attention, accelerator.device, compute_dtype(accelerator))
-    return accelerator
 
 
 def _check_trackers(config: TrainConfig) -> None:

@@ -22,6 +22,7 @@ from ml_embed.notices import notice
 from ml_embed.prepare.prompts import prompts_to_record
 from ml_embed.prepare.tokenizer import end_token
 from ml_embed.training.accelerator import compute_dtype, make_engine
+from ml_embed.training.agreement import agree_on_state
 from ml_embed.training.best import Best
 from ml_embed.training.build import build_encoder, build_optimizer, build_teacher
 from ml_embed.training.checkpoint import drop_newer, load_state, read_progress
@@ -80,6 +81,7 @@ def set_up(
         return start
 
     start = compute_on_main_process(prepare)
+    agree_on_state(start.state)
     # NumPy takes no larger seed; nothing here draws from it, but libraries may
     set_seed(config.seed % 2**32)
     return _build(config, accelerator, inputs, start)

@@ -23,6 +23,7 @@ import pyarrow as pa
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from torch.distributed import TCPStore
 
 from helpers import ROOT
 from helpers.tiny_models import make_tokenizer, random_backbone
@@ -206,9 +207,10 @@ class Launch:
         processes: int = 1,
         main: Callable[..., int] | None = None,
         environment: Mapping[str, str] | None = None,
+        groups: int = 1,
     ):
         """`main` (a module's function) takes the place of run.py's; `output` is a folder for what
-        processes print."""
+        processes print; `groups` is how many process groups they form one after another."""
         output.mkdir(parents=True, exist_ok=True)
         shared = {
             "ACCELERATE_USE_CPU": "true",
@@ -216,7 +218,15 @@ class Launch:
             "ACCELERATE_MIXED_PRECISION": "no",
         }
         if processes > 1:
-            shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+            # As a launcher does: it keeps the stores, at ports that the system gave it, so that no
+            # other launch can take one in between.
+            self._stores = [
+                TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+                for _ in range(groups)
+            ]
+            ports = [str(store.port) for store in self._stores]
+            shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ports[0]}
+            shared |= {"NEXT_PORTS": " ".join(ports[1:]), "TORCHELASTIC_USE_AGENT_STORE": "True"}
             shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
         self.outputs = [output / f"{number}.txt" for number in range(processes)]
         self.processes = []
@@ -250,18 +260,24 @@ class Launch:
 
 
 def run_each(configs: list[str]) -> int:
-    """run.py's main for one config after another, in the same processes."""
+    """run.py's main for one config after another, in the same processes; see `launch_each`."""
     from run import main
 
     codes = []
     for config in configs:
         codes.append(main(["--config", config]))
-        AcceleratorState._reset_state(
-            reset_partial_state=True
-        )  # the next run makes a process group of its own
-        if "MASTER_PORT" in os.environ:
-            os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        if os.environ.get("NEXT_PORTS"):  # the next run makes a process group of its own
+            port, _, rest = os.environ["NEXT_PORTS"].partition(" ")
+            os.environ.update(MASTER_PORT=port, NEXT_PORTS=rest)
     return max(codes)
+
+
+def launch_each(
+    output: Path, configs: Sequence[Path], processes: int, main: Callable[..., int] = run_each
+) -> Launch:
+    """A launch that trains one config after another."""
+    return Launch(output, configs, processes, main=main, groups=len(configs))
 
 
 def run(

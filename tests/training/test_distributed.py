@@ -6,6 +6,9 @@ four rows.
 """
 
 import inspect
+import os
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,11 +19,13 @@ from helpers import ROOT
 from helpers.comparing import CASES, GLOBAL_BATCH, assert_same_metrics, assert_same_tensors
 from helpers.sharded import run_each_sharded, run_sharded
 from helpers.teachers import LetterModel
-from helpers.tiny_runs import DATASETS, Inputs, Launch, final_state, metrics, run, run_each
+from helpers.tiny_runs import DATASETS, Inputs, final_state, launch_each, metrics, run
 from safetensors.torch import load_file
 
+import run as run_script
 from ml_embed.model_folders.record import RECORD_FILE, ModelRecord
 from ml_embed.recipe.teacher import TeacherOptions, embed_teacher
+from ml_embed.training import accelerator as run_accelerator
 
 LAUNCHES = {1: CASES, 2: CASES, 4: ["everything", "in_chunks"]}
 
@@ -51,9 +56,7 @@ def run_dirs(inputs):
             configs.append(
                 inputs.config(name, train_batch_size=GLOBAL_BATCH // processes, **changes)
             )
-        launch = Launch(
-            inputs.folder / "printed" / str(processes), configs, processes, main=run_each
-        )
+        launch = launch_each(inputs.folder / "printed" / str(processes), configs, processes)
         assert launch.wait() == [0] * processes, launch.printed()
         assert "Warning" not in launch.printed()
     return lambda case, processes: inputs.run_dir(f"{case}-{processes}")
@@ -67,7 +70,8 @@ def sharded_run_dirs(inputs, run_dirs):
         configs.append(
             inputs.config(f"{case}-sharded", train_batch_size=GLOBAL_BATCH // 2, **CASES[case])
         )
-    launch = Launch(inputs.folder / "printed" / "sharded", configs, 2, main=run_each_sharded)
+    printed = inputs.folder / "printed" / "sharded"
+    launch = launch_each(printed, configs, 2, run_each_sharded)
     assert launch.wait() == [0, 0], launch.printed()
     return lambda case: inputs.run_dir(f"{case}-sharded")
 
@@ -181,6 +185,26 @@ def test_accelerate_reads_every_config(path):
         assert given["fsdp_config"].keys() <= plugin_names | renamed
 
 
+def main_that_is_late(arguments: list[str]) -> int:
+    """run.py's main; process 1 comes late to the check, and process 0 must not end before.
+
+    gloo's own forming of the group fails in a process that another one leaves as soon as its part
+    of that is done.
+    """
+    came = Path(arguments[1]).with_suffix(".came")
+    if os.environ["RANK"] == "1":
+        check = run_accelerator._check
+
+        def late(*given) -> None:
+            time.sleep(0.5)
+            came.touch()
+            check(*given)
+
+        run_accelerator._check = late
+    code = run_script.main(arguments)
+    return code if came.exists() else 1
+
+
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
@@ -195,7 +219,8 @@ def test_accelerate_reads_every_config(path):
 )
 def test_launcher_settings_that_cannot_work_here_are_refused(inputs, environment, message):
     config = inputs.config("refused", train_batch_size=2)
-    printed = run(inputs, config, processes=2, expected=2, environment=environment)
+    options = {"main": main_that_is_late, "environment": environment}
+    printed = run(inputs, config, processes=2, expected=2, **options)
     assert printed.count("error: ") == 2, "one for each process"
     assert printed.count(message) == 2
     assert "Traceback" not in printed

@@ -29,7 +29,7 @@ from helpers.tiny_runs import (
 import run as run_script
 from ml_embed.distributed import heartbeat
 
-PREEMPTED_OR_LOST = (2, heartbeat.LOST_EXIT_CODE)
+LOST = (2, heartbeat.LOST_EXIT_CODE)
 
 
 @pytest.fixture(scope="module")
@@ -154,25 +154,88 @@ ALIKE = {"WORLD_SIZE": 8, "LOCAL_WORLD_SIZE": 4}  # a launcher that says no more
     ],
 )
 def test_machines_are_counted(monkeypatch, told, machine):
-    counted = []
+    """To the end of the run; processes of the same machine until all have met."""
+    watched = []
 
     class Recorder:
-        def __init__(self, machine, machines, *rest):
-            counted.append((machine, machines))
+        def __init__(self, own, others, *rest):
+            self._said = own, others
+            watched.append(self._said)
 
         def stop(self):
-            pass
+            watched.remove(self._said)
 
     for name, value in (told | {"LOCAL_RANK": 0}).items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(heartbeat, "Heartbeat", Recorder)
-    with heartbeat.heartbeat():
-        assert counted == [(machine, 2)]
+    names = [f"machine {number} (counted from 0)" for number in range(2)]
+    own, local = told["RANK"], told["LOCAL_WORLD_SIZE"]
+    neighbours = [f"process {number}" for number in range(own, own + local) if number > own]
+    with heartbeat.heartbeat() as all_have_met:
+        machines = (names[machine], [names[1 - machine]])
+        assert watched == [machines, (f"process {own}", neighbours)]
+        all_have_met()
+        assert watched == [machines]
+    assert watched == []
 
 
 def main_with_quick_heartbeat(arguments: list[str]) -> int:
     heartbeat.BEAT_SECONDS, heartbeat.LOST_AFTER_SECONDS = 0.2, 2.0
     return run_script.main(arguments)
+
+
+def main_that_dies(arguments: list[str]) -> int:
+    """run.py's main; process VICTIM dies at MOMENT."""
+    from ml_embed.training import accelerator, inputs
+
+    moments = {
+        "before it has met others": (inputs, "with_model_folders"),
+        "while they meet": (accelerator, "Accelerator"),
+        "when they have met": (inputs, "open_inputs"),
+    }
+    if os.environ["RANK"] == os.environ["VICTIM"]:
+        if (moment := os.environ["MOMENT"]) == "before it says a word":
+            os.kill(os.getpid(), signal.SIGKILL)
+        module, name = moments[moment]
+        setattr(module, name, lambda *given, **more: os.kill(os.getpid(), signal.SIGKILL))
+    return main_with_quick_heartbeat(arguments)
+
+
+WITHOUT_LAUNCHER = {"TORCHELASTIC_USE_AGENT_STORE": "False"}
+
+
+@pytest.mark.parametrize(
+    ("moment", "victim", "more"),
+    [
+        ("before it says a word", 0, WITHOUT_LAUNCHER),
+        ("before it says a word", 1, {}),
+        ("before it has met others", 0, WITHOUT_LAUNCHER),
+        ("while they meet", 0, {}),
+        ("when they have met", 1, {}),
+    ],
+)
+def test_nobody_waits_for_one_that_died_before_the_first_step(inputs, moment, victim, more):
+    """No longer than for one that dies later; here after two seconds instead of thirty."""
+    config = config_of(inputs, "alone", train_batch_size=2)
+    environment = {"MOMENT": moment, "VICTIM": str(victim)} | more
+    if more:  # the store's port is free then, as where processes are started one by one
+        environment["MASTER_PORT"] = str(free_port())
+    launch = Launch(
+        inputs.folder / "printed" / "alone",
+        ["--config", config],
+        2,
+        main=main_that_dies,
+        environment=environment,
+    )
+    launch.processes[victim].join(60)
+    other = launch.processes[1 - victim]
+    other.join(20)
+    codes = launch.wait(0)
+    assert codes[1 - victim] in LOST, (codes, launch.printed())
+    assert codes[victim] == -signal.SIGKILL
+    said = "has not answered for 2 seconds" if codes[1 - victim] == LOST[1] else "has ended or does"
+    assert said in launch.printed()
+    assert "Traceback" not in launch.printed()
 
 
 @pytest.mark.alone
@@ -194,5 +257,5 @@ def test_a_machine_that_falls_silent_ends_the_other(inputs, silent):
     codes = launch.wait()
     assert other.exitcode == heartbeat.LOST_EXIT_CODE, (codes, launch.printed())
     assert f"machine {silent} (counted from 0) has not answered for 2 seconds" in launch.printed()
-    assert codes[silent] in PREEMPTED_OR_LOST
+    assert codes[silent] in LOST
     assert "Traceback" not in launch.printed()

@@ -1,0 +1,113 @@
+"""What all processes of a run must agree on before its first step."""
+
+import argparse
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from accelerate import Accelerator
+
+from ml_embed.config import TrainConfig
+from ml_embed.distributed.agreement import check_agreement
+from ml_embed.files.atomic import CHECKSUMS_FILE
+from ml_embed.files.digests import file_digest, value_digest
+from ml_embed.model_folders.read import weights_digest
+from ml_embed.prepare.tokenizer import fingerprint
+from ml_embed.training.inputs import Inputs
+from ml_embed.training.resume import run_fingerprint
+
+_LOCAL_KEYS = frozenset(
+    {"model_path", "teacher_model_path", "train_data_path", "valid_data_path"}
+    | {"teacher_vectors_path", "cache_dir", "tb_dir"}
+    | {"num_processes"}  # is ignored
+)
+"""Keys that may differ between processes: each machine may have its own copies of what is read, the
+content of which is compared instead, and its own places for what only it writes."""
+
+
+def agree_on_settings(
+    config: TrainConfig, options: argparse.Namespace, accelerator: Accelerator
+) -> None:
+    """Stop all processes unless they have the same settings, code and libraries. A collective.
+
+    Args:
+        config: this process's.
+        options: its command line.
+        accelerator: as its launcher set it up.
+    Raises:
+        UserError: names what differs; on all processes alike.
+    """
+
+    def facts() -> dict[str, Any]:
+        keys = dataclasses.asdict(config)
+        return {
+            **{key: value for key, value in keys.items() if key not in _LOCAL_KEYS},
+            "--dry-run": options.dry_run,
+            "--show-batch": options.show_batch,
+            "accelerate's distributed_type": str(accelerator.distributed_type.value),
+            "accelerate's mixed_precision": accelerator.mixed_precision,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "numpy": np.__version__,  # draws the order of the data
+            "digest of ml_embed": _code(),
+        }
+
+    check_agreement(facts)
+
+
+def _code() -> dict[str, str]:
+    """The digest of each file of the package's code, by its path in the package."""
+    package = Path(__file__).parents[1]
+    return {
+        path.relative_to(package).as_posix(): file_digest(path)
+        for path in sorted(package.rglob("*.py"))
+    }
+
+
+def agree_on_inputs(config: TrainConfig, inputs: Inputs, accelerator: Accelerator) -> None:
+    """Stop all processes unless they start from the same model and train on the same data.
+
+    A collective.
+
+    Raises:
+        UserError: names what differs; on all processes alike.
+    """
+
+    def facts() -> dict[str, Any]:
+        resolved, start = vars(inputs.resolved), inputs.start
+        plans = ("datasets", "valid_datasets")
+        return {
+            **{f"resolved {key}": value for key, value in resolved.items() if key not in plans},
+            **{f"resolved {key}": {p.name: vars(p) for p in resolved[key]} for key in plans},
+            **run_fingerprint(config, inputs, accelerator.mixed_precision),
+            "digest of model_path": {
+                "weights": weights_digest(start.path),
+                "config": value_digest(_without_place(start.config.to_dict())),
+                "tokenizer": fingerprint(start.tokenizer),
+            },
+        }
+
+    check_agreement(facts)
+
+
+def _without_place(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "_name_or_path"}
+
+
+def agree_on_state(state: Path | None) -> None:
+    """Stop all processes unless they read the same resume state. A collective.
+
+    Raises:
+        UserError: a machine has no such state in its output_dir, or another one.
+    """
+    if state is not None:
+        check_agreement(functools.partial(_sums, state))
+
+
+def _sums(state: Path) -> dict[str, str | None]:
+    sums = state / CHECKSUMS_FILE
+    return {f"digest of {sums}": file_digest(sums) if sums.is_file() else None}
