@@ -239,8 +239,8 @@ class TrainConfig:
 
     @property
     def run_dir(self) -> Path:
-        """The folder of this run."""
-        return Path(self.output_dir) / self.experiment_id
+        """The folder of this run, without links: two names of one folder have one lock."""
+        return (Path(self.output_dir) / self.experiment_id).resolve()
 
     @property
     def held_out_fraction(self) -> float:

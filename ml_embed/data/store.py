@@ -208,7 +208,7 @@ def open_store(
     Raises:
         UserError: data is missing, wrong or damaged.
     """
-    sources, cache_dir = find_sources(Path(folder)), Path(cache_dir).absolute()
+    sources, cache_dir = find_sources(Path(folder)), Path(cache_dir).resolve()
     identity = sources.identity(cache_dir, verify)
     target = _place(cache_dir, identity)
     if not (target / INDEX).is_file():

@@ -1,6 +1,7 @@
 """Lock files: two processes never write the same folder."""
 
 import errno
+import fcntl
 from pathlib import Path
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
@@ -23,13 +24,14 @@ def take_lock(path: Path, seconds: float = 0, waiting: str | None = None) -> Acq
         waiting: said before waiting.
     Raises:
         Timeout: another process holds it for longer.
-        OSError: the file cannot be made.
+        OSError: the file cannot be made, or not be locked by anybody.
     """
     lock = FileLock(path)
     try:
         try:
             lock.acquire(timeout=0)
         except Timeout:
+            _check_held(path)
             if seconds == 0:
                 raise
             if waiting:
@@ -39,6 +41,18 @@ def take_lock(path: Path, seconds: float = 0, waiting: str | None = None) -> Acq
         if error.errno not in _NO_LOCKS_HERE:
             raise
     return AcquireReturnProxy(lock)
+
+
+def _check_held(path: Path) -> None:
+    """Raise OSError if a lock is refused for another reason than that a process holds it.
+
+    filelock takes "permission denied" for a lock that is held, and would wait without end.
+    """
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
 
 
 def lock_folder(path: Path, doing: str) -> AcquireReturnProxy:

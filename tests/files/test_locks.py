@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import os
 import threading
 import time
 
@@ -15,6 +16,7 @@ from ml_embed.data.store import open_store
 from ml_embed.distributed.sole_launch import sole_launch
 from ml_embed.errors import UserError
 from ml_embed.files.locks import lock_folder, take_lock
+from ml_embed.prepare.tokenization import _exclusive
 
 
 @pytest.fixture(params=["ENOLCK", "ENOTSUP"])
@@ -81,12 +83,50 @@ def test_other_errors_are_not_taken_for_missing_locks(tmp_path):
         pass
 
 
-def test_data_is_converted_without_locks_and_another_process_is_left_alone(no_locks, tmp_path):
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.EPERM])
+@pytest.mark.parametrize("call", ["open", "flock"])
+def test_a_lock_that_cannot_be_had_is_not_taken_for_one_that_is_held(
+    tmp_path, monkeypatch, call, code
+):
+    """Nobody waits for a process that is not there, not even where waiting has no end."""
+    refusal, opened = OSError(code, os.strerror(code)), os.open
+
+    def refuse(*given):
+        raise refusal
+
+    def open_others(path, *given, **more):
+        return refuse() if str(path).endswith("lock") else opened(path, *given, **more)
+
+    write_released(tmp_path)
+    if call == "open":
+        monkeypatch.setattr(os, "open", open_others)
+    else:
+        monkeypatch.setattr(fcntl, "flock", refuse)
+    for seconds in (0, 5, -1):
+        with pytest.raises(OSError, match=os.strerror(code)):
+            take_lock(tmp_path / "lock", seconds)
+    with (
+        pytest.raises(UserError, match=f"output_dir: .*{os.strerror(code)}"),
+        sole_launch(tmp_path / "run"),
+    ):
+        pass
+    with pytest.raises(UserError, match=f"{os.strerror(code)}.* set cache_dir"):
+        open_store(tmp_path, tmp_path / "cache", progress=False)
+    with pytest.raises(UserError, match=f"{os.strerror(code)}.* Choose another --output"):
+        _exclusive(tmp_path / "output")
+
+
+def write_released(folder) -> None:
+    """One row in the layout of the original release."""
     ids = pa.array([[5, 6, 1]], pa.list_(pa.int64()))
-    pq.write_table(pa.table({"doc_id": ["d"], "input_ids": ids}), tmp_path / "corpus.parquet")
+    pq.write_table(pa.table({"doc_id": ["d"], "input_ids": ids}), folder / "corpus.parquet")
     pq.write_table(
-        pa.table({"query_input_ids": ids, "passage_input_ids": ["d"]}), tmp_path / "x_query.parquet"
+        pa.table({"query_input_ids": ids, "passage_input_ids": ["d"]}), folder / "x_query.parquet"
     )
+
+
+def test_data_is_converted_without_locks_and_another_process_is_left_alone(no_locks, tmp_path):
+    write_released(tmp_path)
     store = open_store(tmp_path, tmp_path / "cache", progress=False)
     np.testing.assert_array_equal(store.datasets["x"].query(0), [5, 6, 1])
     of_another = store.folder.with_name(f"{store.folder.name}.partial-of_another")

@@ -267,13 +267,23 @@ def test_a_second_run_does_not_overwrite_the_first(world, tmp_path, capsys):
 
 
 def test_two_launches_never_train_into_one_folder(world, tmp_path, capsys, monkeypatch):
-    """Another one that ends in time is waited for; one that does not is named."""
-    monkeypatch.setattr(sole_launch, "ENDS_WITHIN_SECONDS", 1)
+    """Another one that ends in time is waited for; one that does not is named.
+
+    Links to the folder, and to the folder of all runs, are that folder.
+    """
+    monkeypatch.setattr(sole_launch, "ENDS_WITHIN_SECONDS", 0.1)
+    (tmp_path / "linked_run").symlink_to(tmp_path / "run")
+    (tmp_path / "link").symlink_to(tmp_path)
     with sole_launch.sole_launch(tmp_path / "run"):
-        code, _ = train(world, tmp_path)
-        assert code == 2
-        assert "another launch is training into" in capsys.readouterr().err
-        assert not (tmp_path / "run").exists()
+        for folder, name in (
+            (tmp_path, "run"),
+            (tmp_path, "linked_run"),
+            (tmp_path / "link", "run"),
+        ):
+            code, _ = train(world, folder, name)
+            assert code == 2, (folder, name)
+            assert f"another launch is training into {tmp_path}/run" in capsys.readouterr().err
+            assert not (tmp_path / "run").exists()
     monkeypatch.setattr(sole_launch, "ENDS_WITHIN_SECONDS", 60)
     holds = threading.Event()
 
