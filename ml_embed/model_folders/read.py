@@ -6,7 +6,6 @@ is run. Letters: V vocabulary, r rank, H hidden size.
 
 import copy
 import json
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3
 from ml_embed.errors import UserError, one_line
 from ml_embed.kernels.attention import Kernel
 from ml_embed.model import MatryoshkaEncoder, check_supported
-from ml_embed.model_folders.checks import check_config, check_vocabulary
+from ml_embed.model_folders.checks import check_config, check_vocabulary, is_finite
 from ml_embed.model_folders.modules import MODULES_FILE, foreign_modules
 from ml_embed.model_folders.record import (
     EXIT_NORMS_FILE,
@@ -168,19 +167,14 @@ def load_backbone(
             f"model in config.json, e.g. {unknown[0]}; merge adapters, or correct config.json"
         )
     for name, tensor in model.state_dict().items():
-        if not _is_finite(tensor):
+        if not is_finite(tensor):
             raise _not_finite(_file_that_holds(folder, name), name)
     return model
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    # NaN passes through; measured: 20 times as fast as isfinite().all(), at memory's speed.
-    return tensor.numel() == 0 or all(map(math.isfinite, map(float, torch.aminmax(tensor))))
-
-
 def _finite(path: Path, name: str, tensor: Tensor) -> Tensor:
     """A tensor of a file. Raises UserError if it has NaN or infinity."""
-    if not _is_finite(tensor):
+    if not is_finite(tensor):
         raise _not_finite(path, name)
     return tensor
 

@@ -15,12 +15,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3Model
 
+from ml_embed.errors import UserError
 from ml_embed.files.atomic import MAX_SHARD_SIZE, give_usual_permissions, write_json
 from ml_embed.model_folders.card import write_card
+from ml_embed.model_folders.checks import is_finite
 from ml_embed.model_folders.modules import Modules, write_modules
 from ml_embed.model_folders.record import EXIT_NORMS_FILE, FACTORS_FILE, NESTED, ModelRecord
 from ml_embed.model_folders.seal import seal
 from ml_embed.prepare.tokenizer import append_eos_template, end_token
+
+
+class NotFiniteError(UserError):
+    """Names a weight that has NaN or infinity, and so is not written."""
 
 
 def save_model_folder(
@@ -38,9 +44,12 @@ def save_model_folder(
         config: the backbone's config; its number of layers is the model's depth.
         tokenizer: the backbone's; a copy that appends the end token by itself is saved.
         record: what was trained; everybody gets vectors of the longest of its dims.
+    Raises:
+        NotFiniteError: a weight has NaN or infinity; nothing was written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     plain = backbone_state(state, record)
+    _check_finite(state, plain)
+    folder.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(plain, folder, max_shard_size=MAX_SHARD_SIZE)
     _save_nested(folder, state, record)
     backbone = copy.deepcopy(config)
@@ -64,6 +73,13 @@ def save_model_folder(
     write_card(folder, config, record)
     seal(folder, record)
     give_usual_permissions(folder)
+
+
+def _check_finite(state: Mapping[str, Tensor], plain: Mapping[str, Tensor]) -> None:
+    table = {"the token table": plain["embed_tokens.weight"]}  # a product, it may be more than A, B
+    for name, tensor in {**state, **table}.items():
+        if not is_finite(tensor):
+            raise NotFiniteError(f"{name} has NaN or infinity")
 
 
 def save_backbone(folder: Path, model: Qwen3Model, tokenizer: PreTrainedTokenizerBase) -> None:

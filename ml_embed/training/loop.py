@@ -17,7 +17,7 @@ from ml_embed.distributed.engine import Moments
 from ml_embed.errors import UserError
 from ml_embed.files.atomic import atomic_folder, remove_folder
 from ml_embed.files.paths import numbered_folders
-from ml_embed.model_folders.write import save_model_folder
+from ml_embed.model_folders.write import NotFiniteError, save_model_folder
 from ml_embed.notices import notice
 from ml_embed.training import lora
 from ml_embed.training.checkpoint import save_state
@@ -139,7 +139,7 @@ def validate_and_log(run: Run, step: int) -> None:
     if values:
         run.log.valid(step, run.epoch_of(step), values)
         if run.best.add(values, step):
-            save_best(run)
+            save_best(run, step)
 
 
 def _encode(run: Run, batch: ContrastiveBatch, rank: int) -> Tensor:
@@ -154,7 +154,7 @@ def save_checkpoint(run: Run, step: int, epoch_ends: bool) -> None:
     A collective; the first process writes.
 
     Raises:
-        UserError: the disk is full; on all processes alike.
+        UserError: a weight is not finite, or the disk is full; on all processes alike.
     """
     state, moments = run.engine.model_state(), run.engine.optimizer_state()
 
@@ -163,21 +163,21 @@ def save_checkpoint(run: Run, step: int, epoch_ends: bool) -> None:
         # does.
         epoch = step // run.resolved.steps_per_epoch
         names = [f"step_{step}", *([f"epoch_{epoch}"] if epoch_ends else [])]
-        _write_model_folders(run, names, state)
+        _write_model_folders(run, step, names, state)
         _write_resume_state(run, step, state, moments)
         _keep_newest_model_folders(run, step)
 
     _on_main_process(run, write)
 
 
-def save_best(run: Run) -> None:
+def save_best(run: Run, step: int) -> None:
     """Write the model folder best/, in place of a former one. A collective.
 
     Raises:
-        UserError: the disk is full; on all processes alike.
+        UserError: a weight is not finite, or the disk is full; on all processes alike.
     """
     state = run.engine.model_state()
-    _on_main_process(run, lambda: _write_model_folders(run, ["best"], state))
+    _on_main_process(run, lambda: _write_model_folders(run, step, ["best"], state))
 
 
 def _on_main_process(run: Run, write: Callable[[], None]) -> None:
@@ -192,13 +192,19 @@ def _on_main_process(run: Run, write: Callable[[], None]) -> None:
         raise failure or UserError("the first process could not write its checkpoint")
 
 
-def _write_model_folders(run: Run, names: list[str], state: dict[str, Tensor]) -> None:
+def _write_model_folders(run: Run, step: int, names: list[str], state: dict[str, Tensor]) -> None:
     weights = turned(run, state)
     if run.config.lora_r:
         weights = lora.merged(weights, lora.scale(run.config))
     for name in names:
-        with atomic_folder(run.config.run_dir / name) as folder:
-            save_model_folder(folder, weights, run.backbone_config, run.tokenizer, run.record)
+        try:
+            with atomic_folder(run.config.run_dir / name) as folder:
+                save_model_folder(folder, weights, run.backbone_config, run.tokenizer, run.record)
+        except NotFiniteError as error:
+            raise UserError(
+                f"after step {step} {error}; nothing of it is saved, and "
+                f"{run.last_good_checkpoint()}. Lower learning_rate"
+            ) from None
 
 
 def _write_resume_state(run: Run, step: int, state: dict[str, Tensor], moments: Moments) -> None:

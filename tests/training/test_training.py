@@ -23,6 +23,7 @@ from ml_embed.distributed import sole_launch
 from ml_embed.training import loop as training
 from ml_embed.training.accelerator import can_train_on_gpu
 from ml_embed.training.inputs import _look_at_end
+from ml_embed.training.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -264,6 +265,27 @@ def test_a_second_run_does_not_overwrite_the_first(world, tmp_path, capsys):
     assert code == 2
     assert "already holds a run" in capsys.readouterr().err
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("learning_rate", "name"), [(1e39, "embedding.A"), (1e25, "the token table")]
+)
+def test_weights_that_overflow_in_the_last_step_are_not_saved(
+    world, tmp_path, capsys, monkeypatch, learning_rate, name
+):
+    """Loss and gradient are finite in that step; with 1e25 A and B are finite, but not A B."""
+    monkeypatch.setattr(
+        Run, "learning_rate", lambda run, step: learning_rate if step == 3 else 1e-4
+    )
+    settings = {"checkpointing_steps": 2, "weight_decay": 0.0, "valid_fraction": 0}
+    code, lines = train(world, tmp_path, train_steps=3, **settings)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert code == 2
+    said = capsys.readouterr().err
+    assert f"error: after step 3 {name} has NaN or infinity" in said
+    assert f"the last good checkpoint is {tmp_path}/run/resume/step_2. Lower" in said
+    assert sorted(path.name for path in (tmp_path / "run").glob("*step*")) == ["step_2"]
+    assert sorted(path.name for path in (tmp_path / "run" / "resume").iterdir()) == ["step_2"]
 
 
 def test_two_launches_never_train_into_one_folder(world, tmp_path, capsys, monkeypatch):
