@@ -165,7 +165,7 @@ class TrainConfig:
     query text) are never counted as its negatives, wherever they stand in the batch; false = off"""
     false_negative_margin: float | None = _key(None, low=0, high=2)
     """negatives whose cosine to the query exceeds the positive's by more than this are masked as
-    well; null = off"""
+    well, in part over the next quarter of it (at least 0.005); null = off"""
     datasets: dict[str, DatasetConfig] = dataclasses.field(default_factory=dict)
     """settings per dataset, under its name or a shell-style pattern such as "sts_*"; an exact name
     goes before patterns, an earlier pattern before a later one"""

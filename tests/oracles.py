@@ -5,7 +5,7 @@ Nothing of `ml_embed` is used here. Slow and obviously right, from the formulas.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -40,9 +40,13 @@ def cosine(a: Tensor, b: Tensor, dim: int) -> Tensor:
     return (a / a.norm()).dot(b / b.norm())
 
 
-def cross_entropy(logits: list[Tensor], target: int) -> Tensor:
-    logits = torch.stack(logits)
-    return torch.logsumexp(logits, dim=0) - logits[target]
+def cross_entropy(logits: list[Tensor], target: int, masked: Mapping[int, float] = {}) -> Tensor:
+    """`masked`: how much of a logit's exponential is left out of the sum; 1 = all of it."""
+    shares = [1 - masked.get(place, 0.0) for place in range(len(logits))]
+    terms = [
+        share * (logit - logits[target]).exp() for share, logit in zip(shares, logits, strict=True)
+    ]
+    return sum(terms).log()
 
 
 def hard_loss(
@@ -51,31 +55,33 @@ def hard_loss(
     negatives: list[list[Tensor]],
     dims,
     temperature: float,
+    masked: list[dict[int, float]] | None = None,
 ) -> Tensor:
-    """Mean over samples, sum over dims, of CE(positive among [positive, own negatives])."""
+    """Mean over samples, sum over dims, of CE(positive among [positive, own negatives]), of which
+    `masked` says how much of each is left out."""
     total = torch.zeros(())
     for dim, weight in dims:
-        for query, passage, own in zip(queries, passages, negatives, strict=True):
-            logits = [cosine(query, candidate, dim) / temperature for candidate in [passage, *own]]
-            total = total + weight * cross_entropy(logits, 0) / len(queries)
+        for i, (query, own) in enumerate(zip(queries, negatives, strict=True)):
+            logits = [cosine(query, c, dim) / temperature for c in [passages[i], *own]]
+            out = {1 + place: share for place, share in (masked[i] if masked else {}).items()}
+            total = total + weight * cross_entropy(logits, 0, out) / len(queries)
     return total
 
 
 def in_batch_loss(
     queries: list[Tensor],
     passages: list[Tensor],
-    left_out: list[set[int]],
+    masked: list[dict[int, float]],
     dims,
     temperature: float,
 ) -> Tensor:
-    """Mean over samples, sum over dims, of CE(positive among all positives but those that the
-    sample leaves out)."""
+    """Mean over samples, sum over dims, of CE(positive among all positives), of which `masked` says
+    how much of each the sample leaves out."""
     total = torch.zeros(())
     for dim, weight in dims:
         for i, query in enumerate(queries):
-            kept = [j for j in range(len(passages)) if j not in left_out[i]]
-            logits = [cosine(query, passages[j], dim) / temperature for j in kept]
-            total = total + weight * cross_entropy(logits, kept.index(i)) / len(queries)
+            logits = [cosine(query, passage, dim) / temperature for passage in passages]
+            total = total + weight * cross_entropy(logits, i, masked[i]) / len(queries)
     return total
 
 
@@ -123,18 +129,31 @@ def right_documents(data: list[tuple], query_ids: list[str | None] | None = None
     ]
 
 
-def above_margin(
+def masked_by_margin(
     query: Tensor,
     positive: Tensor,
     others: list[Tensor],
     margin: float | None,
+    temperature: float,
     rounding: float = 1e-6,
-) -> set[int]:
-    """Which of the others are nearer to the query than the positive, by more than the margin."""
+) -> dict[int, float]:
+    """How much of the others is masked because it is nearer to the query than the positive.
+
+    Nothing up to the margin; all of it from a quarter of the margin (at least 0.005) above it on.
+    """
     if margin is None:
-        return set()
-    limit = cosine(query, positive, len(query)) + margin + rounding
-    return {place for place, other in enumerate(others) if cosine(query, other, len(query)) > limit}
+        return {}
+    query = query.detach()
+    limit = float(cosine(query, positive.detach(), len(query))) + margin + rounding
+    masked = {}
+    for number, other in enumerate(others):
+        place = (float(cosine(query, other.detach(), len(query))) - limit) / max(margin / 4, 0.005)
+        if place >= 1:
+            masked[number] = 1.0
+        elif place > 0:
+            steepness = 1 + margin / temperature
+            masked[number] = 1 - math.exp(-steepness * place / (1 - place))
+    return masked
 
 
 def cut(ids: Sequence[int], max_length: int, eos_id: int) -> list[int]:
@@ -157,7 +176,7 @@ def objective(
     right: list[set[int]] | None = None,
     scores: list[float] | None = None,
     margin: float | None = None,
-    counts: dict[str, int] | None = None,
+    counts: dict[str, float] | None = None,
 ) -> Tensor:
     """The whole loss of a global batch: mean over exits of (hard + in-batch) or similarity.
 
@@ -174,20 +193,25 @@ def objective(
     passages = [encode(documents[passage]) for _, passage, _ in samples]
     negatives = [[encode(documents[n]) for n in own] for _, _, own in samples]
     deepest = max(exits)
-    negatives_out, passages_out, by_document, by_margin = [], [], 0, 0
+    negatives_out, passages_out, by_document, by_margin = [], [], 0, 0.0
     right = right_documents(samples) if right is None else right
     for i, (_, _, own) in enumerate(samples):
         query, positive = queries[i][deepest], passages[i][deepest]
         same = {place for place, n in enumerate(own) if mask and n in right[i]}
-        near = above_margin(query, positive, [v[deepest] for v in negatives[i]], margin) - same
-        negatives_out.append(same | near)
-        by_document, by_margin = by_document + len(same), by_margin + len(near)
+        near = masked_by_margin(
+            query, positive, [v[deepest] for v in negatives[i]], margin, temperature
+        )
+        parts = [(same, near, negatives_out)]
         if task == "retrieval":
             others = {j for j, (_, other, _) in enumerate(samples) if j != i and other in right[i]}
-            same = others if mask else set()
-            near = above_margin(query, positive, [v[deepest] for v in passages], margin) - same
-            passages_out.append(same | near)
-            by_document, by_margin = by_document + len(same), by_margin + len(near)
+            near = masked_by_margin(
+                query, positive, [v[deepest] for v in passages], margin, temperature
+            )
+            parts.append((others if mask else set(), near, passages_out))
+        for same, near, out in parts:
+            out.append(near | dict.fromkeys(same, 1.0))
+            by_document += len(same)
+            by_margin += sum(share for place, share in near.items() if place not in same)
     if counts is not None:
         counts |= {"masked_by_document": by_document, "masked_by_margin": by_margin}
     total = torch.zeros(())
@@ -196,12 +220,9 @@ def objective(
         if task == "similarity":
             total = total + cosent_loss(q, p, scores, dims, temperature)
             continue
-        n = [
-            [v[layer] for place, v in enumerate(own) if place not in out]
-            for own, out in zip(negatives, negatives_out, strict=True)
-        ]
+        n = [[v[layer] for v in own] for own in negatives]
         if any(own for _, _, own in samples):
-            total = total + hard_loss(q, p, n, dims, temperature)
+            total = total + hard_loss(q, p, n, dims, temperature, negatives_out)
         if task == "retrieval":
             total = total + in_batch_loss(q, p, passages_out, dims, temperature)
     return total / len(exits)

@@ -4,10 +4,13 @@ Two rules. By document: every document that the data pairs with the sample's que
 stands in the batch (`BatchBuilder` finds these). By margin, an option: any document that is nearer
 to the query than the positive is, by more than the margin.
 
+The margin has an edge, in which a document is masked in part: cosines differ in their last digits
+with the number of processes, and a threshold would turn that into another loss.
+
 Letters: R rows of this process, K negatives, n passages of the global batch, H hidden size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +19,10 @@ from torch.nn.functional import normalize
 from ml_embed.data.batch import ContrastiveBatch
 from ml_embed.losses.nested import LOGITS_AT_ONCE
 
+EDGE, NARROWEST_EDGE = 0.25, 0.005
+"""Width of the edge: this share of the margin, or of a cosine where that is more. A guess, in which
+an error of a cosine moves the loss up to about eight times as much as it does everywhere (by 1 /
+temperature): with float32's 1e-7 still less than the 1e-5 that processes may differ by."""
 ROUNDING = 1e-6
 """By how much equal cosines may differ in float32: a copy of the positive is not nearer than it."""
 
@@ -29,13 +36,14 @@ class MaskedLogits:
     """
 
     candidates: Tensor
-    """(R, 1 + K) bool: also true for negatives that a sample does not have"""
+    """(R, 1 + K), for `masked_logits`: bool, or float with a margin; also leaves out negatives that
+    a sample does not have"""
     passages: Tensor | None
-    """(R, n) bool; None where nothing is masked, or there is no in-batch loss"""
+    """(R, n), likewise; None where nothing is masked, or there is no in-batch loss"""
     by_document: Tensor
     """scalar, int64"""
     by_margin: Tensor
-    """scalar, int64: pairs that are not masked by document already"""
+    """scalar, float64: pairs that are not masked by document already; those at the edge in part"""
 
 
 @torch.no_grad()
@@ -45,6 +53,7 @@ def mask_false_negatives(
     passages: Tensor | None,
     batch: ContrastiveBatch,
     margin: float | None,
+    temperature: float,
 ) -> MaskedLogits:
     """Masks for all exits and dims, decided once, by the whole vectors of the deepest exit.
 
@@ -59,6 +68,7 @@ def mask_false_negatives(
         batch: holds the masks by document.
         margin: also mask documents whose cosine is above the positive's by more than this;
             None = off.
+        temperature: of the losses.
     """
     real, present = batch.sample_weights > 0, batch.negative_weights > 0
     candidate_mask = batch.excluded_candidates
@@ -67,34 +77,56 @@ def mask_false_negatives(
     if passage_mask is not None:
         by_document = by_document + passage_mask.sum()
     if margin is None:
-        return MaskedLogits(
-            candidate_mask, passage_mask, by_document, torch.zeros_like(by_document)
-        )
+        nothing = torch.zeros_like(by_document, dtype=torch.float64)
+        return MaskedLogits(candidate_mask, passage_mask, by_document, nothing)
     query = normalize(query, dim=-1)
     scores = (query.unsqueeze(1) * normalize(candidates, dim=-1)).sum(-1)  # (R, 1 + K)
-    limit = scores[:, :1] + margin + ROUNDING  # (R, 1)
-    near = (scores > limit) & ~candidate_mask
-    near[:, 1:] &= present
-    by_margin = near.sum()
-    candidate_mask = candidate_mask | near
+    edge = _Edge(scores[:, :1] + margin + ROUNDING, margin, temperature)
+    added = edge.added(scores).masked_fill(candidate_mask, 0)
+    by_margin = _masked(added[:, 1:].masked_fill(~present, 0))
+    candidate_mask = added.masked_fill(candidate_mask, -torch.inf)
     if passages is not None:
-        near = _above(query, normalize(passages, dim=-1), limit) & real.unsqueeze(1)  # (R, n)
-        near[torch.arange(len(near), device=near.device), batch.target] = False
+        added = edge.added_to_passages(query, normalize(passages, dim=-1))  # (R, n)
+        added[~real] = 0
+        added[torch.arange(len(added), device=added.device), batch.target] = 0
         if passage_mask is not None:
-            near &= ~passage_mask
-        by_margin = by_margin + near.sum()
-        passage_mask = near if passage_mask is None else passage_mask | near
+            added.masked_fill_(passage_mask, 0)
+        by_margin = by_margin + _masked(added)
+        passage_mask = (
+            added if passage_mask is None else added.masked_fill(passage_mask, -torch.inf)
+        )
     return MaskedLogits(candidate_mask, passage_mask, by_document, by_margin)
 
 
-def _above(query: Tensor, passages: Tensor, limit: Tensor) -> Tensor:
-    """(R, n) bool: which cosines are above their row's limit (R, 1).
+def _masked(added: Tensor) -> Tensor:
+    """How many logits are masked; those at the edge by how much of their exponential is."""
+    return -torch.expm1(added).sum(dtype=torch.float64)
 
-    In as many rows at a time as the in-batch loss.
-    """
-    rows = max(1, LOGITS_AT_ONCE // len(passages))
-    blocks = [
-        own @ passages.T > allowed
-        for own, allowed in zip(query.split(rows), limit.split(rows), strict=True)
-    ]
-    return torch.cat(blocks)
+
+@dataclass(frozen=True)
+class _Edge:
+    """What is added to logits from a limit of their cosines on."""
+
+    limit: Tensor
+    """(R, 1): cosines up to here count"""
+    margin: float
+    temperature: float
+
+    def added(self, scores: Tensor) -> Tensor:
+        """0 up to the limit, falling to -inf over the edge's width."""
+        width = max(EDGE * self.margin, NARROWEST_EDGE)
+        place = ((scores - self.limit) / width).clamp(0, 1)
+        # As steep as the logit at the limit is high above the positive's: more would change the
+        # loss faster at the beginning of the edge, less at its end.
+        return -(1 + self.margin / self.temperature) * place / (1 - place)
+
+    def added_to_passages(self, query: Tensor, passages: Tensor) -> Tensor:
+        """(R, n): `added` for all passages, in as many rows at a time as the in-batch loss."""
+        rows = max(1, LOGITS_AT_ONCE // len(passages))
+        blocks = [
+            replace(self, limit=self.limit[start : start + rows]).added(
+                query[start : start + rows] @ passages.T
+            )
+            for start in range(0, len(query), rows)
+        ]
+        return torch.cat(blocks)

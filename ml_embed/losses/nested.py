@@ -123,6 +123,18 @@ def _sum_over_dims(
     return total
 
 
+def masked_logits(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Logits of which a softmax leaves out what a mask of their shape says; None = nothing.
+
+    A bool mask is true for those that do not count at all; a float one is added, 0 or less.
+    """
+    if mask is None:
+        return logits
+    if mask.dtype == torch.bool:
+        return logits.masked_fill(mask, -torch.inf)
+    return logits + mask
+
+
 def _nested_cross_entropy(
     left: Tensor,
     right: Tensor,
@@ -133,13 +145,11 @@ def _nested_cross_entropy(
 ) -> Tensor:
     """sum_n c_n sum_i w_i CE(cos_n(left_i, right) / tau, target_i), a scalar.
 
-    `mask` (B, N) is true for logits that do not count.
+    `mask` (B, N): see `masked_logits`.
     """
 
     def loss(cosines: Tensor) -> Tensor:
-        logits = cosines / spec.temperature
-        if mask is not None:
-            logits = logits.masked_fill(mask, -torch.inf)
+        logits = masked_logits(cosines / spec.temperature, mask)
         return (sample_weights * cross_entropy(logits, target, reduction="none")).sum()
 
     return _sum_over_dims(left, right, spec, loss)
@@ -172,7 +182,7 @@ def hard_loss(
     Args:
         query: (B, H).
         candidates: (B, C, H), the positive first. With C = 1 (no negatives at all) the loss is 0.
-        mask: (B, C) bool, true where a sample has no such candidate, or it is no negative.
+        mask: (B, C), for `masked_logits`: what a sample does not have, or is no negative.
         sample_weights: (B,), their sum over all samples is 1 for a mean.
     Returns:
         scalar, float32.
@@ -197,7 +207,7 @@ def in_batch_loss(
         query: (B, H).
         passages: (G, H), gathered with gradients.
         target: (B,) index of each sample's positive in `passages`.
-        mask: (B, G) bool, true where a passage is no negative of the sample; None = nowhere.
+        mask: (B, G), for `masked_logits`: what is no negative of the sample; None = nothing.
         sample_weights: (B,).
     Returns:
         scalar, float32.

@@ -120,6 +120,7 @@ class Objective:
             None if passages is None else passages[:, -1],
             batch,
             self.false_negative_margin,
+            self.spec.temperature,
         )
 
     def _hard(self, student: _Student, batch: ContrastiveBatch, masked: MaskedLogits) -> Tensor:

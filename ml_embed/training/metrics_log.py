@@ -30,7 +30,7 @@ class Window:
     tokens: int = 0
     encoded_tokens: int = 0
     masked_by_document: int = 0
-    masked_by_margin: int = 0
+    masked_by_margin: float = 0.0
     dataset_steps: dict[str, int] = field(default_factory=dict)
     hard: dict[str, float] = field(default_factory=dict)
     in_batch: dict[str, float] = field(default_factory=dict)
@@ -72,7 +72,8 @@ class Window:
             "masked_by_document": self.masked_by_document,
         }
         if margin_used:
-            values["masked_by_margin"] = self.masked_by_margin
+            # pairs at the margin's edge count in part
+            values["masked_by_margin"] = round(self.masked_by_margin)
         if distilled:
             values["distillation_loss"] = self.distillation / self.steps
         for metric, totals in (
@@ -105,7 +106,7 @@ class StepValues:
     encoded_tokens: int
     masked_by_document: int
     """pairs of a query and a document, see `ml_embed.losses.false_negatives.MaskedLogits`"""
-    masked_by_margin: int
+    masked_by_margin: float
     grad_norm: float
     stop_requested: bool
 

@@ -70,7 +70,8 @@ def _over_all_processes(
     counts = losses.new_tensor([batch.num_tokens, batch.num_encoded_tokens, stop_requested])
     summed = all_reduce_sum(torch.cat([losses, masked, counts])).tolist()
     total, hard, in_batch, similarity, distillation = summed[:5]
-    by_document, by_margin, tokens, encoded_tokens, stops = map(int, summed[5:])
+    by_margin = summed[6]
+    by_document, _, tokens, encoded_tokens, stops = map(int, summed[5:])
     return StepValues(
         total=total,
         hard=hard,

@@ -110,7 +110,7 @@ def test_in_batch_loss(generator, nested, documents):
         list(query),
         list(passage),
         [
-            {j for j, other in enumerate(documents) if j != i and other == own}
+            {j: 1.0 for j, other in enumerate(documents) if j != i and other == own}
             for i, own in enumerate(documents)
         ],
         dims_and_weights(HIDDEN, nested),
