@@ -14,9 +14,8 @@ from accelerate import Accelerator
 from ml_embed.config import TrainConfig
 from ml_embed.distributed.agreement import check_agreement
 from ml_embed.files.atomic import CHECKSUMS_FILE
-from ml_embed.files.digests import file_digest, value_digest
+from ml_embed.files.digests import file_digest
 from ml_embed.model_folders.read import weights_digest
-from ml_embed.prepare.tokenizer import fingerprint
 from ml_embed.training.inputs import Inputs
 from ml_embed.training.resume import run_fingerprint
 
@@ -78,24 +77,22 @@ def agree_on_inputs(config: TrainConfig, inputs: Inputs, accelerator: Accelerato
     """
 
     def facts() -> dict[str, Any]:
-        resolved, start = vars(inputs.resolved), inputs.start
-        plans = ("datasets", "valid_datasets")
+        resolved, plans = vars(inputs.resolved), ("datasets", "valid_datasets")
+        models = {key: getattr(config, key) for key in ("model_path", "teacher_model_path")}
         return {
             **{f"resolved {key}": value for key, value in resolved.items() if key not in plans},
             **{f"resolved {key}": {p.name: vars(p) for p in resolved[key]} for key in plans},
             **run_fingerprint(config, inputs, accelerator.mixed_precision),
-            "digest of model_path": {
-                "weights": weights_digest(start.path),
-                "config": value_digest(_without_place(start.config.to_dict())),
-                "tokenizer": fingerprint(start.tokenizer),
-            },
+            **{f"digest of {key}": path and _model(Path(path)) for key, path in models.items()},
         }
 
     check_agreement(facts)
 
 
-def _without_place(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key != "_name_or_path"}
+def _model(folder: Path) -> dict[str, str]:
+    """Digests of a model folder's weights, settings and tokenizer."""
+    settings = {path.name: file_digest(path) for path in sorted(folder.glob("*.json"))}
+    return {"weights": weights_digest(folder), **settings}
 
 
 def agree_on_state(state: Path | None) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from faults.disagree import try_one
 from helpers.tiny_runs import DATASETS, Inputs, Launch, config_of, final_bytes, run, write_backbone
 from safetensors.torch import load_file, save_file
 
@@ -94,7 +96,7 @@ def cases(inputs: Inputs) -> dict[str, tuple[list[str], list[str]]]:
         "inputs": (
             ["--set", *(f"{key}={path}" for key, path in read.items())],
             ['train_data_path: "', 'teacher_weights: null on process 0, "']
-            + [f'digest of model_path: {part}: "' for part in ("weights", "config")],
+            + [f'digest of model_path: {part}: "' for part in ("weights", "config.json")],
         ),
         "no data": (
             ["--set", f"train_data_path={inputs.folder / 'nowhere'}"],
@@ -201,3 +203,16 @@ def test_what_differs_is_told_by_process():
     many = [{str(n): n + process for n in range(SHOWN + 5)} for process in range(2)]
     assert differences(many)[-1] == "and 5 more"
     assert len(differences(many)) == SHOWN + 1
+
+
+@pytest.mark.slow
+def test_whatever_differs_is_said_or_makes_no_difference(tmp_path):
+    """Short form of the search for such differences."""
+    outcomes = Counter()
+    for seed in range(20):
+        folder = tmp_path / "disagree" / str(seed)
+        folder.mkdir(parents=True)
+        case = try_one(seed, folder)
+        assert case["outcome"] in ("equal", "error"), (seed, case)
+        outcomes[case["outcome"]] += 1
+    assert 0 < outcomes["equal"] < outcomes["error"]
