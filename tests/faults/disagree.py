@@ -128,7 +128,7 @@ def _other(now: Any, hint: Any, random: np.random.Generator) -> Any:
     if isinstance(now, (list, tuple)) or get_origin(hint) is tuple:
         return list(now or [])[:-1] or [1]
     if isinstance(now, (int, float)):
-        return now + 1 if random.integers(2) else now * 2
+        return now + 1 if now == 0 or random.integers(2) else now * 2
     return SOME.get(getattr(hint, "__name__", ""), "other")
 
 
