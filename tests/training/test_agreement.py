@@ -1,8 +1,10 @@
 """Processes that were started with different things stop before the first step and say which."""
 
+import gc
 import json
 import os
 import shutil
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from faults.disagree import try_one
 from helpers.tiny_runs import DATASETS, Inputs, Launch, config_of, final_bytes, run, write_backbone
@@ -170,7 +173,17 @@ def test_places_of_the_same_content_may_differ(inputs):
 def main_with_own_places(arguments: list[str]) -> int:
     common, changes = arguments[:2], arguments[2:]
     own = ["--set", *changes] if os.environ["RANK"] == "1" else []
-    return run_script.main([*common, *own])
+    groups, destroy = [], dist.destroy_process_group
+
+    def noted(*given) -> None:
+        groups.append(weakref.ref(dist.group.WORLD))
+        destroy(*given)
+
+    dist.destroy_process_group = noted
+    code = run_script.main([*common, *own])
+    gc.collect()
+    assert groups[0]() is not None, "it waits for gloo's threads, which may wait for it"
+    return code
 
 
 def main_with_another_state(arguments: list[str]) -> int:
