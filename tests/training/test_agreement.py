@@ -101,10 +101,6 @@ def cases(inputs: Inputs) -> dict[str, tuple[list[str], list[str]]]:
             ['train_data_path: "', 'teacher_weights: null on process 0, "']
             + [f'digest of model_path: {part}: "' for part in ("weights", "config.json")],
         ),
-        "no data": (
-            ["--set", f"train_data_path={inputs.folder / 'nowhere'}"],
-            [f"{inputs.folder / 'nowhere'} does not exist"],
-        ),
     }
 
 
@@ -145,8 +141,7 @@ def test_processes_that_differ_stop_before_the_first_step(inputs):
             assert mark, (name, before)
             for message in messages:
                 assert message in before, (name, message)
-            assert name == "no data" or before.endswith(f"\n{REMEDY}\n"), before
-    assert "error: process 1 of this run cannot go on: " in launch.outputs[0].read_text()
+            assert before.endswith(f"\n{REMEDY}\n"), before
     assert not inputs.run_dir("differing").exists()
 
 

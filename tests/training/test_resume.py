@@ -319,7 +319,9 @@ def test_a_mistake_on_one_process_alone_does_not_hang_the_others(inputs):
     assert launch.wait() == [2, 2], launch.printed()
     assert time.monotonic() - started < 20
     first, second = (path.read_text() for path in launch.outputs)
-    assert "another process of this run has ended" in first
+    assert (
+        "error: process 1 of this run cannot go on: folder of tokenized data /nowhere does" in first
+    )
     assert first.count("error:") == second.count("error:") == 1
     assert "does not exist" in second
     assert "Traceback" not in first + second
