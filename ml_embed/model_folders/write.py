@@ -48,7 +48,8 @@ def save_model_folder(
         NotFiniteError: a weight has NaN or infinity; nothing was written.
     """
     plain = backbone_state(state, record)
-    _check_finite(state, plain)
+    # the table is the product of A and B, and may be infinite where they are not
+    check_finite({**state, "the token table": plain["embed_tokens.weight"]})
     folder.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(plain, folder, max_shard_size=MAX_SHARD_SIZE)
     _save_nested(folder, state, record)
@@ -75,9 +76,9 @@ def save_model_folder(
     give_usual_permissions(folder)
 
 
-def _check_finite(state: Mapping[str, Tensor], plain: Mapping[str, Tensor]) -> None:
-    table = {"the token table": plain["embed_tokens.weight"]}  # a product, it may be more than A, B
-    for name, tensor in {**state, **table}.items():
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise NotFiniteError if one of them has NaN or infinity."""
+    for name, tensor in tensors.items():
         if not is_finite(tensor):
             raise NotFiniteError(f"{name} has NaN or infinity")
 

@@ -15,7 +15,7 @@ from ml_embed.config import TrainConfig
 from ml_embed.distributed.agreement import check_agreement
 from ml_embed.files.atomic import CHECKSUMS_FILE
 from ml_embed.files.digests import file_digest
-from ml_embed.model_folders.read import weights_digest
+from ml_embed.files.model_identity import model_identity
 from ml_embed.training.inputs import Inputs
 from ml_embed.training.resume import run_fingerprint
 
@@ -78,21 +78,15 @@ def agree_on_inputs(config: TrainConfig, inputs: Inputs, accelerator: Accelerato
 
     def facts() -> dict[str, Any]:
         resolved, plans = vars(inputs.resolved), ("datasets", "valid_datasets")
-        models = {key: getattr(config, key) for key in ("model_path", "teacher_model_path")}
+        memory = (Path(config.cache_dir),)
         return {
             **{f"resolved {key}": value for key, value in resolved.items() if key not in plans},
             **{f"resolved {key}": {p.name: vars(p) for p in resolved[key]} for key in plans},
             **run_fingerprint(config, inputs, accelerator.mixed_precision),
-            **{f"digest of {key}": path and _model(Path(path)) for key, path in models.items()},
+            "model_path": model_identity(Path(config.model_path), memory),
         }
 
     check_agreement(facts)
-
-
-def _model(folder: Path) -> dict[str, str]:
-    """Digests of a model folder's weights, settings and tokenizer."""
-    settings = {path.name: file_digest(path) for path in sorted(folder.glob("*.json"))}
-    return {"weights": weights_digest(folder), **settings}
 
 
 def agree_on_state(state: Path | None) -> None:

@@ -193,18 +193,18 @@ def _on_main_process(run: Run, write: Callable[[], None]) -> None:
 
 
 def _write_model_folders(run: Run, step: int, names: list[str], state: dict[str, Tensor]) -> None:
-    weights = turned(run, state)
-    if run.config.lora_r:
-        weights = lora.merged(weights, lora.scale(run.config))
-    for name in names:
-        try:
+    try:
+        weights = turned(run, state)
+        if run.config.lora_r:
+            weights = lora.merged(weights, lora.scale(run.config))
+        for name in names:
             with atomic_folder(run.config.run_dir / name) as folder:
                 save_model_folder(folder, weights, run.backbone_config, run.tokenizer, run.record)
-        except NotFiniteError as error:
-            raise UserError(
-                f"after step {step} {error}; nothing of it is saved, and "
-                f"{run.last_good_checkpoint()}. Lower learning_rate"
-            ) from None
+    except NotFiniteError as error:
+        raise UserError(
+            f"after step {step} {error}; nothing of it is saved, and "
+            f"{run.last_good_checkpoint()}. Lower learning_rate"
+        ) from None
 
 
 def _write_resume_state(run: Run, step: int, state: dict[str, Tensor], moments: Moments) -> None:

@@ -12,12 +12,16 @@ from torch import Tensor
 from ml_embed.distributed.collectives import compute_on_main_process
 from ml_embed.model import FactorizedEmbedding, turn_factors
 from ml_embed.model_folders.turning import A, B, turned_state
+from ml_embed.model_folders.write import check_finite
 from ml_embed.training.run import Run
 
 
 def turned(run: Run, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """An encoder's whole state as model folders get it."""
-    return state if run.token_share is None else turned_state(state, run.token_share)
+    """An encoder's whole state as model folders get it. Raises NotFiniteError."""
+    if run.token_share is None:
+        return state
+    check_finite(state)  # of other factors there are no turned ones
+    return turned_state(state, run.token_share)
 
 
 @contextlib.contextmanager

@@ -98,8 +98,8 @@ def cases(inputs: Inputs) -> dict[str, tuple[list[str], list[str]]]:
         ),
         "inputs": (
             ["--set", *(f"{key}={path}" for key, path in read.items())],
-            ['train_data_path: "', 'teacher_weights: null on process 0, "']
-            + [f'digest of model_path: {part}: "' for part in ("weights", "config.json")],
+            ["train_data_path: ", "teacher_model_path: null on process 0"]
+            + [f'model_path: {part}: "' for part in ("model.safetensors", "config.json")],
         ),
     }
 
