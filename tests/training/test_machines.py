@@ -204,6 +204,7 @@ def main_that_dies(arguments: list[str]) -> int:
 WITHOUT_LAUNCHER = {"TORCHELASTIC_USE_AGENT_STORE": "False"}
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("moment", "victim", "more"),
     [
