@@ -4,6 +4,7 @@
 # pyproject.toml promises, in an environment of their own.
 
 prepare_environment() {
+    unset PYTHONDONTWRITEBYTECODE # every process would compile all that it imports anew
     local extras="$1" versions="${2:-tested}"
     local base="${ML_EMBED_PYTHON:-python3}"
     "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
