@@ -5,7 +5,6 @@ is run. Letters: V vocabulary, r rank, H hidden size.
 """
 
 import copy
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,7 +21,8 @@ from ml_embed.errors import UserError, one_line
 from ml_embed.kernels.attention import Kernel
 from ml_embed.model import MatryoshkaEncoder, check_supported
 from ml_embed.model_folders.checks import check_config, check_vocabulary
-from ml_embed.model_folders.modules import MODULES_FILE, foreign_modules
+from ml_embed.model_folders.foreign import MODULES_FILE, check_weight_map
+from ml_embed.model_folders.modules import foreign_modules
 from ml_embed.model_folders.record import (
     EXIT_NORMS_FILE,
     FACTORS_FILE,
@@ -280,10 +280,10 @@ def _files_of(folder: Path, names: Iterable[str]) -> dict[Path, list[str]]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return {folder / "model.safetensors": list(names)}
-    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    places = check_weight_map(index)
     files: dict[Path, list[str]] = {}
     for name in names:
-        files.setdefault(folder / weight_map[name], []).append(name)
+        files.setdefault(folder / places[name], []).append(name)
     return files
 
 

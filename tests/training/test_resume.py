@@ -59,7 +59,7 @@ def test_runs_that_meet_every_fault_end_bit_equal(tmp_path):
     """The short form of `tests/faults/storm.py --kinds kill,fault`."""
     runs = BrokenRuns(tmp_path / "inputs")
     faults = BrokenRuns.KILLS + BrokenRuns.DAMAGES
-    cases = [runs.try_one("kill", seed, faults) for seed in (2, 3)]
+    cases = [runs.try_one("kill", seed, faults) for seed in (1, 5)]
     print(cases)
     assert [case["outcome"] for case in cases] == ["equal", "equal"], cases
     assert sum(case["what"].count(",") + 1 for case in cases) >= 4
