@@ -18,6 +18,8 @@ ARCHITECTURES = (
     "Qwen3ForTokenClassification",
 )
 """All of them hold the same decoder."""
+MOST_LAYERS = 10_000
+"""Far more than any model has."""
 
 
 def check_config(folder: Path) -> None:
@@ -59,6 +61,9 @@ def _problem(config: dict[str, Any]) -> str | None:
             f"auto_map asks for code of the folder's own ({_first(config['auto_map'])}), which is "
             "never run; if the model is a plain Qwen3, remove auto_map"
         )
+    layers = config.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > MOST_LAYERS:  # transformers makes a list of them
+        return f"num_hidden_layers {layers} is more than {MOST_LAYERS:,}"
     both_ways = [name for name in ("is_causal", "causal") if config.get(name) is False]
     both_ways += [name for name, value in config.items() if "bidirection" in name and value is True]
     if both_ways:

@@ -22,6 +22,7 @@ from ml_embed.kernels.attention import Kernel
 from ml_embed.model import MatryoshkaEncoder, check_supported
 from ml_embed.model_folders.checks import check_config, check_vocabulary
 from ml_embed.model_folders.foreign import MODULES_FILE, check_weight_map
+from ml_embed.model_folders.headers import check_backbone, check_exit_norms, check_factors
 from ml_embed.model_folders.modules import foreign_modules
 from ml_embed.model_folders.record import (
     EXIT_NORMS_FILE,
@@ -74,6 +75,12 @@ class ModelFolder:
             what = "a tokenizer that does not append one end token and nothing else"
             raise foreign_modules(path, what)
         record = ModelRecord.load(path) or ModelRecord.of_backbone(path, config, tokenizer)
+        check_backbone(path, config)
+        if record.ranks:
+            check_factors(nested_file(path, FACTORS_FILE), config, record.ranks[-1])
+        if record.norm_sharing == "per_layer":
+            norms = nested_file(path, EXIT_NORMS_FILE)
+            check_exit_norms(norms, record.exits, config.hidden_size)
         check_seal(path, record)
         if record.ranks and not record.digests:
             _check_beginning(path)
@@ -229,7 +236,6 @@ def load_encoder(
     if record.ranks:
         backbone = _load_layers(folder.path, config, dtype)
         factors = read_factors(folder.path, rank or None, dtype)
-        _check_factors(folder, factors)
     else:
         stored = folder.config.num_hidden_layers
         backbone, factors = load_backbone(folder.path, config, dtype, stored), None
@@ -319,16 +325,6 @@ def _check_beginning(folder: Path) -> None:
     near = rounding * float(rows.abs().max())
     if rows.shape != table.shape or not torch.allclose(rows, table, rtol=0, atol=near):
         raise stale(folder, f"{path.name} (or {Path(FACTORS_FILE).name})")
-
-
-def _check_factors(folder: ModelFolder, factors: tuple[Tensor, Tensor]) -> None:
-    rows, columns = len(factors[0]), factors[1].shape[1]
-    if (rows, columns) != (folder.config.vocab_size, folder.config.hidden_size):
-        raise UserError(
-            f"{nested_file(folder.path, FACTORS_FILE)}: the factors are those of a table of {rows} "
-            f"x {columns}, config.json says {folder.config.vocab_size} x "
-            f"{folder.config.hidden_size}; copy the model folder again"
-        )
 
 
 def read_exit_norms(folder: Path, dtype: torch.dtype = torch.float32) -> dict[int, Tensor]:
