@@ -8,6 +8,7 @@ from ml_embed.errors import UserError
 
 KINDS = {dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a number"}
 """What values are called in messages."""
+DEEPEST = 50
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -17,9 +18,22 @@ def parse_json(text: str | bytes) -> Any:
         value = json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    if _is_deep(value):
+        raise ValueError("it is nested too deeply")
     if "\\ud" in text.lower():  # half a character, which can be neither written nor be a path
         json.dumps(value, ensure_ascii=False).encode()
     return value
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether it is nested deeper than anything here, and too deep to be written or shown."""
+    level = [value]
+    for _ in range(DEEPEST):
+        holders = [v for v in level if isinstance(v, dict | list)]
+        level = [i for v in holders for i in (v.values() if isinstance(v, dict) else v)]
+        if not level:
+            return False
+    return True
 
 
 def read_json(path: Path, remedy: str, kind: type = dict) -> Any:

@@ -21,6 +21,7 @@ from tokenizers import Encoding, Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ml_embed.errors import UserError, one_line
+from ml_embed.files.json_file import read_json
 from ml_embed.prepare.time_limit import is_panic, watched
 
 # The public Qwen2/Qwen3 pre-tokenization: contractions, words, single digits, punctuation, line
@@ -249,12 +250,8 @@ def _added_ids(tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
 
 
 def _check_own_code(path: Path) -> None:
-    """Refuse a tokenizer_config.json that asks for code; a damaged one is left to transformers."""
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return
-    if isinstance(settings, dict) and settings.get("auto_map"):
+    """Refuse a tokenizer_config.json that is damaged or asks for code."""
+    if path.is_file() and read_json(path, "copy the tokenizer again").get("auto_map"):
         raise UserError(
             f"{path}: auto_map asks for code of the folder's own, which is never run; if "
             "tokenizer.json is all that the tokenizer needs, remove auto_map"

@@ -20,6 +20,7 @@ from torch import Tensor
 from ml_embed.distributed.engine import Engine, Moments
 from ml_embed.errors import UserError
 from ml_embed.files.atomic import atomic_folder, checksum_problem, remove_folder, write_checksums
+from ml_embed.files.json_file import parse_json
 from ml_embed.files.paths import numbered_folders
 from ml_embed.notices import warn
 
@@ -114,7 +115,7 @@ def read_progress(path: Path) -> dict[str, Any]:
             f"--resume: {path} {problem}; use --resume auto to take the newest whole one"
         )
     try:
-        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        state = parse_json((path / STATE_FILE).read_bytes())
         version, missing = state["format_version"], _PROGRESS_KEYS - state.keys()
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
