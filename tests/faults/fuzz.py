@@ -240,7 +240,7 @@ def case(kind: Callable[..., Case], random: Random, world: TinyWorld, folder: Pa
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             code = command()
-        errors = said.getvalue().count("error: ")
+        errors = sum(line.startswith("error: ") for line in said.getvalue().splitlines())
         outcome = {(0, 0): "equal", (2, 1): "error"}.get((code, errors), "lost")
         detail = said.getvalue()[-2000:] if outcome == "lost" else ""
     except TimeoutError:
