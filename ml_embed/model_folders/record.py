@@ -154,9 +154,16 @@ def _problem(record: ModelRecord) -> str | None:
         return "max_seq_length must be a whole number of at least 2"
     if record.norm_sharing not in get_args(NormSharing) or record.pooling != "last_token":
         return f"it says norm_sharing {record.norm_sharing!r} and pooling {record.pooling!r}"
-    texts = [*record.prompts.items(), *record.digests.items()]
-    if not all(isinstance(text, str) for pair in texts for text in pair):
-        return "prompts and digests must be texts"
+    origin = record.origin
+    texts = [
+        *record.prompts.values(),
+        *record.digests.values(),
+        *origin.languages,
+        *origin.datasets,
+    ]
+    texts += [text for text in (origin.base_model, origin.license) if text is not None]
+    if not all(isinstance(text, str) for text in texts):
+        return "prompts, digests, and what origin says must be texts"
     default = record.default_prompt_name
     if default is not None and default not in record.prompts:
         return f"default_prompt_name {default!r} is none of its prompts"

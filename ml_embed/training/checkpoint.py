@@ -64,9 +64,18 @@ def save_state(
             json.dumps(state, indent=2, ensure_ascii=False), encoding="utf-8"
         )
         write_checksums(partial)
-    for _, old in numbered_folders(folder)[:-KEPT_STATES]:
-        remove_folder(old)
+    keep_newest(folder, KEPT_STATES, step)
     return target
+
+
+def keep_newest(folder: Path, count: int | None, step: int) -> None:
+    """Remove all but so many of the `step_N` folders up to a step; None is all.
+
+    Folders of later steps, from before the run went back to an earlier state, push none out.
+    """
+    done = [path for number, path in numbered_folders(folder) if number <= step]
+    for old in done[: -count if count else 0]:
+        remove_folder(old)
 
 
 def find_state(folder: Path) -> Path | None:

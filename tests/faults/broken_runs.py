@@ -14,9 +14,13 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import safetensors.torch
 from helpers.tiny_runs import TIMEOUT, Inputs, Launch, metrics
+from safetensors import SafetensorError
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 import run as run_script
 from ml_embed.files.atomic import checksum_problem
@@ -25,22 +29,36 @@ from ml_embed.files.paths import numbered_folders
 STEPS = 14  # more than an epoch, so that checkpoints of epochs are broken too
 STATE_FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "checksums.json")
 STOPPED, REFUSED, KILLED = 75, 2, -signal.SIGKILL
-FILL_VARIABLE = "FAULT_DISK_FULL_AFTER"
+FAULT_VARIABLE = "FAULT_DISK_FAILS"
+"""ERRNO:N: the error, and how often all is well before."""
 
 
-def main_on_full_disk(arguments: list[str]) -> int:
-    """run.py's main on a disk that is full from the n-th time on that something is forced to it."""
-    remaining = int(os.environ[FILL_VARIABLE])
-    fsync = os.fsync
+def main_on_failing_disk(arguments: list[str]) -> int:
+    """run.py's main on a disk that fails from the n-th time on that something is done with it.
 
-    def failing(descriptor: int) -> None:
-        nonlocal remaining
-        remaining -= 1
-        if remaining < 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        fsync(descriptor)
+    Python's own calls fail, and those of safetensors and of TensorBoard's thread, each as it
+    reports that.
+    """
+    number, remaining = map(int, os.environ[FAULT_VARIABLE].split(":"))
 
-    os.fsync = failing
+    def failing(module: Any, name: str, error: Exception) -> None:
+        call = getattr(module, name)
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            nonlocal remaining
+            remaining -= 1
+            if remaining < 0:
+                raise error
+            return call(*args, **kwargs)
+
+        setattr(module, name, called)
+
+    said = os.strerror(number)
+    for name in ("fsync", "rename", "replace", "mkdir"):
+        failing(os, name, OSError(number, said))
+    in_rust = SafetensorError(f"Error while serializing: I/O error: {said} (os error {number})")
+    failing(safetensors.torch, "serialize_file", in_rust)
+    failing(RecordWriter, "write", OSError(number, said))
     return run_script.main(arguments)
 
 
@@ -53,7 +71,7 @@ class BrokenRuns:
     """Runs of one config, each with faults of its own; all are to end as the unbroken one does."""
 
     KILLS = ("killed", "killed_while_writing", "told_to_stop")
-    DAMAGES = ("disk_full", "torn", "flipped")
+    DAMAGES = ("disk_full", "disk_broken", "torn", "flipped")
 
     def __init__(self, folder: Path, processes: int = 1):
         self.inputs, self.processes = Inputs.write(folder), processes
@@ -78,6 +96,7 @@ class BrokenRuns:
             valid_fraction=0.2,
             save_total_limit=2,
             mrl_dims=[32],
+            report_to=["tensorboard"],
         )
         arguments = ["--config", config, "--resume", "auto"]
         printed = self.inputs.folder / "printed" / name
@@ -173,16 +192,21 @@ class BrokenRuns:
         return codes[0] == STOPPED
 
     def disk_full(self, name: str) -> bool:
-        launch = self.start(
-            name, main_on_full_disk, **{FILL_VARIABLE: str(self.random.integers(0, 120))}
-        )
+        return self._disk_fails(name, errno.ENOSPC, "o space left")
+
+    def disk_broken(self, name: str) -> bool:
+        return self._disk_fails(name, errno.EIO, "nput/output error")
+
+    def _disk_fails(self, name: str, number: int, said: str) -> bool:
+        fault = f"{number}:{self.random.integers(0, 300)}"
+        launch = self.start(name, main_on_failing_disk, **{FAULT_VARIABLE: fault})
         codes = launch.wait()
         printed = launch.printed()
         assert set(codes) <= {0, REFUSED}, (codes, printed)
         assert "Traceback" not in printed, printed
         if codes[0] == 0:
             return False
-        assert "o space left" in printed, printed
+        assert said in printed, printed
         return True
 
     def torn(self, name: str) -> bool:

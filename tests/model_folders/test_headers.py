@@ -95,6 +95,7 @@ def test_sizes_that_the_weights_do_not_have(folder, settings, message, trained):
         ({"norm_sharing": "none"}, "norm_sharing 'none'"),
         ({"pooling": "mean"}, "pooling 'mean'"),
         ({"digests": {"model.safetensors": 5}}, "must be texts"),
+        ({"origin": {"datasets": ["facts", {}]}}, "must be texts"),
         ({"format_version": {}}, "format version"),
     ],
 )
