@@ -69,10 +69,9 @@ def read_modules(folder: Path) -> Modules:
 
 def _check_similarity(folder: Path) -> None:
     """Refuse another similarity than the cosine: of vectors of unit length, dot products too."""
-    path, listing = folder / PROMPTS_FILE, folder / MODULES_FILE
-    name = _read(path).get("similarity_fn_name") if path.is_file() else None
-    kinds = [str(module["type"]) for module in _read(listing, list)] if listing.is_file() else []
-    unit_length = bool(kinds) and kinds[-1].endswith("Normalize")
+    path, listing = folder / PROMPTS_FILE, read_listing(folder)
+    name = read_json(path, DAMAGED).get("similarity_fn_name") if path.is_file() else None
+    unit_length = bool(listing) and listing[-1].kind == "Normalize"
     if name not in (None, "cosine") and not (name == "dot" and unit_length):
         raise foreign_modules(folder, f"the similarity {name!r} in {path.name}")
 
