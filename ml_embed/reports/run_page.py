@@ -15,8 +15,8 @@ from ml_embed.errors import UserError
 from ml_embed.evaluation.metrics import METRICS
 from ml_embed.files.atomic import atomic_file
 from ml_embed.files.digests import bytes_digest
-from ml_embed.files.paths import numbered_folders
 from ml_embed.files.json_file import parse_json
+from ml_embed.files.paths import numbered_folders
 from ml_embed.model_folders.cut import Cut
 from ml_embed.model_folders.sizes import BYTES_PER_COMPONENT, cut_parameters
 from ml_embed.notices import warn
