@@ -16,6 +16,7 @@ from typing import Any
 
 from ml_embed.errors import UserError, disk_error
 from ml_embed.files.digests import file_digest
+from ml_embed.files.json_file import parse_json
 
 CHECKSUMS_FILE = "checksums.json"
 CHECKSUM = "xxh3_128"
@@ -222,7 +223,7 @@ def write_checksums(folder: Path) -> None:
 def checksum_problem(folder: Path) -> str | None:
     """What is wrong with a folder by the sums of `write_checksums`, "is …"; None if nothing is."""
     try:
-        sums = json.loads((folder / CHECKSUMS_FILE).read_text(encoding="utf-8"))
+        sums = parse_json((folder / CHECKSUMS_FILE).read_bytes())
         if CHECKSUM not in sums:
             return "was saved by another version of ml-embed, which has to go on with it"
         for name, expected in sums[CHECKSUM].items():
