@@ -16,12 +16,14 @@ import math
 import textwrap
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ml_embed.errors import UserError
+from ml_embed.files.json_file import parse_json
 from ml_embed.files.paths import expand_home, file_in_the_way, home_path
 
 Task = Literal["retrieval", "clustering", "classification", "similarity"]
@@ -261,19 +263,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[TrainC
     """
     path = home_path(path)
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))
+        given = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise UserError(
             f"config file {path} does not exist; give an existing file with --config"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {path} cannot be read: {error}") from None
     except json.JSONDecodeError as error:
         raise UserError(
             f"config file {path} is not valid JSON: line {error.lineno}: {error.msg}"
         ) from None
-    except RecursionError:
-        raise UserError(f"config file {path} is nested too deeply to be a config") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"config file {path} cannot be read: {error}") from None
     if not isinstance(given, dict):
         raise UserError(f"config file {path} must hold one JSON object {{...}}, not {_kind(given)}")
     for override in overrides:
@@ -283,10 +283,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[TrainC
                 f"--set {override!r} must have the form key=value, e.g. --set train_batch_size=16"
             )
         try:
-            given[key] = json.loads(value)
-        except json.JSONDecodeError:
+            given[key] = parse_json(value)
+        except ValueError:
             given[key] = value
     return parse_config(given, source=str(path)), given
+
+
+@contextmanager
+def errors_name_key(key: str) -> Iterator[None]:
+    """A UserError about what a key names begins with the key."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
 
 
 def parse_config(given: Mapping[str, Any], source: str = "config") -> TrainConfig:

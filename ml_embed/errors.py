@@ -1,11 +1,28 @@
 """Errors that are addressed to the person who runs the program."""
 
+import errno
 import functools
+import os
+import re
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
 USER_ERROR_EXIT_CODE = 2
+DISK_ERRORS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.ESTALE,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENAMETOOLONG,
+}
+"""Errors of the operating system that no program makes: disks that are full or fail, places."""
+_ERROR_IN_TEXT = re.compile(r"(?:os error |errno )(\d+)")
 
 
 class UserError(ValueError):
@@ -28,15 +45,38 @@ def one_line(error: BaseException) -> str:
     return " ".join(lines[: end + 1])
 
 
+def disk_error(error: BaseException) -> OSError | None:
+    """What a disk says no with, also where a library has made a text of it; None for all else."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error if error.errno in DISK_ERRORS else None
+    said = _ERROR_IN_TEXT.search(str(error))  # of safetensors, tokenizers, Arrow
+    number = int(said[1]) if said else 0
+    return OSError(number, os.strerror(number)) if number in DISK_ERRORS else None
+
+
 def exit_on_user_error(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Wrap an entry point: a UserError becomes a message on stderr and exit code 2."""
+    """Wrap an entry point: a UserError or a disk's error becomes a message and exit code 2."""
 
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> int:
+        hook, threading.excepthook = threading.excepthook, _silent_about_disks
         try:
             return main(*args, **kwargs) or 0
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            return USER_ERROR_EXIT_CODE
+            said = str(error)
+        except Exception as error:
+            if (problem := disk_error(error)) is None:
+                raise
+            said = f"{problem}. See to that disk or place, then run the same command again"
+        finally:
+            threading.excepthook = hook
+        print(f"error: {said}", file=sys.stderr, flush=True)
+        return USER_ERROR_EXIT_CODE
 
     return wrapped
+
+
+def _silent_about_disks(thrown: threading.ExceptHookArgs) -> None:
+    """For threads of libraries (TensorBoard's), whose errors their next caller meets again."""
+    if thrown.exc_value is None or disk_error(thrown.exc_value) is None:
+        threading.__excepthook__(thrown)

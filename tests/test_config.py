@@ -130,6 +130,9 @@ def test_all_problems_are_reported_at_once():
         ("{", "not valid JSON: line 1"),
         ("[]", "must hold one JSON object"),
         ("[" * 100_000, "nested too deeply"),
+        ('{"datasets": ' + "[" * 300 + "]" * 300 + "}", "nested too deeply"),
+        ('{"seed": ' + "9" * 5000 + "}", "4300 digits"),
+        ('{"experiment_id": "\\ud800"}', "surrogates not allowed"),
     ],
 )
 def test_files_that_are_no_config(tmp_path, text, message):
@@ -149,6 +152,8 @@ def test_overrides_are_json_or_else_text(tmp_path):
     )
     assert (config.train_batch_size, config.experiment_id, config.mrl_dims) == (32, "abc", (8, 16))
     assert given["train_batch_size"] == 32
+    with pytest.raises(UserError, match="seed: '999"):
+        load_config(path, ["seed=" + "9" * 5000])
     with pytest.raises(UserError, match="key=value"):
         load_config(path, ["train_batch_size"])
 

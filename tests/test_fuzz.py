@@ -1,5 +1,8 @@
-"""Any config and any tokenized files are either trained on or refused with a message: no traceback,
-no hang."""
+"""Any input of any kind is either taken or refused with a message: no traceback, no hang.
+
+The spoilt inputs of `tests/faults/fuzz.py` are tried here by a few each; `tests/faults/storm.py
+--kinds fuzz` goes on with them for as long as one likes.
+"""
 
 import json
 import os
@@ -11,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from faults import fuzz
 from helpers.tiny_runs import Inputs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -196,6 +200,24 @@ def test_any_columns_in_tokenized_files(inputs, capsys, tmp_path_factory, data):
     }
     trained_or_refused(inputs, inputs.config("columns", **settings), capsys)
     shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    return fuzz.base(tmp_path_factory.mktemp("sound") / "base")
+
+
+@pytest.mark.parametrize("kind", fuzz.KINDS, ids=lambda kind: kind.__name__)
+def test_any_spoilt_input(sound, tmp_path_factory, kind):
+    @settings(quick, max_examples=EXAMPLES or 4)
+    @given(random=st.randoms(use_true_random=False))
+    def tried(random):
+        folder = tmp_path_factory.mktemp("spoilt")
+        found = fuzz.case(kind, random, sound, folder)
+        shutil.rmtree(folder)
+        assert found["outcome"] in ("equal", "error"), found
+
+    tried()
 
 
 def test_the_fuzzers_inputs_are_sometimes_trained_on(inputs, capsys):

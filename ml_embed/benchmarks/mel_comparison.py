@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ml_embed.errors import UserError
+from ml_embed.inference.text_models import open_sentence_transformer
 from ml_embed.model import factorize_table
 from ml_embed.sample_data.corpus import load_articles
 
@@ -118,18 +119,11 @@ def compare_starts(folder: Path, ranks: Sequence[int], progress: bool = True) ->
 
 
 def _load(folder: Path) -> Any:
-    if importlib.util.find_spec("sentence_transformers") is None:
-        raise UserError(
-            "this comparison needs sentence-transformers: pip install "
-            "'ml-embed[sentence-transformers]'"
-        )
     if not (folder / "modules.json").is_file():
         raise UserError(
             f"{folder} is not a sentence-transformers model folder: it has no modules.json"
         )
-    from sentence_transformers import SentenceTransformer
-
-    return SentenceTransformer(str(folder), device="cpu", trust_remote_code=False)
+    return open_sentence_transformer(folder, str(folder), torch.device("cpu"))
 
 
 def _articles(numbers: Sequence[int]) -> list[str]:

@@ -21,6 +21,7 @@ from ml_embed.files.arrays import ArrayFile
 from ml_embed.files.digests import TextsDigest, file_digest, sealed
 from ml_embed.files.parquet import (
     Ragged,
+    broken_content_is_user_error,
     first_true,
     is_text,
     open_parquet,
@@ -228,9 +229,11 @@ def _convert_all(sources: Sources, writer: ArrayWriter, bar: tqdm) -> dict:
     for name, query_path in sources.queries.items():
         corpus_path = sources.corpora[name]
         if corpus_path not in corpora:
-            corpora[corpus_path] = _convert_corpus(corpus_path, sources, writer, bar)
+            with broken_content_is_user_error(corpus_path):
+                corpora[corpus_path] = _convert_corpus(corpus_path, sources, writer, bar)
         corpus = corpora[corpus_path]
-        counts, slices, digest = _convert_queries(query_path, corpus_path, corpus, writer, bar)
+        with broken_content_is_user_error(query_path):
+            counts, slices, digest = _convert_queries(query_path, corpus_path, corpus, writer, bar)
         texts[name] = digest, corpus.digest
         _check_against_manifest(sources, name, slices, corpus)
         starts = writer.position(["token_counts"])

@@ -2,14 +2,17 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from ml_embed.errors import UserError
 from ml_embed.files.digests import SEAL, seal_is_broken
+from ml_embed.files.json_file import read_json
 
 MANIFEST = "manifest.json"
+AGAIN = "run tokenize_data_qwen.py again with --overwrite"
 FORMAT_VERSION = 2
 """Version 1 has no optional columns, digests, or numbers of what was left out. It is still read."""
 
@@ -73,19 +76,14 @@ class Manifest:
     @classmethod
     def read(cls, path: Path) -> "Manifest":
         """Raises UserError if the file is missing, damaged or of another format version."""
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"cannot read {path}: {error}. Run tokenize_data_qwen.py again with --overwrite."
-            ) from error
-        if isinstance(content, dict) and seal_is_broken(content):
+        content = read_json(path, AGAIN)
+        if seal_is_broken(content):
             raise UserError(
                 f"{path} has changed since it was written. Copy it again, or run "
                 f"tokenize_data_qwen.py with --overwrite; if you have edited it on purpose, remove "
                 f"its key {SEAL!r}."
             )
-        version = content.get("format_version") if isinstance(content, dict) else None
+        version = content.get("format_version")
         if version not in (1, FORMAT_VERSION):
             raise UserError(
                 f"{path} has format version {version!r}; this program reads versions 1 and "
@@ -94,16 +92,11 @@ class Manifest:
             )
         required = {"datasets", "eos_id", "vocab_size", "tokenizer_fingerprint"}
         if missing := required - content.keys():
-            raise UserError(
-                f"{path} lacks {', '.join(sorted(missing))}. Run tokenize_data_qwen.py with "
-                "--overwrite."
-            )
+            raise UserError(f"{path} lacks {', '.join(sorted(missing))}; {AGAIN}")
         try:
             return cls.from_json(content)
         except (TypeError, AttributeError) as error:
-            raise UserError(
-                f"{path} is damaged ({error}). Run tokenize_data_qwen.py with --overwrite."
-            ) from error
+            raise UserError(f"{path} is damaged ({error}); {AGAIN}") from error
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Manifest":
@@ -128,8 +121,26 @@ class Manifest:
 
 def _of_json(kind: type, content: Mapping[str, Any]) -> Any:
     """A dataclass from its JSON object; keys that it does not have are passed over."""
-    known = {field.name for field in fields(kind)}
-    return kind(**{key: value for key, value in content.items() if key in known})
+    known = get_type_hints(kind)
+    values = {key: value for key, value in content.items() if key in known}
+    for key, value in values.items():
+        if not _fits(value, known[key]):
+            raise TypeError(f"{key} cannot be {json.dumps(value)[:60]}")
+    return kind(**values)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of JSON is of a field's type; numbers are counts and fit into 63 bits."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is UnionType:
+        return any(_fits(value, part) for part in parts)
+    if origin is Mapping:
+        return isinstance(value, dict) and all(_fits(v, parts[1]) for v in value.values())
+    if origin is Sequence:
+        return isinstance(value, list) and all(_fits(v, parts[0]) for v in value)
+    if hint is int:
+        return type(value) is int and abs(value) < 2**63
+    return hint is Any or isinstance(value, hint)
 
 
 def _without_none(record: Any) -> dict[str, Any]:

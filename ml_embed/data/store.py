@@ -4,7 +4,6 @@ The parquet files are converted once, into flat arrays in the cache directory (`
 a converted store reads no data. A text is a slice of a memory map; no token is a Python object.
 """
 
-import json
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from ml_embed.errors import UserError
 from ml_embed.files.arrays import map_array
 from ml_embed.files.atomic import disk_errors_are_user_errors, umask
 from ml_embed.files.digests import SEAL, digests_of, sealed, value_digest
+from ml_embed.files.json_file import parse_json
 from ml_embed.files.locks import take_lock
 
 
@@ -245,7 +245,7 @@ def open_converted(folder: Path) -> Store:
 
 def _read_index(folder: Path) -> dict[str, Any]:
     """Raises OSError, ValueError, KeyError or TypeError if it is damaged."""
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    index = parse_json((folder / INDEX).read_bytes())
     if index[SEAL] != sealed(index)[SEAL]:
         raise ValueError(f"{INDEX} does not match its digest")
     return index

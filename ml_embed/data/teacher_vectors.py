@@ -8,7 +8,6 @@ and no others do. The record holds the digest of each file.
 Letters: R rows of a process's share, K negatives, H' the teacher's vector length, T tokens.
 """
 
-import json
 import mmap
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from ml_embed.data.batch import ContrastiveBatch, PartVectors
 from ml_embed.data.store import Store, TokenizedDataset
 from ml_embed.errors import UserError
 from ml_embed.files.digests import digests_of, file_digest, seal_is_broken, sealed
+from ml_embed.files.json_file import parse_json
 
 RECORD = "teacher.json"
 FORMAT_VERSION = 3
@@ -114,7 +114,7 @@ class TeacherVectors:
                 "finished. Make it, or go on with it, by scripts/embed_teacher.py"
             )
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = parse_json(path.read_bytes())
             if seal_is_broken(record):
                 raise ValueError("it has changed since it was written")
             if (version := record["format_version"]) != FORMAT_VERSION:

@@ -1,10 +1,13 @@
 """Arrays on disk that are written block by block and read as memory maps."""
 
+import tokenize
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
+
+from ml_embed.errors import one_line
 
 
 class ArrayFile:
@@ -61,8 +64,15 @@ def map_array(path: Path) -> np.ndarray:
     """A read-only array over the file's memory map; nothing is read before it is used.
 
     It is a plain ndarray: slices of a np.memmap cost several times as much.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it holds no array, or fewer items than its header says.
     """
-    return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+    except (EOFError, SyntaxError, OverflowError, tokenize.TokenError) as error:  # of the header
+        raise ValueError(f"{path.name} holds no array ({one_line(error)})") from None
 
 
 class RowFile:

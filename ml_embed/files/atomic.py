@@ -4,6 +4,8 @@ Everything is written under a hidden name beside its place, forced to disk, and 
 """
 
 import errno
+import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -12,20 +14,32 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ml_embed.errors import UserError
+from ml_embed.errors import UserError, disk_error
 from ml_embed.files.digests import file_digest
+from ml_embed.files.json_file import parse_json
 
 CHECKSUMS_FILE = "checksums.json"
 CHECKSUM = "xxh3_128"
 MAX_SHARD_SIZE = "5GB"
 """Of a file of weights; larger models are split. The hub's own tools split there, too."""
+FULL = (errno.ENOSPC, errno.EDQUOT)
+LONGEST_NAME = 255
+"""Bytes of a file's name that Linux, macOS and Windows allow."""
 _PARTIAL = ".partial"
 _REPLACED = ".replaced"
 
 
 def partial_path(path: Path) -> Path:
     """Where a file or folder is written before it is whole: `.NAME.partial` beside it."""
-    return path.with_name(f".{path.name}{_PARTIAL}")
+    return _beside(path, _PARTIAL)
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    """`.NAMEsuffix` beside a path; a long NAME is cut, with a digest of it in its place."""
+    name = os.fsencode(path.name)
+    if len(name) + 1 + len(suffix) > LONGEST_NAME:
+        name = name[:100] + hashlib.sha256(name).hexdigest()[:32].encode()
+    return path.with_name(f".{os.fsdecode(name)}{suffix}")
 
 
 @contextmanager
@@ -33,17 +47,37 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """A path to write a file to; when the block ends well, that file becomes `path` in one step.
 
     When the block fails, what it wrote is removed and `path` is as it was.
+
+    Raises:
+        UserError: another process or thread is writing `path`.
     """
     partial = partial_path(path)
-    try:
-        yield partial
-        _sync_file(partial)
-        partial.replace(path)
-    except BaseException:
-        with suppress(OSError):  # of a disk that fails; the next write tries again
-            partial.unlink(missing_ok=True)
-        raise
+    with _sole_writer(partial, path):
+        try:
+            yield partial
+            _sync_file(partial)
+            partial.replace(path)
+        except BaseException:
+            with suppress(OSError):  # of a disk that fails; the next write tries again
+                partial.unlink(missing_ok=True)
+            raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def _sole_writer(partial: Path, path: Path) -> Iterator[None]:
+    """Hold the lock of a file that is being written; what a killed writer left has none."""
+    with partial.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{path} is being written by another process or thread; wait for it, or give "
+                "another path"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 @contextmanager
@@ -51,10 +85,13 @@ def disk_errors_are_user_errors(folder: Path, remedy: str) -> Iterator[None]:
     """A disk error while writing below `folder` becomes a UserError that ends in `remedy`."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        problem = disk_error(error) or (error if isinstance(error, OSError) else None)
+        if isinstance(error, UserError) or problem is None:
+            raise
+        if problem.errno in FULL:
             raise UserError(f"no space left while writing to {folder}. {remedy}") from error
-        raise UserError(f"cannot write to {folder}: {error}. {remedy}") from error
+        raise UserError(f"cannot write to {folder}: {problem}. {remedy}") from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -106,20 +143,21 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         with suppress(OSError):  # of a disk that fails; the next write tries again
             restore_replaced(target)
         shutil.rmtree(partial, ignore_errors=True)
-        if is_disk_full(error):
+        problem = disk_error(error) or (error if isinstance(error, OSError) else None)
+        if problem is None:
+            raise
+        if problem.errno in FULL:
             raise UserError(
                 f"no space left on the disk of {target.parent}; free some, then continue the run"
             ) from error
-        if isinstance(error, OSError):
-            raise UserError(
-                f"{target} cannot be written ({error}); see to that, then continue the run"
-            ) from error
-        raise
+        raise UserError(
+            f"{target} cannot be written ({problem}); see to that, then continue the run"
+        ) from error
 
 
 def _aside(target: Path) -> Path:
     """Where a folder waits while another takes its place."""
-    return target.with_name(f".{target.name}{_REPLACED}")
+    return _beside(target, _REPLACED)
 
 
 def restore_replaced(target: Path) -> None:
@@ -143,13 +181,6 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
     shutil.rmtree(aside)
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Out of space or over quota; safetensors reports it as text."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return any(f"os error {number})" in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
 
 
 def write_json(path: Path, value: Any, sort_keys: bool = False) -> None:
@@ -192,7 +223,7 @@ def write_checksums(folder: Path) -> None:
 def checksum_problem(folder: Path) -> str | None:
     """What is wrong with a folder by the sums of `write_checksums`, "is …"; None if nothing is."""
     try:
-        sums = json.loads((folder / CHECKSUMS_FILE).read_text(encoding="utf-8"))
+        sums = parse_json((folder / CHECKSUMS_FILE).read_bytes())
         if CHECKSUM not in sums:
             return "was saved by another version of ml-embed, which has to go on with it"
         for name, expected in sums[CHECKSUM].items():

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from ml_embed.files.json_file import parse_json
 from ml_embed.notices import notice
 
 MEMORY = ".digests.json"
@@ -146,7 +147,7 @@ def digests_of(
 def _recall(folder: Path) -> dict[str, str]:
     """State of a file -> its digest; empty where nothing is remembered, or that is damaged."""
     try:
-        content = json.loads((folder / MEMORY).read_text(encoding="utf-8"))
+        content = parse_json((folder / MEMORY).read_bytes())
         return dict(content["files"]) if content[SEAL] == sealed(content)[SEAL] else {}
     except (OSError, ValueError, TypeError, KeyError):
         return {}

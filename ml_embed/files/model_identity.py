@@ -1,6 +1,5 @@
 """What a model folder is: the content of the files that decide its vectors, wherever it lies."""
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from ml_embed.errors import UserError
 from ml_embed.files.digests import digests_of, value_digest
+from ml_embed.files.json_file import parse_json
 
 SETTINGS_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 """What every model folder has."""
@@ -66,7 +66,7 @@ def model_identity(
 def _value(path: Path) -> Any:
     """What a JSON file says that has an effect."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); copy the model folder again") from None
     if not isinstance(values, dict):

@@ -1,6 +1,7 @@
 """Parquet files in bounded memory: read with errors that name file, column and row, and written."""
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,25 +11,37 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ml_embed.errors import UserError
+from ml_embed.errors import UserError, one_line
 
 READ_BUFFER_BYTES = 1 << 20
 
 
 @contextmanager
-def broken_file_is_user_error(path: Path) -> Iterator[None]:
+def broken_content_is_user_error(path: Path) -> Iterator[None]:
     """Arrow's errors about a file's content become a UserError that names the file."""
-    kind = "Arrow" if ".arrow" in path.suffixes else "parquet"
     try:
         yield
-    except (pa.ArrowException, UnicodeDecodeError) as error:  # the latter: a damaged column name
+    except (pa.ArrowException, UnicodeDecodeError) as error:  # the latter: bytes of a text or name
         raise UserError(
-            f"{path} is not a readable {kind} file: {error}. Write or download it again."
+            f"{path} is not a readable {_kind(path)} file: {one_line(error)}. Write or download it "
+            "again."
         ) from error
+
+
+def _kind(path: Path) -> str:
+    return "Arrow" if ".arrow" in path.suffixes else "parquet"
+
+
+@contextmanager
+def broken_file_is_user_error(path: Path) -> Iterator[None]:
+    """Errors about a file's content, and while it is read, become a UserError that names it."""
+    try:
+        with broken_content_is_user_error(path):
+            yield
     except OSError as error:
         if error.errno is None:  # Arrow's own "unexpected end of stream", "corrupt snappy data"
             raise UserError(
-                f"{path} is a broken {kind} file: {error}. Write or download it again."
+                f"{path} is a broken {_kind(path)} file: {error}. Write or download it again."
             ) from error
         raise UserError(f"cannot read {path}: {error}.") from error
 
@@ -57,6 +70,7 @@ def read_batches(
         UserError: the file is broken.
     """
     with open_parquet(path) as file, broken_file_is_user_error(path):
+        refuse_doubles([name for name in file.schema_arrow.names if name in columns], path)
         yield from file.iter_batches(
             batch_size=batch_rows, columns=list(columns), row_groups=row_groups
         )
@@ -73,6 +87,13 @@ def parquet_writer(path: Path, schema: pa.Schema, **options: Any) -> Iterator[pq
             writer.close()
         raise
     writer.close()
+
+
+def refuse_doubles(names: Iterable[str], path: Path | str) -> None:
+    """Raise UserError for a column name that stands twice; empty ones may."""
+    doubles = [name for name, number in Counter(names).items() if number > 1 and name]
+    if doubles:
+        raise UserError(f"{path} has several columns {doubles[0]!r}. Rename all but one.")
 
 
 def require_columns(path: Path, schema: pa.Schema, columns: Sequence[str]) -> None:

@@ -1,6 +1,5 @@
 """What users give as paths: the home folder, names on the hub, and places to be written."""
 
-import json
 import os
 import re
 from pathlib import Path
@@ -8,6 +7,7 @@ from tempfile import TemporaryDirectory
 
 from ml_embed.errors import UserError
 from ml_embed.files.atomic import restore_replaced
+from ml_embed.files.json_file import parse_json
 
 _STEP_FOLDER = re.compile(r"step_(\d+)")
 
@@ -36,7 +36,7 @@ def is_hub_name(given: str | Path) -> bool:
 def model_type(folder: Path) -> str | None:
     """What the config.json of a model folder names; None for any other folder."""
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        return parse_json((folder / "config.json").read_bytes()).get("model_type")
     except (OSError, ValueError, AttributeError):
         return None
 

@@ -18,6 +18,7 @@ from typing import Any
 from ml_embed.errors import UserError
 from ml_embed.files.atomic import sync_folder, write_json
 from ml_embed.files.digests import only_differing
+from ml_embed.files.json_file import parse_json
 
 Entry = dict[str, Any]
 Finished = tuple[dict[str, Any], dict[str, Entry]]
@@ -188,7 +189,7 @@ class WorkRecord:
         try:
             content = self._journal.read_bytes() if self._journal.exists() else b""
             whole = content[: content.rfind(b"\n") + 1]
-            lines = [json.loads(line) for line in whole.splitlines()]
+            lines = [parse_json(line) for line in whole.splitlines()]
             if not all(isinstance(line, dict) for line in lines):
                 raise ValueError("a line is no object")
         except (OSError, ValueError) as error:

@@ -3,7 +3,7 @@
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,8 +14,8 @@ from ml_embed.files.model_source import find_model_folder
 from ml_embed.files.paths import home_path, model_type
 from ml_embed.inference.embedder import Embedder
 from ml_embed.inference.encoding import choose_device
-from ml_embed.model_folders.checks import ADAPTER_FILE
-from ml_embed.model_folders.modules import MODULES_FILE, ForeignModules, read_modules
+from ml_embed.model_folders.foreign import ADAPTER_FILE, MODULES_FILE, check_foreign
+from ml_embed.model_folders.modules import ForeignModules, read_modules
 from ml_embed.model_folders.record import RECORD_FILE
 
 
@@ -49,21 +49,8 @@ class SentenceTransformersModel:
     """A folder that sentence-transformers reads; code that comes with a model is not run."""
 
     def __init__(self, folder: Path, name: str, device: str | None, batch_size: int):
-        if importlib.util.find_spec("sentence_transformers") is None:
-            raise UserError(
-                f"{name} is not a model folder of this project (no {RECORD_FILE}); other models "
-                "are read with sentence-transformers, which is not installed: pip install "
-                "'ml-embed[sentence-transformers]'"
-            )
-        from sentence_transformers import SentenceTransformer
-
         self.name, self.device = name, choose_device(device)
-        try:
-            self._model = SentenceTransformer(
-                str(folder), device=str(self.device), trust_remote_code=False
-            )
-        except Exception as error:  # the many kinds of models that it reads fail in as many ways
-            raise UserError(f"{name} cannot be read as a model: {one_line(error)}") from None
+        self._model = open_sentence_transformer(folder, name, self.device)
         if type(self._model[-1]).__name__ == "Normalize":
             del self._model[-1]  # `encode` does it, where it is wanted
         self._batch_size, self.identity = batch_size, model_identity(folder)
@@ -78,6 +65,27 @@ class SentenceTransformersModel:
             prompt="",
         )
         return np.asarray(vectors, np.float32)
+
+
+def open_sentence_transformer(folder: Path, name: str, device: torch.device) -> Any:
+    """sentence-transformers' own model of a folder, in which nothing asks for code.
+
+    Raises:
+        UserError: the library is missing, or the folder is refused by it or before it.
+    """
+    if importlib.util.find_spec("sentence_transformers") is None:
+        raise UserError(
+            f"{name} is not a model folder of this project (no {RECORD_FILE}); other models "
+            "are read with sentence-transformers, which is not installed: pip install "
+            "'ml-embed[sentence-transformers]'"
+        )
+    check_foreign(folder)
+    from sentence_transformers import SentenceTransformer
+
+    try:
+        return SentenceTransformer(str(folder), device=str(device), trust_remote_code=False)
+    except Exception as error:  # the many kinds of models that it reads fail in as many ways
+        raise UserError(f"{name} cannot be read as a model: {one_line(error)}") from None
 
 
 def load_text_model(name: str | Path, device: str | None = None, batch_size: int = 32) -> TextModel:

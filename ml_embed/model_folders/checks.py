@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen3Config
 
 from ml_embed.errors import UserError
+from ml_embed.files.json_file import read_json
+from ml_embed.model_folders.foreign import DAMAGED, check_adapter, check_kernels, check_weight_map
 
-ADAPTER_FILE = "adapter_config.json"
 ARCHITECTURES = (
     "Qwen3Model",
     "Qwen3ForCausalLM",
@@ -20,34 +21,38 @@ ARCHITECTURES = (
     "Qwen3ForTokenClassification",
 )
 """All of them hold the same decoder."""
+MOST_LAYERS = 10_000
+"""Far more than any model has."""
 
 
 def check_config(folder: Path) -> None:
     """Refuse what a folder's JSON files ask for and this project does not compute.
 
-    A config.json that is missing or damaged is left to whoever reads it next.
+    A config.json that is missing is left to whoever reads it next.
 
     Raises:
-        UserError: adapters, code of its own, quantized weights, attention to later tokens,
-            another architecture, or texts cut at their beginning.
+        UserError: adapters, code of its own or the hub's, weights outside the folder, quantized
+            weights, attention to later tokens, another architecture, or texts cut at their
+            beginning.
     """
-    if (adapter := _read(folder / ADAPTER_FILE)) is not None:
-        base = adapter.get("base_model_name_or_path")
-        raise UserError(
-            f"{folder} holds a LoRA adapter ({ADAPTER_FILE}) of {base}, not a whole model; merge "
-            "it first: peft's AutoPeftModel.from_pretrained(FOLDER).merge_and_unload()"
-            ".save_pretrained(NEW), and the tokenizer's save_pretrained(NEW)"
-        )
-    config = _read(folder / "config.json") or {}
+    check_adapter(folder)
+    for index in folder.glob("*.safetensors.index.json"):
+        check_weight_map(index)
+    config = _settings(folder / "config.json")
+    check_kernels(folder / "config.json", config)
     if problem := _problem(config):
         raise UserError(f"config.json of {folder}: {problem}")
-    tokenizer = _read(folder / "tokenizer_config.json") or {}
+    tokenizer = _settings(folder / "tokenizer_config.json")
     if (side := tokenizer.get("truncation_side", "right")) != "right":
         raise UserError(
             f"tokenizer_config.json of {folder}: truncation_side {side!r} keeps the end of a long "
             "text; ml-embed keeps its beginning, so use sentence-transformers for this model, or "
             'set it to "right"'
         )
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    return read_json(path, DAMAGED) if path.is_file() else {}
 
 
 def _problem(config: dict[str, Any]) -> str | None:
@@ -59,6 +64,9 @@ def _problem(config: dict[str, Any]) -> str | None:
             f"auto_map asks for code of the folder's own ({_first(config['auto_map'])}), which is "
             "never run; if the model is a plain Qwen3, remove auto_map"
         )
+    layers = config.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > MOST_LAYERS:  # transformers makes a list of them
+        return f"num_hidden_layers {layers} is more than {MOST_LAYERS:,}"
     both_ways = [name for name in ("is_causal", "causal") if config.get(name) is False]
     both_ways += [name for name, value in config.items() if "bidirection" in name and value is True]
     if both_ways:
@@ -98,14 +106,6 @@ def check_vocabulary(folder: Path, config: Qwen3Config, tokenizer: PreTrainedTok
             f"{config.vocab_size} rows; resize it with transformers: "
             "model.resize_token_embeddings(len(tokenizer)), then save_pretrained"
         )
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -6,7 +6,6 @@ A folder that says anything else is refused here by name, never half obeyed.
 Letters: H hidden size, D vector length.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from ml_embed.errors import UserError
 from ml_embed.files.atomic import write_json
+from ml_embed.files.json_file import read_json
+from ml_embed.model_folders.foreign import DAMAGED, MODULES_FILE, read_listing
 
-MODULES_FILE = "modules.json"
 PROMPTS_FILE = "config_sentence_transformers.json"
 TRANSFORMER_FILE = "sentence_bert_config.json"
 POOLING_MODES = {
@@ -69,17 +69,16 @@ def read_modules(folder: Path) -> Modules:
 
 def _check_similarity(folder: Path) -> None:
     """Refuse another similarity than the cosine: of vectors of unit length, dot products too."""
-    path, listing = folder / PROMPTS_FILE, folder / MODULES_FILE
-    name = _read(path).get("similarity_fn_name") if path.is_file() else None
-    kinds = [str(module["type"]) for module in _read(listing, list)] if listing.is_file() else []
-    unit_length = bool(kinds) and kinds[-1].endswith("Normalize")
+    path, listing = folder / PROMPTS_FILE, read_listing(folder)
+    name = read_json(path, DAMAGED).get("similarity_fn_name") if path.is_file() else None
+    unit_length = bool(listing) and listing[-1].kind == "Normalize"
     if name not in (None, "cosine") and not (name == "dot" and unit_length):
         raise foreign_modules(folder, f"the similarity {name!r} in {path.name}")
 
 
 def _prompts(path: Path) -> tuple[dict[str, str] | None, str | None]:
     """The saved prompts, and the name of the default one."""
-    settings = _read(path) if path.is_file() else {}
+    settings = read_json(path, DAMAGED) if path.is_file() else {}
     prompts, default = settings.get("prompts"), settings.get("default_prompt_name")
     if not isinstance(prompts, dict | None):
         raise _damaged(path, "prompts must be names and texts")
@@ -96,7 +95,7 @@ def _prompts(path: Path) -> tuple[dict[str, str] | None, str | None]:
 def _max_seq_length(folder: Path) -> int | None:
     """The length that texts are cut to; refuses what else the Transformer module may do."""
     path = folder / TRANSFORMER_FILE
-    settings = _read(path) if path.is_file() else {}
+    settings = read_json(path, DAMAGED) if path.is_file() else {}
     if settings.get("do_lower_case"):
         raise foreign_modules(folder, "do_lower_case, which changes the texts")
     for key, arguments in settings.items():
@@ -111,12 +110,8 @@ def _max_seq_length(folder: Path) -> int | None:
 
 def _check_modules(folder: Path) -> int | None:
     """Refuse all modules but ours; D where a Dense cuts."""
-    listing: Any = _read(folder / MODULES_FILE, list)
-    try:
-        kinds = [str(module["type"]).rsplit(".", 1)[-1] for module in listing]
-        paths = [str(module["path"]) for module in listing]
-    except (TypeError, KeyError) as error:
-        raise _damaged(folder / MODULES_FILE, error) from None
+    listing = read_listing(folder)
+    kinds, paths = [module.kind for module in listing], [module.path for module in listing]
     if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in (
         [],
         ["Normalize"],
@@ -133,7 +128,7 @@ def _check_modules(folder: Path) -> int | None:
 
 def _pooling(folder: Path) -> str:
     """The pooling mode; several are joined by "+"."""
-    settings = _read(folder / "config.json")
+    settings = read_json(folder / "config.json", DAMAGED)
     mode = settings.get("pooling_mode")
     if mode is None:
         mode = [name for key, name in POOLING_MODES.items() if settings.get(key)] or "mean"
@@ -142,7 +137,7 @@ def _pooling(folder: Path) -> str:
 
 def _cut_of_dense(folder: Path, path: str) -> int:
     """D of a Dense that gives the leading D of H components, and does nothing else."""
-    settings = _read(folder / path / "config.json")
+    settings = read_json(folder / path / "config.json", DAMAGED)
     name = settings.get("module_input_name") or "sentence_embedding"
     plain = (
         not settings.get("use_residual")
@@ -172,18 +167,8 @@ def foreign_modules(folder: Path, what: str) -> ForeignModules:
     )
 
 
-def _read(path: Path, kind: type = dict) -> Any:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _damaged(path, error) from None
-    if not isinstance(value, kind):
-        raise _damaged(path, f"it holds no {kind.__name__}")
-    return value
-
-
 def _damaged(path: Path, error: object) -> UserError:
-    return UserError(f"{path} is damaged ({error}); copy the model folder again")
+    return UserError(f"{path} is damaged ({error}); {DAMAGED}")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ is run. Letters: V vocabulary, r rank, H hidden size.
 """
 
 import copy
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,9 @@ from ml_embed.errors import UserError, one_line
 from ml_embed.kernels.attention import Kernel
 from ml_embed.model import MatryoshkaEncoder, check_supported
 from ml_embed.model_folders.checks import check_config, check_vocabulary, is_finite
-from ml_embed.model_folders.modules import MODULES_FILE, foreign_modules
+from ml_embed.model_folders.foreign import MODULES_FILE, check_weight_map
+from ml_embed.model_folders.headers import check_backbone, check_exit_norms, check_factors
+from ml_embed.model_folders.modules import foreign_modules
 from ml_embed.model_folders.record import (
     EXIT_NORMS_FILE,
     FACTORS_FILE,
@@ -73,6 +74,12 @@ class ModelFolder:
             what = "a tokenizer that does not append one end token and nothing else"
             raise foreign_modules(path, what)
         record = ModelRecord.load(path) or ModelRecord.of_backbone(path, config, tokenizer)
+        check_backbone(path, config)
+        if record.ranks:
+            check_factors(nested_file(path, FACTORS_FILE), config, record.ranks[-1])
+        if record.norm_sharing == "per_layer":
+            norms = nested_file(path, EXIT_NORMS_FILE)
+            check_exit_norms(norms, record.exits, config.hidden_size)
         check_seal(path, record)
         if record.ranks and not record.digests:
             _check_beginning(path)
@@ -223,7 +230,6 @@ def load_encoder(
     if record.ranks:
         backbone = _load_layers(folder.path, config, dtype)
         factors = read_factors(folder.path, rank or None, dtype)
-        _check_factors(folder, factors)
     else:
         stored = folder.config.num_hidden_layers
         backbone, factors = load_backbone(folder.path, config, dtype, stored), None
@@ -274,10 +280,10 @@ def _files_of(folder: Path, names: Iterable[str]) -> dict[Path, list[str]]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return {folder / "model.safetensors": list(names)}
-    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    places = check_weight_map(index)
     files: dict[Path, list[str]] = {}
     for name in names:
-        files.setdefault(folder / weight_map[name], []).append(name)
+        files.setdefault(folder / places[name], []).append(name)
     return files
 
 
@@ -313,16 +319,6 @@ def _check_beginning(folder: Path) -> None:
     near = rounding * float(rows.abs().max())
     if rows.shape != table.shape or not torch.allclose(rows, table, rtol=0, atol=near):
         raise stale(folder, f"{path.name} (or {Path(FACTORS_FILE).name})")
-
-
-def _check_factors(folder: ModelFolder, factors: tuple[Tensor, Tensor]) -> None:
-    rows, columns = len(factors[0]), factors[1].shape[1]
-    if (rows, columns) != (folder.config.vocab_size, folder.config.hidden_size):
-        raise UserError(
-            f"{nested_file(folder.path, FACTORS_FILE)}: the factors are those of a table of {rows} "
-            f"x {columns}, config.json says {folder.config.vocab_size} x "
-            f"{folder.config.hidden_size}; copy the model folder again"
-        )
 
 
 def read_exit_norms(folder: Path, dtype: torch.dtype = torch.float32) -> dict[int, Tensor]:

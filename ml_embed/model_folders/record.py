@@ -1,17 +1,18 @@
 """What a model folder says of itself: the sizes it was trained at (`ml_embed.json`)."""
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from transformers import PreTrainedTokenizerBase, Qwen3Config
 
 from ml_embed.errors import UserError
 from ml_embed.files.atomic import write_json
 from ml_embed.files.digests import SEAL, seal_is_broken, sealed
+from ml_embed.files.json_file import read_json
 from ml_embed.model import NormSharing
+from ml_embed.model_folders.foreign import DAMAGED
 from ml_embed.model_folders.modules import Modules, read_modules
 
 FORMAT_VERSION = 2
@@ -117,25 +118,56 @@ def nested_file(folder: Path, file: str) -> Path:
 
 
 def _read(path: Path) -> ModelRecord:
+    values = read_json(path, DAMAGED)
+    if seal_is_broken(values):
+        raise UserError(
+            f"{path} has changed since it was written. Copy the model folder again; if you "
+            f"have edited it on purpose, remove its key {SEAL!r}"
+        )
+    version = values.get("format_version")
+    if version not in range(1, FORMAT_VERSION + 1):
+        raise UserError(
+            f"{path} has format version {version}, this version reads {FORMAT_VERSION}; update "
+            "ml-embed"
+        )
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if seal_is_broken(values):
-            raise UserError(
-                f"{path} has changed since it was written. Copy the model folder again; if you "
-                f"have edited it on purpose, remove its key {SEAL!r}"
-            )
-        version = values["format_version"]
-        if version not in range(1, FORMAT_VERSION + 1):
-            raise UserError(
-                f"{path} has format version {version}, this version reads {FORMAT_VERSION}; update "
-                "ml-embed"
-            )
         values = _known(ModelRecord, values) | {"origin": _origin(values)}
-        return ModelRecord(**values | {"format_version": FORMAT_VERSION})
-    except UserError:
-        raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error}); copy the model folder again") from None
+        record = ModelRecord(**values | {"format_version": FORMAT_VERSION})
+        problem = _problem(record)
+    except (TypeError, AttributeError) as error:
+        problem = str(error)
+    if problem:
+        raise UserError(f"{path} is damaged ({problem}); {DAMAGED}")
+    return record
+
+
+def _problem(record: ModelRecord) -> str | None:
+    """What stands in a record that no training writes."""
+    for name in ("exits", "dims", "ranks"):
+        sizes = getattr(record, name)
+        whole = isinstance(sizes, tuple) and all(type(size) is int and size > 0 for size in sizes)
+        if not whole or sorted(sizes, reverse=name == "dims") != list(sizes):
+            return f"{name} must be whole numbers in order, not {sizes!r}"
+    if not (record.exits and record.dims):
+        return "exits and dims must not be empty"
+    if type(record.max_seq_length) is not int or record.max_seq_length < 2:
+        return "max_seq_length must be a whole number of at least 2"
+    if record.norm_sharing not in get_args(NormSharing) or record.pooling != "last_token":
+        return f"it says norm_sharing {record.norm_sharing!r} and pooling {record.pooling!r}"
+    origin = record.origin
+    texts = [
+        *record.prompts.values(),
+        *record.digests.values(),
+        *origin.languages,
+        *origin.datasets,
+    ]
+    texts += [text for text in (origin.base_model, origin.license) if text is not None]
+    if not all(isinstance(text, str) for text in texts):
+        return "prompts, digests, and what origin says must be texts"
+    default = record.default_prompt_name
+    if default is not None and default not in record.prompts:
+        return f"default_prompt_name {default!r} is none of its prompts"
+    return None
 
 
 def _origin(values: dict[str, Any]) -> Origin:

@@ -1,6 +1,5 @@
 """What `--input` means: a file, the datasets of a folder, or one on the hub; and opening it."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -8,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ml_embed.errors import UserError, one_line
+from ml_embed.files.json_file import parse_json
 from ml_embed.files.paths import is_hub_name
 from ml_embed.prepare.beir import is_beir
 from ml_embed.prepare.parallel import (
@@ -166,15 +166,18 @@ def _saved_shards(folder: Path, split: str) -> tuple[Path, ...]:
     """The Arrow files of what `Dataset.save_to_disk` wrote."""
     try:
         if (folder / "dataset_dict.json").is_file():
-            splits = json.loads((folder / "dataset_dict.json").read_text("utf-8"))["splits"]
+            splits = parse_json((folder / "dataset_dict.json").read_bytes())["splits"]
             if split not in splits:
                 raise UserError(
                     f"{folder} has no split {split!r}; choose another with --split: "
                     f"{', '.join(splits)}"
                 )
             folder = folder / split
-        state = json.loads((folder / "state.json").read_text("utf-8"))
-        files = tuple(folder / file["filename"] for file in state["_data_files"])
+        state = parse_json((folder / "state.json").read_bytes())
+        names = [file["filename"] for file in state["_data_files"]]
+        if outside := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"state.json names {outside[0]!r}, which is no file of the folder")
+        files = tuple(folder / name for name in names)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is no whole saved dataset ({one_line(error)}).") from error
     if not files:

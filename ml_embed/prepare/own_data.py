@@ -6,7 +6,6 @@ text (`labelled`). Without that, the columns tell whose form a file has (`forms`
 """
 
 import filecmp
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from ml_embed.config import Task
 from ml_embed.errors import UserError
 from ml_embed.files.atomic import atomic_file, disk_errors_are_user_errors
+from ml_embed.files.json_file import parse_json
 from ml_embed.files.locks import lock_folder
 from ml_embed.files.paths import expand_home
 from ml_embed.files.work_record import Finished, WorkRecord
@@ -168,7 +168,7 @@ def open_origins(folder: Path, overwrite: bool = False) -> WorkRecord:
 
 def _read_origins(path: Path) -> Finished:
     try:
-        origins = json.loads(path.read_text(encoding="utf-8"))
+        origins = parse_json(path.read_bytes())
         return {}, {name: {"origin": entry["origin"]} for name, entry in origins.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}); remove it, or --overwrite") from None

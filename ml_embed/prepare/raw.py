@@ -9,7 +9,6 @@ blank lines are no rows. Suffixes may be in capitals. All is read in bounded mem
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,6 +22,7 @@ import pyarrow.parquet as pq
 
 from ml_embed.config import TASKS, Task
 from ml_embed.errors import UserError
+from ml_embed.files.json_file import parse_json
 from ml_embed.files.parquet import is_text, open_parquet
 from ml_embed.notices import notice
 from ml_embed.prepare.raw_parquet import (
@@ -212,7 +212,7 @@ def notes_in_file(dataset: RawDataset) -> dict[str, Any]:
         return {}
     said = (_footer(dataset.path).metadata.metadata or {}).get(NOTES_METADATA, b"{}")
     try:
-        notes = json.loads(said)
+        notes = parse_json(said)
     except ValueError as error:
         raise UserError(f"{dataset.path}: its notes are damaged ({error}).") from None
     return notes if isinstance(notes, dict) else {}

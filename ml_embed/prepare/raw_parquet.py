@@ -23,9 +23,9 @@ from ml_embed.files.parquet import (
     open_parquet,
     parquet_writer,
     read_batches,
+    refuse_doubles,
     require_columns,
 )
-from ml_embed.prepare.records import refuse_doubles
 from ml_embed.prepare.rows import (
     OPTIONAL_COLUMNS,
     OPTIONAL_NAMES,

@@ -24,7 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ml_embed.errors import UserError, one_line
-from ml_embed.files.parquet import broken_file_is_user_error, open_parquet
+from ml_embed.files.json_file import parse_json
+from ml_embed.files.parquet import broken_file_is_user_error, open_parquet, refuse_doubles
 from ml_embed.prepare.rows import FaultyRow, Record
 
 PACKED = (".gz", ".bz2", ".xz", ".zst")
@@ -102,12 +103,6 @@ def open_shards(paths: Sequence[Path], reading: Reading) -> Table:
             yield from table.read(columns)
 
     return Table(str(paths[0].parent), tables[0].names, read, tables[0].labels)
-
-
-def refuse_doubles(names: Iterable[str], path: Path | str) -> None:
-    doubles = [name for name, number in Counter(names).items() if number > 1 and name]
-    if doubles:
-        raise UserError(f"{path} has several columns {doubles[0]!r}. Rename all but one.")
 
 
 # --- CSV and TSV
@@ -348,7 +343,7 @@ def _arrow_batches(file: Any, names: list[str]) -> Iterator[pa.RecordBatch]:
 def _label_names(schema: pa.Schema) -> dict[str, list[str]]:
     """What `datasets` writes of a ClassLabel's names."""
     try:
-        info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        info = parse_json((schema.metadata or {}).get(b"huggingface", b"{}"))
         features = info.get("info", {}).get("features", {})
         return {
             name: feature["names"]

@@ -7,7 +7,6 @@ documents of a dataset are known already.
 
 import ast
 import io
-import json
 import math
 import re
 import tokenize
@@ -20,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from ml_embed.errors import UserError
+from ml_embed.files.json_file import parse_json
 
 NEGATIVE_COLUMN = re.compile(r"negative_(\d+)")
 OPTIONAL_COLUMNS = pa.schema(
@@ -230,7 +230,7 @@ def list_of(value: Any, column: str, where: str, text_is_list: bool = False) -> 
 def _written_list(text: str, column: str, where: str) -> list[Any]:
     try:
         try:
-            listed = json.loads(text)
+            listed = parse_json(text)
         except ValueError:
             listed = ast.literal_eval(text)
             strings = sum(

@@ -304,8 +304,8 @@ def _is_complete(job: _Job, record: WorkRecord, folder: Path) -> bool:
     entry, paths = record.entries.get(job.raw.name), token_paths(folder, job.raw.name)
     if entry is None or not all(path.is_file() for path in paths.values()):
         return False
-    found = digests_of(paths.values(), [folder])
-    return all(entry.get("digests", {}).get(kind) == found[path] for kind, path in paths.items())
+    found, recorded = digests_of(paths.values(), [folder]), entry.get("digests") or {}
+    return all(recorded.get(kind) == found[path] for kind, path in paths.items())
 
 
 def token_paths(folder: Path, name: str) -> dict[str, Path]:

@@ -21,6 +21,8 @@ from tokenizers import Encoding, Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ml_embed.errors import UserError, one_line
+from ml_embed.files.json_file import read_json
+from ml_embed.prepare.time_limit import is_panic, watched
 
 # The public Qwen2/Qwen3 pre-tokenization: contractions, words, single digits, punctuation, line
 # ends, spaces.
@@ -62,7 +64,9 @@ def load_tokenizer(folder: Path, needs_padding: bool = True) -> PreTrainedTokeni
     _check_own_code(folder / "tokenizer_config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises bare Exception for a broken file
+    except BaseException as error:  # tokenizers raises bare Exception for a broken file
+        if not (isinstance(error, Exception) or is_panic(error)):
+            raise
         raise UserError(
             f"cannot load a tokenizer from {folder}: {one_line(error).rstrip('.')}. "
             "Check that its files are whole."
@@ -177,7 +181,9 @@ class TextTokenizer:
         return encodings
 
     def _encode(self, texts: list[str]) -> list[Encoding]:
-        return self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return watched(
+            lambda texts: self._backend.encode_batch_fast(texts, add_special_tokens=False), texts
+        )
 
     def _beginning(self, text: str, characters: int) -> str:
         """At least so many characters of a text, up to the next `_CUT`; all if none is near."""
@@ -244,12 +250,8 @@ def _added_ids(tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
 
 
 def _check_own_code(path: Path) -> None:
-    """Refuse a tokenizer_config.json that asks for code; a damaged one is left to transformers."""
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return
-    if isinstance(settings, dict) and settings.get("auto_map"):
+    """Refuse a tokenizer_config.json that is damaged or asks for code."""
+    if path.is_file() and read_json(path, "copy the tokenizer again").get("auto_map"):
         raise UserError(
             f"{path}: auto_map asks for code of the folder's own, which is never run; if "
             "tokenizer.json is all that the tokenizer needs, remove auto_map"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ml_embed.errors import UserError
+from ml_embed.files.json_file import parse_json
 from ml_embed.files.parquet import is_list, is_text
 from ml_embed.prepare.tokenizer import QWEN_SPLIT_PATTERN
 
@@ -157,8 +157,8 @@ def _read_jsonl(file: Path) -> Iterator[str]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise UserError(f"{file} line {number} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise UserError(f"{file} line {number} is not a JSON object with named columns")

@@ -10,7 +10,6 @@ exact in both.
 Letters: Q queries of a block, N documents, K neighbours, M negatives, D vector length.
 """
 
-import json
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -29,6 +28,7 @@ from ml_embed.errors import UserError
 from ml_embed.files.arrays import RowFile
 from ml_embed.files.atomic import atomic_file, disk_errors_are_user_errors, write_json
 from ml_embed.files.digests import file_digest
+from ml_embed.files.json_file import parse_json
 from ml_embed.files.locks import lock_folder
 from ml_embed.files.work_record import Finished, WorkRecord
 from ml_embed.inference.encoding import check_finite
@@ -204,7 +204,7 @@ def mine_folder(model: TextModel, options: MiningOptions, progress: bool = True)
 
 def _read_finished(path: Path) -> Finished:
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = parse_json(path.read_bytes())
         return dict(summary["settings"]), dict(summary["datasets"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -323,7 +323,7 @@ class _Mining:
         self.work.mkdir(exist_ok=True)
         path = self.work / "settings.json"
         try:
-            former = json.loads(path.read_text(encoding="utf-8"))
+            former = parse_json(path.read_bytes())
         except (OSError, ValueError):
             former = {}
         differing = {key for key in {*former, *settings} if former.get(key) != settings.get(key)}

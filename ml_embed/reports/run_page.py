@@ -5,7 +5,6 @@ measured them.
 """
 
 import dataclasses
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -16,6 +15,7 @@ from ml_embed.errors import UserError
 from ml_embed.evaluation.metrics import METRICS
 from ml_embed.files.atomic import atomic_file
 from ml_embed.files.digests import bytes_digest
+from ml_embed.files.json_file import parse_json
 from ml_embed.files.paths import numbered_folders
 from ml_embed.model_folders.cut import Cut
 from ml_embed.model_folders.sizes import BYTES_PER_COMPONENT, cut_parameters
@@ -210,7 +210,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(whole, start=1):
         try:
             lines.append(_metrics_line(line))
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError) as error:
             warn(f"{path}, line {number} is damaged and left out ({error!r}); the others are shown")
     if not lines:
         raise UserError(f"{path} has no lines yet; wait for the first log line of the run")
@@ -231,7 +231,7 @@ def _compare_with_states(path: Path, content: bytes) -> None:
 
 def _metrics_line(line: bytes) -> dict[str, Any]:
     """Raises ValueError, TypeError or KeyError for what is no line of a run."""
-    values = json.loads(line)
+    values = parse_json(line)
     for name in ("step", "tokens") if values["split"] == "train" else ("step",):
         if not isinstance(values[name], int):
             raise ValueError(f"{name} is no whole number")
@@ -240,7 +240,7 @@ def _metrics_line(line: bytes) -> dict[str, Any]:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error})") from None
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from ml_embed.distributed.engine import Engine, Moments
 from ml_embed.errors import UserError
 from ml_embed.files.atomic import atomic_folder, checksum_problem, remove_folder, write_checksums
+from ml_embed.files.json_file import parse_json
 from ml_embed.files.paths import numbered_folders
 from ml_embed.notices import warn
 
@@ -63,9 +64,18 @@ def save_state(
             json.dumps(state, indent=2, ensure_ascii=False), encoding="utf-8"
         )
         write_checksums(partial)
-    for _, old in numbered_folders(folder)[:-KEPT_STATES]:
-        remove_folder(old)
+    keep_newest(folder, KEPT_STATES, step)
     return target
+
+
+def keep_newest(folder: Path, count: int | None, step: int) -> None:
+    """Remove all but so many of the `step_N` folders up to a step; None is all.
+
+    Folders of later steps, from before the run went back to an earlier state, push none out.
+    """
+    done = [path for number, path in numbered_folders(folder) if number <= step]
+    for old in done[: -count if count else 0]:
+        remove_folder(old)
 
 
 def find_state(folder: Path) -> Path | None:
@@ -114,7 +124,7 @@ def read_progress(path: Path) -> dict[str, Any]:
             f"--resume: {path} {problem}; use --resume auto to take the newest whole one"
         )
     try:
-        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        state = parse_json((path / STATE_FILE).read_bytes())
         version, missing = state["format_version"], _PROGRESS_KEYS - state.keys()
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(

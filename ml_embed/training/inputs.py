@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, Qwen3Config
 
-from ml_embed.config import TrainConfig
+from ml_embed.config import TrainConfig, errors_name_key
 from ml_embed.data.store import Store, open_store
 from ml_embed.data.teacher_vectors import KD_REMEDY, TeacherVectors, open_teacher_vectors
 from ml_embed.errors import UserError
@@ -52,11 +52,11 @@ def with_model_folders(config: TrainConfig) -> TrainConfig:
     Raises:
         UserError: a model is not there.
     """
-    folders: dict[str, Any] = {
-        key: str(find_model_folder(name))
-        for key in ("model_path", "teacher_model_path")
-        if (name := getattr(config, key)) is not None
-    }
+    folders: dict[str, Any] = {}
+    for key in ("model_path", "teacher_model_path"):
+        if (name := getattr(config, key)) is not None:
+            with errors_name_key(key):
+                folders[key] = str(find_model_folder(name))
     return dataclasses.replace(config, **folders)
 
 
@@ -78,19 +78,23 @@ def open_inputs(
         lora.check_installed()
     for model in filter(None, (config.model_path, config.teacher_model_path)) if verify else ():
         verify_model(Path(model))
-    start = ModelFolder.open(Path(config.model_path))
+    with errors_name_key("model_path"):
+        start = ModelFolder.open(Path(config.model_path))
     store = _open_data(config, "train_data_path", start.tokenizer, progress, verify)
     valid_store = None
     if config.valid_data_path is not None:
         valid_store = _open_data(config, "valid_data_path", start.tokenizer, progress, verify)
     if config.teacher_model_path is not None:
-        _check_teacher(ModelFolder.open(Path(config.teacher_model_path)), config, start)
+        with errors_name_key("teacher_model_path"):
+            teacher = ModelFolder.open(Path(config.teacher_model_path))
+        _check_teacher(teacher, config, start)
     teacher_vectors = None
     if config.teacher_vectors_path is not None:
         folder, cache_dir = Path(config.teacher_vectors_path), Path(config.cache_dir)
-        teacher_vectors = open_teacher_vectors(
-            folder, store, start.config.hidden_size, config.kd_loss, cache_dir, verify
-        )
+        with errors_name_key("teacher_vectors_path"):
+            teacher_vectors = open_teacher_vectors(
+                folder, store, start.config.hidden_size, config.kd_loss, cache_dir, verify
+            )
     resolved = resolve(config, start.config, store, world_size, valid_store)
     check_metric(config.keep_best, resolved)
     return Inputs(start, store, teacher_vectors, valid_store, resolved)
@@ -103,7 +107,8 @@ def _open_data(
     progress: bool,
     verify: bool,
 ) -> Store:
-    store = open_store(getattr(config, key), config.cache_dir, progress, verify)
+    with errors_name_key(key):
+        store = open_store(getattr(config, key), config.cache_dir, progress, verify)
     _check_tokenizer(config, key, tokenizer, store)
     check_prompts(config, store)
     return store

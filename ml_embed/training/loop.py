@@ -15,12 +15,11 @@ from ml_embed.data.batch import ContrastiveBatch
 from ml_embed.distributed.collectives import all_reduce_max
 from ml_embed.distributed.engine import Moments
 from ml_embed.errors import UserError
-from ml_embed.files.atomic import atomic_folder, remove_folder
-from ml_embed.files.paths import numbered_folders
+from ml_embed.files.atomic import atomic_folder
 from ml_embed.model_folders.write import NotFiniteError, save_model_folder
 from ml_embed.notices import notice
 from ml_embed.training import lora
-from ml_embed.training.checkpoint import save_state
+from ml_embed.training.checkpoint import keep_newest, save_state
 from ml_embed.training.gradcache import encode_in_chunks
 from ml_embed.training.metrics_log import Window
 from ml_embed.training.run import Run
@@ -165,7 +164,7 @@ def save_checkpoint(run: Run, step: int, epoch_ends: bool) -> None:
         names = [f"step_{step}", *([f"epoch_{epoch}"] if epoch_ends else [])]
         _write_model_folders(run, step, names, state)
         _write_resume_state(run, step, state, moments)
-        _keep_newest_model_folders(run, step)
+        keep_newest(run.config.run_dir, run.config.save_total_limit, step)
 
     _on_main_process(run, write)
 
@@ -216,13 +215,3 @@ def _write_resume_state(run: Run, step: int, state: dict[str, Tensor], moments: 
         "processes": run.accelerator.num_processes,
     }
     save_state(run.config.run_dir / "resume", state, moments, progress, step)
-
-
-def _keep_newest_model_folders(run: Run, step: int) -> None:
-    if run.config.save_total_limit is None:
-        return
-    # Folders of later steps, from before the run went back to an earlier state, do not push this
-    # one out.
-    done = [path for number, path in numbered_folders(run.config.run_dir) if number <= step]
-    for old in done[: -run.config.save_total_limit]:
-        remove_folder(old)

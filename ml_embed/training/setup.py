@@ -25,7 +25,13 @@ from ml_embed.training.accelerator import compute_dtype, make_engine
 from ml_embed.training.agreement import agree_on_state
 from ml_embed.training.best import Best
 from ml_embed.training.build import build_encoder, build_optimizer, build_teacher
-from ml_embed.training.checkpoint import drop_newer, load_state, read_progress
+from ml_embed.training.checkpoint import (
+    KEPT_STATES,
+    drop_newer,
+    keep_newest,
+    load_state,
+    read_progress,
+)
 from ml_embed.training.inputs import Inputs
 from ml_embed.training.metrics_log import MetricsLog, Window
 from ml_embed.training.resolve import Resolved, loss_spec, make_schedule, make_validation
@@ -105,13 +111,15 @@ def _continued(
 
 
 def _prepare_run_dir(config: TrainConfig, given: dict, resolved: Resolved, step: int) -> None:
-    """Make the run folder; remove what interrupted writes left in it, and states after `step`."""
+    """Make the run folder; remove what interrupted writes and removals left, and later states."""
     run_dir = config.run_dir
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         for folder in (run_dir, run_dir / "resume"):
             remove_leftovers(folder)
         drop_newer(run_dir / "resume", step)
+        keep_newest(run_dir / "resume", KEPT_STATES, step)
+        keep_newest(run_dir, config.save_total_limit, step)
         write_json(run_dir / "config.json", given)
         write_json(run_dir / "resolved.json", resolved.to_json())
     except OSError as error:

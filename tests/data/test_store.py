@@ -391,11 +391,46 @@ int64_lists = pa.list_(pa.int64())
             r"has 4 rows, but the manifest promises 3",
         ),
         ({"manifest": {"datasets": {}}}, r"does not list toy_query.parquet"),
+        ({"manifest": {"datasets": {"toy": []}}}, r"manifest.json is damaged"),
+        ({"manifest": {"datasets": {"toy": {"rows": "4"}}}}, r'rows cannot be "4"'),
+        ({"manifest": {"eos_id": True}}, r"eos_id cannot be true\); run tokenize"),
     ],
 )
 def test_wrong_data_is_named(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         open_store(write_own(tmp_path / "data", **changes), tmp_path / "cache", progress=False)
+
+
+@pytest.mark.parametrize("text", ["", "5", "[]", "[" * 100_000, '{"eos_id": ' + "9" * 5000 + "}"])
+def test_manifests_that_are_none(tmp_path, text):
+    folder = write_own(tmp_path / "data")
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=r"manifest\.json is damaged .*tokenize_data_qwen"):
+        open_store(folder, tmp_path / "cache", progress=False)
+
+
+@pytest.mark.parametrize("write", [write_own, write_released])
+def test_columns_that_stand_twice(tmp_path, write):
+    for number, path in enumerate(sorted(write(tmp_path / "data").glob("*.parquet"))):
+        table = pq.read_table(path)
+        for name in table.schema.names:
+            if name == "negative_4_input_ids":
+                continue
+            pq.write_table(table.append_column(name, table.column(name)), path)
+            with pytest.raises(UserError, match=f"{path.name} has several columns '{name}'"):
+                open_store(path.parent, tmp_path / f"cache-{number}", progress=False)
+        pq.write_table(table, path)
+
+
+def test_ids_that_are_not_utf8(tmp_path):
+    folder = write_released(tmp_path / "data")
+    path = folder / "toy_query.parquet"
+    table = pq.read_table(path)
+    column = table.schema.get_field_index("passage_input_ids")
+    broken = pa.array([b"doc-0", b"\xff\xfe", b"doc-1", b"doc-2"]).view(pa.string())
+    pq.write_table(table.set_column(column, "passage_input_ids", broken), path)
+    with pytest.raises(UserError, match=r"toy_query\.parquet is not a readable parquet file"):
+        open_store(folder, tmp_path / "cache", progress=False)
 
 
 def test_missing_files_are_named(tmp_path):

@@ -5,16 +5,21 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 
+import pyarrow as pa
 import pytest
 from helpers import ROOT
+from safetensors import SafetensorError
 
-from ml_embed.errors import UserError
+from ml_embed.errors import UserError, disk_error, exit_on_user_error
 from ml_embed.files.atomic import (
     append_whole,
+    atomic_file,
     atomic_folder,
     checksum_problem,
-    is_disk_full,
+    disk_errors_are_user_errors,
+    partial_path,
     remove_folder,
     remove_leftovers,
     write_checksums,
@@ -172,7 +177,7 @@ def test_a_full_disk_under_json_and_appended_lines(full_disk):
     (full_disk / "filler").write_bytes(bytes(1024 * 1024 - 3 * 4096))
     with pytest.raises(OSError, match="No space left") as caught:
         append_whole(full_disk / "log", "x" * 100_000)
-    assert is_disk_full(caught.value)
+    assert disk_error(caught.value).errno == errno.ENOSPC
     assert caught.value.filename == str(full_disk / "log")
     with pytest.raises(OSError, match="No space left"):
         write_json(full_disk / "settings.json", {"a": "x" * 100_000})
@@ -212,11 +217,86 @@ def test_a_file_size_limit_cuts_no_line(tmp_path):
 
 
 def test_safetensors_reports_full_disks_as_text():
-    assert is_disk_full(
-        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
-    )
-    assert is_disk_full(RuntimeError("I/O error: Disk quota exceeded (os error 122)"))
-    assert not is_disk_full(RuntimeError("Error while serializing: (os error 2)"))
+    for text, number in (
+        ("Error while serializing: I/O error: No space left on device (os error 28)", 28),
+        ("I/O error: Disk quota exceeded (os error 122)", 122),
+        ("Error writing bytes to file. Detail: [errno 5] Input/output error", 5),
+    ):
+        assert disk_error(RuntimeError(text)).errno == number
+    assert disk_error(RuntimeError("Error while serializing: (os error 2)")) is None
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EROFS])
+def test_disk_errors_inside_libraries_are_messages(tmp_path, number):
+    """safetensors and tokenizers put the number into a text."""
+    text = f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})"
+    said = "no space left" if number == errno.ENOSPC else rf"cannot .*{os.strerror(number)}"
+    with pytest.raises(UserError, match=said), atomic_folder(tmp_path / "target") as folder:  # noqa: PT012
+        (folder / "half").touch()
+        raise SafetensorError(text)
+    with (
+        pytest.raises(UserError, match=rf"{said}.*Then run the command again\."),
+        disk_errors_are_user_errors(tmp_path, "Then run the command again."),
+    ):
+        raise pa.ArrowException(f"Detail: [errno {number}] {os.strerror(number)}")
+    assert names(tmp_path) == []
+
+
+def test_a_disk_error_anywhere_is_a_message(capsys):
+    """In any command, and in the thread of a library that hands it on."""
+
+    def failing() -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "/runs/events")
+
+    @exit_on_user_error
+    def main() -> None:
+        thread = threading.Thread(target=failing)
+        thread.start()
+        thread.join()
+        failing()
+
+    assert main() == 2
+    said = capsys.readouterr().err
+    assert "error: [Errno 5] Input/output error: '/runs/events'. See to that disk" in said
+    assert "Traceback" not in said
+
+    @exit_on_user_error
+    def own_fault() -> None:
+        raise OSError(errno.EBADF, "ours")
+
+    with pytest.raises(OSError, match="ours"):
+        own_fault()
+
+
+def test_two_writers_of_one_file(tmp_path):
+    path = tmp_path / "vectors.npy"
+    with atomic_file(path) as partial:
+        partial.write_text("first")
+        with (
+            pytest.raises(UserError, match=r"vectors\.npy is being written by another process"),
+            atomic_file(path),
+        ):
+            raise AssertionError("both would write into one file")
+        assert partial.read_text() == "first"
+    assert (path.read_text(), names(tmp_path)) == ("first", ["vectors.npy"])
+    partial_path(path).write_text("left by a killed one")
+    with atomic_file(path) as partial:
+        partial.write_text("second")
+    assert (path.read_text(), names(tmp_path)) == ("second", ["vectors.npy"])
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "猫" * 85, "x" * 246])
+def test_the_longest_names(tmp_path, name):
+    write_json(tmp_path / name, 1)
+    assert names(tmp_path) == [name]
+    (tmp_path / name).unlink()
+    for text in ("old", "new"):
+        with atomic_folder(tmp_path / name) as folder:
+            (folder / "file").write_text(text)
+    assert names(tmp_path) == [name]
+    assert (tmp_path / name / "file").read_text() == "new"
+    remove_folder(tmp_path / name)
+    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["a", "inner/b", "checksums.json"])

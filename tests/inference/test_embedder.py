@@ -321,7 +321,7 @@ def test_the_home_folder_and_a_run_in_place_of_a_model(shared, tmp_path, monkeyp
         ({"intermediate_size": 95}, r"weights in .* cannot be loaded"),
         ({"hidden_act": "tanhh"}, "cannot be loaded: 'tanhh'"),
         ({"dtype": "float31"}, "float31"),
-        (None, "not a model folder with a valid config.json"),
+        (None, r"config\.json is damaged \(it must hold an object\)"),
     ],
 )
 def test_configs_edited_by_hand(tokenizer, tmp_path, factorized, changes, message):

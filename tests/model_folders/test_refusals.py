@@ -123,7 +123,7 @@ def test_other_pooling(folder, backbone, pooling, name, trained):
 @pytest.mark.parametrize(
     ("kinds", "name"),
     [
-        (("Transformer", "Own"), "modules Transformer, OwnPooling"),
+        (("Transformer", "Own"), r"modules Transformer, modeling_own\.OwnPooling"),
         (("Transformer", "Pooling", "LayerNorm"), "modules Transformer, Pooling, LayerNorm"),
         (("Transformer", "Pooling", "Normalize", "Dense"), "Normalize, Dense"),
     ],

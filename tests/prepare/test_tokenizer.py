@@ -1,15 +1,27 @@
 """One EOS, the right ids, and a fingerprint that survives saving."""
 
+import copy
 import os
 import random
+import threading
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from ml_embed.errors import UserError
 from ml_embed.files.model_source import find_tokenizer_folder
+from ml_embed.prepare import time_limit
 from ml_embed.prepare.tokenizer import (
     TextTokenizer,
     append_eos_template,
@@ -271,3 +283,29 @@ def test_with_the_qwen3_tokenizer(tmp_path, monkeypatch):
     assert fingerprint(saved) == before
     for text, ids in zip(texts, expected, strict=True):
         assert saved(text, truncation=True, max_length=16).input_ids == ids.tolist()
+
+
+def test_a_pattern_that_breaks_on_a_text_is_named(tokenizer):
+    """Beyond its own limit of steps the library panics, which is no Exception."""
+    endless = copy.deepcopy(tokenizer)
+    steps = [pre_tokenizers.Split(Regex("(a+)+$"), "isolated"), pre_tokenizers.ByteLevel()]
+    endless.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    text = "a" * 30 + "b"
+    with pytest.raises(UserError, match=f"31 characters, '{text}'.* another pattern"):
+        TextTokenizer(endless, 16)(["short", text, "another"])
+
+
+def test_a_pattern_that_finds_no_end_is_named(monkeypatch):
+    """Below that limit, at each of a text's places, it may take hours."""
+    monkeypatch.setattr(time_limit, "SECONDS", 0.5)
+    ended = threading.Event()
+
+    def encode(texts: list[str]) -> list[str]:
+        if "endless" in texts:
+            ended.wait()
+        return texts
+
+    assert time_limit.watched(encode, ["short"]) == ["short"]
+    with pytest.raises(UserError, match=r"7 characters, 'endless' \(its pattern finds no end"):
+        time_limit.watched(encode, ["short", "endless", "another"])
+    ended.set()

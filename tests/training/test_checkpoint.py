@@ -69,6 +69,18 @@ def test_how_many_are_kept(inputs, trained):
     }
 
 
+def test_a_kill_while_old_ones_are_removed_leaves_nothing(inputs, copy):
+    """Killed after its last checkpoint was written, before or while older ones were removed."""
+    before = sorted(path.relative_to(copy) for path in copy.rglob("*"))
+    shutil.copytree(copy / f"step_{STEPS}", copy / "step_1")
+    shutil.copytree(copy / "resume" / f"step_{STEPS}", copy / "resume" / "step_1")
+    for folder in (copy, copy / "resume"):
+        (folder / ".step_2.partial").mkdir()
+        (folder / ".step_2.partial" / "model.safetensors").touch()
+    assert train(config_of(inputs, "copy", save_total_limit=2), "--resume", "auto") == 0
+    assert sorted(path.relative_to(copy) for path in copy.rglob("*")) == before
+
+
 def test_folders_of_later_steps_do_not_push_out_new_ones(inputs, copy):
     config = config_of(inputs, "copy", save_total_limit=2)
     assert train(config, "--resume", copy / "resume" / "step_3") == 0

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults.storm import Storm
+from faults.broken_runs import BrokenRuns
 from helpers.comparing import assert_same_metrics, assert_same_tensors
 from helpers.tiny_runs import (
     STEPS,
@@ -56,13 +56,13 @@ def broken(inputs, unbroken):
 
 
 def test_runs_that_meet_every_fault_end_bit_equal(tmp_path):
-    """The short form of `tests/faults/storm.py`."""
-    storm = Storm(Inputs.write(tmp_path / "inputs"), seed=2)
-    for faults in (2, 3):
-        storm.run(faults)
-    print(json.dumps(storm.summary()))
-    assert storm.bit_equal == storm.runs == 2
-    assert sum(storm.faults.values()) >= 4
+    """The short form of `tests/faults/storm.py --kinds kill,fault`."""
+    runs = BrokenRuns(tmp_path / "inputs")
+    faults = BrokenRuns.KILLS + BrokenRuns.DAMAGES
+    cases = [runs.try_one("kill", seed, faults) for seed in (1, 5)]
+    print(cases)
+    assert [case["outcome"] for case in cases] == ["equal", "equal"], cases
+    assert sum(case["what"].count(",") + 1 for case in cases) >= 4
 
 
 def test_another_number_of_processes_continues_the_same_order(inputs, unbroken, broken):
