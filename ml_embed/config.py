@@ -198,8 +198,9 @@ class TrainConfig:
     """all randomness (order of the rows, negatives, ranks) follows from this number"""
     attention: Literal["auto", "varlen", "flash", "sdpa"] = "auto"
     """attention kernel: "varlen" is torch's for packed sequences and "flash" is flash-attn (both on
-    CUDA in bf16 or fp16), "sdpa" is torch's scaled dot-product attention and runs everywhere;
-    "auto" is the fastest of them that can run"""
+    CUDA from Ampere on, in bf16, with heads of at most 256 that are a multiple of 8), "sdpa" is
+    torch's scaled dot-product attention and runs everywhere; "auto" is the first of "varlen" and
+    "sdpa" that can run"""
     gradient_checkpointing: bool = False
     """compute activations a second time in the backward pass instead of keeping them: less memory,
     about a third more time"""

@@ -6,6 +6,7 @@ loss or the user cuts them.
 Letters: V vocabulary, H hidden size, r rank, T tokens of a packed batch, N sequences, E exits.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -159,7 +160,7 @@ class MatryoshkaEncoder(nn.Module):
         else:
             self.embedding = FactorizedEmbedding(*factors)
         shared = norm_sharing == "shared"
-        norms = [backbone.norm] if shared else [_copy_norm(backbone) for _ in self.exits]
+        norms = [backbone.norm] if shared else [copy.deepcopy(backbone.norm) for _ in self.exits]
         self.norms = nn.ModuleList(norms)
         backbone.register_module("embed_tokens", None)
         backbone.register_module("norm", nn.Identity())
@@ -183,7 +184,7 @@ class MatryoshkaEncoder(nn.Module):
             (E, N, H) float32: FinalRMSNorm of each exit layer's hidden state at each text's last
             token.
         """
-        hidden = self.embedding(input_ids, rank).unsqueeze(0)  # (1, T, H)
+        hidden = _in_compute_dtype(self.embedding(input_ids, rank)).unsqueeze(0)  # (1, T, H)
         output = self.backbone(
             inputs_embeds=hidden,
             position_ids=packed.position_ids.unsqueeze(0),
@@ -203,6 +204,14 @@ class MatryoshkaEncoder(nn.Module):
         return torch.stack([norm(rows) for norm, rows in zip(self.norms, pooled, strict=True)])
 
 
+def _in_compute_dtype(hidden: Tensor) -> Tensor:
+    """What the layers add to, in autocast's dtype: half the memory traffic, table or factors."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device):
+        return hidden
+    return hidden.to(torch.get_autocast_dtype(device))
+
+
 def _prepare_layers(
     backbone: Qwen3Model, gradient_checkpointing: bool, compile_layers: bool
 ) -> None:
@@ -216,20 +225,11 @@ def _prepare_layers(
             backbone, "activation_checkpointing_enable", backbone.gradient_checkpointing_enable
         )
         enable({"use_reentrant": False})
-    not_compiled = backbone.layers
+    fuse_norms(backbone.layers)
     if compile_layers:
         # Not the last one: the hooks that narrow it split it into pieces, and compiled it is slower
         # (by 5 to 10 % of a step).
         compile_in_place(backbone.layers[:-1])
-        not_compiled = backbone.layers[-1:]
-    fuse_norms(not_compiled, type(backbone.norm))
-
-
-def _copy_norm(backbone: Qwen3Model) -> nn.Module:
-    """A copy of the final norm, with its weights."""
-    copy = type(backbone.norm)(backbone.config.hidden_size, eps=backbone.config.rms_norm_eps)
-    copy.load_state_dict(backbone.norm.state_dict())
-    return copy
 
 
 def check_supported(config: Any) -> None:

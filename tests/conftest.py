@@ -40,7 +40,9 @@ def compiled_graphs(monkeypatch) -> list[torch.fx.GraphModule]:
 
     in_place = torch.nn.Module.compile
     monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda m, **options: in_place(m, backend=backend, **options)
+        torch.nn.Module,
+        "compile",
+        lambda m, **options: in_place(m, **{"backend": backend} | options),
     )
     torch._dynamo.reset()
     return graphs

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ml_embed.data.batch import ContrastiveBatch
-from ml_embed.losses.nested import LOGITS_AT_ONCE
+from ml_embed.losses.nested import rows_at_once
 
 ROUNDING = 1e-6
 """By how much equal cosines may differ in float32: a copy of the positive is not nearer than it."""
@@ -92,7 +92,7 @@ def _above(query: Tensor, passages: Tensor, limit: Tensor) -> Tensor:
 
     In as many rows at a time as the in-batch loss.
     """
-    rows = max(1, LOGITS_AT_ONCE // len(passages))
+    rows = rows_at_once(len(passages), passages.device)
     blocks = [
         own @ passages.T > allowed
         for own, allowed in zip(query.split(rows), limit.split(rows), strict=True)

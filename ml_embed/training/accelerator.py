@@ -6,7 +6,7 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, parse_flag_from_env
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -16,6 +16,7 @@ from ml_embed.distributed.collectives import choose_gloo_interface, world_size
 from ml_embed.distributed.engine import AccelerateEngine, Engine
 from ml_embed.errors import UserError
 from ml_embed.kernels.attention import choose_kernel
+from ml_embed.kernels.precision import has_bfloat16
 
 # Processes wait for one that converts the data or writes a checkpoint. Dead ones are noticed much
 # sooner: by closed connections, and over several machines by `ml_embed.distributed.heartbeat`.
@@ -38,11 +39,11 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         zero2.check_installed()
     choose_gloo_interface()
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    device = training_device()
     accelerator = Accelerator(
         # said aloud, or accelerate takes launched processes for single ones
-        cpu=not can_train_on_gpu(),
-        mixed_precision=None if launched else ("bf16" if has_bf16 else "no"),
+        cpu=device.type == "cpu",
+        mixed_precision=None if launched else ("bf16" if has_bfloat16(device) else "no"),
         log_with=list(config.report_to) or None,
         project_dir=config.tb_dir,
         kwargs_handlers=[
@@ -76,13 +77,15 @@ def _check_trackers(config: TrainConfig) -> None:
         )
 
 
-def can_train_on_gpu() -> bool:
-    """Whether there is a GPU that training can use.
+def training_device() -> torch.device:
+    """The kind of device that training runs on: a GPU if there is one that it may use.
 
     A Mac trains on its CPU: losses are summed in float64, which its GPU (mps) does not have.
     """
     found = torch.accelerator.current_accelerator(check_available=True)
-    return found is not None and found.type != "mps"
+    if found is None or found.type == "mps" or parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return torch.device("cpu")
+    return found
 
 
 def compute_dtype(accelerator: Accelerator) -> torch.dtype:

@@ -46,7 +46,7 @@ def build_encoder(
         inputs.resolved.exits,
         initial_factors(config, backbone, inputs.store) if config.r else None,
         config.mll_norm,
-        choose_kernel(config.attention, device, compute_dtype),
+        choose_kernel(config.attention, device, compute_dtype, backbone.config.head_dim),
         config.gradient_checkpointing,
         config.compile_layers,
     )
@@ -124,7 +124,7 @@ def build_teacher(
     teacher = load_encoder(
         opened,
         exits=exits,
-        kernel=choose_kernel(config.attention, device, compute_dtype),
+        kernel=choose_kernel(config.attention, device, compute_dtype, opened.config.head_dim),
         dtype=compute_dtype if device.type == "cuda" else torch.float32,
     )
     return teacher.to(device).requires_grad_(False)
