@@ -73,7 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
         if accelerator.device.type == "cpu":
             keep_freed_memory()
         bars = bars_wanted() and accelerator.is_local_main_process
-        inputs = open_inputs(config, accelerator.num_processes, progress=bars)
+        half_precision = accelerator.mixed_precision == "bf16"
+        inputs = open_inputs(config, accelerator.num_processes, bars, half_precision)
         if options.dry_run:
             if accelerator.is_local_main_process:
                 print(json.dumps(inputs.resolved.to_json(), indent=2))

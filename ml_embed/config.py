@@ -210,6 +210,9 @@ class TrainConfig:
     compile_layers: bool = False
     """compile the layers with torch.compile: faster steps, after a minute or so for the first
     ones"""
+    deterministic: bool = False
+    """use only operations that add in a fixed order, so that a run on GPUs repeats and resumes to
+    the bit, more slowly; false = off (runs on CPUs repeat either way)"""
 
     log_interval: int = _key(20, low=1)
     """optimizer steps per log line"""

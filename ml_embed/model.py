@@ -24,6 +24,8 @@ from ml_embed.kernels.last_layer import read_last_tokens_only
 from ml_embed.kernels.rms_norm import fuse_norms
 
 NormSharing = Literal["shared", "per_layer"]
+ROWS_AT_ONCE = 8192
+"""Rows of a token table that are factorised at a time: 64 MiB in float64 where H is 1,024."""
 
 
 def factorize_table(
@@ -35,22 +37,34 @@ def factorize_table(
     smaller rank. The rows of B are the r leading eigenvectors of sum_x p(x) E_x^T E_x, and
     A = E B^T. With p uniform this is the truncated SVD, A = U_r S_r and B = V_r^T (Eckart-Young).
 
+    The table is gone through in blocks of rows, so that one which is mapped from a file takes
+    hardly any memory.
+
     Args:
         table: (V, H).
         rank: r, at most min(V, H).
         token_share: p, (V,), non-negative: the share of each token in the data; None is uniform.
     Returns:
-        A, B in the table's dtype. Each row of B has the sign that makes its largest component
-        positive.
+        A, B in float32, or in float64 if the table is. Each row of B has the sign that makes its
+        largest component positive.
     """
-    assert 1 <= rank <= min(table.shape), (rank, table.shape)
-    wide = table.double()
-    weighted = wide if token_share is None else wide * token_share.to(wide).unsqueeze(1)
-    _, vectors = torch.linalg.eigh(wide.T @ weighted)  # ascending eigenvalues, (H, H) columns
+    rows, hidden = table.shape
+    assert 1 <= rank <= min(rows, hidden), (rank, table.shape)
+    blocks = [slice(start, start + ROWS_AT_ONCE) for start in range(0, rows, ROWS_AT_ONCE)]
+    products = torch.zeros(hidden, hidden, dtype=torch.float64, device=table.device)
+    for block in blocks:
+        wide = table[block].double()
+        share = None if token_share is None else token_share[block].to(wide).unsqueeze(1)
+        products += wide.T @ (wide if share is None else wide * share)
+    _, vectors = torch.linalg.eigh(products)  # ascending eigenvalues, (H, H) columns
     basis = vectors.flip(1)[:, :rank].T  # (r, H)
     largest = basis.gather(1, basis.abs().argmax(dim=1, keepdim=True))
     basis = basis * largest.sign()
-    return (wide @ basis.T).to(table.dtype), basis.to(table.dtype)
+    dtype = torch.promote_types(table.dtype, torch.float32)
+    A = torch.empty(rows, rank, dtype=dtype, device=table.device)
+    for block in blocks:
+        A[block] = table[block].double() @ basis.T
+    return A, basis.to(dtype)
 
 
 def turn_factors(A: Tensor, B: Tensor, token_share: Tensor) -> tuple[Tensor, Tensor]:

@@ -187,7 +187,10 @@ def _variable_length(
     if kernel == "flash":
         from flash_attn import flash_attn_varlen_func
 
-        out = flash_attn_varlen_func(q, k, v, *lengths, softmax_scale=scale, causal=True)
+        fixed_order = torch.are_deterministic_algorithms_enabled()  # torch's kernel looks itself
+        out = flash_attn_varlen_func(
+            q, k, v, *lengths, softmax_scale=scale, causal=True, deterministic=fixed_order
+        )
     else:
         options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}  # causal
         if q.shape[1] != k.shape[1]:

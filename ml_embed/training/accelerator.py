@@ -35,6 +35,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             tracker that is not installed.
     """
     _check_trackers(config)
+    set_deterministic(config.deterministic)
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         zero2.check_installed()
     choose_gloo_interface()
@@ -65,6 +66,20 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     # refuses a kernel that cannot run here
     choose_kernel(config.attention, accelerator.device, compute_dtype(accelerator))
     return accelerator
+
+
+def set_deterministic(on: bool) -> None:
+    """Let torch use only operations that add in a fixed order, or any again.
+
+    On GPUs the backward passes of attention, of looking up token vectors and of picking rows add
+    with atomics, whose order changes from run to run. Must be called before the first product there
+    (cuBLAS reads its setting once).
+    """
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # filling is for debugging, and slow
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(on)
 
 
 def _check_trackers(config: TrainConfig) -> None:

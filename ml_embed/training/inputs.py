@@ -59,8 +59,16 @@ def with_model_folders(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, **folders)
 
 
-def open_inputs(config: TrainConfig, world_size: int, progress: bool) -> Inputs:
+def open_inputs(
+    config: TrainConfig, world_size: int, progress: bool, half_precision: bool = False
+) -> Inputs:
     """Open and check all inputs; nothing is written but the data's cached form.
+
+    Args:
+        config: checked.
+        world_size: processes.
+        progress: show bars.
+        half_precision: forward passes compute in bfloat16; decides the estimate of memory.
 
     Raises:
         UserError: something is missing, damaged, or does not fit together.
@@ -80,7 +88,7 @@ def open_inputs(config: TrainConfig, world_size: int, progress: bool) -> Inputs:
         teacher_vectors = open_teacher_vectors(
             folder, store, start.config.hidden_size, config.kd_loss
         )
-    resolved = resolve(config, start.config, store, world_size, valid_store)
+    resolved = resolve(config, start.config, store, world_size, valid_store, half_precision)
     check_metric(config.keep_best, resolved)
     return Inputs(start, store, teacher_vectors, valid_store, resolved)
 

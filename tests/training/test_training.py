@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import os
 import shutil
 import threading
 import time
@@ -22,7 +23,7 @@ from ml_embed.config import load_config
 from ml_embed.data.store import open_store
 from ml_embed.distributed import sole_launch
 from ml_embed.training import loop as training
-from ml_embed.training.accelerator import make_accelerator, training_device
+from ml_embed.training.accelerator import make_accelerator, set_deterministic, training_device
 from ml_embed.training.inputs import _look_at_end
 
 
@@ -247,6 +248,21 @@ def test_a_mac_trains_on_its_cpu(monkeypatch, device, trains_on):
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
     assert training_device().type == trains_on
+
+
+def test_deterministic_is_the_same_run_on_a_cpu(world, tmp_path, monkeypatch):
+    """All operations of a step have a form that adds in a fixed order."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    losses = []
+    try:
+        for deterministic in (False, True):
+            _, lines = train(world, tmp_path, f"{deterministic}", deterministic=deterministic)
+            losses.append([line["loss"] for line in lines if line["split"] == "train"])
+            assert torch.are_deterministic_algorithms_enabled() == deterministic
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        set_deterministic(False)
+    assert losses[0] == losses[1]
 
 
 def test_precision_follows_the_device_of_the_run(world, tmp_path, monkeypatch):
