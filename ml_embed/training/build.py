@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ml_embed.config import TrainConfig
-from ml_embed.data.store import Store
 from ml_embed.distributed.engine import LR_SCALE
 from ml_embed.kernels.attention import choose_kernel
 from ml_embed.kernels.compilation import check_compiler
