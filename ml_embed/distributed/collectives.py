@@ -118,7 +118,7 @@ def gather_uneven(rows: Tensor) -> Tensor:
     counts = _gather(torch.tensor([len(rows)], device=rows.device)).tolist()
     padded = rows.new_zeros((longest, *rows.shape[1:]))
     padded[: len(rows)] = rows
-    blocks = _gather(padded).split(longest)
+    blocks = _gather(padded).view(world_size(), longest, *rows.shape[1:])
     return torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)])
 
 
