@@ -16,6 +16,9 @@ from torch import Tensor
 from ml_embed.errors import UserError
 
 Result = TypeVar("Result")
+# torch 2.13 renamed them and warns of the old names.
+_ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 def world_size() -> int:
@@ -72,14 +75,14 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         own = gradient.new_empty(ctx.shape)
-        dist.reduce_scatter_tensor(own, gradient.contiguous())
+        _REDUCE_SCATTER(own, gradient.contiguous())
         return own
 
 
 def _gather(rows: Tensor) -> Tensor:
     """(R, ...) of each process -> (W R, ...) in process order, in one piece of memory."""
     gathered = rows.new_empty((world_size() * len(rows), *rows.shape[1:]))
-    dist.all_gather_into_tensor(gathered, rows.contiguous())
+    _ALL_GATHER(gathered, rows.contiguous())
     return gathered
 
 
