@@ -94,8 +94,9 @@ def run_on_this_process(
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     bars = bars_wanted() and accelerator.is_local_main_process
+    half = accelerator.mixed_precision == "bf16"
     inputs = compute_on_all_processes(
-        lambda: open_inputs(config, accelerator.num_processes, bars, options.verify)
+        lambda: open_inputs(config, accelerator.num_processes, bars, options.verify, half)
     )
     agree_on_inputs(config, inputs, accelerator)
     if options.dry_run:

@@ -200,8 +200,9 @@ class TrainConfig:
     """all randomness (order of the rows, negatives, ranks) follows from this number"""
     attention: Literal["auto", "varlen", "flash", "sdpa"] = "auto"
     """attention kernel: "varlen" is torch's for packed sequences and "flash" is flash-attn (both on
-    CUDA in bf16 or fp16), "sdpa" is torch's scaled dot-product attention and runs everywhere;
-    "auto" is the fastest of them that can run"""
+    CUDA from Ampere on, in bf16, with heads of at most 256 that are a multiple of 8), "sdpa" is
+    torch's scaled dot-product attention and runs everywhere; "auto" is the first of "varlen" and
+    "sdpa" that can run"""
     gradient_checkpointing: bool = False
     """compute activations a second time in the backward pass instead of keeping them: less memory,
     about a third more time"""
@@ -211,6 +212,9 @@ class TrainConfig:
     compile_layers: bool = False
     """compile the layers with torch.compile: faster steps, after a minute or so for the first
     ones"""
+    deterministic: bool = False
+    """use only operations that add in a fixed order, so that a run on GPUs repeats and resumes to
+    the bit, more slowly; false = off (runs on CPUs repeat either way)"""
 
     log_interval: int = _key(20, low=1)
     """optimizer steps per log line"""

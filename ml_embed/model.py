@@ -6,6 +6,7 @@ loss or the user cuts them.
 Letters: V vocabulary, H hidden size, r rank, T tokens of a packed batch, N sequences, E exits.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -23,6 +24,8 @@ from ml_embed.kernels.last_layer import read_last_tokens_only
 from ml_embed.kernels.rms_norm import fuse_norms
 
 NormSharing = Literal["shared", "per_layer"]
+ROWS_AT_ONCE = 8192
+"""Rows of a token table that are factorised at a time: 64 MiB in float64 where H is 1,024."""
 
 
 def factorize_table(
@@ -34,22 +37,34 @@ def factorize_table(
     smaller rank. The rows of B are the r leading eigenvectors of sum_x p(x) E_x^T E_x, and
     A = E B^T. With p uniform this is the truncated SVD, A = U_r S_r and B = V_r^T (Eckart-Young).
 
+    The table is gone through in blocks of rows, so that one which is mapped from a file takes
+    hardly any memory.
+
     Args:
         table: (V, H).
         rank: r, at most min(V, H).
         token_share: p, (V,), non-negative: the share of each token in the data; None is uniform.
     Returns:
-        A, B in the table's dtype. Each row of B has the sign that makes its largest component
-        positive.
+        A, B in float32, or in float64 if the table is. Each row of B has the sign that makes its
+        largest component positive.
     """
-    assert 1 <= rank <= min(table.shape), (rank, table.shape)
-    wide = table.double()
-    weighted = wide if token_share is None else wide * token_share.to(wide).unsqueeze(1)
-    _, vectors = torch.linalg.eigh(wide.T @ weighted)  # ascending eigenvalues, (H, H) columns
+    rows, hidden = table.shape
+    assert 1 <= rank <= min(rows, hidden), (rank, table.shape)
+    blocks = [slice(start, start + ROWS_AT_ONCE) for start in range(0, rows, ROWS_AT_ONCE)]
+    products = torch.zeros(hidden, hidden, dtype=torch.float64, device=table.device)
+    for block in blocks:
+        wide = table[block].double()
+        share = None if token_share is None else token_share[block].to(wide).unsqueeze(1)
+        products += wide.T @ (wide if share is None else wide * share)
+    _, vectors = torch.linalg.eigh(products)  # ascending eigenvalues, (H, H) columns
     basis = vectors.flip(1)[:, :rank].T  # (r, H)
     largest = basis.gather(1, basis.abs().argmax(dim=1, keepdim=True))
     basis = basis * largest.sign()
-    return (wide @ basis.T).to(table.dtype), basis.to(table.dtype)
+    dtype = torch.promote_types(table.dtype, torch.float32)
+    A = torch.empty(rows, rank, dtype=dtype, device=table.device)
+    for block in blocks:
+        A[block] = table[block].double() @ basis.T
+    return A, basis.to(dtype)
 
 
 def turn_factors(A: Tensor, B: Tensor, token_share: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,7 +174,7 @@ class MatryoshkaEncoder(nn.Module):
         else:
             self.embedding = FactorizedEmbedding(*factors)
         shared = norm_sharing == "shared"
-        norms = [backbone.norm] if shared else [_copy_norm(backbone) for _ in self.exits]
+        norms = [backbone.norm] if shared else [copy.deepcopy(backbone.norm) for _ in self.exits]
         self.norms = nn.ModuleList(norms)
         backbone.register_module("embed_tokens", None)
         backbone.register_module("norm", nn.Identity())
@@ -183,7 +198,7 @@ class MatryoshkaEncoder(nn.Module):
             (E, N, H) float32: FinalRMSNorm of each exit layer's hidden state at each text's last
             token.
         """
-        hidden = self.embedding(input_ids, rank).unsqueeze(0)  # (1, T, H)
+        hidden = _in_compute_dtype(self.embedding(input_ids, rank)).unsqueeze(0)  # (1, T, H)
         output = self.backbone(
             inputs_embeds=hidden,
             position_ids=packed.position_ids.unsqueeze(0),
@@ -203,6 +218,14 @@ class MatryoshkaEncoder(nn.Module):
         return torch.stack([norm(rows) for norm, rows in zip(self.norms, pooled, strict=True)])
 
 
+def _in_compute_dtype(hidden: Tensor) -> Tensor:
+    """What the layers add to, in autocast's dtype: half the memory traffic, table or factors."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device):
+        return hidden
+    return hidden.to(torch.get_autocast_dtype(device))
+
+
 def _prepare_layers(
     backbone: Qwen3Model, gradient_checkpointing: bool, compile_layers: bool
 ) -> None:
@@ -216,20 +239,11 @@ def _prepare_layers(
             backbone, "activation_checkpointing_enable", backbone.gradient_checkpointing_enable
         )
         enable({"use_reentrant": False})
-    not_compiled = backbone.layers
+    fuse_norms(backbone.layers)
     if compile_layers:
         # Not the last one: the hooks that narrow it split it into pieces, and compiled it is slower
         # (by 5 to 10 % of a step).
         compile_in_place(backbone.layers[:-1])
-        not_compiled = backbone.layers[-1:]
-    fuse_norms(not_compiled, type(backbone.norm))
-
-
-def _copy_norm(backbone: Qwen3Model) -> nn.Module:
-    """A copy of the final norm, with its weights."""
-    copy = type(backbone.norm)(backbone.config.hidden_size, eps=backbone.config.rms_norm_eps)
-    copy.load_state_dict(backbone.norm.state_dict())
-    return copy
 
 
 def check_supported(config: Any) -> None:

@@ -31,6 +31,6 @@ run_tests() {
     [ $code = 5 ] || found=0
     [ $code = 0 ] || [ $code = 5 ] || exit $code
 }
-run_tests -n 2 --dist loadfile -m "${slow}not alone" "$@"
-run_tests -m "${slow}alone" "$@"
+run_tests -n 2 --dist loadfile -m "${slow}not gpu and not alone" "$@"
+run_tests -m "${slow}not gpu and alone" "$@"
 exit $found

@@ -1,6 +1,7 @@
 """Fixtures that tests of several rooms use."""
 
 import logging
+import os
 
 import pytest
 import torch
@@ -10,6 +11,15 @@ from helpers.tiny_world import TinyWorld, make_world
 from packaging.version import Version
 
 from ml_embed.kernels.compilation import COMPILES_SINCE
+
+
+def pytest_configure(config):
+    """Tests see no GPU, nor do the processes that they start, but with `-m gpu`.
+
+    So they find the same on every machine.
+    """
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["HIP_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -40,7 +50,9 @@ def compiled_graphs(monkeypatch) -> list[torch.fx.GraphModule]:
 
     in_place = torch.nn.Module.compile
     monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda m, **options: in_place(m, backend=backend, **options)
+        torch.nn.Module,
+        "compile",
+        lambda m, **options: in_place(m, **{"backend": backend} | options),
     )
     torch._dynamo.reset()
     return graphs

@@ -1,13 +1,16 @@
 """The encoder's vectors and gradients against transformers' own Qwen3, one sequence at a time."""
 
+import sys
+
 import pytest
 import torch
 from helpers.encoding import encode, random_loss
 from oracles import exit_vectors
-from transformers import AutoModel, Qwen3Config
+from transformers import AutoModel, Qwen3Config, Qwen3Model
 
-from ml_embed.data.packing import PackedSequences
+from ml_embed.data.packing import PackedBatch, PackedSequences
 from ml_embed.errors import UserError
+from ml_embed.kernels import attention
 from ml_embed.kernels.attention import available_kernels, choose_kernel
 from ml_embed.model import (
     FactorizedEmbedding,
@@ -171,6 +174,65 @@ def test_kernels_on_the_cpu():
     assert choose_kernel("auto", cpu, torch.float32) == "sdpa"
     with pytest.raises(UserError, match="attention: 'flash'"):
         choose_kernel("flash", cpu, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_size", "kernels"),
+    [
+        ((9, 0), torch.bfloat16, 128, ("varlen", "sdpa")),
+        ((8, 0), torch.float16, 256, ("varlen", "sdpa")),
+        ((8, 0), torch.bfloat16, None, ("varlen", "sdpa")),
+        ((7, 5), torch.bfloat16, 128, ("sdpa",)),  # before Ampere
+        ((9, 0), torch.float32, 128, ("sdpa",)),
+        ((9, 0), torch.bfloat16, 100, ("sdpa",)),  # no multiple of 8
+        ((9, 0), torch.bfloat16, 264, ("sdpa",)),
+    ],
+)
+def test_kernels_on_a_gpu(monkeypatch, capability, dtype, head_size, kernels):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(attention, "flash_attn_imports", lambda: False)
+    assert available_kernels(gpu, dtype, head_size) == kernels
+    assert choose_kernel("auto", gpu, dtype, head_size) == kernels[0]
+    if "varlen" not in kernels:
+        with pytest.raises(UserError, match="attention: 'varlen' cannot run on cuda"):
+            choose_kernel("varlen", gpu, dtype, head_size)
+
+
+def test_torchs_kernel_goes_before_flash_attn_which_must_import(monkeypatch, tmp_path):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    broken = tmp_path / "flash_attn.py"
+    monkeypatch.syspath_prepend(tmp_path)
+    for content, expected in (("import no_such_library", False), ("", True)):
+        broken.write_text(content)
+        sys.modules.pop("flash_attn", None)
+        attention.flash_attn_imports.cache_clear()
+        kernels = available_kernels(gpu, torch.bfloat16, 128)
+        assert kernels == ("varlen", *["flash"] * expected, "sdpa")
+    sys.modules.pop("flash_attn", None)
+    attention.flash_attn_imports.cache_clear()
+
+
+def test_parts_stay_on_the_backbones_device_and_in_its_dtype():
+    config = Qwen3Config(vocab_size=8, hidden_size=16, intermediate_size=8, num_hidden_layers=2)
+    with torch.device("meta"):
+        backbone = Qwen3Model(config).bfloat16()
+    encoder = MatryoshkaEncoder(backbone, (1, 2), norm_sharing="per_layer")
+    assert len(encoder.norms) == 2
+    assert {(p.device.type, p.dtype) for p in encoder.parameters()} == {("meta", torch.bfloat16)}
+
+
+def test_batches_go_to_a_gpu_through_pinned_memory(monkeypatch):
+    """So that the copy need not be waited for."""
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: asked.append("pinned") or x)
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda x, device, non_blocking: asked.append(non_blocking) or x
+    )
+    batch = PackedBatch(torch.arange(3), PackedSequences.from_lengths([1, 2]))
+    batch.to(torch.device("cuda"))
+    assert asked == ["pinned", True] * 2
 
 
 def test_positions_restart_in_every_sequence():

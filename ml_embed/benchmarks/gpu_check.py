@@ -56,7 +56,11 @@ SECTIONS = {section.__name__: section for section in _IN_ORDER}
 """by name, the most important first"""
 
 
-def run_sections(setting: Setting, names: Sequence[str], deadline: float) -> None:
+BENCHMARK = ("kernels", "precision", "training")
+"""the sections of `report_benchmark`"""
+
+
+def run_sections(setting: Setting, names: Sequence[str], deadline: float) -> dict[str, Any]:
     """Run sections in order; print what each finds, and append it to check_gpu.jsonl.
 
     A section that fails says so, and the next one runs.
@@ -65,8 +69,10 @@ def run_sections(setting: Setting, names: Sequence[str], deadline: float) -> Non
         setting: where, and how large.
         names: sections to run; none for all of them.
         deadline: seconds after which no further section begins.
+    Returns:
+        section -> what it found.
     """
-    begin = perf_counter()
+    begin, all_found = perf_counter(), {}
     for name, section in SECTIONS.items():
         if names and name not in names:
             continue
@@ -85,3 +91,11 @@ def run_sections(setting: Setting, names: Sequence[str], deadline: float) -> Non
         with (setting.output / "check_gpu.jsonl").open("a") as file:
             file.write(line + "\n")
         free_memory(setting.device)
+        all_found[name] = found
+    return all_found
+
+
+def report_benchmark(setting: Setting) -> None:
+    """Check kernels and gradients, measure the training step, and print the JSON line."""
+    found = run_sections(setting, BENCHMARK, deadline=3600)
+    common.print_result("gpu", found, device=setting.device.type)

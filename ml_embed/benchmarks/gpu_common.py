@@ -159,8 +159,6 @@ class Measured:
     """real tokens, repeated texts counted as often as they occur"""
     flops_per_second: float
     """6 FLOPs per real token and parameter of the layers"""
-    mfu: float
-    """`flops_per_second` as a share of a peak"""
     peak_mib: float
     """most memory in use at once during a step, weights, gradients and moments included"""
     first_seconds: float
@@ -171,19 +169,27 @@ class Measured:
 
 
 def measure_step(
-    contender: Contender,
-    batch: ContrastiveBatch,
-    repeats: int,
-    device: torch.device,
-    peak_flops: float,
+    contender: Contender, tokens: float, repeats: int, device: torch.device, warm_up: int = 2
 ) -> Measured:
-    """Measure a step. `peak_flops` (FLOP/s) is what the MFU is a share of."""
+    """Measure a step of so many real tokens."""
     start = perf_counter()
     contender.step()  # gradients and moments exist from here on
     wait(device)
     first = perf_counter() - start
     free_memory(device)
-    timing = measure({"step": contender.step}, repeats, 2, lambda: wait(device))["step"]
-    rate = 6 * parameters_without_table(contender.model) * batch.num_tokens / timing.median
-    tokens = batch.num_tokens / timing.median
-    return Measured(timing, tokens, rate, rate / peak_flops, peak_mib(device), first)
+    timing = measure({"step": contender.step}, repeats, warm_up, lambda: wait(device))["step"]
+    rate = 6 * parameters_without_table(contender.model) * tokens / timing.median
+    return Measured(timing, tokens / timing.median, rate, peak_mib(device), first)
+
+
+DATA_SHEET_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
+"""part of a GPU's name -> bfloat16 FLOP/s that NVIDIA states for it, without sparsity"""
+
+
+def share_of_data_sheet(device: torch.device, flops_per_second: float) -> float | None:
+    """A speed as a share of what the GPU's data sheet says; None where it is not known here."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    stated = (flops for part, flops in DATA_SHEET_FLOPS.items() if part in name)
+    return next((flops_per_second / flops for flops in stated), None)

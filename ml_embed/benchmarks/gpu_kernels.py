@@ -34,6 +34,8 @@ LAYER_PRODUCTS = {
 STEP_TOKENS = 11450
 """of a batch of 4 rows"""
 HEADS = 16
+EXITS = 7
+"""of 28 layers"""
 LENGTHS = {
     "ragged": [1, 2, 17, 63, 64, 65, 128, 129, 300, 777, 1024, 1500],
     "equal": [256] * 8,
@@ -202,30 +204,36 @@ def losses(setting: Setting) -> dict[str, Any]:
     batch, spec = random_batch(shape, model).to(setting.device), matryoshka_spec(shape.hidden)
     whole = Objective(spec)
     vectors = torch.randn(
-        7, len(batch.texts.packed.lengths), shape.hidden, device=setting.device, requires_grad=True
+        EXITS,
+        len(batch.texts.packed.lengths),
+        shape.hidden,
+        device=setting.device,
+        requires_grad=True,
     )
 
     def objective() -> tuple[Tensor, ...]:
         return torch.autograd.grad(whole(vectors, batch).total, vectors)
 
     result: dict[str, Any] = {"objective_8_rows_ms": setting.seconds(objective) * 1e3}
-    usual = nested.LOGITS_AT_ONCE
+    limits, kind = nested.LOGITS_AT_ONCE, setting.device.type
+    usual = limits[kind]
     try:
-        for limit in (usual, 2**22, 2**24):
-            nested.LOGITS_AT_ONCE = limit
-            rows, passages = (16, 64) if setting.small else (1024, 8192)
+        for limit in (usual, usual // 8, usual * 4):
+            limits[kind] = limit
+            rows, passages = (16, 64) if setting.small else (512, 4096)
             key = f"in_batch_{rows}x{passages}_limit_2^{limit.bit_length() - 1}"
             result[key] = _in_batch(setting, rows, passages, shape.hidden)
     finally:
-        nested.LOGITS_AT_ONCE = usual
+        limits[kind] = usual
     return result
 
 
 def _in_batch(setting: Setting, rows: int, passages: int, hidden: int) -> dict[str, float]:
-    """Time and memory of the in-batch loss of some rows against all passages."""
+    """Time and memory of the in-batch loss of some rows against all passages, at all exits."""
     device, spec = setting.device, matryoshka_spec(hidden)
     query, passage = (
-        torch.randn(count, hidden, device=device, requires_grad=True) for count in (rows, passages)
+        torch.randn(EXITS, count, hidden, device=device, requires_grad=True)
+        for count in (rows, passages)
     )
     target, weights = torch.arange(rows, device=device), torch.full((rows,), 1 / rows).to(device)
 

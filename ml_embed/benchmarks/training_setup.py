@@ -1,6 +1,7 @@
 """The fast and the naive training step on the same batch, with the same weights."""
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -136,16 +137,18 @@ def fast_contender(
     model_shape: Mapping[str, int],
     max_tokens: int = 0,
     compiled: bool = False,
+    others: Sequence[ContrastiveBatch] = (),
 ) -> Contender:
     """This project's step.
 
     Args:
-        batch: what it trains on.
+        batch: what it trains on first.
         shape: sizes of the model.
         accelerator: device and precision.
         model_shape: more sizes, as `make_backbone` takes them.
         max_tokens: tokens of a GradCache chunk; 0 = the whole batch at once.
         compiled: with `compile_layers`.
+        others: batches that it takes turns with.
     """
     device = accelerator.device
     backbone = make_backbone(
@@ -153,16 +156,17 @@ def fast_contender(
     )
     factors = factorize_table(backbone.embed_tokens.weight.detach(), shape.rank)
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    kernel = choose_kernel("auto", device, dtype)
+    kernel = choose_kernel("auto", device, dtype, backbone.config.head_dim)
     encoder = MatryoshkaEncoder(
         backbone, default_exits(shape.layers), factors, kernel=kernel, compile_layers=compiled
     )
     optimizer = torch.optim.AdamW(encoder.parameters(), **_adam(), fused=True)
     engine = AccelerateEngine(accelerator, encoder, optimizer)
-    batch, objective = batch.to(device), Objective(matryoshka_spec(shape.hidden))
+    turns = itertools.cycle([each.to(device) for each in (batch, *others)])
+    objective = Objective(matryoshka_spec(shape.hidden))
 
     def run() -> Tensor:
-        return accumulate_gradients(engine, batch, objective, max_tokens).detach()
+        return accumulate_gradients(engine, next(turns), objective, max_tokens).detach()
 
     engine.model.train()
     return Contender(engine.model, engine.optimizer, run)
@@ -173,6 +177,7 @@ def naive_contender(
     shape: TrainingShape,
     accelerator: Accelerator,
     model_shape: Mapping[str, int],
+    others: Sequence[ContrastiveBatch] = (),
 ) -> Contender:
     """The naive step, with the same weights; `plain_names` maps the fast one's names to its own."""
     backbone = make_backbone(
@@ -181,11 +186,12 @@ def naive_contender(
     factors = factorize_table(backbone.embed_tokens.weight.detach(), shape.rank)
     encoder = NaiveEncoder(backbone, *factors, default_exits(shape.layers)).to(accelerator.device)
     optimizer = torch.optim.AdamW(encoder.parameters(), **_adam())
-    lists, spec = as_lists(batch), matryoshka_spec(shape.hidden)
+    turns = itertools.cycle([as_lists(each) for each in (batch, *others)])
+    spec = matryoshka_spec(shape.hidden)
 
     def run() -> Tensor:
         with accelerator.autocast():
-            loss = naive_loss(encoder, lists, spec)
+            loss = naive_loss(encoder, next(turns), spec)
         loss.backward()
         return loss.detach()
 

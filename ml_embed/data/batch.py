@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ml_embed.config import Task
-from ml_embed.data.packing import PackedBatch, PackedSequences
+from ml_embed.data.packing import PackedBatch, PackedSequences, moved
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,10 @@ class PartVectors:
         return torch.cat([self.passage.unsqueeze(2), self.negatives], dim=2)
 
     def to(self, device: torch.device) -> "PartVectors":
-        """A copy on `device`; from pinned memory it does not wait."""
-        moved = (
-            part.to(device, non_blocking=True)
-            for part in (self.query, self.passage, self.negatives)
+        """A copy on `device` that is not waited for."""
+        return PartVectors(
+            moved(self.query, device), moved(self.passage, device), moved(self.negatives, device)
         )
-        return PartVectors(*moved)
 
 
 @dataclass(frozen=True)
@@ -100,14 +98,14 @@ class ContrastiveBatch:
     """vectors that a teacher computed beforehand; None without them"""
 
     def to(self, device: torch.device) -> "ContrastiveBatch":
-        """A copy on `device`; from pinned memory it does not wait."""
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
+        """A copy on `device` that is not waited for."""
+        tensors: dict[str, Any] = {
+            name: moved(value, device)
             for name, value in vars(self).items()
             if isinstance(value, Tensor)
         }
         teacher = None if self.teacher is None else self.teacher.to(device)
-        return replace(self, texts=self.texts.to(device), teacher=teacher, **moved)
+        return replace(self, texts=self.texts.to(device), teacher=teacher, **tensors)
 
 
 def token_chunks(packed: PackedSequences, max_tokens: int) -> list[tuple[int, int]]:

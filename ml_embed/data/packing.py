@@ -11,9 +11,20 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on `device` that is not waited for: to a GPU it goes through pinned memory."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # torch keeps it until the copy is done
+    return tensor.to(device, non_blocking=True)
+
+
+@dataclass(eq=False)
 class PackedSequences:
-    """Where the sequences of one packed row lie."""
+    """Where the sequences of one packed row lie; not to be changed.
+
+    Neither frozen nor compared: either makes torch.compile look into it, and compile the layers
+    again for every number of texts.
+    """
 
     lengths: tuple[int, ...]
     """tokens of each of the N sequences, in host memory: reading them never waits for a device"""
@@ -30,7 +41,7 @@ class PackedSequences:
         np.cumsum(lengths, out=cumulative[1:])
         cu_seqlens = torch.from_numpy(cumulative)
         if device is not None:
-            cu_seqlens = cu_seqlens.to(device, non_blocking=True)
+            cu_seqlens = moved(cu_seqlens, torch.device(device))
         return cls(tuple(lengths.tolist()), cu_seqlens)
 
     @property
@@ -62,8 +73,6 @@ class PackedBatch:
     """where each text begins and ends"""
 
     def to(self, device: torch.device) -> "PackedBatch":
-        """A copy on `device`; from pinned memory it does not wait."""
-        packed = PackedSequences(
-            self.packed.lengths, self.packed.cu_seqlens.to(device, non_blocking=True)
-        )
-        return PackedBatch(self.input_ids.to(device, non_blocking=True), packed)
+        """A copy on `device` that is not waited for."""
+        packed = PackedSequences(self.packed.lengths, moved(self.packed.cu_seqlens, device))
+        return PackedBatch(moved(self.input_ids, device), packed)

@@ -16,6 +16,9 @@ from torch import Tensor
 from ml_embed.errors import UserError
 
 Result = TypeVar("Result")
+# torch 2.13 renamed them and warns of the old names.
+_ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 def world_size() -> int:
@@ -66,18 +69,21 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
-        ctx.rows = len(rows)
-        gathered = [torch.empty_like(rows) for _ in range(world_size())]
-        dist.all_gather(gathered, rows.contiguous())
-        return torch.cat(gathered)
+        ctx.shape = rows.shape
+        return _gather(rows)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        # all_reduce and a slice, not reduce_scatter, which gloo lacks; (W R, E, H) is small
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
-        start = process_index() * ctx.rows
-        return gradient[start : start + ctx.rows]
+        own = gradient.new_empty(ctx.shape)
+        _REDUCE_SCATTER(own, gradient.contiguous())
+        return own
+
+
+def _gather(rows: Tensor) -> Tensor:
+    """(R, ...) of each process -> (W R, ...) in process order, in one piece of memory."""
+    gathered = rows.new_empty((world_size() * len(rows), *rows.shape[1:]))
+    _ALL_GATHER(gathered, rows.contiguous())
+    return gathered
 
 
 def gather_rows(rows: Tensor) -> Tensor:
@@ -112,13 +118,11 @@ def gather_uneven(rows: Tensor) -> Tensor:
     if world_size() == 1:
         return rows
     longest = all_reduce_max(len(rows), rows.device)
-    counts = [torch.zeros((), dtype=torch.long, device=rows.device) for _ in range(world_size())]
-    dist.all_gather(counts, torch.tensor(len(rows), device=rows.device))
+    counts = _gather(torch.tensor([len(rows)], device=rows.device)).tolist()
     padded = rows.new_zeros((longest, *rows.shape[1:]))
     padded[: len(rows)] = rows
-    gathered = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(gathered, padded)
-    return torch.cat([block[: int(count)] for block, count in zip(gathered, counts, strict=True)])
+    blocks = _gather(padded).view(world_size(), longest, *rows.shape[1:])
+    return torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)])
 
 
 def compute_on_main_process(compute: Callable[[], Result]) -> Result:

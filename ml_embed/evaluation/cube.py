@@ -84,7 +84,7 @@ class CubeModel:
             depth=self.cube.depths[-1],
             rank=self.cube.ranks[-1],
             exits=self.cube.depths,
-            kernel=choose_kernel("auto", self.device, self.dtype),
+            kernel=choose_kernel("auto", self.device, self.dtype, self.folder.config.head_dim),
             dtype=self.dtype,
         )
         return encoder.to(self.device)

@@ -122,7 +122,7 @@ class Embedder:
         source = ModelFolder.open(find_model_folder(folder))
         record = source.record
         cut = choose_cut(record, source.config, depth, dim, rank, allow_untrained)
-        kernel = choose_kernel("auto", device, dtype)
+        kernel = choose_kernel("auto", device, dtype, source.config.head_dim)
         encoder = load_encoder(source, depth=cut.depth, rank=cut.rank, kernel=kernel, dtype=dtype)
         text_tokenizer = TextTokenizer(source.tokenizer, record.max_seq_length)
         return cls(encoder.to(device), text_tokenizer, record, cut, source.path)

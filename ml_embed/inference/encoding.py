@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ml_embed.data.packing import PackedSequences
 from ml_embed.errors import UserError
+from ml_embed.kernels.precision import has_bfloat16
 from ml_embed.model import MatryoshkaEncoder
 
 BATCH_TOKENS = {"cuda": 32768, "cpu": 4096}
@@ -38,11 +39,7 @@ def choose_device(device: str | torch.device | None) -> torch.device:
 
 def default_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 on a GPU that has it, else float32."""
-    return (
-        torch.bfloat16
-        if device.type == "cuda" and torch.cuda.is_bf16_supported()
-        else torch.float32
-    )
+    return torch.bfloat16 if has_bfloat16(device) else torch.float32
 
 
 def check_finite(

@@ -7,7 +7,7 @@ sequences end. It runs here, or in `bucketed_attention` for training on CPUs.
 Letters: T tokens, N sequences, A query heads, G key/value heads, D head size.
 """
 
-import importlib.util
+import importlib
 import inspect
 import itertools
 from collections.abc import Callable, Sequence
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 ATTENTION_NAME = "ml_embed_packed"
 Kernel = Literal["varlen", "flash", "sdpa"]
 HALF_DTYPES = (torch.float16, torch.bfloat16)
+LARGEST_HEAD = 256
+"""of the variable-length kernels; their head sizes are multiples of 8"""
+OLDEST_CAPABILITY = (8, 0)
+"""of a GPU that these kernels run on: Ampere"""
 
 
 @cache
@@ -39,28 +43,52 @@ def takes_grouped_heads(attend: Callable[..., Any]) -> bool:
     return "enable_gqa" in inspect.signature(attend).parameters
 
 
-def available_kernels(device: torch.device, dtype: torch.dtype) -> tuple[Kernel, ...]:
-    """Kernels that can run on `device` in `dtype`, best first. "sdpa" always can."""
+def available_kernels(
+    device: torch.device, dtype: torch.dtype, head_size: int | None = None
+) -> tuple[Kernel, ...]:
+    """Kernels that can run on `device` in `dtype`, best first. "sdpa" always can.
+
+    `head_size` is D; None where it is not known yet.
+    """
     if device.type != "cuda" or dtype not in HALF_DTYPES:
         return ("sdpa",)
-    if importlib.util.find_spec("flash_attn") is None:
-        return ("varlen", "sdpa")
-    return ("flash", "varlen", "sdpa")
+    fits = head_size is None or (head_size % 8 == 0 and head_size <= LARGEST_HEAD)
+    if not fits or torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
+        return ("sdpa",)
+    flash: tuple[Kernel, ...] = ("flash",) if flash_attn_imports() else ()
+    return ("varlen", *flash, "sdpa")
 
 
-def choose_kernel(requested: str, device: torch.device, dtype: torch.dtype) -> Kernel:
+@cache
+def flash_attn_imports() -> bool:
+    """Whether flash-attn is there and was built for this torch."""
+    try:
+        importlib.import_module("flash_attn")
+    except (ImportError, OSError):  # one built for another torch lacks symbols
+        return False
+    return True
+
+
+def choose_kernel(
+    requested: str, device: torch.device, dtype: torch.dtype, head_size: int | None = None
+) -> Kernel:
     """The kernel for the config's `attention` key: "auto" is the best there is.
 
+    Args:
+        requested: the key's value.
+        device, dtype: of the computation.
+        head_size: D; None where it is not known yet.
     Raises:
-        UserError: the requested kernel cannot run on this device in this precision.
+        UserError: the requested kernel cannot run on this device in this precision and head size.
     """
-    kernels = available_kernels(device, dtype)
+    kernels = available_kernels(device, dtype, head_size)
     if requested == "auto":
         return kernels[0]
     if requested not in kernels:
+        heads = "" if head_size is None else f" with heads of {head_size}"
         raise UserError(
-            f"attention: {requested!r} cannot run on {device.type} in {dtype} here (possible: "
-            f"{', '.join(kernels)}); use 'auto'"
+            f"attention: {requested!r} cannot run on {device.type} in {dtype}{heads} here "
+            f"(possible: {', '.join(kernels)}); use 'auto'"
         )
     return requested
 
@@ -153,13 +181,16 @@ def _variable_length(
 ) -> Tensor:
     """(1, A, T, D) x (1, G, T, D) -> (1, T, A, D) by a fused kernel, in half precision."""
     dtype = value.dtype if value.dtype in HALF_DTYPES else torch.get_autocast_dtype("cuda")
-    # Under autocast the query and key norms return float32, the value projection half precision.
-    q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # (T, heads, D)
+    # squeeze and not [0], whose gradient is zero-filled first
+    q, k, v = (x.squeeze(0).transpose(0, 1).to(dtype) for x in (query, key, value))  # (T, heads, D)
     lengths = (packed.cu_seqlens, packed.cu_seqlens, packed.max_length, packed.max_length)
     if kernel == "flash":
         from flash_attn import flash_attn_varlen_func
 
-        out = flash_attn_varlen_func(q, k, v, *lengths, softmax_scale=scale, causal=True)
+        fixed_order = torch.are_deterministic_algorithms_enabled()  # torch's kernel looks itself
+        out = flash_attn_varlen_func(
+            q, k, v, *lengths, softmax_scale=scale, causal=True, deterministic=fixed_order
+        )
     else:
         options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}  # causal
         if q.shape[1] != k.shape[1]:

@@ -9,8 +9,9 @@ from torch import nn
 
 from ml_embed.errors import UserError
 
-COMPILES_SINCE = "5.23.0"
-"""The oldest transformers that was seen to work. 5.3 does not; those between were not tried."""
+COMPILES_SINCE = "5.6.2"
+"""The oldest transformers that was seen to work, with torch 2.11. 5.3 does not; those between were
+not tried."""
 
 
 def compile_in_place(layers: Iterable[nn.Module]) -> None:

@@ -1,4 +1,4 @@
-"""Whether this project's own CPU kernels can compute something."""
+"""In which precision a device computes, and whether our own CPU kernels can take part."""
 
 import torch
 from torch import Tensor
@@ -11,3 +11,8 @@ def in_full_precision_on_cpu(x: Tensor) -> bool:
     """
     full = x.dtype in (torch.float32, torch.float64)
     return full and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device is a GPU that computes in bfloat16 itself; older ones only imitate it."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -1,7 +1,10 @@
-"""RMSNorm (arXiv 1910.07467) on the CPU in few passes over memory.
+"""RMSNorm (arXiv 1910.07467) in few passes over memory.
 
 transformers' norm takes six operations, and torch's backward pass of it about twenty; each of them
-reads and writes all rows. Here it is five and nine, and sums over a dimension are matrix products.
+reads and writes all rows, and of bfloat16 rows it makes float32 ones, which everything up to the
+next matrix product then works on. Where torch has a kernel of its own (GPUs), it is torch's, and
+rows keep their dtype. Here, for CPUs, it is five operations and nine, and sums over a dimension are
+matrix products.
 
     y = w x / s,  s = sqrt(mean(x^2) + eps)
     dx = (w dy - x mean(x w dy) / s^2) / s,  dw = sum of dy x / s over rows
@@ -9,34 +12,40 @@ reads and writes all rows. Here it is five and nine, and sums over a dimension a
 Letters: H size of a row, s its root mean square.
 """
 
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from ml_embed.kernels.precision import in_full_precision_on_cpu
 
-if TYPE_CHECKING:
-    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+def fuse_norms(module: nn.Module) -> None:
+    """Run all norms in `module` in few passes, in the dtype of their rows.
 
-def fuse_norms(module: nn.Module, kind: "type[Qwen3RMSNorm]") -> None:
-    """Run all norms of class `kind` in `module` by `rms_norm`, on CPUs in full precision.
-
-    Elsewhere they run as before. They keep their class, their parameters and their names.
+    They keep their parameters and their names.
     """
     for norm in module.modules():
-        if isinstance(norm, kind):
-            # set on this norm alone, not on its class
-            norm.forward = partial(_forward, norm)  # type: ignore[method-assign]
+        if isinstance(norm, Qwen3RMSNorm):
+            # One class for all of them and no forward of each one's own: the compiler would compile
+            # every layer anew.
+            norm.__class__ = FusedRMSNorm
 
 
-def _forward(norm: "Qwen3RMSNorm", hidden_states: Tensor) -> Tensor:
-    """A norm's forward: by `rms_norm` where that can run, else the class's own."""
-    if in_full_precision_on_cpu(hidden_states) and norm.weight.dtype == hidden_states.dtype:
-        return rms_norm(hidden_states, norm.weight, norm.variance_epsilon)
-    return type(norm).forward(norm, hidden_states)
+class FusedRMSNorm(Qwen3RMSNorm):
+    """transformers' norm, by `rms_norm` where that can run and is not compiled, else by torch's."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x, weight = hidden_states, self.weight
+        own = in_full_precision_on_cpu(x) and weight.dtype == x.dtype
+        if own and not torch.compiler.is_compiling():  # the compiler fuses torch's better
+            return rms_norm(x, weight, self.variance_epsilon)
+        # Autocast would compute in float32. torch's kernel wants the weight in the rows' dtype; it
+        # computes in float32 inside, and rounds once.
+        with torch.autocast(x.device.type, enabled=False):
+            return F.rms_norm(x, weight.shape, weight.to(x.dtype), self.variance_epsilon)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

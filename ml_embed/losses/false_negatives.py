@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ml_embed.data.batch import ContrastiveBatch
-from ml_embed.losses.nested import LOGITS_AT_ONCE
+from ml_embed.losses.nested import rows_at_once
 
 EDGE, NARROWEST_EDGE = 0.25, 0.005
 """Width of the edge: this share of the margin, or of a cosine where that is more. A guess, in which
@@ -122,7 +122,7 @@ class _Edge:
 
     def added_to_passages(self, query: Tensor, passages: Tensor) -> Tensor:
         """(R, n): `added` for all passages, in as many rows at a time as the in-batch loss."""
-        rows = max(1, LOGITS_AT_ONCE // len(passages))
+        rows = rows_at_once(len(passages), passages.device)
         blocks = [
             replace(self, limit=self.limit[start : start + rows]).added(
                 query[start : start + rows] @ passages.T

@@ -1,25 +1,28 @@
 """Contrastive and distillation losses over nested vectors: pure functions of tensors.
 
-One loop over the nested dims (`nested_cosines`) serves all of them. Rows may be weighted, so that a
-mean over the samples of a global batch is a sum of shares, exact for uneven batches and any number
-of processes.
+All exits and dims go through one call of each operation: exits are a batch dimension, and the
+cosines of all dims are one tensor (`nested_cosines`). Rows may be weighted, so that a mean over the
+samples of a global batch is a sum of shares, exact for uneven batches and any number of processes.
 
-Letters: B samples of this process, C candidates of a sample (its positive and its K negatives),
-G passages of the global batch, H hidden size, D nested dims. Sources: MRL (arXiv 2205.13147),
-ML-Embed (arXiv 2605.15081).
+Letters: E exits, B samples of this process, C candidates of a sample (its positive and its K
+negatives), G passages of the global batch, H hidden size, D nested dims. Sources: MRL (arXiv
+2205.13147), ML-Embed (arXiv 2605.15081).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-LOGITS_AT_ONCE = 2**18
-"""In-batch cosines of one exit and dim that are held at a time: so many rows of the batch as fit.
-Measured: about 40 float32 values live per cosine."""
+LOGITS_AT_ONCE = {"cpu": 2**21, "cuda": 2**26}
+"""Kind of device -> logits, counting those of all exits and dims, that are held at a time: so many
+rows of the batch as fit. Counted: at most about 7 float32 values live per logit, so that is 60 MiB
+and 1.8 GiB; the one for GPUs is a guess."""
 SMALLEST_SQUARED_NORM = 1e-24  # the square of torch.nn.functional.normalize's 1e-12
 
 
@@ -32,31 +35,52 @@ class MatryoshkaSpec:
     temperature: float
 
 
-def nested_cosines(
-    left: Tensor, right: Tensor, dims: Sequence[int]
-) -> Iterator[tuple[int, Tensor]]:
-    """Cosines of the vectors cut to each dim, smallest first, in one pass over the components.
+@lru_cache(maxsize=8)
+def _ascending_weights(spec: MatryoshkaSpec, device: torch.device) -> Tensor:
+    """(D,) float32 weights c_n, smallest dim first; copied to a device once, not in each step."""
+    with torch.inference_mode(False):
+        return torch.tensor(spec.weights[::-1], device=device)
+
+
+def rows_at_once(logits_per_row: int, device: torch.device) -> int:
+    """How many rows of a loss are computed at a time, at least one."""
+    return max(1, LOGITS_AT_ONCE.get(device.type, LOGITS_AT_ONCE["cpu"]) // logits_per_row)
+
+
+def nested_cosines(left: Tensor, right: Tensor, dims: Sequence[int]) -> Tensor:
+    """Cosines of the vectors cut to each dim, in one pass over the components.
 
     A dot product over d components is the one over the next smaller dim plus that of the
     components between, and so are the squared norms. All dims cost what the largest costs alone.
 
     Args:
         left: (..., M, H), right: (..., N, H), not normalised.
-        dims: nested lengths, in any order.
-    Yields:
-        dim and the cosines (..., M, N).
+        dims: nested lengths, in any order, the largest is H.
+    Returns:
+        (D, ..., M, N), smallest dim first.
     """
-    dot = left_square = right_square = left.new_zeros(())
-    start = 0
-    for stop in sorted(dims):
-        left_part, right_part = left[..., start:stop], right[..., start:stop]
-        dot = dot + left_part @ right_part.transpose(-1, -2)
-        left_square = left_square + left_part.square().sum(-1)
-        right_square = right_square + right_part.square().sum(-1)
-        left_scale = left_square.clamp_min(SMALLEST_SQUARED_NORM).rsqrt()
-        right_scale = right_square.clamp_min(SMALLEST_SQUARED_NORM).rsqrt()
-        yield stop, dot * left_scale.unsqueeze(-1) * right_scale.unsqueeze(-2)
-        start = stop
+    ascending = sorted(dims)
+    assert ascending[-1] == left.shape[-1], (dims, left.shape)
+    widths = [high - low for low, high in itertools.pairwise([0, *ascending])]
+    lead = left.shape[:-2]
+    # (X, M or N, width) each; split and not slices, whose gradients are zero-filled tensors of all
+    left_parts, right_parts = (x.flatten(0, -3).split(widths, dim=-1) for x in (left, right))
+    dot = left_parts[0] @ right_parts[0].mT
+    dots = [dot]
+    for left_part, right_part in zip(left_parts[1:], right_parts[1:], strict=True):
+        dots.append(dot := torch.baddbmm(dot, left_part, right_part.mT))
+    cosines = torch.stack(dots).unflatten(1, lead)
+    return (
+        cosines
+        * _inverse_norms(left, widths).unsqueeze(-1)
+        * _inverse_norms(right, widths).unsqueeze(-2)
+    )
+
+
+def _inverse_norms(vectors: Tensor, widths: list[int]) -> Tensor:
+    """(..., H) -> (D, ...): 1 / the length of each vector, cut to each dim."""
+    squares = [part.sum(-1) for part in vectors.square().split(widths, dim=-1)]
+    return torch.stack(squares).cumsum(0).clamp_min(SMALLEST_SQUARED_NORM).rsqrt()
 
 
 LossOfRows = Callable[[Tensor, Tensor, slice], Tensor]
@@ -64,10 +88,10 @@ LossOfRows = Callable[[Tensor, Tensor, slice], Tensor]
 
 
 class _RowwiseLoss(torch.autograd.Function):
-    """A loss of (B, H) and (N, H) that is a sum over rows, some rows at a time.
+    """A loss of (E, B, H) and (E, N, H) that is a sum over rows, some rows at a time.
 
     The gradients of some rows are computed right after their loss, in the forward pass, so that
-    only their cosines are in memory, and not the D x B x N ones of every exit. (Checkpointing
+    only their cosines are in memory, and not all D x E x B x N. (Checkpointing
     computed everything twice, and kept glibc from reusing freed memory: 1.5 GiB at B = N = 4,096
     with three exits.)
     """
@@ -79,12 +103,12 @@ class _RowwiseLoss(torch.autograd.Function):
         left, right = left.detach(), right.detach().requires_grad_()
         total = left.new_zeros(())
         left_gradient, right_gradient = torch.empty_like(left), torch.zeros_like(right)
-        for start in range(0, len(left), rows):
+        for start in range(0, left.shape[1], rows):
             some = slice(start, start + rows)
             with torch.enable_grad():
-                own = left[some].requires_grad_()
+                own = left[:, some].requires_grad_()
                 loss = loss_of_rows(own, right, some)
-                left_gradient[some], of_right = torch.autograd.grad(loss, (own, right))
+                left_gradient[:, some], of_right = torch.autograd.grad(loss, (own, right))
             right_gradient += of_right
             total += loss.detach()
         ctx.save_for_backward(left_gradient, right_gradient)
@@ -97,34 +121,26 @@ class _RowwiseLoss(torch.autograd.Function):
         return gradient * left_gradient, gradient * right_gradient, None, None
 
 
-def _sum_over_rows(left: Tensor, right: Tensor, loss_of_rows: LossOfRows) -> Tensor:
-    """The loss of all rows of `left` (B, H) against `right` (N, H), in LOGITS_AT_ONCE's memory."""
-    rows = max(1, LOGITS_AT_ONCE // len(right))
-    if len(left) > rows:
+def _sum_over_rows(
+    left: Tensor, right: Tensor, spec: MatryoshkaSpec, loss_of_rows: LossOfRows
+) -> Tensor:
+    """The loss of all rows of `left` (E, B, H) against `right` (E, N, H), in bounded memory."""
+    exits, count = right.shape[:2]
+    rows = rows_at_once(len(spec.dims) * exits * count, left.device)
+    if left.shape[1] > rows:
         return _RowwiseLoss.apply(left, right, loss_of_rows, rows)
     return loss_of_rows(left, right, slice(None))
 
 
-def _sum_over_dims(
-    left: Tensor, right: Tensor, spec: MatryoshkaSpec, loss_of_cosines: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """sum_n c_n loss(cosines at d_n), a scalar; the loss sees (B, N).
-
-    `left` is (B, H); `right` is (N, H), shared by all samples, or (B, N, H), each sample's own.
-    """
-    own_candidates = right.dim() == 3
-    left = left.unsqueeze(1) if own_candidates else left  # (B, 1, H) or (B, H)
-    weight_of = dict(zip(spec.dims, spec.weights, strict=True))
-    total = left.new_zeros(())
-    for dim, cosines in nested_cosines(left, right, spec.dims):
-        total = total + weight_of[dim] * loss_of_cosines(
-            cosines.squeeze(1) if own_candidates else cosines
-        )
-    return total
+def _cosines(left: Tensor, right: Tensor, spec: MatryoshkaSpec) -> Tensor:
+    """(E, B, H) with (E, N, H), shared by all samples, or (E, B, N, H), own -> (D, E, B, N)"""
+    if right.dim() == 3:
+        return nested_cosines(left, right, spec.dims)
+    return nested_cosines(left.unsqueeze(2), right, spec.dims).squeeze(-2)
 
 
 def masked_logits(logits: Tensor, mask: Tensor | None) -> Tensor:
-    """Logits of which a softmax leaves out what a mask of their shape says; None = nothing.
+    """Logits (..., B, N) of which a softmax leaves out what a mask (B, N) says; None = nothing.
 
     A bool mask is true for those that do not count at all; a float one is added, 0 or less.
     """
@@ -143,29 +159,31 @@ def _nested_cross_entropy(
     sample_weights: Tensor,
     spec: MatryoshkaSpec,
 ) -> Tensor:
-    """sum_n c_n sum_i w_i CE(cos_n(left_i, right) / tau, target_i), a scalar.
+    """Mean over exits of sum_n c_n sum_i w_i CE(cos_n(left_i, right) / tau, target_i), a scalar.
 
-    `mask` (B, N): see `masked_logits`.
+    `left` and `right` are as `_cosines` takes them; `mask` (B, N): see `masked_logits`.
     """
+    logits = masked_logits(_cosines(left, right, spec) / spec.temperature, mask)  # (D, E, B, N)
+    # A term between exits or dims belongs here: it is one more (D, E, B) of losses.
+    targets = target.expand(logits.shape[:-1]).flatten()
+    losses = cross_entropy(logits.flatten(0, 2), targets, reduction="none")
+    return _weighted_sum(losses.view(logits.shape[:-1]) @ sample_weights, spec)
 
-    def loss(cosines: Tensor) -> Tensor:
-        logits = masked_logits(cosines / spec.temperature, mask)
-        return (sample_weights * cross_entropy(logits, target, reduction="none")).sum()
 
-    return _sum_over_dims(left, right, spec, loss)
+def _weighted_sum(losses: Tensor, spec: MatryoshkaSpec) -> Tensor:
+    """(D, E) -> scalar: the mean over exits of the sum over dims, weighted by c_n."""
+    return losses.mean(1) @ _ascending_weights(spec, losses.device)
 
 
 def _nested_squared_error(
     left: Tensor, right: Tensor, wanted: Tensor, entry_weights: Tensor, spec: MatryoshkaSpec
 ) -> Tensor:
-    """sum_n c_n / (sum_n c_n) sum_ij w_ij (cos_n(left_i, right_j) - wanted_ij)^2, a scalar.
+    """Mean over exits of sum_n c_n / (sum_n c_n) sum_ij w_ij (cos_n(left_i, right_j) - t_ij)^2.
 
-    `wanted` and `entry_weights` are (B, N).
+    `left` and `right` are as `_cosines` takes them; `wanted`, t, and `entry_weights` are (B, N).
     """
-    error = _sum_over_dims(
-        left, right, spec, lambda cosines: (entry_weights * (cosines - wanted).square()).sum()
-    )
-    return error / sum(spec.weights)
+    error = entry_weights * (_cosines(left, right, spec) - wanted).square()  # (D, E, B, N)
+    return _weighted_sum(error.flatten(2).sum(2), spec) / sum(spec.weights)
 
 
 def hard_loss(
@@ -180,16 +198,16 @@ def hard_loss(
     Source: F2LLM (arXiv 2510.02294).
 
     Args:
-        query: (B, H).
-        candidates: (B, C, H), the positive first. With C = 1 (no negatives at all) the loss is 0.
+        query: (E, B, H).
+        candidates: (E, B, C, H), the positive first. With C = 1 (no negatives) the loss is 0.
         mask: (B, C), for `masked_logits`: what a sample does not have, or is no negative.
         sample_weights: (B,), their sum over all samples is 1 for a mean.
     Returns:
-        scalar, float32.
+        scalar, float32, the mean over exits.
     """
-    if candidates.shape[1] == 1:
+    if candidates.shape[2] == 1:
         return query.new_zeros(())
-    target = torch.zeros(len(query), dtype=torch.long, device=query.device)
+    target = torch.zeros(query.shape[1], dtype=torch.long, device=query.device)
     return _nested_cross_entropy(query, candidates, target, mask, sample_weights, spec)
 
 
@@ -204,13 +222,13 @@ def in_batch_loss(
     """Cross-entropy of the positive among all positives of the global batch, no hard negatives.
 
     Args:
-        query: (B, H).
-        passages: (G, H), gathered with gradients.
+        query: (E, B, H).
+        passages: (E, G, H), gathered with gradients.
         target: (B,) index of each sample's positive in `passages`.
         mask: (B, G), for `masked_logits`: what is no negative of the sample; None = nothing.
         sample_weights: (B,).
     Returns:
-        scalar, float32.
+        scalar, float32, the mean over exits.
     """
 
     def of_rows(own: Tensor, shared: Tensor, rows: slice) -> Tensor:
@@ -218,14 +236,13 @@ def in_batch_loss(
         weights = sample_weights[rows]
         return _nested_cross_entropy(own, shared, target[rows], own_mask, weights, spec)
 
-    return _sum_over_rows(query, passages, of_rows)
+    return _sum_over_rows(query, passages, spec, of_rows)
 
 
 def pair_cosines(query: Tensor, passage: Tensor, spec: MatryoshkaSpec) -> Tensor:
-    """Cosines of pairs (..., H), cut to each dim of the spec: (..., D) in the spec's order."""
-    pairs = query.unsqueeze(-2), passage.unsqueeze(-2)
-    of_dim = {dim: cosine[..., 0, 0] for dim, cosine in nested_cosines(*pairs, spec.dims)}
-    return torch.stack([of_dim[dim] for dim in spec.dims], dim=-1)
+    """Cosines of pairs (E, R, H), cut to each dim: (E, R, D), smallest dim first."""
+    cosines = nested_cosines(query.unsqueeze(-2), passage.unsqueeze(-2), spec.dims)
+    return cosines[..., 0, 0].movedim(0, -1)
 
 
 def cosent_loss(cosines: Tensor, scores: Tensor, spec: MatryoshkaSpec) -> Tensor:
@@ -236,20 +253,21 @@ def cosent_loss(cosines: Tensor, scores: Tensor, spec: MatryoshkaSpec) -> Tensor
     of lower scores is a running sum along the order of scores.
 
     Args:
-        cosines: (n, D) of the pairs of the global batch, in the order of the spec's dims.
+        cosines: (n, E, D) of the pairs of the global batch, smallest dim first.
         scores: (n,).
     Returns:
-        scalar: sum_d c_d log(1 + sum over i, j with score_i < score_j of
+        scalar: the mean over exits of sum_d c_d log(1 + sum over i, j with score_i < score_j of
         exp((cos_d(i) - cos_d(j)) / tau)); 0 if all scores are equal.
     """
     ordered, order = scores.sort()
-    logits = cosines[order] / spec.temperature  # (n, D)
+    logits = cosines[order] / spec.temperature  # (n, E, D)
     lower = torch.searchsorted(ordered, ordered)  # (n,) how many pairs have a lower score
     running = logits.logcumsumexp(dim=0)
-    has_lower = lower > 0
-    terms = running[lower[has_lower] - 1] - logits[has_lower]  # (at most n - 1, D)
-    losses = torch.cat([terms, torch.zeros_like(logits[:1])]).logsumexp(dim=0)  # (D,)
-    return (losses * losses.new_tensor(spec.weights)).sum()
+    terms = running[(lower - 1).clamp_min(0)] - logits
+    # Masked, not selected: how many are selected would have to be waited for.
+    terms = terms.masked_fill((lower == 0)[:, None, None], -torch.inf)
+    losses = torch.cat([terms, torch.zeros_like(logits[:1])]).logsumexp(dim=0)  # (E, D)
+    return _weighted_sum(losses.T, spec)
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, row_weights: Tensor) -> Tensor:
@@ -272,12 +290,12 @@ def candidate_similarity_loss(
     """How far the cosines of each query with its own candidates are from a teacher's.
 
     Args:
-        query: (B, H), the student's.
-        candidates: (B, C, H), the student's.
+        query: (E, B, H), the student's.
+        candidates: (E, B, C, H), the student's.
         wanted: (B, C), the teacher's cosines.
         entry_weights: (B, C), 0 where there is no candidate.
     Returns:
-        scalar: sum_n c_n / (sum_n c_n) sum_ij w_ij (cos_n(q_i, c_ij) - t_ij)^2.
+        scalar: mean over exits of sum_n c_n / (sum_n c_n) sum_ij w_ij (cos_n(q_i, c_ij) - t_ij)^2.
     """
     return _nested_squared_error(query, candidates, wanted, entry_weights, spec)
 
@@ -293,19 +311,20 @@ def in_batch_similarity_loss(
     """How far the cosines of each query with all positives are from a teacher's.
 
     Args:
-        query: (B, H), the student's.
-        passages: (G, H), the student's, of the global batch, gathered with gradients.
+        query: (E, B, H), the student's.
+        passages: (E, G, H), the student's, of the global batch, gathered with gradients.
         teacher_query: (B, H'), unit vectors of any width, without gradients.
         teacher_passages: (G, H'), like `teacher_query`.
         sample_weights: (B,).
     Returns:
-        scalar: sum_n c_n / (sum_n c_n) sum_i w_i mean_j (cos_n(q_i, p_j) - t_i . t_j)^2.
+        scalar: mean over exits of
+        sum_n c_n / (sum_n c_n) sum_i w_i mean_j (cos_n(q_i, p_j) - t_i . t_j)^2.
     """
 
     def of_rows(own: Tensor, shared: Tensor, rows: slice) -> Tensor:
         wanted = teacher_query[rows] @ teacher_passages.T
         return _nested_squared_error(
-            own, shared, wanted, sample_weights[rows].unsqueeze(1) / len(passages), spec
+            own, shared, wanted, sample_weights[rows].unsqueeze(1) / passages.shape[1], spec
         )
 
-    return _sum_over_rows(query, passages, of_rows)
+    return _sum_over_rows(query, passages, spec, of_rows)

@@ -4,7 +4,6 @@ Letters: E exits, N texts, R rows of this process, K negatives, n rows of the gl
 size; E' and H' are a teacher's.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -56,11 +55,7 @@ class _Student:
     candidates: Tensor
     """(E, R, 1 + K, H)"""
     passages: Tensor | None
-    """(n, E, H), of the global batch; None where no loss looks at other rows' passages"""
-
-    def mean_over_exits(self, loss_of_exit: Callable[[int], Tensor]) -> Tensor:
-        exits = len(self.parts.query)
-        return sum(map(loss_of_exit, range(exits)), start=self.nothing) / exits
+    """(E, n, H), of the global batch; None where no loss looks at other rows' passages"""
 
     @property
     def nothing(self) -> Tensor:
@@ -117,7 +112,7 @@ class Objective:
         return mask_false_negatives(
             student.parts.query[-1],
             student.candidates[-1],
-            None if passages is None else passages[:, -1],
+            None if passages is None else passages[-1],
             batch,
             self.false_negative_margin,
             self.spec.temperature,
@@ -126,27 +121,25 @@ class Objective:
     def _hard(self, student: _Student, batch: ContrastiveBatch, masked: MaskedLogits) -> Tensor:
         if batch.task == "similarity":
             return student.nothing
-        query, candidates = student.parts.query, student.candidates
-        return student.mean_over_exits(
-            lambda e: hard_loss(
-                query[e], candidates[e], masked.candidates, batch.sample_weights, self.spec
-            )
+        return hard_loss(
+            student.parts.query,
+            student.candidates,
+            masked.candidates,
+            batch.sample_weights,
+            self.spec,
         )
 
     def _in_batch(self, student: _Student, batch: ContrastiveBatch, masked: MaskedLogits) -> Tensor:
         if batch.task != "retrieval":
             return student.nothing
-        query, passages = student.parts.query, student.passages
-        assert passages is not None
-        return student.mean_over_exits(
-            lambda e: in_batch_loss(
-                query[e],
-                passages[:, e],
-                batch.target,
-                masked.passages,
-                batch.sample_weights,
-                self.spec,
-            )
+        assert student.passages is not None
+        return in_batch_loss(
+            student.parts.query,
+            student.passages,
+            batch.target,
+            masked.passages,
+            batch.sample_weights,
+            self.spec,
         )
 
     def _similarity(self, student: _Student, batch: ContrastiveBatch) -> Tensor:
@@ -155,13 +148,14 @@ class Objective:
         if scores is None:
             return student.nothing
         own = pair_cosines(student.parts.query, student.parts.passage, self.spec)  # (E, R, D)
-        cosines = _of_all_processes(own, batch)  # (n, E, D)
-        return student.mean_over_exits(lambda e: cosent_loss(cosines[:, e], scores, self.spec))
+        cosines = _of_all_processes(own, batch)  # (E, n, D)
+        return cosent_loss(cosines.transpose(0, 1), scores, self.spec)
 
 
 def _of_all_processes(rows: Tensor, batch: ContrastiveBatch) -> Tensor:
-    """(E, R, H) of each process -> (n, E, H): the global batch's rows in its own order."""
-    return gather_rows(rows.transpose(0, 1)).index_select(0, batch.gathered_rows)
+    """(E, R, H) of each process -> (E, n, H): the global batch's rows in its own order."""
+    gathered = gather_rows(rows.transpose(0, 1)).index_select(0, batch.gathered_rows)
+    return gathered.transpose(0, 1)
 
 
 def _vector_distillation(
@@ -211,18 +205,16 @@ def _similarity_distillation(
     teacher_query = normalize(teacher.query[-1].float(), dim=-1)  # (R, H')
     own = normalize(teacher.candidates()[-1].float(), dim=-1)  # (R, 1 + K, H')
     wanted = (own @ teacher_query.unsqueeze(2)).squeeze(2)  # (R, 1 + K)
-    teacher_passages = _of_all_processes(own[None, :, 0], batch)[:, 0]  # (n, H')
+    teacher_passages = _of_all_processes(own[None, :, 0], batch)[0]  # (n, H')
 
     present = torch.ones_like(wanted)  # (R, 1 + K)
     present[:, 1:] = batch.negative_weights > 0
     entry_weights = batch.sample_weights.unsqueeze(1) * present / present.sum(1, keepdim=True)
-    query, candidates, passages = student.parts.query, student.candidates, student.passages
-    total = student.nothing
-    for e in range(len(query)):
-        total = total + candidate_similarity_loss(
-            query[e], candidates[e], wanted, entry_weights, spec
-        )
-        total = total + in_batch_similarity_loss(
-            query[e], passages[:, e], teacher_query, teacher_passages, batch.sample_weights, spec
-        )
-    return total / len(query)
+    query = student.parts.query
+    of_candidates = candidate_similarity_loss(
+        query, student.candidates, wanted, entry_weights, spec
+    )
+    of_passages = in_batch_similarity_loss(
+        query, student.passages, teacher_query, teacher_passages, batch.sample_weights, spec
+    )
+    return of_candidates + of_passages

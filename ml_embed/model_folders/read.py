@@ -47,6 +47,7 @@ WEIGHT_ERRORS = (OSError, ValueError, TypeError, LookupError, RuntimeError, Safe
 """What weights raise that are missing, damaged, or do not fit config.json."""
 CHECKED_ROWS = 256
 """First rows of a table that are compared with its factors."""
+TABLE = "embed_tokens.weight"
 UNREAD_TENSORS = ("lm_head.", "score.", "qa_outputs.", "rotary_emb.inv_freq")
 """Parts of names: heads above the decoder, and constants that are computed."""
 
@@ -126,20 +127,23 @@ def load_backbone(
     config: Qwen3Config,
     dtype: torch.dtype = torch.float32,
     stored_layers: int | None = None,
+    with_table: bool = True,
 ) -> Qwen3Model:
-    """The backbone with its weights and its whole token table, from safetensors alone.
+    """The backbone with its weights, from safetensors alone.
 
     Args:
         folder: of the backbone.
         config: as deep as the layers that are wanted.
         dtype: of the weights in memory.
         stored_layers: layers in the folder; None is as many as in `config`.
+        with_table: with the token table; else `map_table` reads that.
     Raises:
         UserError: weights are missing, damaged, not finite, do not fit the config, or are not
             safetensors.
     """
     try:
-        loaded: Any = Qwen3Model.from_pretrained(  # a pair, because of output_loading_info
+        kind = Qwen3Model if with_table else _WithoutTable
+        loaded: Any = kind.from_pretrained(  # a pair, because of output_loading_info
             folder,
             config=config,
             dtype=dtype,
@@ -156,6 +160,7 @@ def load_backbone(
     missing = sorted(report["missing_keys"])
     left_out = range(config.num_hidden_layers, stored_layers or 0)
     unread = (*(f"layers.{layer}." for layer in left_out), *UNREAD_TENSORS)
+    unread += () if with_table else (TABLE,)
     unknown = sorted(n for n in report["unexpected_keys"] if not any(u in n for u in unread))
     if missing and unknown:
         raise UserError(
@@ -175,8 +180,39 @@ def load_backbone(
         )
     for name, tensor in model.state_dict().items():
         if not is_finite(tensor):
-            raise _not_finite(_file_that_holds(folder, name), name)
+            raise _not_finite(_stored(folder, name)[0], name)
     return model
+
+
+class _WithoutTable(Qwen3Model):
+    """A Qwen3 model that has no token table, and so takes no memory for it."""
+
+    def __init__(self, config: Qwen3Config):
+        super().__init__(config)
+        self.register_module("embed_tokens", None)
+
+
+def map_table(folder: Path, config: Qwen3Config) -> Tensor:
+    """The (V, H) token table of a backbone, mapped from its file: read where it is looked at.
+
+    Raises:
+        UserError: it is not there, damaged, not finite, or not of the size that `config` says.
+    """
+    path, name = _stored(folder, TABLE)
+    try:
+        with safe_open(path, "pt") as file:
+            table = file.get_tensor(name)
+    except WEIGHT_ERRORS as error:
+        raise UserError(
+            f"{folder} has no token table that can be read ({one_line(error)}); copy the folder "
+            "again"
+        ) from None
+    if table.shape != (config.vocab_size, config.hidden_size):
+        raise UserError(
+            f"{path}: the token table is {' x '.join(map(str, table.shape))}, config.json says "
+            f"{config.vocab_size} x {config.hidden_size}; correct config.json"
+        )
+    return _finite(path, name, table)
 
 
 def _finite(path: Path, name: str, tensor: Tensor) -> Tensor:
@@ -193,13 +229,14 @@ def _not_finite(path: Path, name: str) -> UserError:
     )
 
 
-def _file_that_holds(folder: Path, name: str) -> Path:
-    """The file of a tensor, which may have a prefix there."""
+def _stored(folder: Path, name: str) -> tuple[Path, str]:
+    """The file of a tensor, and its name there, which may have a prefix."""
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            if any(f".{own}".endswith(f".{name}") for own in file.keys()):  # noqa: SIM118
-                return path
-    return folder
+            for own in file.keys():  # noqa: SIM118
+                if f".{own}".endswith(f".{name}"):
+                    return path, own
+    return folder, name
 
 
 def load_encoder(
@@ -305,7 +342,7 @@ def _check_beginning(folder: Path) -> None:
 
     For folders of format 1, which have no digests.
     """
-    name = "embed_tokens.weight"
+    name = TABLE
     try:
         ((path, _),) = _files_of(folder, [name]).items()
         with safe_open(path, "pt") as file:

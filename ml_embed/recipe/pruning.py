@@ -203,7 +203,8 @@ def measure(
     layers = len(backbone.layers)
     backbone.config.num_hidden_layers = layers
     dtype = default_dtype(chosen)
-    model = MatryoshkaEncoder(backbone, (layers,), kernel=choose_kernel("auto", chosen, dtype))
+    kernel = choose_kernel("auto", chosen, dtype, backbone.config.head_dim)
+    model = MatryoshkaEncoder(backbone, (layers,), kernel=kernel)
     model = model.to(chosen, dtype).eval()
     tokens = 0
     iterator = iter(texts)

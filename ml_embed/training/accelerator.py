@@ -5,7 +5,7 @@ import os
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, parse_flag_from_env
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -20,6 +20,7 @@ from ml_embed.distributed.engine import AccelerateEngine, Engine
 from ml_embed.distributed.meeting import meeting
 from ml_embed.errors import UserError
 from ml_embed.kernels.attention import choose_kernel
+from ml_embed.kernels.precision import has_bfloat16
 
 # The engines that keep one copy of the weights per process.
 _COPIES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -35,16 +36,17 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             tracker that is not installed.
     """
     _check_trackers(config)
+    set_deterministic(config.deterministic)
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         zero2.check_installed()
     choose_gloo_interface()
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    device = training_device()
     with meeting() as timeout:
         accelerator = Accelerator(
             # said aloud, or accelerate takes launched processes for single ones
-            cpu=not can_train_on_gpu(),
-            mixed_precision=None if launched else ("bf16" if has_bf16 else "no"),
+            cpu=device.type == "cpu",
+            mixed_precision=None if launched else ("bf16" if has_bfloat16(device) else "no"),
             log_with=list(config.report_to) or None,
             project_dir=config.tb_dir,
             kwargs_handlers=[
@@ -74,6 +76,20 @@ def _check(accelerator: Accelerator, config: TrainConfig) -> None:
     choose_kernel(config.attention, accelerator.device, compute_dtype(accelerator))
 
 
+def set_deterministic(on: bool) -> None:
+    """Let torch use only operations that add in a fixed order, or any again.
+
+    On GPUs the backward passes of attention, of looking up token vectors and of picking rows add
+    with atomics, whose order changes from run to run. Must be called before the first product there
+    (cuBLAS reads its setting once).
+    """
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # filling is for debugging, and slow
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(on)
+
+
 def _check_trackers(config: TrainConfig) -> None:
     trackers = [str(tracker) for tracker in get_available_trackers()]
     missing = [name for name in config.report_to if name not in trackers]
@@ -84,13 +100,15 @@ def _check_trackers(config: TrainConfig) -> None:
         )
 
 
-def can_train_on_gpu() -> bool:
-    """Whether there is a GPU that training can use.
+def training_device() -> torch.device:
+    """The kind of device that training runs on: a GPU if there is one that it may use.
 
     A Mac trains on its CPU: losses are summed in float64, which its GPU (mps) does not have.
     """
     found = torch.accelerator.current_accelerator(check_available=True)
-    return found is not None and found.type != "mps"
+    if found is None or found.type == "mps" or parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return torch.device("cpu")
+    return found
 
 
 def compute_dtype(accelerator: Accelerator) -> torch.dtype:

@@ -7,10 +7,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import Qwen3Model
 
 from ml_embed.config import TrainConfig
-from ml_embed.data.store import Store
 from ml_embed.distributed.engine import LR_SCALE
 from ml_embed.kernels.attention import choose_kernel
 from ml_embed.kernels.compilation import check_compiler
@@ -19,6 +17,7 @@ from ml_embed.model_folders.read import (
     ModelFolder,
     load_backbone,
     load_encoder,
+    map_table,
     read_exit_norms,
     read_factors,
 )
@@ -40,32 +39,31 @@ def build_encoder(
     """
     if config.compile_layers:
         check_compiler(device)
-    backbone = load_backbone(Path(config.model_path), inputs.backbone_config)
+    folder = Path(config.model_path)
+    backbone = load_backbone(folder, inputs.backbone_config, with_table=config.r == 0)
     encoder = MatryoshkaEncoder(
         backbone,
         inputs.resolved.exits,
-        initial_factors(config, backbone, inputs.store) if config.r else None,
+        initial_factors(config, inputs) if config.r else None,
         config.mll_norm,
-        choose_kernel(config.attention, device, compute_dtype),
+        choose_kernel(config.attention, device, compute_dtype, backbone.config.head_dim),
         config.gradient_checkpointing,
         config.compile_layers,
     )
-    _take_over_exit_norms(encoder, Path(config.model_path))
+    _take_over_exit_norms(encoder, folder)
     if config.lora_r:
         lora.add_adapters(encoder, config)
     return encoder.to(device)
 
 
-def initial_factors(
-    config: TrainConfig, backbone: Qwen3Model, store: Store
-) -> tuple[Tensor, Tensor]:
+def initial_factors(config: TrainConfig, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """A (V, r) and B (r, H): those of the start model if it has this rank, else of its table."""
     record = ModelRecord.load(Path(config.model_path))
     if record is not None and record.ranks and config.r == record.ranks[-1]:
         return read_factors(Path(config.model_path))
-    table = backbone.embed_tokens.weight.detach()
+    table = map_table(Path(config.model_path), inputs.backbone_config)
     by_frequency = config.mel_init == "frequency"
-    share = torch.from_numpy(store.token_share(len(table))) if by_frequency else None
+    share = torch.from_numpy(inputs.store.token_share(len(table))) if by_frequency else None
     return factorize_table(table, config.r, share)
 
 
@@ -124,7 +122,7 @@ def build_teacher(
     teacher = load_encoder(
         opened,
         exits=exits,
-        kernel=choose_kernel(config.attention, device, compute_dtype),
+        kernel=choose_kernel(config.attention, device, compute_dtype, opened.config.head_dim),
         dtype=compute_dtype if device.type == "cuda" else torch.float32,
     )
     return teacher.to(device).requires_grad_(False)

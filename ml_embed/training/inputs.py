@@ -61,7 +61,11 @@ def with_model_folders(config: TrainConfig) -> TrainConfig:
 
 
 def open_inputs(
-    config: TrainConfig, world_size: int, progress: bool, verify: bool = False
+    config: TrainConfig,
+    world_size: int,
+    progress: bool,
+    verify: bool = False,
+    half_precision: bool = False,
 ) -> Inputs:
     """Open and check all inputs; nothing is written but the data's cached form and known digests.
 
@@ -71,6 +75,7 @@ def open_inputs(
         progress: bars on stderr.
         verify: compare all of them with the digests that they were written with; otherwise what
             has not changed since it was last read whole is taken for whole.
+        half_precision: forward passes compute in bfloat16; decides the estimate of memory.
     Raises:
         UserError: something is missing, damaged, or does not fit together.
     """
@@ -95,7 +100,7 @@ def open_inputs(
             teacher_vectors = open_teacher_vectors(
                 folder, store, start.config.hidden_size, config.kd_loss, cache_dir, verify
             )
-    resolved = resolve(config, start.config, store, world_size, valid_store)
+    resolved = resolve(config, start.config, store, world_size, valid_store, half_precision)
     check_metric(config.keep_best, resolved)
     return Inputs(start, store, teacher_vectors, valid_store, resolved)
 

@@ -29,8 +29,7 @@ from ml_embed.model_folders.sizes import (
 )
 from ml_embed.notices import warn
 from ml_embed.training.learnable import check_held_out, check_losses, check_scores
-
-GIB = 1024**3
+from ml_embed.training.memory import Parameters, TokensPerStep, estimate_memory
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,8 @@ class Resolved:
     valid_grid: Cube | None
     """cuts that validation measures beside the whole model; null = none"""
     memory_gib: dict[str, float]
-    """estimate for one process without sharding"""
+    """estimate for one process without sharding, with the average batch and with the largest that
+    there can be"""
     datasets: tuple[DatasetPlan, ...]
     valid_datasets: tuple[DatasetPlan, ...]
     """those of valid_data_path; empty = validation takes the rows that `datasets` hold out"""
@@ -78,28 +78,23 @@ class _Sizes:
     ranks: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class _Parameters:
-    """How many parameters there are."""
-
-    saved: int
-    """in the model that is saved: adapters are merged in it"""
-    trained: int
-    """those that have a gradient and moments"""
-    held: int
-    """in memory while it trains"""
-    embedding: int
-
-
 def resolve(
     config: TrainConfig,
     backbone: Qwen3Config,
     store: Store,
     world_size: int,
     valid_store: Store | None = None,
+    half_precision: bool = False,
 ) -> Resolved:
     """Derive every number of a run.
 
+    Args:
+        config: checked.
+        backbone: that it starts from.
+        store: tokenized data.
+        world_size: processes.
+        valid_store: data of its own for validation.
+        half_precision: forward passes compute in bfloat16.
     Raises:
         UserError: what the config asks for does not fit the backbone or the data; all problems at
             once.
@@ -147,7 +142,13 @@ def resolve(
         layer_parameters=layer_parameters(backbone),
         mean_tokens_per_step=round(tokens),
         valid_grid=_valid_grid(config, sizes),
-        memory_gib=_memory(config, backbone, parameters, tokens / world_size),
+        memory_gib=estimate_memory(
+            config,
+            backbone,
+            parameters,
+            TokensPerStep(tokens / world_size, _most_tokens(config, plans, store)),
+            half_precision,
+        ),
         datasets=plans,
         valid_datasets=valid_plans,
     )
@@ -303,14 +304,14 @@ def _valid_grid(config: TrainConfig, sizes: _Sizes) -> Cube | None:
     )
 
 
-def _count_parameters(config: TrainConfig, backbone: Qwen3Config, exits: int) -> _Parameters:
+def _count_parameters(config: TrainConfig, backbone: Qwen3Config, exits: int) -> Parameters:
     embedding = embedding_parameters(backbone, config.r)
     final_norms = backbone.hidden_size * (exits if config.mll_norm == "per_layer" else 1)
     layers = backbone.num_hidden_layers * layer_parameters(backbone)
     adapters = adapter_parameters(backbone, config.lora_r)
     saved = embedding + layers + final_norms
     trained = saved - layers + adapters if config.lora_r else saved
-    return _Parameters(saved, trained, saved + adapters, embedding)
+    return Parameters(saved, trained, saved + adapters, embedding)
 
 
 def _tokens_per_epoch(plan: DatasetPlan, dataset: TokenizedDataset, config: TrainConfig) -> float:
@@ -328,42 +329,10 @@ def _tokens_per_epoch(plan: DatasetPlan, dataset: TokenizedDataset, config: Trai
     return plan.draws * tokens / len(rows)
 
 
-def _memory(
-    config: TrainConfig, backbone: Qwen3Config, parameters: _Parameters, tokens: float
-) -> dict[str, float]:
-    """Rough need of one process, in GiB, for `tokens` of one process and step.
-
-    float32 weights, gradients and two AdamW moments, and the activations of one forward pass.
-    """
-    if config.max_tokens_per_forward:
-        tokens = min(tokens, config.max_tokens_per_forward)
-    kept = _activations_per_token(config, backbone)
-    gradients = 4 * parameters.trained / GIB
-    parts = {
-        "weights": 4 * parameters.held / GIB,
-        "gradients": gradients,
-        "optimizer": 2 * gradients,
-        "activations": 4 * kept * tokens / GIB,
-    }
-    parts["total"] = sum(parts.values())
-    return {name: round(value, 3) for name, value in parts.items()}
-
-
-def _activations_per_token(config: TrainConfig, backbone: Qwen3Config) -> int:
-    """Values kept for the backward pass of one token, counted at 4 bytes (2 under bf16).
-
-    In each layer about 8 H for the norms and residuals, 4 for each query and 6 for each key and
-    value component, 4 for each MLP component, and what stands between an adapter's two parts.
-    """
-    assert backbone.num_key_value_heads is not None  # Qwen3Config fills it in
-    heads = 4 * backbone.num_attention_heads + 6 * backbone.num_key_value_heads
-    per_layer = (
-        8 * backbone.hidden_size
-        + heads * backbone.head_dim
-        + 4 * backbone.intermediate_size
-        + config.lora_r * len(matrix_shapes(backbone))
-    )
-    layers = backbone.num_hidden_layers
-    if config.gradient_checkpointing:
-        return per_layer + backbone.hidden_size * layers
-    return per_layer * layers
+def _most_tokens(config: TrainConfig, plans: tuple[DatasetPlan, ...], store: Store) -> int:
+    """Tokens of one process's share of a step in which every text is as long as texts may be."""
+    longest = config.max_seq_length
+    if store.manifest is not None:
+        longest = min(longest, store.manifest.max_seq_length or longest)
+    texts = 2 + max(plan.num_negatives for plan in plans)
+    return config.train_batch_size * texts * longest

@@ -20,6 +20,7 @@ from ml_embed.training.resolve import Resolved
 _FREE_KEYS = frozenset(
     {"model_path", "experiment_id", "output_dir", "tb_dir", "cache_dir", "train_data_path"}
     | {"attention", "gradient_checkpointing", "max_tokens_per_forward", "compile_layers"}
+    | {"deterministic"}
     | {"log_interval", "validation_steps", "checkpointing_steps", "save_total_limit", "report_to"}
     | {"valid_ranks", "valid_layers", "valid_dims", "valid_data_path", "keep_best", "patience"}
     | {"train_batch_size", "num_processes"}

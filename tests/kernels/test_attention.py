@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.operations import CountOperations
 from torch import Tensor
 
 from ml_embed.data.packing import PackedSequences
@@ -155,6 +156,16 @@ def standing_in(takes_grouped_heads: bool):
         return attend(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window_size)
 
     return attend if takes_grouped_heads else ungrouped
+
+
+def test_the_variable_length_path_fills_nothing_with_zeros(monkeypatch):
+    """`x[0]` would, for each gradient, the whole tensor first."""
+    monkeypatch.setattr(attention, "varlen_attn", lambda q, k, v, *_, **__: q + (k + v).sum())
+    inputs = tensors(torch.bfloat16, groups=HEADS)
+    with CountOperations() as counted:
+        attended(inputs, "varlen").sum().backward()
+    assert all(x.grad.abs().max() > 0 for x in inputs)
+    assert not [name for name in counted.names if "select" in name or "zeros" in name]
 
 
 @pytest.mark.parametrize("takes_grouped_heads", [False, True])

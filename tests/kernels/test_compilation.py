@@ -7,8 +7,9 @@ import pytest
 import torch
 from helpers import ROOT
 from helpers.encoding import encode, random_loss
-from transformers import AutoModel
+from transformers import AutoModel, Qwen3Config, Qwen3Model
 
+from ml_embed.data.packing import PackedSequences
 from ml_embed.errors import UserError
 from ml_embed.kernels import compilation
 from ml_embed.kernels.compilation import COMPILES_SINCE
@@ -39,6 +40,36 @@ def test_compiled_layers_give_the_same_and_are_compiled_once(world, compiled_gra
     for (name, a), b in zip(plain.named_parameters(), compiled.parameters(), strict=True):
         assert a.grad.abs().max() > 0, name
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=2e-5)
+
+
+def test_layers_are_compiled_once_for_any_number_of_texts(compiled_graphs, monkeypatch):
+    """One class of layer is compiled once, not once per layer, and never for another batch."""
+    counted, in_place = [], torch.nn.Module.compile
+
+    def count(graph, inputs):
+        counted.append(graph)
+        return graph.forward
+
+    # differentiating every graph takes long, and is the other test's
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda m, **options: in_place(m, backend=count, **options)
+    )
+    config = Qwen3Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=10,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    encoder = MatryoshkaEncoder(Qwen3Model(config), (1, 10), compile_layers=True)
+    for texts in (6, 5, 7, 4, 8, 3, 9, 10, 2, 12, 1, 15, 11):
+        lengths = [2 + text % 5 for text in range(texts)]
+        with torch._dynamo.config.patch(error_on_recompile=texts != 6):
+            encoder(torch.arange(sum(lengths)) % 64, PackedSequences.from_lengths(lengths))
+    # before and after attention, and a piece between; the first layer may differ from the others
+    assert 2 <= len(counted) <= 7
 
 
 def test_an_older_transformers_is_refused(world, monkeypatch):

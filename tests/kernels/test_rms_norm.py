@@ -7,7 +7,7 @@ from transformers import AutoModel
 from ml_embed.data.packing import PackedSequences
 from ml_embed.kernels import rms_norm as module
 from ml_embed.kernels.rms_norm import fuse_norms, rms_norm
-from ml_embed.model import MatryoshkaEncoder
+from ml_embed.model import MatryoshkaEncoder, factorize_table
 
 EPS = 1e-6
 
@@ -101,16 +101,69 @@ def test_the_norms_of_all_layers_are_fused(world, fused_rows):
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_half_precision_is_left_to_transformers(world, dtype, fused_rows):
+def half_precision_error(world, own: bool) -> float:
+    """Relative error of all gradients in bfloat16, with our norms or with transformers'."""
+    exact, half = (AutoModel.from_pretrained(world.backbone).layers[0].mlp for _ in range(2))
+    kind = AutoModel.from_pretrained(world.backbone).norm
+    size, generator = len(kind.weight), torch.Generator().manual_seed(2)
+    x, grad = torch.randn(2, 200, size, generator=generator)
+    found = []
+    for mlp, dtype in ((exact, torch.float32), (half, torch.bfloat16)):
+        norm = type(kind)(size)
+        norm.weight.data = torch.randn(size, generator=torch.Generator().manual_seed(3))
+        if own and dtype == torch.bfloat16:
+            fuse_norms(norm)
+        rows = x.detach().to(dtype, copy=True).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            out = mlp(norm(rows))
+        out.backward(grad.to(out.dtype))
+        parts = (rows.grad, norm.weight.grad, *(p.grad for p in mlp.parameters()))
+        assert all(part.abs().max() > 0 for part in parts)
+        found.append(torch.cat([part.float().flatten() for part in parts]))
+    return float((found[1] - found[0]).norm() / found[0].norm())
+
+
+def test_half_precision_stays_half_and_no_less_exact(world):
     norm = AutoModel.from_pretrained(world.backbone).norm
+    fuse_norms(norm)
     x = torch.randn(1, 5, len(norm.weight))
-    with torch.autocast("cpu", enabled=dtype == torch.bfloat16):
-        expected = norm(x)
-    fuse_norms(norm, type(norm))
-    with torch.autocast("cpu", enabled=dtype == torch.bfloat16):
-        torch.testing.assert_close(norm(x), expected)
-        assert len(fused_rows) == (dtype == torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert norm(x.bfloat16()).dtype == torch.bfloat16
+        torch.testing.assert_close(norm(x), naive(x, norm.weight))  # float32 rows stay float32
     norm.bfloat16()
     assert norm(x.bfloat16()).dtype == torch.bfloat16
-    assert len(fused_rows) == (dtype == torch.float32)
+    assert half_precision_error(world, own=True) < 1.1 * half_precision_error(world, own=False)
+
+
+@pytest.mark.parametrize("rank", [None, 8])
+def test_under_autocast_nothing_between_layers_is_float32(world, rank):
+    """Queries, keys, the residual and what all seven projections read, with factors and without."""
+    backbone = AutoModel.from_pretrained(world.backbone)
+    factors = None if rank is None else factorize_table(backbone.embed_tokens.weight.data, rank)
+    seen = {}
+    encoder = MatryoshkaEncoder(backbone, (1, 2), factors)
+    for number, layer in enumerate(encoder.backbone.layers):
+        for name in (*(f"self_attn.{p}_proj" for p in "qkvo"), *matrix_names(layer.mlp)):
+            note_input(layer.get_submodule(name), f"{number} {name}", seen)
+        note_input(layer, f"{number} residual", seen)
+        for name in ("q_norm", "k_norm"):
+            note_output(layer.get_submodule(f"self_attn.{name}"), f"{number} {name}", seen)
+    with torch.autocast("cpu", torch.bfloat16):
+        vectors = encoder(torch.arange(6), PackedSequences.from_lengths([2, 4]))
+    assert len(seen) == 2 * 10
+    assert set(seen.values()) == {torch.bfloat16}, seen
+    assert vectors.dtype == torch.float32
+
+
+def matrix_names(mlp) -> list[str]:
+    return [f"mlp.{name}" for name, part in mlp.named_children() if name.endswith("_proj")]
+
+
+def note_input(module, name: str, seen: dict) -> None:
+    module.register_forward_pre_hook(
+        lambda _, arguments: seen.__setitem__(name, arguments[0].dtype)
+    )
+
+
+def note_output(module, name: str, seen: dict) -> None:
+    module.register_forward_hook(lambda _, arguments, out: seen.__setitem__(name, out.dtype))

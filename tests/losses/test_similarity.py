@@ -38,10 +38,16 @@ def vectors(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
+def loss_of(query, passage, scores, spec) -> torch.Tensor:
+    """Of a model with one exit."""
+    cosines = pair_cosines(query[None], passage[None], spec)
+    return cosent_loss(cosines.transpose(0, 1), scores, spec)
+
+
 @pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)
 def test_values_and_gradients_are_the_naive_ones(scores):
     query, passage = vectors(len(scores))
-    fast = cosent_loss(pair_cosines(query, passage, SPEC), torch.tensor(scores), SPEC)
+    fast = loss_of(query, passage, torch.tensor(scores), SPEC)
     slow = naive_cosent_loss(list(query), list(passage), scores, dims_and_weights(64, True), 0.05)
     torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-6)
     slow = slow + 0 * (query.sum() + passage.sum())  # it has no graph where all scores are equal
@@ -58,17 +64,17 @@ def test_it_is_the_loss_of_sentence_transformers():
     whole = MatryoshkaSpec((64,), (1.0,), 0.05)
     theirs = losses.CoSENTLoss(torch.nn.Identity(), scale=20.0)
     expected = theirs.compute_loss_from_embeddings([query, passage], scores)
-    ours = cosent_loss(pair_cosines(query, passage, whole), scores, whole)
+    ours = loss_of(query, passage, scores, whole)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_far_cosines_do_not_overflow():
-    cosines = torch.tensor([[1.0], [-1.0]], requires_grad=True)
+    cosines = torch.tensor([[[1.0]], [[-1.0]]], requires_grad=True)
     spec = MatryoshkaSpec((64,), (1.0,), 0.001)
     loss = cosent_loss(cosines, torch.tensor([0.0, 1.0]), spec)
     loss.backward()
     assert loss.item() == pytest.approx(2000)
-    torch.testing.assert_close(cosines.grad, torch.tensor([[1000.0], [-1000.0]]))
+    torch.testing.assert_close(cosines.grad, torch.tensor([[[1000.0]], [[-1000.0]]]))
 
 
 def test_the_objective_of_a_batch_is_the_naive_one(tmp_path):

@@ -1,12 +1,16 @@
 """Derived numbers: the learning rate, nested sizes, parameters, steps."""
 
+import copy
+import json
 import math
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel
+from helpers import ROOT
+from transformers import AutoConfig, AutoModel, Qwen3Config, Qwen3Model
 
 from ml_embed.config import parse_config
+from ml_embed.data.packing import PackedSequences
 from ml_embed.data.store import open_store
 from ml_embed.errors import UserError
 from ml_embed.model import (
@@ -54,6 +58,72 @@ def test_default_sizes_are_those_of_the_paper():
     assert default_dims(640) == (640, 512, 256, 128, 64, 32, 16, 8)
     assert default_ranks(512) == (64, 128, 256, 512)
     assert default_ranks(48) == (48,)
+
+
+QWEN3_06B = {
+    "vocab_size": 151_936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 32768,
+}
+
+
+@pytest.mark.parametrize("name", ["config", "stage_1", "stage_2"])
+def test_the_configs_we_ship_fit_a_card_of_80_gb(name, store):
+    """In bfloat16, also the batch in which every text is as long as texts may be."""
+    given = json.loads((ROOT / "configs" / f"{name}.json").read_text())
+    unchunked = parse_config(given | {"max_tokens_per_forward": 0, "datasets": {}})
+    memory = {
+        shipped: resolve(
+            config, Qwen3Config(**QWEN3_06B), without_manifest(store), 1, half_precision=True
+        ).memory_gib
+        for shipped, config in (
+            (True, parse_config(given | {"datasets": {}})),
+            (False, unchunked),
+        )
+    }
+    assert memory[True]["total"] < memory[True]["total_most"] < 64
+    assert memory[False]["total_most"] > 80
+
+
+def without_manifest(store):
+    """Then texts may be as long as the config says."""
+    other = copy.copy(store)
+    other.manifest = None
+    return other
+
+
+def test_memory_of_activations_is_about_what_is_kept():
+    """float32; the estimate may be over it by a quarter, not under."""
+    shape = QWEN3_06B | {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 384}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    kept = []
+    for layers in (2, 4):  # the difference is two layers that are not narrowed
+        config = Qwen3Config(**shape | {"num_hidden_layers": layers})
+        kept.append(bytes_kept(MatryoshkaEncoder(Qwen3Model(config), (layers,)), [300] * 4))
+    estimate = 2 * 1200 * 4 * (8 * 128 + (4 * 4 + 6 * 2) * 32 + 4 * 384)
+    assert 0.75 < (kept[1] - kept[0]) / estimate <= 1
+
+
+def bytes_kept(encoder, lengths: list[int]) -> int:
+    """For the backward pass, beside the weights."""
+    weights = {p.untyped_storage().data_ptr() for p in encoder.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage  # held, so that its place is not used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        vectors = encoder(torch.zeros(sum(lengths)).long(), PackedSequences.from_lengths(lengths))
+        assert vectors.requires_grad
+        return sum(storage.nbytes() for storage in kept.values())
 
 
 @pytest.mark.parametrize("world_size", [1, 3])

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import os
 import shutil
 import threading
 import time
@@ -12,16 +13,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from helpers.in_process import dataset_rows, train
 from helpers.tiny_world import write_manifest
 from oracles import objective
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
+from ml_embed.config import load_config
 from ml_embed.data.store import open_store
 from ml_embed.distributed import sole_launch
 from ml_embed.training import loop as training
-from ml_embed.training.accelerator import can_train_on_gpu
+from ml_embed.training.accelerator import make_accelerator, set_deterministic, training_device
 from ml_embed.training.inputs import _look_at_end
 from ml_embed.training.run import Run
 
@@ -239,13 +242,43 @@ def test_gradient_checkpointing_changes_nothing(world, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("device", "is_trained_on"), [(None, False), ("mps", False), ("cuda", True), ("xpu", True)]
+    ("device", "trains_on"), [(None, "cpu"), ("mps", "cpu"), ("cuda", "cuda"), ("xpu", "xpu")]
 )
-def test_a_mac_trains_on_its_cpu(monkeypatch, device, is_trained_on):
+def test_a_mac_trains_on_its_cpu(monkeypatch, device, trains_on):
     """Its GPU has no float64; a simulated one, for there is none here."""
     found = None if device is None else torch.device(device)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
-    assert can_train_on_gpu() == is_trained_on
+    assert training_device().type == trains_on
+
+
+def test_deterministic_is_the_same_run_on_a_cpu(world, tmp_path, monkeypatch):
+    """All operations of a step have a form that adds in a fixed order."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    losses = []
+    try:
+        for deterministic in (False, True):
+            _, lines = train(world, tmp_path, f"{deterministic}", deterministic=deterministic)
+            losses.append([line["loss"] for line in lines if line["split"] == "train"])
+            assert torch.are_deterministic_algorithms_enabled() == deterministic
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        set_deterministic(False)
+    assert losses[0] == losses[1]
+
+
+def test_precision_follows_the_device_of_the_run(world, tmp_path, monkeypatch):
+    """A run on the CPU of a machine with a GPU is as one on a machine without."""
+    found = torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    config, _ = load_config(world.write_config(tmp_path / "config.json", "on_cpu"))
+    accelerator = make_accelerator(config)
+    assert (accelerator.device.type, accelerator.mixed_precision) == ("cpu", "no")
 
 
 def test_dry_run_prints_and_writes_nothing(world, tmp_path, capsys):
