@@ -21,8 +21,8 @@ from torch.nn.functional import cross_entropy
 
 LOGITS_AT_ONCE = {"cpu": 2**21, "cuda": 2**26}
 """Kind of device -> logits, counting those of all exits and dims, that are held at a time: so many
-rows of the batch as fit. Counted: at most about 7 float32 values live per logit, so that is 60 MiB
-and 1.8 GiB; the one for GPUs is a guess."""
+rows of the batch as fit. About 7 float32 values live per logit, so that is 60 MiB and 1.8 GiB, by
+hand; the one for GPUs is a guess."""
 SMALLEST_SQUARED_NORM = 1e-24  # the square of torch.nn.functional.normalize's 1e-12
 
 
