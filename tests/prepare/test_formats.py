@@ -569,6 +569,7 @@ def test_a_folder_of_format_1_is_not_continued_with_other_columns(world, bring, 
     bring(CASES / "triplet.csv")
     path = tmp_path / "tokens/manifest.json"
     manifest = json.loads(path.read_text()) | {"format_version": 1}
+    del manifest["digest"]  # which those of format 1 have not
     path.write_text(json.dumps(manifest))
     code, said, _ = bring(CASES / "triplets.csv")
     assert code == 2

@@ -319,9 +319,8 @@ def test_a_mistake_on_one_process_alone_does_not_hang_the_others(inputs):
     assert launch.wait() == [2, 2], launch.printed()
     assert time.monotonic() - started < 20
     first, second = (path.read_text() for path in launch.outputs)
-    assert (
-        "error: process 1 of this run cannot go on: folder of tokenized data /nowhere does" in first
-    )
+    said = "process 1 of this run cannot go on: train_data_path: folder of tokenized data /nowhere"
+    assert f"error: {said} does not exist" in first
     assert first.count("error:") == second.count("error:") == 1
     assert "does not exist" in second
     assert "Traceback" not in first + second
