@@ -121,6 +121,9 @@ def digests_of(
         memory: folders to remember in; all are asked, and the first that can be written is told.
         verify: read all files, whatever is remembered.
     """
+    paths = list(paths)
+    if memory:
+        _let_settle(paths)
     states = {path: _state(path) for path in paths}
     remembered = {} if verify else {k: v for folder in memory for k, v in _recall(folder).items()}
     unknown = [path for path, state in states.items() if state not in remembered]
@@ -142,6 +145,14 @@ def digests_of(
         }
         any(_remember(folder, new) for folder in memory)
     return found
+
+
+def _let_settle(paths: Iterable[Path]) -> None:
+    """Wait until files that were just written have dates that a further change would move."""
+    newest = max((path.stat().st_ctime_ns for path in paths), default=0)
+    wait = newest + _SETTLED - time.time_ns()
+    if 0 < wait <= _SETTLED:  # a date in the future comes from another clock
+        time.sleep(wait / 1e9)
 
 
 def _recall(folder: Path) -> dict[str, str]:
