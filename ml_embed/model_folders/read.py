@@ -8,7 +8,7 @@ import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -160,7 +160,6 @@ def load_backbone(
     missing = sorted(report["missing_keys"])
     left_out = range(config.num_hidden_layers, stored_layers or 0)
     unread = (*(f"layers.{layer}." for layer in left_out), *UNREAD_TENSORS)
-    unread += () if with_table else (TABLE,)
     unknown = sorted(n for n in report["unexpected_keys"] if not any(u in n for u in unread))
     if missing and unknown:
         raise UserError(
@@ -186,6 +185,8 @@ def load_backbone(
 
 class _WithoutTable(Qwen3Model):
     """A Qwen3 model that has no token table, and so takes no memory for it."""
+
+    _keys_to_ignore_on_load_unexpected: ClassVar = [r"embed_tokens\.weight$"]
 
     def __init__(self, config: Qwen3Config):
         super().__init__(config)
