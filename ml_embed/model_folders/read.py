@@ -5,10 +5,11 @@ is run. Letters: V vocabulary, r rank, H hidden size.
 """
 
 import copy
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -186,11 +187,10 @@ def load_backbone(
 class _WithoutTable(Qwen3Model):
     """A Qwen3 model that has no token table, and so takes no memory for it."""
 
-    _keys_to_ignore_on_load_unexpected: ClassVar = [r"embed_tokens\.weight$"]
-
     def __init__(self, config: Qwen3Config):
         super().__init__(config)
         self.register_module("embed_tokens", None)
+        self._keys_to_ignore_on_load_unexpected = [rf"{re.escape(TABLE)}$"]
 
 
 def map_table(folder: Path, config: Qwen3Config) -> Tensor:
