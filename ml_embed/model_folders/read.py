@@ -5,7 +5,6 @@ is run. Letters: V vocabulary, r rank, H hidden size.
 """
 
 import copy
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,10 +186,11 @@ def load_backbone(
 class _WithoutTable(Qwen3Model):
     """A Qwen3 model that has no token table, and so takes no memory for it."""
 
+    _keys_to_ignore_on_load_unexpected = [r"embed_tokens\.weight$"]  # noqa: RUF012
+
     def __init__(self, config: Qwen3Config):
         super().__init__(config)
         self.register_module("embed_tokens", None)
-        self._keys_to_ignore_on_load_unexpected = [rf"{re.escape(TABLE)}$"]
 
 
 def map_table(folder: Path, config: Qwen3Config) -> Tensor:
