@@ -67,7 +67,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def _check(accelerator: Accelerator, config: TrainConfig) -> None:
-    _check_engine(accelerator)
+    _check_engine(accelerator, config)
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise UserError(
             f"mixed_precision: {accelerator.mixed_precision!r} is not supported; use 'bf16' or 'no'"
@@ -130,7 +130,7 @@ def make_engine(
     return AccelerateEngine(accelerator, encoder, optimizer, config.max_grad_norm)
 
 
-def _check_engine(accelerator: Accelerator) -> None:
+def _check_engine(accelerator: Accelerator, config: TrainConfig) -> None:
     """Refuse engines that steps here cannot work with, and what accelerate would do differently."""
     # accelerate would divide the gradients of every step by it
     if accelerator.gradient_accumulation_steps != 1:
@@ -142,6 +142,11 @@ def _check_engine(accelerator: Accelerator) -> None:
         )
     if accelerator.distributed_type is DistributedType.DEEPSPEED:
         zero2.check_settings(accelerator)
+        if config.embedding_lr_scale != 1:
+            raise UserError(
+                "embedding_lr_scale: DeepSpeed's moments of a second group of parameters cannot be "
+                "saved; use configs/accelerate_fsdp2.yaml, or set it to 1"
+            )
     elif accelerator.distributed_type is not DistributedType.FSDP:
         _check_copies(accelerator)
     elif not accelerator.is_fsdp2:

@@ -44,10 +44,11 @@ class CheckedEngine(zero2.Zero2Engine):
     def __init__(self, *given):
         super().__init__(*given)
         assert self.model.zero_optimization_stage() == 2
-        (part,) = self.optimizer.optimizer.param_groups[0]["params"]
+        groups = self.optimizer.optimizer.param_groups
+        kept = sum(part.numel() for group in groups for part in group["params"])
         trained = (p for p in self.model.module.parameters() if p.requires_grad)
         whole = sum(parameter.numel() for parameter in trained)
-        assert whole / 2 <= part.numel() < whole * 0.51, "each process has half"
+        assert whole / 2 <= kept < whole * 0.51, "each process has half"
         print("under ZeRO-2")
 
 

@@ -26,7 +26,7 @@ def inputs(tmp_path_factory) -> Inputs:
 def run_dirs(inputs):
     """(case, "one" or "zero2") -> the run's folder."""
     for case in ("everything", "in_chunks"):
-        settings = CASES[case] | {"max_grad_norm": 0.5}
+        settings = CASES[case] | {"max_grad_norm": 0.5, "embedding_lr_scale": 1.0}
         run(inputs, inputs.config(f"{case}-one", train_batch_size=GLOBAL_BATCH, **settings))
         config = inputs.config(f"{case}-zero2", train_batch_size=GLOBAL_BATCH // 2, **settings)
         assert (
@@ -112,3 +112,10 @@ def test_other_settings_are_refused(changed, message):
     plugin = DeepSpeedPlugin(**changed)
     with pytest.raises(UserError, match=message):
         zero2.check_settings(SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)))
+
+
+def test_a_learning_rate_of_its_own_for_the_table_is_refused(inputs):
+    config = inputs.config("scaled", train_batch_size=2, embedding_lr_scale=4.0)
+    printed = run(inputs, config, processes=2, expected=2, main=run_zero2, environment=CPU)
+    assert "embedding_lr_scale: DeepSpeed's moments" in printed
+    assert "Traceback" not in printed
