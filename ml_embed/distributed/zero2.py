@@ -37,12 +37,18 @@ def check_installed() -> None:
         )
 
 
-def check_settings(accelerator: Accelerator) -> None:
+def check_settings(accelerator: Accelerator, embedding_lr_scale: float = 1.0) -> None:
     """Refuse settings of DeepSpeed that training here does not follow.
 
     Raises:
-        UserError: another stage than 2, offloading, or gradient accumulation.
+        UserError: another stage than 2, offloading, gradient accumulation, or a learning rate of
+            its own for the token table.
     """
+    if embedding_lr_scale != 1:
+        raise UserError(
+            "embedding_lr_scale: DeepSpeed's moments of a second group of parameters cannot be "
+            "saved; use configs/accelerate_fsdp2.yaml, or set it to 1"
+        )
     plugin = accelerator.state.deepspeed_plugin
     if plugin.zero_stage != 2:
         raise UserError(

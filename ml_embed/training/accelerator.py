@@ -141,12 +141,7 @@ def _check_engine(accelerator: Accelerator, config: TrainConfig) -> None:
             "memory set max_tokens_per_forward in the training config"
         )
     if accelerator.distributed_type is DistributedType.DEEPSPEED:
-        zero2.check_settings(accelerator)
-        if config.embedding_lr_scale != 1:
-            raise UserError(
-                "embedding_lr_scale: DeepSpeed's moments of a second group of parameters cannot be "
-                "saved; use configs/accelerate_fsdp2.yaml, or set it to 1"
-            )
+        zero2.check_settings(accelerator, config.embedding_lr_scale)
     elif accelerator.distributed_type is not DistributedType.FSDP:
         _check_copies(accelerator)
     elif not accelerator.is_fsdp2:
