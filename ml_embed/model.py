@@ -18,6 +18,7 @@ from transformers import Qwen3Config, Qwen3Model
 
 from ml_embed.data.packing import PackedSequences
 from ml_embed.errors import UserError
+from ml_embed.files.arrays import blocks
 from ml_embed.kernels.attention import ATTENTION_NAME, Kernel, register_packed_attention
 from ml_embed.kernels.compilation import compile_in_place
 from ml_embed.kernels.last_layer import read_last_tokens_only
@@ -48,23 +49,12 @@ def factorize_table(
         A, B in float32, or in float64 if the table is. Each row of B has the sign that makes its
         largest component positive.
     """
-    rows, hidden = table.shape
-    assert 1 <= rank <= min(rows, hidden), (rank, table.shape)
-    blocks = [slice(start, start + ROWS_AT_ONCE) for start in range(0, rows, ROWS_AT_ONCE)]
-    products = torch.zeros(hidden, hidden, dtype=torch.float64, device=table.device)
-    for block in blocks:
-        wide = table[block].double()
-        share = None if token_share is None else token_share[block].to(wide).unsqueeze(1)
-        products += wide.T @ (wide if share is None else wide * share)
-    _, vectors = torch.linalg.eigh(products)  # ascending eigenvalues, (H, H) columns
+    assert 1 <= rank <= min(table.shape), (rank, table.shape)
+    _, vectors = torch.linalg.eigh(_products(table, token_share))  # ascending; (H, H) columns
     basis = vectors.flip(1)[:, :rank].T  # (r, H)
-    largest = basis.gather(1, basis.abs().argmax(dim=1, keepdim=True))
-    basis = basis * largest.sign()
+    basis = basis * _signs(basis)
     dtype = torch.promote_types(table.dtype, torch.float32)
-    A = torch.empty(rows, rank, dtype=dtype, device=table.device)
-    for block in blocks:
-        A[block] = table[block].double() @ basis.T
-    return A, basis.to(dtype)
+    return rows_times(table, basis.T, dtype), basis.to(dtype)
 
 
 def turn_factors(A: Tensor, B: Tensor, token_share: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,12 +72,35 @@ def turn_factors(A: Tensor, B: Tensor, token_share: Tensor) -> tuple[Tensor, Ten
         those of `factorize_table`.
     """
     Q, R = torch.linalg.qr(B.double().T)  # (H, r), (r, r)
-    weighted = A.double() * token_share.to(A.device, torch.double).unsqueeze(1)
-    _, W = torch.linalg.eigh(R @ (A.double().T @ weighted) @ R.T)  # ascending eigenvalues
-    W = W.flip(1)
+    _, vectors = torch.linalg.eigh(R @ _products(A, token_share) @ R.T)  # ascending eigenvalues
+    W = vectors.flip(1)
     C = W.T @ Q.T
-    sign = C.gather(1, C.abs().argmax(dim=1, keepdim=True)).sign()  # (r, 1)
+    sign = _signs(C)
     return (R.T @ W * sign.T).to(A.dtype), (sign * C).to(B.dtype)
+
+
+def rows_times(table: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """(V, X) x (X, Y) -> (V, Y) in a dtype, computed in float64, a block of rows at a time."""
+    product = torch.empty(len(table), matrix.shape[1], dtype=dtype, device=table.device)
+    for block in blocks(len(table), ROWS_AT_ONCE):
+        product[block] = table[block].double() @ matrix.double()
+    return product
+
+
+def _products(table: Tensor, token_share: Tensor | None) -> Tensor:
+    """sum_x p(x) E_x^T E_x of a table (V, X): (X, X) float64; p as in `factorize_table`."""
+    size = table.shape[1]
+    products = torch.zeros(size, size, dtype=torch.float64, device=table.device)
+    for block in blocks(len(table), ROWS_AT_ONCE):
+        wide = table[block].double()
+        share = None if token_share is None else token_share[block].to(wide).unsqueeze(1)
+        products += wide.T @ (wide if share is None else wide * share)
+    return products
+
+
+def _signs(basis: Tensor) -> Tensor:
+    """(r, 1): the sign of each row's largest component."""
+    return basis.gather(1, basis.abs().argmax(dim=1, keepdim=True)).sign()
 
 
 class FactorizedEmbedding(nn.Module):
@@ -109,8 +122,9 @@ class FactorizedEmbedding(nn.Module):
     def forward(self, input_ids: Tensor, rank: int | None = None) -> Tensor:
         """(T,) token ids -> (T, H) vectors A[ids, :rank] B[:rank]; rank None is r."""
         if self.turned is not None and rank is not None and rank < self.rank:
-            turn, basis = self.turned
-            return F.embedding(input_ids, self.A) @ turn[:, :rank] @ basis[:rank]
+            rows = F.embedding(input_ids, self.A)
+            turn, basis = (factor.to(rows.dtype) for factor in self.turned)  # FSDP2: bfloat16
+            return rows @ turn[:, :rank] @ basis[:rank]
         rows = F.embedding(input_ids, self.A)[:, :rank]
         return rows @ self.B[:rank]
 

@@ -21,6 +21,7 @@ from ml_embed.benchmarks.gpu_training import (
     training,
     variants,
 )
+from ml_embed.errors import UserError
 
 MORE_LIBRARIES = ("accelerate", "peft", "datasets", "flash-attn", "triton")
 
@@ -96,6 +97,13 @@ def run_sections(setting: Setting, names: Sequence[str], deadline: float) -> dic
 
 
 def report_benchmark(setting: Setting) -> None:
-    """Check kernels and gradients, measure the training step, and print the JSON line."""
+    """Check kernels and gradients, measure the training step, and print the JSON line.
+
+    Raises:
+        UserError: something failed or is not right; what it says of speed is then worth nothing.
+    """
     found = run_sections(setting, BENCHMARK, deadline=3600)
     common.print_result("gpu", found, device=setting.device.type)
+    wrong = [name for name, own in found.items() if "FAILED" in own or own.get("ok") is False]
+    if wrong:
+        raise UserError(f"not right: {', '.join(wrong)}; see what they printed")

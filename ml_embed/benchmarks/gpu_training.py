@@ -250,7 +250,8 @@ TRAINING_RUNS = (
     ("compiled", 8),
     ("fast", 8),
 )
-"""(version, rows of the batch), most important first; the naive step of 4 rows needs 84 GiB"""
+"""(version, rows of the batch), most important first; the naive step of 4 rows needs 84
+GiB by an estimate"""
 SMALL_RUNS = 2
 """of them in a rehearsal"""
 PROFILED = ("fast_4", "compiled_4")
@@ -262,7 +263,8 @@ def training(setting: Setting) -> dict[str, Any]:
     """Speed and memory of training Qwen3-0.6B's shape: the naive step, ours, ours compiled.
 
     Prints what each version gave as one JSON object. MFU is the share of the data sheet's peak, and
-    of what large square products reach here. A good answer: `ratio` (speed of "fast_3" in
+    of what large square products reach here. A good answer, by estimates:
+    `ratio` (speed of "fast_3" in
     "naive_3") at least 2.5, `memory_share` at most 0.6, `mfu` of "compiled_8" at least .45, and
     `kernel_ms_a_step` of the profiles near `wall_ms_profiled`: the GPU is never idle. Profiles are
     written to the output folder.

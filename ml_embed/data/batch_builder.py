@@ -138,7 +138,7 @@ class BatchBuilder:
                 negatives=torch.from_numpy(texts.negatives[s, :, :k]),
                 excluded_candidates=torch.from_numpy(excluded[s, :, : 1 + k]),
                 negative_weights=torch.from_numpy(weights[s, :, :k]),
-                excluded_passages=self._excluded_passages(dataset, rows[s]),
+                excluded_passages=self._excluded_passages(dataset, plan, rows[s]),
                 query_numbers=torch.from_numpy(dataset.query_numbers[own[s]]),
                 passage_documents=torch.from_numpy(documents[s]),
                 negative_documents=torch.from_numpy(negatives[s, :, :k]),
@@ -256,15 +256,20 @@ class BatchBuilder:
             excluded[..., 1:] |= dataset.are_right(queries[..., None], negatives)
         return excluded
 
-    def _excluded_passages(self, dataset: TokenizedDataset, rows: np.ndarray) -> Tensor | None:
+    def _excluded_passages(
+        self, dataset: TokenizedDataset, plan: DatasetPlan, rows: np.ndarray
+    ) -> Tensor | None:
         """(R, n): other rows' passages that are right answers to a row's query; None without any.
 
-        `rows` are those of the global batch, (n,). Documents are compared, not texts.
+        `rows` are those of the global batch, (n,). Documents are compared, not texts. Only
+        retrieval has a loss that looks at other rows' passages.
         """
+        if plan.task != "retrieval" or not self.mask_false_negatives:
+            return None
         n, share = len(rows), self._share(len(rows))
         documents, queries = dataset.passage_documents[rows], dataset.query_numbers[rows]
         several = dataset.right_answers(queries) > 1
-        if not self.mask_false_negatives or not (several.any() or len(set(documents.tolist())) < n):
+        if not (several.any() or len(set(documents.tolist())) < n):
             return None
         right = documents[share, None] == documents[None, :]
         own = np.flatnonzero(several[share])

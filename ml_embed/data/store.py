@@ -181,7 +181,16 @@ class Store:
         }
 
     def token_share(self, vocabulary: int) -> np.ndarray:
-        """(vocabulary,) float64: the share of each token in the data, add-one smoothed."""
+        """(vocabulary,) float64: the share of each token in the data, add-one smoothed.
+
+        Raises:
+            UserError: the data was made with a larger vocabulary.
+        """
+        if self.max_token_id >= vocabulary:
+            raise UserError(
+                f"the data holds token id {self.max_token_id}, but the model's vocabulary has only "
+                f"{vocabulary}; tokenize the data with the model's tokenizer"
+            )
         counts = np.ones(vocabulary)
         for dataset in self.datasets.values():
             counts[: len(dataset.token_counts)] += dataset.token_counts

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from ml_embed.distributed.collectives import gather_objects, world_size
+from ml_embed.distributed.collectives import compute_on_all_processes, gather_objects, world_size
 from ml_embed.errors import UserError
 from ml_embed.files.digests import value_digest
 
@@ -31,7 +31,7 @@ def check_agreement(facts: Callable[[], Facts]) -> None:
     """
     if world_size() == 1:
         return
-    own = facts()
+    own = compute_on_all_processes(facts)
     if len(set(gather_objects(value_digest(_entries(own))))) == 1:
         return
     raise UserError(

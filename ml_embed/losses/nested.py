@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from ml_embed.files.arrays import blocks
+
 LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
 """Kind of device -> logits, counting those of all exits and dims, that are held at a time: so many
 rows of the batch as fit. About 7 float32 values live per logit, so that is 30 MiB and 1.8 GiB, by
@@ -131,9 +133,19 @@ def _sum_over_rows(
         return loss_of_rows(left, right, slice(None))
     # One exit at a time: of each, more rows fit, so that `right` is gone through less often.
     rows = rows_at_once(len(spec.dims) * count, left.device)
-    parts = zip(left.split(1), right.split(1), strict=True)
-    losses = [_RowwiseLoss.apply(*part, loss_of_rows, rows) for part in parts]
+    losses = [
+        _RowwiseLoss.apply(own, other, loss_of_rows, rows)
+        if torch.is_grad_enabled()
+        else _sum_in_blocks(own, other, loss_of_rows, rows)
+        for own, other in zip(left.split(1), right.split(1), strict=True)
+    ]
     return torch.stack(losses).mean()
+
+
+def _sum_in_blocks(left: Tensor, right: Tensor, loss_of_rows: LossOfRows, rows: int) -> Tensor:
+    """As `_RowwiseLoss`, without gradients: for validation."""
+    some_rows = blocks(left.shape[1], rows)
+    return torch.stack([loss_of_rows(left[:, some], right, some) for some in some_rows]).sum()
 
 
 def _cosines(left: Tensor, right: Tensor, spec: MatryoshkaSpec) -> Tensor:

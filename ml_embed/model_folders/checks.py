@@ -32,8 +32,7 @@ def check_config(folder: Path) -> None:
 
     Raises:
         UserError: adapters, code of its own or the hub's, weights outside the folder, quantized
-            weights, attention to later tokens, another architecture, or texts cut at their
-            beginning.
+            weights, attention to later tokens, or another architecture.
     """
     check_adapter(folder)
     for index in folder.glob("*.safetensors.index.json"):
@@ -42,13 +41,6 @@ def check_config(folder: Path) -> None:
     check_kernels(folder / "config.json", config)
     if problem := _problem(config):
         raise UserError(f"config.json of {folder}: {problem}")
-    tokenizer = _settings(folder / "tokenizer_config.json")
-    if (side := tokenizer.get("truncation_side", "right")) != "right":
-        raise UserError(
-            f"tokenizer_config.json of {folder}: truncation_side {side!r} keeps the end of a long "
-            "text; ml-embed keeps its beginning, so use sentence-transformers for this model, or "
-            'set it to "right"'
-        )
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -93,12 +85,18 @@ def _first(value: Any) -> str:
     return str(value)
 
 
-def check_vocabulary(folder: Path, config: Qwen3Config, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer that gives ids for which the token table has no row.
+def check_tokenizer(folder: Path, config: Qwen3Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that cuts texts at their beginning, or gives ids without a row.
 
     Raises:
-        UserError: says both numbers and the remedy.
+        UserError: says what it found, and the remedy.
     """
+    if (side := tokenizer.truncation_side) != "right":
+        raise UserError(
+            f"the tokenizer of {folder}: truncation_side {side!r} keeps the end of a long text; "
+            "ml-embed keeps its beginning, so use sentence-transformers for this model, or set it "
+            'to "right"'
+        )
     needed = max(tokenizer.get_vocab().values()) + 1
     if needed > config.vocab_size:
         raise UserError(

@@ -95,8 +95,8 @@ def check_inside(path: Path, place: Any) -> None:
     Raises:
         UserError: the place is absolute, goes up, or is no text.
     """
-    parts = PurePosixPath(place).parts if isinstance(place, str) and "\0" not in place else ("/",)
-    if not {"..", "/"}.isdisjoint(parts):
+    named = PurePosixPath(place) if isinstance(place, str) and "\0" not in place else None
+    if named is None or named.is_absolute() or ".." in named.parts:
         raise UserError(
             f"{path} names {place!r}, a place outside the folder, which is not followed; {DAMAGED}"
         )
@@ -142,7 +142,6 @@ def check_foreign(folder: Path) -> None:
         UserError: it would run code that is not sentence-transformers' own or torch's, or read
             something outside the folder.
     """
-    check_adapter(folder)
     listed = read_listing(folder)
     for module in listed:
         if not module.is_known:
@@ -152,6 +151,7 @@ def check_foreign(folder: Path) -> None:
                 f"{', '.join(sorted(KNOWN_MODULES))}"
             )
     for place in {folder, *(folder / module.path for module in listed)}:
+        check_adapter(place)
         for path in sorted(place.glob("*.json")):
             _check_settings(path)
     for module in listed:

@@ -19,13 +19,14 @@ from transformers import AutoConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3
 from ml_embed.errors import UserError, one_line
 from ml_embed.kernels.attention import Kernel
 from ml_embed.model import MatryoshkaEncoder, check_supported
-from ml_embed.model_folders.checks import check_config, check_vocabulary, is_finite
+from ml_embed.model_folders.checks import check_config, check_tokenizer, is_finite
 from ml_embed.model_folders.foreign import MODULES_FILE, check_weight_map
 from ml_embed.model_folders.headers import check_backbone, check_exit_norms, check_factors
 from ml_embed.model_folders.modules import foreign_modules
 from ml_embed.model_folders.record import (
     EXIT_NORMS_FILE,
     FACTORS_FILE,
+    RECORD_FILE,
     ModelRecord,
     nested_file,
 )
@@ -48,6 +49,8 @@ WEIGHT_ERRORS = (OSError, ValueError, TypeError, LookupError, RuntimeError, Safe
 CHECKED_ROWS = 256
 """First rows of a table that are compared with its factors."""
 TABLE = "embed_tokens.weight"
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""Where a backbone's weights are: in one file, or else in those that an index names."""
 UNREAD_TENSORS = ("lm_head.", "score.", "qa_outputs.", "rotary_emb.inv_freq")
 """Parts of names: heads above the decoder, and constants that are computed."""
 
@@ -70,12 +73,13 @@ class ModelFolder:
                 not one that is supported.
         """
         config, tokenizer = load_backbone_config(path), load_tokenizer(path)
-        check_vocabulary(path, config, tokenizer)
+        check_tokenizer(path, config, tokenizer)
         if (path / MODULES_FILE).is_file() and not appends_end_token(tokenizer):
             what = "a tokenizer that does not append one end token and nothing else"
             raise foreign_modules(path, what)
         record = ModelRecord.load(path) or ModelRecord.of_backbone(path, config, tokenizer)
         check_backbone(path, config)
+        _check_sizes(path, record, config)
         if record.ranks:
             check_factors(nested_file(path, FACTORS_FILE), config, record.ranks[-1])
         if record.norm_sharing == "per_layer":
@@ -85,6 +89,16 @@ class ModelFolder:
         if record.ranks and not record.digests:
             _check_beginning(path)
         return cls(path, config, tokenizer, record)
+
+
+def _check_sizes(folder: Path, record: ModelRecord, config: Qwen3Config) -> None:
+    """Raise UserError for a record of a larger model than config.json describes."""
+    dim, layer = max(record.dims), max(record.exits)
+    if dim > config.hidden_size or layer > config.num_hidden_layers:
+        raise UserError(
+            f"{folder / RECORD_FILE} names {dim} components and {layer} layers, config.json "
+            f"{config.hidden_size} and {config.num_hidden_layers}; copy the model folder again"
+        )
 
 
 def load_backbone_config(folder: Path) -> Qwen3Config:
@@ -232,7 +246,7 @@ def _not_finite(path: Path, name: str) -> UserError:
 
 def _stored(folder: Path, name: str) -> tuple[Path, str]:
     """The file of a tensor, and its name there, which may have a prefix."""
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in _weights_files(folder):
         with safe_open(path, "pt") as file:
             for own in file.keys():  # noqa: SIM118
                 if f".{own}".endswith(f".{name}"):
@@ -315,14 +329,22 @@ def _load_layers(folder: Path, config: Qwen3Config, dtype: torch.dtype) -> Qwen3
 
 def _files_of(folder: Path, names: Iterable[str]) -> dict[Path, list[str]]:
     """Each safetensors file, one or shards with an index, with the tensors that it holds."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return {folder / "model.safetensors": list(names)}
+    whole, index = folder / WHOLE, folder / INDEX
+    if whole.is_file() or not index.is_file():
+        return {whole: list(names)}
     places = check_weight_map(index)
     files: dict[Path, list[str]] = {}
     for name in names:
         files.setdefault(folder / places[name], []).append(name)
     return files
+
+
+def _weights_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder that are read, as transformers chooses them."""
+    whole, index = folder / WHOLE, folder / INDEX
+    if whole.is_file() or not index.is_file():
+        return [whole]
+    return [folder / place for place in sorted(set(check_weight_map(index).values()))]
 
 
 def read_factors(

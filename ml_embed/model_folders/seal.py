@@ -73,12 +73,13 @@ def verify_model(name: str | Path) -> None:
 
 def stale(folder: Path, changed: str) -> UserError:
     """The error for weights, `changed`, that are not those that the nested parts belong to."""
-    parts = [f"{NESTED}/"] if (folder / NESTED).is_dir() else _nested_in_format_1(folder)
+    nested = [f"{NESTED}/"] if (folder / NESTED).is_dir() else _nested_in_format_1(folder)
+    parts = " and ".join(filter(None, [", ".join(nested), RECORD_FILE]))
     return UserError(
-        f"{folder}: {changed} changed after the folder was written, so {RECORD_FILE} and the "
-        "nested parts no longer belong to the weights. Copy the model folder again; if another "
-        f"program saved new weights into it, remove {', '.join(parts)} and {RECORD_FILE} to use it "
-        "as a plain folder without cuts"
+        f"{folder}: {changed} changed after the folder was written, so {parts} and the "
+        "weights no longer belong together. Copy the model folder again; if another program saved "
+        f"new weights into it, remove {parts} to use it as a plain folder without "
+        "cuts"
     )
 
 

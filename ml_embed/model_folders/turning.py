@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ml_embed.model import turn_factors
+from ml_embed.model import rows_times, turn_factors
 
 A, B = "embedding.A", "embedding.B"
 """Names of the factors in an encoder's state."""
@@ -18,4 +18,4 @@ def turned_state(state: Mapping[str, Tensor], token_share: Tensor) -> dict[str, 
         token_share: (V,) of each token in the data that the model is for.
     """
     turn, basis = turn_factors(state[A], state[B], token_share)
-    return {**state, A: (state[A].double() @ turn.double()).to(state[A].dtype), B: basis}
+    return {**state, A: rows_times(state[A], turn, state[A].dtype), B: basis}

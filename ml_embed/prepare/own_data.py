@@ -223,6 +223,12 @@ def import_source(
         rows = iter(made.rows)
         first = list(islice(rows, 1))
         if not first:
+            former = record.entries.get(source.name, {}).get("origin")
+            if former == source.origin and target.exists():
+                problem = f"{source.path} has no translation any more, but {target} was made of it"
+                record.replace(source.name, problem)
+                record.write()
+                target.unlink()
             return None
         made.rows = chain(first, rows)
     with atomic_file(target) as partial:

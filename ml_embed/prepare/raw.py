@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ml_embed.config import TASKS, Task
+from ml_embed.data.tasks import task_of
 from ml_embed.errors import UserError
 from ml_embed.files.json_file import parse_json
 from ml_embed.files.parquet import is_text, open_parquet
@@ -204,6 +205,17 @@ def task_in_file(dataset: RawDataset) -> Task | None:
         return None
     said = (_footer(dataset.path).schema.metadata or {}).get(TASK_METADATA, b"").decode()
     return said if said in TASKS else None
+
+
+def task_of_raw(dataset: RawDataset) -> Task:
+    """The task that training takes where the config names none.
+
+    Similarity if all rows have a score, else what the file says, else that of the name.
+    """
+    rows = read_rows(dataset, faults=Faults(str(dataset.path), skip=True))
+    if all(row.score is not None for row in rows):  # ends at the first that has none
+        return "similarity"
+    return task_in_file(dataset) or task_of(dataset.name)
 
 
 def notes_in_file(dataset: RawDataset) -> dict[str, Any]:

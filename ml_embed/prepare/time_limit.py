@@ -32,6 +32,8 @@ def watched(encode: Callable[[list[str]], T], texts: list[str]) -> T:
             raise
         problem = one_line(error)
     text = _culprit(encode, texts)
+    if text is None:  # the machine stood still, not the tokenizer
+        return encode(texts)
     shown = text[:SHOWN_CHARACTERS] + "..." * (len(text) > SHOWN_CHARACTERS)
     raise UserError(
         f"the tokenizer cannot read a text of {len(text):,} characters, {shown!r} ({problem}); "
@@ -44,8 +46,8 @@ def is_panic(error: BaseException) -> bool:
     return type(error).__name__ == "PanicException"
 
 
-def _culprit(encode: Callable[[list[str]], T], texts: Sequence[str]) -> str:
-    """The first text that cannot be read alone; the longest if each can."""
+def _culprit(encode: Callable[[list[str]], T], texts: Sequence[str]) -> str | None:
+    """The first text that cannot be read alone; None if each can."""
     for text in texts:
         try:
             _in_time(partial(encode, [text]), [text])
@@ -53,7 +55,7 @@ def _culprit(encode: Callable[[list[str]], T], texts: Sequence[str]) -> str:
             if isinstance(error, TimeoutError) or is_panic(error):
                 return text
             raise
-    return max(texts, key=len)
+    return None
 
 
 def _in_time(work: Callable[[], T], texts: Sequence[str]) -> T:

@@ -27,7 +27,6 @@ from transformers import PreTrainedTokenizerBase
 from ml_embed.config import DatasetConfig, Task, check_dataset_names, match_settings
 from ml_embed.data.manifest import MANIFEST, DatasetEntry, Manifest
 from ml_embed.data.sources import CORPUS_SUFFIX, QUERY_SUFFIX
-from ml_embed.data.tasks import task_of
 from ml_embed.errors import UserError
 from ml_embed.files.atomic import disk_errors_are_user_errors, partial_path
 from ml_embed.files.digests import digests_of, file_digest, sealed
@@ -46,7 +45,7 @@ from ml_embed.prepare.raw import (
     list_raw_datasets,
     notes_in_file,
     read_row_batches,
-    task_in_file,
+    task_of_raw,
 )
 from ml_embed.prepare.rows import OPTIONAL_NAMES, RowBatch
 from ml_embed.prepare.token_files import (
@@ -208,7 +207,7 @@ def tokenize_folder(options: TokenizeOptions, progress: bool = True) -> Manifest
     with _exclusive(options.output):
         record = _open_record(tokenizer, options)
         _check_former(record, jobs, options.output)
-        todo = [job for job in jobs.values() if not _is_complete(job, record, options.output)]
+        todo = _unfinished(jobs, record, options.output)
         if len(todo) < len(jobs):
             notice(f"{len(jobs) - len(todo)} of {len(jobs)} datasets are complete already")
         remedy = "Then run the same command again: it continues."
@@ -239,7 +238,7 @@ def _make_jobs(options: TokenizeOptions) -> dict[str, _Job]:
         settings, notes = match_settings(dataset.name, options.datasets), notes_in_file(dataset)
         if settings.prompt is None and "prompt" in notes:
             settings = replace(settings, prompt=notes["prompt"])
-        task = settings.task or task_in_file(dataset) or task_of(dataset.name)
+        task = settings.task or task_of_raw(dataset)
         jobs[dataset.name] = _Job(dataset, Prompts.of_settings(settings), task, notes)
     return jobs
 
@@ -299,13 +298,20 @@ def _check_former(record: WorkRecord, jobs: Mapping[str, _Job], folder: Path) ->
         record.refuse_others(name, token_paths(folder, name).values())
 
 
-def _is_complete(job: _Job, record: WorkRecord, folder: Path) -> bool:
-    """Whether a dataset is recorded and its files are those that were recorded."""
-    entry, paths = record.entries.get(job.raw.name), token_paths(folder, job.raw.name)
-    if entry is None or not all(path.is_file() for path in paths.values()):
-        return False
-    found, recorded = digests_of(paths.values(), [folder]), entry.get("digests") or {}
-    return all(recorded.get(kind) == found[path] for kind, path in paths.items())
+def _unfinished(jobs: Mapping[str, _Job], record: WorkRecord, folder: Path) -> list[_Job]:
+    """The datasets that are not recorded, or whose files are not those that were recorded."""
+    paths = {name: token_paths(folder, name) for name in jobs if name in record.entries}
+    files = [path for own in paths.values() for path in own.values() if path.is_file()]
+    found = digests_of(files, [folder])
+
+    def is_complete(name: str) -> bool:
+        recorded = record.entries[name].get("digests") or {}
+        return all(
+            path in found and found[path] == recorded.get(kind)
+            for kind, path in paths[name].items()
+        )
+
+    return [job for name, job in jobs.items() if name not in paths or not is_complete(name)]
 
 
 def token_paths(folder: Path, name: str) -> dict[str, Path]:

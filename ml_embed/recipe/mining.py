@@ -23,7 +23,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ml_embed.config import Task
-from ml_embed.data.tasks import task_of
 from ml_embed.errors import UserError
 from ml_embed.files.arrays import RowFile
 from ml_embed.files.atomic import atomic_file, disk_errors_are_user_errors, write_json
@@ -44,6 +43,7 @@ from ml_embed.prepare.raw import (
     read_rows,
     say_passed_over,
     task_in_file,
+    task_of_raw,
 )
 from ml_embed.prepare.raw_parquet import write_raw
 from ml_embed.prepare.rows import RawRow
@@ -254,8 +254,8 @@ def _mine_dataset(
         and file_digest(target) == done.get("digest")
     )
     if not as_recorded:
-        task, searched = task_in_file(dataset), dict[str, Any]()
-        if (kind := task or task_of(name)) in NOT_MINED:
+        kind, task, searched = task_of_raw(dataset), task_in_file(dataset), dict[str, Any]()
+        if kind in NOT_MINED:
             task, rows = kind, read_rows(dataset)
         else:
             mining = _Mining(model, options, work, progress)

@@ -220,9 +220,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _compare_with_states(path: Path, content: bytes) -> None:
     """Warn where the metrics are not as they were when the newest resume state was saved."""
     for step, folder in numbered_folders(path.parent / "resume")[-1:]:
-        state = _read_json(folder / "state.json")
         try:
+            state = _read_json(folder / "state.json")
             as_saved = bytes_digest(content[: state["metrics_bytes"]]) == state["metrics_digest"]
+        except UserError as error:
+            warn(f"{error}; the page is made without it")
+            continue
         except (TypeError, KeyError):  # of another version
             continue
         if not as_saved:

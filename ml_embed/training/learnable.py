@@ -34,7 +34,7 @@ def check_losses(
         warn(f"no batch of these datasets has a loss:\n{listing}\n{remedy}")
 
 
-def check_held_out(config: TrainConfig, plans: tuple[DatasetPlan, ...]) -> None:
+def check_held_out(config: TrainConfig, plans: tuple[DatasetPlan, ...], store: Store) -> None:
     """Say which datasets have nothing to validate, and how many held-out rows are left out."""
     if dropped := sum(plan.dropped_rows for plan in plans):
         kept = sum(plan.valid_rows for plan in plans)
@@ -42,7 +42,11 @@ def check_held_out(config: TrainConfig, plans: tuple[DatasetPlan, ...]) -> None:
             f"{dropped} held-out rows are not used, because their queries are trained on; "
             f"{kept} are validated"
         )
-    absent = [plan.name for plan in plans if plan.valid_rows == 0 and _asked_for(config, plan)]
+    absent = [
+        plan.name
+        for plan in plans
+        if plan.valid_rows == 0 and _asked_for(config, store.datasets[plan.name].num_rows)
+    ]
     if absent:
         warn(
             f"validation has no rows of {', '.join(absent)}: all of their documents have many "
@@ -50,9 +54,8 @@ def check_held_out(config: TrainConfig, plans: tuple[DatasetPlan, ...]) -> None:
         )
 
 
-def _asked_for(config: TrainConfig, plan: DatasetPlan) -> bool:
-    """Whether at least one row was to be held out."""
-    rows = plan.train_rows + plan.dropped_rows
+def _asked_for(config: TrainConfig, rows: int) -> bool:
+    """Whether at least one of so many rows was to be held out."""
     return rows > 1 and int(rows * config.held_out_fraction + 0.5) > 0
 
 

@@ -113,13 +113,18 @@ def resolve(
     epoch_steps = make_schedule(plans, store, global_batch, config).steps_per_epoch
     parameters = _count_parameters(config, backbone, len(sizes.exits))
     check_losses(config, plans, store, global_batch)
-    check_held_out(config, plans)
+    check_held_out(config, plans, store)
     for plan in valid_plans:
         assert valid_store is not None
         check_scores(plan, valid_store.datasets[plan.name])
     epoch_tokens = sum(_tokens_per_epoch(plan, store.datasets[plan.name], config) for plan in plans)
     tokens = epoch_tokens / epoch_steps
     steps = config.train_steps if config.train_steps > 0 else config.train_epochs * epoch_steps
+    if config.mel_sampling == "full" and config.mel_refactor == "never":
+        warn(
+            "mel_sampling: with 'full' no smaller rank than r is trained, and mel_refactor 'never' "
+            "leaves them to the start's order; set mel_refactor to 'save'"
+        )
     if config.warmup_steps >= steps:
         warn(
             f"warmup_steps: the warm-up of {config.warmup_steps} steps is not over when the run of "

@@ -13,7 +13,7 @@ from ml_embed.data.loader import Loader
 def show_batches(loader: Loader, tokenizer: PreTrainedTokenizerBase, count: int) -> Iterator[str]:
     """The first `count` global batches, whatever the number of processes, each as one text."""
     whole = replace(loader, builder=replace(loader.builder, process=0, processes=1))
-    for step, batch in enumerate(whole.build(range(count)), start=1):
+    for step, batch in enumerate(whole.training_batches(range(count)), start=1):
         yield "\n".join(_lines(step, batch, tokenizer))
 
 

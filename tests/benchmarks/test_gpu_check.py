@@ -20,6 +20,7 @@ from ml_embed.benchmarks.gpu_common import (
     share_of_data_sheet,
 )
 from ml_embed.benchmarks.training_setup import fast_contender
+from ml_embed.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -68,6 +69,13 @@ def test_a_section_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, ca
     assert results(tmp_path) == expected
     gpu_check.run_sections(Setting(CPU, True, tmp_path), ["whole"], deadline=-1)
     assert "SKIPPED whole: deadline" in capsys.readouterr().out
+
+
+def test_a_benchmark_of_wrong_results_fails(tmp_path, monkeypatch):
+    for found in ({"ok": False}, {"FAILED": "no"}):
+        monkeypatch.setattr(gpu_check, "SECTIONS", {"kernels": lambda setting, f=found: f})
+        with pytest.raises(UserError, match="not right: kernels"):
+            gpu_check.report_benchmark(Setting(CPU, True, tmp_path))
 
 
 def test_a_step_is_measured(tmp_path):

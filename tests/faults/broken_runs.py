@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import safetensors.torch
-from helpers.tiny_runs import TIMEOUT, Inputs, Launch, metrics
+from helpers.tiny_runs import TIMEOUT, Inputs, Launch, final_bytes, metrics
 from safetensors import SafetensorError
 from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -112,12 +112,7 @@ class BrokenRuns:
         """The bytes of the last state and the last model's weights, the metrics but for the clock,
         and all files."""
         run_dir = self.inputs.run_dir(name)
-        last = [run_dir / "resume" / f"step_{STEPS}", run_dir / f"step_{STEPS}"]
-        files = {
-            f"{path.parent.name}/{path.name}": path.read_bytes()
-            for f in last
-            for path in f.rglob("*.safetensors")
-        }
+        files = final_bytes(run_dir, STEPS)
         # A run that was told to stop also keeps the step it stopped after, in the place of an older
         # one.
         names = [

@@ -151,6 +151,8 @@ def test_blocks_of_rows_give_the_loss_and_gradients_of_all(generator, monkeypatc
     monkeypatch.setattr(losses, "LOGITS_AT_ONCE", {"cpu": logits_at_once})
     blocks = in_batch_loss(*arguments, make_spec(True))
     torch.testing.assert_close(blocks, whole, rtol=1e-6, atol=1e-6)
+    with torch.no_grad():  # as in validation
+        torch.testing.assert_close(in_batch_loss(*arguments, make_spec(True)), whole.detach())
     assert_same_gradients(blocks, whole, (query, passage))
 
 

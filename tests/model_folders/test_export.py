@@ -5,6 +5,8 @@ import stat
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers.in_process import train
@@ -60,6 +62,17 @@ def test_data_of_another_tokenizer_turns_nothing(checkpoint, world, tmp_path):
     with pytest.raises(UserError, match="made with another tokenizer"):
         export_model(checkpoint, tmp_path / "cut", frequencies=world.tokenized)
     assert not (tmp_path / "cut").exists()
+
+
+def test_data_with_more_tokens_turns_nothing(checkpoint, tmp_path):
+    """In the released layout, which does not say which tokenizer it was made with."""
+    (tmp_path / "data").mkdir()
+    corpus = pa.table({"doc_id": ["a"], "input_ids": [[5, 9999, 2]]})
+    query = pa.table({"query_input_ids": [[5, 2]], "passage_input_ids": ["a"]})
+    pq.write_table(corpus, tmp_path / "data/corpus.parquet")
+    pq.write_table(query, tmp_path / "data/x_query.parquet")
+    with pytest.raises(UserError, match="holds token id 9999, but the model's vocabulary"):
+        export_model(checkpoint, tmp_path / "cut", frequencies=tmp_path / "data")
 
 
 @pytest.fixture(scope="module", params=["shared", "per_layer"])

@@ -113,6 +113,17 @@ def absolute(folder: Path) -> None:
     modules(folder, (f"{OURS}.Pooling", str(place), None))
 
 
+def absolute_by_two_slashes(folder: Path) -> None:
+    place = shutil.copytree(folder / "1_Pooling", folder.parent / "1_Pooling")
+    modules(folder, (f"{OURS}.Pooling", f"/{place}", None))
+
+
+def adapter_of_a_module(folder: Path) -> None:
+    modules(folder, (f"{OURS}.Pooling", "1_Pooling", MEAN))
+    adapter = {"base_model_name_or_path": str(folder.parent), "peft_type": "LORA"}
+    (folder / "1_Pooling" / "adapter_config.json").write_text(json.dumps(adapter))
+
+
 def kernel_of_the_hub(folder: Path) -> None:
     change(folder / "config.json", _attn_implementation="someone/attention")
 
@@ -175,6 +186,8 @@ TRAPS = [
     words,
     outside,
     absolute,
+    absolute_by_two_slashes,
+    adapter_of_a_module,
     kernel_of_the_hub,
     kernel_of_the_hub_in_arguments,
     arguments_of_another_module,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny_models import make_tokenizer, reseal, write_model
+from helpers.tiny_models import reseal
 from safetensors.torch import load_file, save_file
 
 from ml_embed import Embedder
@@ -15,16 +15,6 @@ from ml_embed.files.digests import SEAL
 from ml_embed.inference.text_models import load_text_model
 
 FACTORS, NORMS = "nested/embedding_factors.safetensors", "nested/exit_norms.safetensors"
-
-
-@pytest.fixture(scope="module")
-def nested(tmp_path_factory) -> Path:
-    return write_model(tmp_path_factory.mktemp("headers") / "model", make_tokenizer(), "per_layer")
-
-
-@pytest.fixture
-def folder(nested, tmp_path) -> Path:
-    return shutil.copytree(nested, tmp_path / "model")
 
 
 def refused(folder: Path, message: str) -> None:

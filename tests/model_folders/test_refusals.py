@@ -15,7 +15,6 @@ from helpers.tiny_models import (
     make_tokenizer,
     random_backbone,
     reseal,
-    write_model,
 )
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -25,7 +24,8 @@ from ml_embed.errors import UserError
 from ml_embed.evaluation.cube import CubeModel, evaluate_cube
 from ml_embed.inference.text_models import OwnModel, SentenceTransformersModel, load_text_model
 from ml_embed.model_folders.export import export_model
-from ml_embed.model_folders.seal import verify_model
+from ml_embed.model_folders.read import load_backbone_config, map_table
+from ml_embed.model_folders.seal import stale, verify_model
 from ml_embed.prepare.tokenizer import append_eos_template
 
 LASTTOKEN = {"pooling_mode_lasttoken": True}
@@ -37,17 +37,6 @@ KINDS = {
     "LayerNorm": "sentence_transformers.models.LayerNorm",
     "Own": "modeling_own.OwnPooling",
 }
-
-
-@pytest.fixture(scope="module")
-def nested(tmp_path_factory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model") / "nested", make_tokenizer(), "per_layer")
-
-
-@pytest.fixture
-def folder(nested, tmp_path) -> Path:
-    """A trained model folder that may be changed."""
-    return shutil.copytree(nested, tmp_path / "model")
 
 
 @pytest.fixture
@@ -198,6 +187,12 @@ def test_other_similarities(backbone, kinds):
 def test_texts_cut_at_their_beginning(folder, world, tmp_path, capsys):
     change(folder / "tokenizer_config.json", truncation_side="left")
     refused(folder, "truncation_side 'left' keeps the end of a long text")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["truncation_side"]  # then that of tokenizer.json counts
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    cut = {"direction": "Left", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
+    change(folder / "tokenizer.json", truncation=cut)
+    refused(folder, "truncation_side 'left' keeps the end of a long text")
     model = shutil.copytree(world.backbone, tmp_path / "start")
     change(model / "tokenizer_config.json", truncation_side="left")
     assert train(world, tmp_path, model_path=str(model))[0] == 2
@@ -311,6 +306,33 @@ def test_weights_that_another_program_saved_over(folder):
     (folder / "ml_embed.json").unlink()
     found = Embedder.from_pretrained(folder, device="cpu").encode(SPOKEN)
     np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+def test_a_record_of_a_larger_model(folder):
+    record = json.loads((folder / "ml_embed.json").read_text())
+    del record["digest"]
+    for sizes in ({"dims": [256, 8]}, {"exits": [1, 99]}):
+        (folder / "ml_embed.json").write_text(json.dumps(record | sizes))
+        refused(
+            folder, r"ml_embed\.json names (256|64) components and (3|99) layers, config\.json 64"
+        )
+
+
+def test_weights_of_an_older_file_beside_the_newer(backbone):
+    """One file counts, as in transformers, and shards left beside it do not."""
+    config = load_backbone_config(backbone)
+    table = map_table(backbone, config)
+    older = {"embed_tokens.weight": torch.zeros_like(table)}
+    save_file(older, backbone / "model-00001-of-00002.safetensors", {"format": "pt"})
+    assert torch.equal(map_table(backbone, config), table)
+    assert table.any()
+
+
+def test_the_remedy_for_a_folder_without_nested_parts(backbone, tmp_path):
+    """A whole table and one norm: there is only the record to remove."""
+    assert "changed after the folder was written, so ml_embed.json and the" in str(
+        stale(backbone, "model.safetensors")
+    )
 
 
 def test_changed_settings_are_a_warning(folder, caplog):

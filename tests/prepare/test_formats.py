@@ -384,6 +384,13 @@ def test_catalogues_of_many_languages(bring, tmp_path):
     assert pairs(rows["all.en-da"]) == [("Open", "Åbn", [])]
     assert "left out, repeated" not in said
     assert "1 language pairs without a translation: all.en-fo" in said
+    (folder / "da.po").write_text(header + '""\n')
+    code, said, _ = bring(folder)
+    assert code == 2, "what was made of it before would be trained on"
+    assert "all.en-da.parquet was made of it" in said
+    code, said, rows = bring(folder, "--overwrite")
+    assert code == 0, said
+    assert rows.keys() == {"all.en-sw"}
     shutil.rmtree(tmp_path / "tokens")
     code, said, _ = bring(folder / "fo.po")
     assert code == 2

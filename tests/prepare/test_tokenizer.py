@@ -4,6 +4,7 @@ import copy
 import os
 import random
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -309,3 +310,16 @@ def test_a_pattern_that_finds_no_end_is_named(monkeypatch):
     with pytest.raises(UserError, match=r"7 characters, 'endless' \(its pattern finds no end"):
         time_limit.watched(encode, ["short", "endless", "another"])
     ended.set()
+
+
+def test_a_machine_that_stood_still_is_no_fault_of_a_text(monkeypatch):
+    monkeypatch.setattr(time_limit, "SECONDS", 0.5)
+    calls = []
+
+    def encode(texts: list[str]) -> list[str]:
+        calls.append(texts)
+        time.sleep(1.0 if len(calls) == 1 else 0)
+        return texts
+
+    assert time_limit.watched(encode, ["one", "two"]) == ["one", "two"]
+    assert len(calls) == 4, "together, each alone, together again"

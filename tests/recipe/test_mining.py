@@ -457,6 +457,20 @@ def test_labels_are_not_mined(tmp_path):
         assert (pq.read_table(file).to_pylist() == rows) == (task == "classification")
 
 
+def test_pairs_with_scores_are_not_mined(tmp_path):
+    """Training takes them as similarity, which has no negatives."""
+    (tmp_path / "in").mkdir()
+    rows = [
+        {"query": f"text {i}", "passage": f"text {i + 1}", "negatives": [], "score": i / 4}
+        for i in range(5)
+    ]
+    (tmp_path / "in/graded.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rule = Filter(top=9, skip=0, keep_if_in_top=1)
+    mine_folder(WordModel(), tmp_path / "in", tmp_path / "out", rule, progress=False)
+    mined = pq.read_table(tmp_path / "out/graded.parquet").to_pylist()
+    assert [{name: row[name] for name in rows[0]} for row in mined] == rows
+
+
 def test_what_else_a_row_holds_is_kept(tmp_path):
     """All but the scores of the old negatives; no passage of the same query is a negative."""
     rows = [

@@ -208,6 +208,10 @@ def test_a_damaged_line_is_named_and_the_others_are_shown(tmp_path, capsys):
         assert "metrics.jsonl, line 2 is damaged and left out" in capsys.readouterr().err
         shown = (tmp_path / "report.html").read_text().replace(tmp_path.name, "whole")
         assert shown == _report(whole).read_text()
+    (tmp_path / "resume/step_3").mkdir(parents=True)
+    (tmp_path / "resume/step_3/state.json").write_text('{"metrics_bytes":')
+    assert main([str(tmp_path)]) == 0, "a torn state is no reason to show nothing"
+    assert "state.json cannot be read" in capsys.readouterr().err
 
 
 def test_damaged_evaluations_are_named(run_dir, tmp_path, capsys):

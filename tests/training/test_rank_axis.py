@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from ml_embed import Embedder
 from ml_embed.data.store import open_store
-from ml_embed.model import factorize_table
+from ml_embed.model import FactorizedEmbedding, factorize_table, turn_factors
 
 SETTINGS = {"valid_fraction": 0.5, "num_hard_neg": 9, "num_hard_neg_clustering": 9}
 
@@ -91,7 +91,15 @@ def test_turned_factors_stand_in_the_folder_alone(world, tmp_path):
     assert any(plain[-1][key] != turned[-1][key] for key in plain[-1] if "rank_16" in key)
 
 
-def test_a_whole_rank_in_every_step(world, tmp_path):
+def test_turned_factors_in_half_precision():
+    """As FSDP2 hands them out, and what they are turned by in float32."""
+    A, B = torch.randn(20, 8), torch.randn(8, 16)
+    embedding = FactorizedEmbedding(A, B).bfloat16()
+    embedding.turned = turn_factors(A, B, torch.full((20,), 0.05))
+    assert embedding(torch.arange(5), 4).dtype == torch.bfloat16
+
+
+def test_a_whole_rank_in_every_step(world, tmp_path, capsys):
     """It is the run with r alone, but for the ranks that its folder names."""
     states = {}
     for name, ranks in {
@@ -101,6 +109,7 @@ def test_a_whole_rank_in_every_step(world, tmp_path):
         code, _ = train(world, tmp_path, name, **ranks)
         assert code == 0
         states[name] = state_of(tmp_path / name, 4)
+    assert "set mel_refactor to 'save'" in capsys.readouterr().err
     for name, tensor in states["full"].items():
         assert torch.equal(tensor, states["alone"][name]), name
     model = Embedder.from_pretrained(tmp_path / "full/step_4", rank=16, device="cpu")
