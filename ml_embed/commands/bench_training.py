@@ -8,12 +8,8 @@ tokens. With --gradcache it measures memory as the batch grows.
 """
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
-
-# works from a clone that is not installed, too
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ml_embed.errors import exit_on_user_error
 from ml_embed.notices import parse_command
@@ -58,7 +54,3 @@ def main(arguments: list[str] | None = None) -> None:
             report_gradcache(Path(folder), args.gradcache or [8, 64, 512, 4096])
         else:
             report_training(Path(folder), args.repeats, args.compile, args.tokenizer)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

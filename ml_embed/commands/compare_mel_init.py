@@ -1,4 +1,4 @@
-"""Compare the two ways to start the token factors (`mel_init`) on a pretrained model, rank by rank.
+"""Compare the two starts of the token factors (`mel_init`) on a pretrained model, rank by rank.
 
 Prints, per rank, how much of the token table is lost, the cosine to the uncut model's vectors and
 the recall@1 between languages: on articles of the embedded corpus whose tokens were not counted.
@@ -6,11 +6,6 @@ the recall@1 between languages: on articles of the embedded corpus whose tokens 
 
 import argparse
 import json
-import sys
-from pathlib import Path
-
-# works from a clone that is not installed, too
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ml_embed.errors import exit_on_user_error
 from ml_embed.files.paths import home_path
@@ -52,7 +47,3 @@ def main(arguments: list[str] | None = None) -> None:
     rows = compare_starts(folder, args.rank, bars_wanted())
     print(f"without training, {folder}:\n\n{markdown_table(rows)}\n")
     print(json.dumps({"model": str(folder), "untrained": to_json(rows)}))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

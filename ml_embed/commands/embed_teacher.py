@@ -8,11 +8,6 @@ new in the data, and makes those anew whose texts have changed.
 
 import argparse
 import json
-import sys
-from pathlib import Path
-
-# Works from a clone that is not installed, too.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ml_embed.errors import exit_on_user_error
 from ml_embed.files.digests import add_verify_flag
@@ -118,7 +113,3 @@ def main(arguments: list[str] | None = None) -> None:
     model = load_text_model(args.model, args.device, args.batch_size)
     record = embed_teacher(model, options, progress=bars_wanted())
     print(json.dumps({"output": str(args.output), **record}, ensure_ascii=False))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Evaluate a model at every rank, depth and vector length; compare it with chance and a baseline.
+"""Evaluate a model at every rank, depth and vector length, beside chance and a baseline.
 
 Writes evaluation.json (every number) and evaluation.png (a heat map; needs matplotlib) and prints
 tables.
@@ -11,11 +11,6 @@ negatives of the file are the corpus.
 
 import argparse
 import json
-import sys
-from pathlib import Path
-
-# Works from a clone that is not installed, too.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ml_embed.errors import UserError, exit_on_user_error
 from ml_embed.files.digests import add_verify_flag
@@ -114,7 +109,3 @@ def evaluate(args: argparse.Namespace) -> None:
         print(f"picture:     {args.output / PICTURE_FILE}")
     except (OSError, UserError) as error:
         print(f"no picture:  {error}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,11 +6,6 @@ pip install 'ml-embed[mteb]'.
 """
 
 import argparse
-import sys
-from pathlib import Path
-
-# Works from a clone that is not installed, too.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ml_embed.errors import UserError, exit_on_user_error
 from ml_embed.files.digests import add_verify_flag
@@ -97,7 +92,3 @@ def evaluate(args: argparse.Namespace) -> None:
         )
     print(summary_table(summary))
     print(f"\nall numbers: {args.output / SUMMARY_FILE}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

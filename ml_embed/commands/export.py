@@ -6,11 +6,6 @@ one it came from.
 
 import argparse
 import json
-import sys
-from pathlib import Path
-
-# Works from a clone that is not installed, too.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ml_embed.errors import exit_on_user_error
 from ml_embed.files.digests import add_verify_flag
@@ -78,7 +73,3 @@ def main(arguments: list[str] | None = None) -> None:
     )
     weights = sum(file.stat().st_size for file in args.output.glob("*.safetensors"))
     print(json.dumps({"output": str(args.output), **vars(cut), "bytes_of_weights": weights}))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

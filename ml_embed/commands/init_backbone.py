@@ -1,11 +1,7 @@
 """Make a Qwen3 backbone folder: random weights of a preset size, a tokenizer copied or trained."""
 
 import argparse
-import sys
-from pathlib import Path
-
-# Works from a clone that is not installed, too.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from typing import TYPE_CHECKING
 
 from ml_embed.errors import exit_on_user_error
 from ml_embed.files.model_source import find_tokenizer_folder
@@ -13,6 +9,9 @@ from ml_embed.files.paths import check_model_output, home_path
 from ml_embed.model_folders.backbone import DTYPES, PRESETS, init_backbone
 from ml_embed.notices import parse_command
 from ml_embed.prepare.tokenizer_training import DEFAULT_VOCAB_SIZE, read_texts, train_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -68,6 +67,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     check_model_output(args.output, args.overwrite)
+    tokenizer: PreTrainedTokenizerBase
     if args.train_tokenizer:
         size = DEFAULT_VOCAB_SIZE if args.vocab_size is None else args.vocab_size
         tokenizer = train_tokenizer(read_texts(args.train_tokenizer), size)
@@ -82,7 +82,3 @@ def main(arguments: list[str] | None = None) -> None:
         args.preset, tokenizer, args.output, args.seed, args.dtype, rows, args.overwrite
     )
     print(f"wrote {folder}: {args.preset}, {len(tokenizer)} tokens, {args.dtype}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,11 +6,7 @@ each evaluation split.
 
 import argparse
 import json
-import sys
 from pathlib import Path
-
-# works from a clone that is not installed, too
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ml_embed.errors import exit_on_user_error
 from ml_embed.files.paths import check_writable, home_path
@@ -99,7 +95,3 @@ def summary(plan: Plan, eval_dir: Path) -> dict[str, object]:
             for name, task in TASKS.items()
         },
     }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

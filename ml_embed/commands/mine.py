@@ -13,12 +13,7 @@ start again with a higher --nprobe: the vectors of an unfinished dataset are kep
 
 import argparse
 import json
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-# Works from a clone that is not installed, too.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ml_embed.errors import UserError, exit_on_user_error
 from ml_embed.files.digests import add_verify_flag
@@ -156,7 +151,3 @@ def main(arguments: list[str] | None = None) -> None:
     )
     summary = mine_folder(model, options, progress=bars_wanted())
     print(json.dumps({"output": str(args.output), **summary}, ensure_ascii=False))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

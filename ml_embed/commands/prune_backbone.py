@@ -6,11 +6,6 @@ be trained: `run.py` takes it as model_path and transformers loads it.
 
 import argparse
 import json
-import sys
-from pathlib import Path
-
-# Works from a clone that is not installed, too.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ml_embed.errors import UserError, exit_on_user_error
 from ml_embed.files.paths import home_path
@@ -77,15 +72,17 @@ def main(arguments: list[str] | None = None) -> None:
     from ml_embed.recipe.pruning import calibration_texts, prune_backbone
 
     texts = calibration_texts(args.texts, args.max_texts)
-    options = {
-        "max_seq_length": args.max_seq_length,
-        "device": args.device,
-        "overwrite": args.overwrite,
-        "progress": bars_wanted(),
-    }
-    result = prune_backbone(args.model, args.output, *sizes, texts, **options)
+    layers, hidden, intermediate = sizes
+    result = prune_backbone(
+        args.model,
+        args.output,
+        layers,
+        hidden,
+        intermediate,
+        texts,
+        max_seq_length=args.max_seq_length,
+        device=args.device,
+        overwrite=args.overwrite,
+        progress=bars_wanted(),
+    )
     print(json.dumps({"output": str(args.output), **result}))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,11 +1,6 @@
 """Write a run's report: one HTML page of loss curves, throughput and the cuts to choose from."""
 
 import argparse
-import sys
-from pathlib import Path
-
-# Works from a clone that is not installed, too.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ml_embed.errors import exit_on_user_error
 from ml_embed.files.paths import home_path
@@ -45,7 +40,3 @@ def main(arguments: list[str] | None = None) -> None:
     output = args.output or args.run / "report.html"
     write_report(args.run, output, args.evaluation, args.metric)
     print(f"wrote {output}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

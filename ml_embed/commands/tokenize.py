@@ -1,7 +1,6 @@
 """Turn raw contrastive data, or anybody's pairs and labelled texts, into token ids for training."""
 
 import argparse
-import sys
 
 from ml_embed.errors import exit_on_user_error
 from ml_embed.files.paths import home_path
@@ -138,7 +137,3 @@ def main(arguments: list[str] | None = None) -> int:
         f"documents, {tokens:,} tokens"
     )
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

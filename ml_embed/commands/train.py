@@ -1,9 +1,8 @@
-"""Train a nested embedding model: `accelerate launch run.py --config configs/config.json`."""
+"""Train a nested embedding model, on one process or on those of `accelerate launch`."""
 
 import argparse
 import contextlib
 import json
-import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -139,7 +138,3 @@ def failures_from_outside() -> Iterator[None]:
             "another process of this run has ended or does not answer; its own output says why. "
             "Then start again with --resume auto"
         ) from None
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -17,7 +17,7 @@ from ml_embed.files.paths import check_model_output, home_path
 from ml_embed.prepare.tokenizer_training import MAX_POSITIONS
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast, Qwen3Config
+    from transformers import PreTrainedTokenizerBase, Qwen3Config
 
 DTYPES = ("float32", "bfloat16")
 VOCAB_MULTIPLE = 64  # rows of the token table: a number that matrix kernels are fast at
@@ -73,7 +73,7 @@ def backbone_config(
 
 def init_backbone(
     preset: str,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     output: str | Path,
     seed: int = 0,
     dtype: str = "float32",
@@ -124,7 +124,7 @@ def init_backbone(
     return output
 
 
-def table_rows(tokenizer: PreTrainedTokenizerFast, vocab_size: int | None = None) -> int:
+def table_rows(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> int:
     """Rows of the token table: for every id and for `vocab_size`, rounded up to a multiple of 64.
 
     Raises:

@@ -8,8 +8,8 @@ import pytest
 from helpers import ROOT
 from helpers.scripts import load_script
 
-import tokenize_data_qwen
 from ml_embed import Embedder
+from ml_embed.commands import tokenize
 from ml_embed.errors import UserError, one_line
 from ml_embed.files.model_source import find_model_folder
 from ml_embed.files.paths import (
@@ -33,12 +33,12 @@ def test_home_is_expanded_and_nothing_else_is_changed(monkeypatch):
 
 def test_home_in_flags_that_a_shell_does_not_expand(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ada")
-    options = tokenize_data_qwen.parse_arguments(
+    options = tokenize.parse_arguments(
         ["--tokenizer=x", "--input=x", "--output=~/out", "--config=~/c.json"]
     )
     assert (options.output, options.config) == (Path("/home/ada/out"), Path("/home/ada/c.json"))
-    for script in (ROOT / "scripts").glob("[!b]*.py"):
-        assert "type=Path" not in script.read_text(encoding="utf-8"), script
+    for command in (ROOT / "ml_embed" / "commands").glob("[!b]*.py"):
+        assert "type=Path" not in command.read_text(encoding="utf-8"), command
 
 
 def test_hub_names_are_told_from_paths(tmp_path, monkeypatch):

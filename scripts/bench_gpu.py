@@ -1,0 +1,12 @@
+"""Check and measure the training step on one CUDA GPU, against a naive step in the same run."""
+
+import sys
+from pathlib import Path
+
+# works from a clone that is not installed, too
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ml_embed.commands.bench_gpu import main
+
+if __name__ == "__main__":
+    sys.exit(main())

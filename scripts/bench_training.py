@@ -1,0 +1,12 @@
+"""Measure the training step on the CPU, against a naive one with the same weights and batch."""
+
+import sys
+from pathlib import Path
+
+# works from a clone that is not installed, too
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ml_embed.commands.bench_training import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,12 @@
+"""Make raw training data and evaluation sets of the embedded corpus."""
+
+import sys
+from pathlib import Path
+
+# works from a clone that is not installed, too
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ml_embed.commands.make_sample_datasets import main
+
+if __name__ == "__main__":
+    sys.exit(main())
