@@ -1,6 +1,6 @@
 """Break, damage and mistake everything in every way at hand, and see what comes of it.
 
-    python tests/faults/storm.py --minutes 60 --kinds kill,fault,fuzz [--seed 0] [--runs N]
+    python tests/faults/storm.py --minutes 60 --jobs 2 --kinds kill,fault,fuzz [--seed 0] [--runs N]
 
 A kind is a file beside this one with `try_one(seed, folder) -> dict`. The folder is empty and is
 removed afterwards; what the cases of a kind share lies in its parent. A case says its `kind`,
@@ -22,6 +22,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]  # as a script
@@ -29,6 +30,8 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])] 
 KINDS = ("kill", "fault", "flip", "fuzz", "disagree")
 OUTCOMES = ("equal", "error", "traceback", "silent", "lost", "hang")
 GOOD = ("equal", "error")
+SEEDS = 1_000_000
+"""Between the first seeds of two jobs."""
 
 
 def try_one(kind: str, seed: int, folder: Path) -> dict:
@@ -41,6 +44,18 @@ def try_one(kind: str, seed: int, folder: Path) -> dict:
         case = {"kind": kind, "what": "", "outcome": "traceback", "detail": traceback.format_exc()}
     shutil.rmtree(own, ignore_errors=True)
     return {**case, "seed": seed}
+
+
+def storm_in_processes(
+    jobs: int, kinds: list[str], seed: int, minutes: float, runs: int, folder: Path
+) -> list[dict]:
+    """Cases of `jobs` storms side by side, each with seeds and a folder of its own."""
+    with ProcessPoolExecutor(jobs) as pool:
+        storms = [
+            pool.submit(storm, kinds, seed + job * SEEDS, minutes, runs // jobs, folder / str(job))
+            for job in range(jobs)
+        ]
+        return [case for running in storms for case in running.result()]
 
 
 def storm(kinds: list[str], seed: int, minutes: float, runs: int, folder: Path) -> list[dict]:
@@ -74,6 +89,7 @@ def main() -> int:
         "--minutes", type=float, default=float("inf"), help="how long (default: for ever)"
     )
     parser.add_argument("--runs", type=int, default=sys.maxsize, help="so many cases at most")
+    parser.add_argument("--jobs", type=int, default=1, help="so many at a time (default: 1)")
     parser.add_argument(
         "--kinds", default=",".join(KINDS), help=f"of cases (default: {','.join(KINDS)})"
     )
@@ -87,7 +103,9 @@ def main() -> int:
         parser.error(f"--kinds {unknown[0]!r} is none of {', '.join(KINDS)}")
     with contextlib.ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        cases = storm(kinds, options.seed, options.minutes, options.runs, folder)
+        cases = storm_in_processes(
+            options.jobs, kinds, options.seed, options.minutes, options.runs, folder
+        )
     print(table(cases))
     return 0 if all(case["outcome"] in GOOD for case in cases) else 1
 
