@@ -140,14 +140,26 @@ class TrainConfig:
     mll_layers: tuple[int, ...] | None = _key(None, low=1)
     """layers after which use_mll trains an exit; the last layer is always added; null = 1, 2, 4, 8,
     16, 24, ... up to 48"""
+    mrl_weights: Literal["paper", "uniform"] | tuple[float, ...] = _key("paper", low=0)
+    """how much the loss of each vector length counts with use_mrl: "paper" less for shorter ones
+    (c_n in `ml_embed/README.md`), "uniform" 1 for each, or a list of numbers, the longest length's
+    first; 0 = not at all"""
+    mll_weights: Literal["uniform", "last", "linear"] | tuple[float, ...] = _key("uniform", low=0)
+    """share of each exit in the loss with use_mll: "uniform" all alike, "last" 1 for the last layer
+    and mll_prior_weight for the others together, "linear" in proportion to the layer, or a list of
+    numbers, the first exit's first; they are divided by their sum; 0 = not at all"""
+    mll_prior_weight: float = _key(1.0, low=0)
+    """what all exits before the last layer count together with mll_weights "last", whose last layer
+    counts 1"""
     mel_ranks: tuple[int, ...] | None = _key(None, low=1)
     """ranks trained with use_mel; r is always added; null = 64, 128, 256, ... up to r"""
     mel_sampling: Literal["proportional", "full"] = "proportional"
     """which rank a step of use_mel trains: "proportional" draws one of them, a larger one more
     often, "full" is always r, and the smaller ones come from mel_refactor"""
-    mel_refactor: Literal["never", "save"] = "never"
+    mel_refactor: Literal["never", "save"] | int = _key("never", low=1)
     """"save" turns the factors of each model folder so that every smaller rank holds the best part
-    of the token table, for tokens as frequent as in the training data; rank r stays what it was;
+    of the token table, for tokens as frequent as in the training data; rank r stays what it was; a
+    number turns those that are trained too, every so many optimizer steps, with their moments;
     "never" = factors as trained"""
     mel_init: Literal["svd", "frequency"] = "svd"
     """best approximation of the token table that the factors start from: "svd" counts all tokens
@@ -189,6 +201,10 @@ class TrainConfig:
     (then the teacher may have any width)"""
     kd_weight: float = _key(1.0, low=0)
     """weight of the distillation loss in the total loss; 0 = it does not count"""
+    self_distillation: float = _key(0.0, low=0)
+    """weight of a loss by which every exit and vector length learns which documents the last
+    layer's whole vectors prefer, among a sample's own and, in retrieval, the batch's passages; 0 =
+    off"""
 
     lora_r: int = _key(0, low=0)
     """rank of LoRA adapters, which train in place of the layers' matrices (needs peft); 0 = the
@@ -343,8 +359,21 @@ def _check_together(config: TrainConfig) -> list[str]:
         problems.append(f"mel_ranks: {max(config.mel_ranks)} is larger than r = {config.r}")
     if config.mel_sampling == "full" and not config.use_mel:
         problems.append("mel_sampling: 'full' needs use_mel: true; without it r is the only rank")
-    if config.mel_refactor == "save" and config.r == 0:
-        problems.append("mel_refactor: 'save' needs factors; set r > 0 or remove mel_refactor")
+    if config.mel_refactor != "never" and config.r == 0:
+        problems.append(
+            f"mel_refactor: {config.mel_refactor!r} needs factors; set r > 0 or remove mel_refactor"
+        )
+    for flag, key, off in (
+        ("use_mrl", "mrl_weights", "paper"),
+        ("use_mll", "mll_weights", "uniform"),
+    ):
+        weights = getattr(config, key)
+        if weights != off and not getattr(config, flag):
+            problems.append(
+                f"{key} is given but {flag} is false; set {flag} to true or remove {key}"
+            )
+        if isinstance(weights, tuple) and not any(weights):
+            problems.append(f"{key}: all of {list(weights)} are 0; one at least must count")
     if config.mel_init == "frequency" and config.r == 0:
         problems.append("mel_init: 'frequency' needs factors; set r > 0 or remove mel_init")
     if config.teacher_model_path is not None and config.teacher_vectors_path is not None:
@@ -411,16 +440,17 @@ def _parse_dataclass(cls: type, given: Mapping[str, Any], prefix: str, problems:
 def _parse_value(
     value: Any, hint: Any, field: dataclasses.Field, key: str, problems: list[str]
 ) -> Any:
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):  # X | None
-        if value is None:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        if value is None and types.NoneType in typing.get_args(hint):
             return None
-        (hint,) = (option for option in typing.get_args(hint) if option is not types.NoneType)
+        hint, others = _option_for(value, typing.get_args(hint))
+    else:
+        others = ""
     origin = typing.get_origin(hint)
     if origin is Literal:
-        choices = typing.get_args(hint)
-        if isinstance(value, str) and value in choices:
+        if isinstance(value, str) and value in typing.get_args(hint):
             return value
-        problems.append(f"{key}: {value!r} is not one of {', '.join(map(repr, choices))}")
+        problems.append(f"{key}: {value!r} is not {_what(hint)}{others}")
     elif origin is tuple:
         (item, _) = typing.get_args(hint)
         if isinstance(value, list | tuple):
@@ -431,7 +461,7 @@ def _parse_value(
             items = [
                 _parse_scalar(v, item, field, f"{key}[{i}]", problems) for i, v in enumerate(value)
             ]
-            if None not in items and len(set(items)) != len(items):
+            if item is not float and None not in items and len(set(items)) != len(items):
                 problems.append(f"{key}: {list(value)} holds a value twice")
             return tuple(items)
         problems.append(f"{key}: {value!r} must be a list of {_TYPE_NAMES[item]}s")
@@ -453,6 +483,24 @@ def _parse_value(
     else:
         return _parse_scalar(value, hint, field, key, problems)
     return None
+
+
+def _option_for(value: Any, options: Sequence[Any]) -> tuple[Any, str]:
+    """The type of a union that a value is read as, and what else it may be: " or a number"."""
+    options = [option for option in options if option is not types.NoneType]
+    kinds: dict[type, Any] = {str: Literal, list: tuple, tuple: tuple}
+    kind = kinds.get(type(value))
+    chosen = next((o for o in options if typing.get_origin(o) is kind), options[0])
+    others = [option for option in options if option is not chosen]
+    return chosen, "".join(f" or {_what(option)}" for option in others)
+
+
+def _what(hint: Any) -> str:
+    """What a value of this type is, in words."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, inner))}"
+    return f"a list of {_TYPE_NAMES[inner[0]]}s" if origin is tuple else f"a {_TYPE_NAMES[hint]}"
 
 
 _TYPE_NAMES = {int: "whole number", float: "number", str: "string", bool: "true/false value"}

@@ -177,8 +177,11 @@ def objective(
     scores: list[float] | None = None,
     margin: float | None = None,
     counts: dict[str, float] | None = None,
+    exit_weights: Sequence[float] | None = None,
+    from_itself: float = 0.0,
 ) -> Tensor:
-    """The whole loss of a global batch: mean over exits of (hard + in-batch) or similarity.
+    """The whole loss of a global batch: mean over exits of (hard + in-batch) or similarity, plus
+    `from_itself` times the self-distillation.
 
     `samples`: (query ids, passage document, negative documents) each; `documents`: ids of every
     document; `right`: the right answers of each sample, by default those that the samples say;
@@ -215,17 +218,43 @@ def objective(
     if counts is not None:
         counts |= {"masked_by_document": by_document, "masked_by_margin": by_margin}
     total = torch.zeros(())
-    for layer in exits:
+    exit_weights = exit_weights or [1.0] * len(exits)
+    for layer, weight in zip(exits, exit_weights, strict=True):
         q, p = [v[layer] for v in queries], [v[layer] for v in passages]
         if task == "similarity":
-            total = total + cosent_loss(q, p, scores, dims, temperature)
+            total = total + weight * cosent_loss(q, p, scores, dims, temperature)
             continue
         n = [[v[layer] for v in own] for own in negatives]
         if any(own for _, _, own in samples):
-            total = total + hard_loss(q, p, n, dims, temperature, negatives_out)
+            total = total + weight * hard_loss(q, p, n, dims, temperature, negatives_out)
         if task == "retrieval":
-            total = total + in_batch_loss(q, p, passages_out, dims, temperature)
-    return total / len(exits)
+            total = total + weight * in_batch_loss(q, p, passages_out, dims, temperature)
+        for i, (_, own_passage, own_negatives) in enumerate(samples if from_itself else []):
+            choices = {own_passage: (passages[i], 1.0)}  # document -> vectors, share that counts
+            for place, document in enumerate(own_negatives):
+                share = 1 - negatives_out[i].get(place, 0.0)
+                choices.setdefault(document, (negatives[i][place], share))
+            for j, (_, document, _) in enumerate(samples if task == "retrieval" else []):
+                share = 1 - passages_out[i].get(j, 0.0)
+                choices.setdefault(document, (passages[j], share))
+            best = choice(queries[i], choices.values(), deepest, dims[0][0], temperature)
+            best = [value.detach() for value in best]
+            for dim, dim_weight in dims:
+                own = choice(queries[i], choices.values(), layer, dim, temperature)
+                divergence = sum(
+                    p * (p / q).log() for p, q in zip(best, own, strict=True) if p > 1e-30
+                )
+                total = total + from_itself * weight * dim_weight * divergence / len(samples)
+    return total / sum(exit_weights)
+
+
+def choice(query, documents, layer: int, dim: int, temperature: float) -> list[Tensor]:
+    """The probability of each document: in proportion to its share times exp(cosine / tau)."""
+    terms = [
+        share * (cosine(query[layer], vectors[layer], dim) / temperature).exp()
+        for vectors, share in documents
+    ]
+    return [term / sum(terms) for term in terms]
 
 
 def distillation(

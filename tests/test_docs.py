@@ -263,8 +263,9 @@ def key_table(cls: type) -> Iterator[str]:
 
 def values_of(hint: typing.Any, limits: typing.Mapping[str, float | None]) -> str:
     """Type and range of a key in words."""
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):  # X | None
-        (hint,) = (option for option in typing.get_args(hint) if option is not types.NoneType)
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        options = [option for option in typing.get_args(hint) if option is not types.NoneType]
+        return ", ".join(values_of(option, limits) for option in options)
     if typing.get_origin(hint) is typing.Literal:
         return ", ".join(f"`{json.dumps(choice)}`" for choice in typing.get_args(hint))
     names = {int: "whole number", float: "number", bool: "`true`, `false`", str: "text"}

@@ -86,6 +86,8 @@ class ContrastiveBatch:
     """(R,) which rows ask the same (`TokenizedDataset.query_numbers`)"""
     passage_documents: Tensor
     """(R,) document number of each passage"""
+    global_documents: Tensor
+    """(n,) the same of the global batch"""
     negative_documents: Tensor
     """(R, K) document number of each negative, -1 where a sample has fewer than K"""
     scores: Tensor | None

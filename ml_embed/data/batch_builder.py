@@ -141,6 +141,7 @@ class BatchBuilder:
                 excluded_passages=self._excluded_passages(dataset, plan, rows[s]),
                 query_numbers=torch.from_numpy(dataset.query_numbers[own[s]]),
                 passage_documents=torch.from_numpy(documents[s]),
+                global_documents=torch.from_numpy(dataset.passage_documents[rows[s]]),
                 negative_documents=torch.from_numpy(negatives[s, :, :k]),
                 scores=_scores(dataset, plan, rows[s]),
                 num_tokens=num_tokens[s],

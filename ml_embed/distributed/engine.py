@@ -21,10 +21,15 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 Moments = dict[str, dict[str, Tensor]]
 """parameter -> name of one of the optimizer's tensors -> that tensor"""
 
+WEIGHT = "weight"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's tensors of a parameter's shape, the means of its gradients and of their squares; beside
+them it counts steps"""
 LR_SCALE = "lr_scale"
 """key of an optimizer's parameter group: the factor on its learning rate; 1 if it is not there"""
 
@@ -90,6 +95,14 @@ class Engine(ABC):
         """The optimizer's whole tensors, on the CPU of the first process, like `model_state`."""
 
     @abstractmethod
+    def whole_parameter(self, name: str) -> dict[str, Tensor]:
+        """A trained parameter, under WEIGHT, and its MOMENTS; whole, on every process's device."""
+
+    @abstractmethod
+    def replace_parameter(self, name: str, whole: Mapping[str, Tensor]) -> None:
+        """Take over what `whole_parameter` gives, the same on every process."""
+
+    @abstractmethod
     def load_state(self, weights: Mapping[str, Tensor], moments: Moments) -> None:
         """Take over whole weights and moments, the same on every process; frozen weights stay."""
 
@@ -123,8 +136,7 @@ class AccelerateEngine(Engine):
 
     def clip_gradients(self) -> Tensor:
         norm = self._accelerator.clip_grad_norm_(self.model.parameters(), self._max_norm)
-        # sharded gradients have a sharded norm
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return _whole(norm)  # sharded gradients have a sharded norm
 
     def _move_weights(self) -> None:
         self.optimizer.step()
@@ -141,6 +153,22 @@ class AccelerateEngine(Engine):
         gathered = get_optimizer_state_dict(self.model, self.optimizer, options=_GATHER)
         return cast("Moments", gathered.get("state", {}))
 
+    def whole_parameter(self, name: str) -> dict[str, Tensor]:
+        return {key: _whole(tensor).clone() for key, tensor in self._tensors_of(name).items()}
+
+    def replace_parameter(self, name: str, whole: Mapping[str, Tensor]) -> None:
+        for key, tensor in self._tensors_of(name).items():
+            new = whole[key].to(tensor.dtype)
+            if isinstance(tensor, DTensor):
+                new = distribute_tensor(new, tensor.device_mesh, tensor.placements)
+            tensor.copy_(new)
+
+    def _tensors_of(self, name: str) -> dict[str, Tensor]:
+        parameter = self._accelerator.unwrap_model(self.model).get_parameter(name)
+        optimizer: Any = self.optimizer  # accelerate's wrapper of the real one
+        state = optimizer.optimizer.state[parameter]
+        return {WEIGHT: parameter.detach()} | {moment: state[moment] for moment in MOMENTS}
+
     def load_state(self, weights: Mapping[str, Tensor], moments: Moments) -> None:
         optimizer: Any = self.optimizer  # accelerate's wrapper of the real one
         set_model_state_dict(self.model, {**weights}, options=_SCATTER)
@@ -148,3 +176,7 @@ class AccelerateEngine(Engine):
         groups = get_optimizer_state_dict(self.model, optimizer.optimizer)["param_groups"]
         state: dict[str, Any] = {"state": moments, "param_groups": groups}
         set_optimizer_state_dict(self.model, optimizer.optimizer, state, options=_SCATTER)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

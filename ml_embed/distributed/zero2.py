@@ -14,14 +14,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ml_embed.distributed.engine import Engine, Moments
+from ml_embed.distributed.engine import MOMENTS, WEIGHT, Engine, Moments
 from ml_embed.errors import UserError
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
-
-# AdamW's moments, of a parameter's shape; beside them it keeps one "step" for all parameters.
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def check_installed() -> None:
@@ -142,6 +139,22 @@ class Zero2Engine(Engine):
                 state[name] = {moment: tensor.cpu() for moment, tensor in whole.items()}
                 state[name]["step"] = step.detach().clone().cpu()
         return state
+
+    def whole_parameter(self, name: str) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        parameter = dict(self._trained())[name]
+        moments = {moment: safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS}
+        return {WEIGHT: parameter.detach().clone(), **moments}
+
+    def replace_parameter(self, name: str, whole: Mapping[str, Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        parameter = dict(self._trained())[name]
+        safe_set_full_fp32_param(parameter, whole[WEIGHT])
+        for moment in MOMENTS:
+            safe_set_full_optimizer_state(parameter, whole[moment], moment)
+        self.model.optimizer.update_lp_params()
 
     def load_state(self, weights: Mapping[str, Tensor], moments: Moments) -> None:
         from deepspeed.utils import (

@@ -98,6 +98,38 @@ def mask_false_negatives(
     return MaskedLogits(candidate_mask, passage_mask, by_document, by_margin)
 
 
+def each_document_once(
+    batch: ContrastiveBatch, masked: MaskedLogits, passages: int
+) -> tuple[Tensor, Tensor]:
+    """Masks for one softmax over a sample's candidates and the batch's passages.
+
+    They leave out what the contrastive losses leave out, and a document's second place.
+
+    Args:
+        passages: n, or 0 where there are none in the softmax.
+    Returns:
+        (R, 1 + K) and (R, passages), for `masked_logits`.
+    """
+    own = torch.cat([batch.passage_documents.unsqueeze(1), batch.negative_documents], dim=1)
+    of_batch = batch.global_documents[:passages]  # (n,)
+    again = (own.unsqueeze(2) == own.unsqueeze(1)).tril(-1).any(2) & (own >= 0)
+    among_own = (own.unsqueeze(2) == of_batch).any(1)  # (R, n)
+    earlier = (of_batch.unsqueeze(1) == of_batch).tril(-1).any(1)  # (n,)
+    return (
+        _also(masked.candidates, again),
+        _also(masked.passages if passages else None, among_own | earlier),
+    )
+
+
+def _also(mask: Tensor | None, more: Tensor) -> Tensor:
+    """A mask as `masked_logits` takes it, that leaves out `more` too."""
+    if mask is None:
+        return more
+    if mask.dtype == torch.bool:
+        return mask | more
+    return mask.masked_fill(more, -torch.inf)
+
+
 def _masked(added: Tensor) -> Tensor:
     """How many logits are masked; those at the edge by how much of their exponential is."""
     return -torch.expm1(added).sum(dtype=torch.float64)

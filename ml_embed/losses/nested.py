@@ -11,7 +11,7 @@ negatives), G passages of the global batch, H hidden size, D nested dims. Source
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -26,23 +26,40 @@ LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
 rows of the batch as fit. About 7 float32 values live per logit, so that is 30 MiB and 1.8 GiB, by
 hand. Measured on a CPU, 1,536 x 1,536 at 4 exits: with 2^19 a quarter slower, with 2^21 no faster.
 The one for GPUs is a guess."""
+NEVER = -1e6
+"""A logit of what is never chosen: -inf minus -inf is no number."""
 SMALLEST_SQUARED_NORM = 1e-24  # the square of torch.nn.functional.normalize's 1e-12
 
 
 @dataclass(frozen=True)
 class MatryoshkaSpec:
-    """The nested dims, largest first, their weights c_n, and the temperature tau."""
+    """The nested sizes of the losses, how much each of them counts, and the temperature tau."""
 
     dims: tuple[int, ...]
+    """largest first"""
     weights: tuple[float, ...]
+    """c_n of each dim"""
     temperature: float
+    exit_weights: tuple[float, ...] | None = None
+    """share of each exit, the shallowest first; their sum is 1; None = all alike"""
 
 
-@lru_cache(maxsize=8)
-def _ascending_weights(spec: MatryoshkaSpec, device: torch.device) -> Tensor:
-    """(D,) float32 weights c_n, smallest dim first; copied to a device once, not in each step."""
+@lru_cache(maxsize=16)
+def _on_device(weights: tuple[float, ...], device: torch.device) -> Tensor:
+    """Weights as a float32 tensor; copied to a device once, not in each step."""
     with torch.inference_mode(False):
-        return torch.tensor(spec.weights[::-1], device=device)
+        return torch.tensor(weights, device=device)
+
+
+def exit_shares(exits: int, spec: MatryoshkaSpec, device: torch.device) -> Tensor:
+    """(exits,) shares of the deepest exits in a mean over them."""
+    shares = _on_device((spec.exit_weights or (1.0,) * exits)[-exits:], device)
+    return shares / shares.sum()
+
+
+def mean_over_exits(losses: Tensor, spec: MatryoshkaSpec) -> Tensor:
+    """(E,) -> scalar."""
+    return losses @ exit_shares(len(losses), spec, losses.device)
 
 
 def rows_at_once(logits_per_row: int, device: torch.device) -> int:
@@ -87,14 +104,14 @@ def _inverse_norms(vectors: Tensor, widths: list[int]) -> Tensor:
 
 
 LossOfRows = Callable[[Tensor, Tensor, slice], Tensor]
-"""(some rows of left, all of right, which rows those are) -> their part of a loss, a scalar"""
+"""(some rows of left, all of right, which rows those are) -> (E,): their part of exits' losses"""
 
 
 class _RowwiseLoss(torch.autograd.Function):
-    """A loss of (E, B, H) and (E, N, H) that is a sum over rows, some rows at a time.
+    """One exit's loss of (1, B, ..., H) and (1, N, H), a sum over rows, some rows at a time.
 
     The gradients of some rows are computed right after their loss, in the forward pass, so that
-    only their cosines are in memory, and not all D x E x B x N. (Checkpointing
+    only their cosines are in memory, and not all D x B x N. (Checkpointing
     computed everything twice, and kept glibc from reusing freed memory: 1.5 GiB at B = N = 4,096
     with three exits.)
     """
@@ -110,7 +127,7 @@ class _RowwiseLoss(torch.autograd.Function):
             some = slice(start, start + rows)
             with torch.enable_grad():
                 own = left[:, some].requires_grad_()
-                loss = loss_of_rows(own, right, some)
+                (loss,) = loss_of_rows(own, right, some)
                 left_gradient[:, some], of_right = torch.autograd.grad(loss, (own, right))
             right_gradient += of_right
             total += loss.detach()
@@ -127,8 +144,11 @@ class _RowwiseLoss(torch.autograd.Function):
 def _sum_over_rows(
     left: Tensor, right: Tensor, spec: MatryoshkaSpec, loss_of_rows: LossOfRows
 ) -> Tensor:
-    """The loss of all rows of `left` (E, B, H) against `right` (E, N, H), in bounded memory."""
-    exits, count = right.shape[:2]
+    """(E,): the loss of all rows of `left` (E, B, ..., H) against `right` (E, N, H).
+
+    In bounded memory.
+    """
+    exits, count = right.shape[0], max(1, right.shape[1])
     if left.shape[1] <= rows_at_once(len(spec.dims) * exits * count, left.device):
         return loss_of_rows(left, right, slice(None))
     # One exit at a time: of each, more rows fit, so that `right` is gone through less often.
@@ -139,13 +159,13 @@ def _sum_over_rows(
         else _sum_in_blocks(own, other, loss_of_rows, rows)
         for own, other in zip(left.split(1), right.split(1), strict=True)
     ]
-    return torch.stack(losses).mean()
+    return torch.stack(losses)
 
 
 def _sum_in_blocks(left: Tensor, right: Tensor, loss_of_rows: LossOfRows, rows: int) -> Tensor:
     """As `_RowwiseLoss`, without gradients: for validation."""
     some_rows = blocks(left.shape[1], rows)
-    return torch.stack([loss_of_rows(left[:, some], right, some) for some in some_rows]).sum()
+    return torch.cat([loss_of_rows(left[:, some], right, some) for some in some_rows]).sum()
 
 
 def _cosines(left: Tensor, right: Tensor, spec: MatryoshkaSpec) -> Tensor:
@@ -175,31 +195,30 @@ def _nested_cross_entropy(
     sample_weights: Tensor,
     spec: MatryoshkaSpec,
 ) -> Tensor:
-    """Mean over exits of sum_n c_n sum_i w_i CE(cos_n(left_i, right) / tau, target_i), a scalar.
+    """(E,): sum_n c_n sum_i w_i CE(cos_n(left_i, right) / tau, target_i) of each exit.
 
     `left` and `right` are as `_cosines` takes them; `mask` (B, N): see `masked_logits`.
     """
     logits = masked_logits(_cosines(left, right, spec) / spec.temperature, mask)  # (D, E, B, N)
-    # A term between exits or dims belongs here: it is one more (D, E, B) of losses.
     targets = target.expand(logits.shape[:-1]).flatten()
     losses = cross_entropy(logits.flatten(0, 2), targets, reduction="none")
-    return _weighted_sum(losses.view(logits.shape[:-1]) @ sample_weights, spec)
+    return _sum_over_dims(losses.view(logits.shape[:-1]) @ sample_weights, spec)
 
 
-def _weighted_sum(losses: Tensor, spec: MatryoshkaSpec) -> Tensor:
-    """(D, E) -> scalar: the mean over exits of the sum over dims, weighted by c_n."""
-    return losses.mean(1) @ _ascending_weights(spec, losses.device)
+def _sum_over_dims(losses: Tensor, spec: MatryoshkaSpec) -> Tensor:
+    """(D, E), smallest dim first -> (E,): the sum over dims, weighted by c_n."""
+    return _on_device(spec.weights[::-1], losses.device) @ losses
 
 
 def _nested_squared_error(
     left: Tensor, right: Tensor, wanted: Tensor, entry_weights: Tensor, spec: MatryoshkaSpec
 ) -> Tensor:
-    """Mean over exits of sum_n c_n / (sum_n c_n) sum_ij w_ij (cos_n(left_i, right_j) - t_ij)^2.
+    """(E,): sum_n c_n / (sum_n c_n) sum_ij w_ij (cos_n(left_i, right_j) - t_ij)^2 of each exit.
 
     `left` and `right` are as `_cosines` takes them; `wanted`, t, and `entry_weights` are (B, N).
     """
     error = entry_weights * (_cosines(left, right, spec) - wanted).square()  # (D, E, B, N)
-    return _weighted_sum(error.flatten(2).sum(2), spec) / sum(spec.weights)
+    return _sum_over_dims(error.flatten(2).sum(2), spec) / sum(spec.weights)
 
 
 def hard_loss(
@@ -224,7 +243,8 @@ def hard_loss(
     if candidates.shape[2] == 1:
         return query.new_zeros(())
     target = torch.zeros(query.shape[1], dtype=torch.long, device=query.device)
-    return _nested_cross_entropy(query, candidates, target, mask, sample_weights, spec)
+    losses = _nested_cross_entropy(query, candidates, target, mask, sample_weights, spec)
+    return mean_over_exits(losses, spec)
 
 
 def in_batch_loss(
@@ -252,7 +272,7 @@ def in_batch_loss(
         weights = sample_weights[rows]
         return _nested_cross_entropy(own, shared, target[rows], own_mask, weights, spec)
 
-    return _sum_over_rows(query, passages, spec, of_rows)
+    return mean_over_exits(_sum_over_rows(query, passages, spec, of_rows), spec)
 
 
 def pair_cosines(query: Tensor, passage: Tensor, spec: MatryoshkaSpec) -> Tensor:
@@ -283,7 +303,7 @@ def cosent_loss(cosines: Tensor, scores: Tensor, spec: MatryoshkaSpec) -> Tensor
     # Masked, not selected: how many are selected would have to be waited for.
     terms = terms.masked_fill((lower == 0)[:, None, None], -torch.inf)
     losses = torch.cat([terms, torch.zeros_like(logits[:1])]).logsumexp(dim=0)  # (E, D)
-    return _weighted_sum(losses.T, spec)
+    return mean_over_exits(_sum_over_dims(losses.T, spec), spec)
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, row_weights: Tensor) -> Tensor:
@@ -313,7 +333,8 @@ def candidate_similarity_loss(
     Returns:
         scalar: mean over exits of sum_n c_n / (sum_n c_n) sum_ij w_ij (cos_n(q_i, c_ij) - t_ij)^2.
     """
-    return _nested_squared_error(query, candidates, wanted, entry_weights, spec)
+    losses = _nested_squared_error(query, candidates, wanted, entry_weights, spec)
+    return mean_over_exits(losses, spec)
 
 
 def in_batch_similarity_loss(
@@ -343,4 +364,47 @@ def in_batch_similarity_loss(
             own, shared, wanted, sample_weights[rows].unsqueeze(1) / passages.shape[1], spec
         )
 
-    return _sum_over_rows(query, passages, spec, of_rows)
+    return mean_over_exits(_sum_over_rows(query, passages, spec, of_rows), spec)
+
+
+def self_distillation_loss(
+    query: Tensor,
+    candidates: Tensor,
+    passages: Tensor,
+    masks: tuple[Tensor, Tensor],
+    sample_weights: Tensor,
+    spec: MatryoshkaSpec,
+) -> Tensor:
+    """How far each cut's choice among documents is from that of the deepest exit's whole vectors.
+
+    A choice is the softmax of s / tau over a sample's own candidates and passages of the batch. The
+    deepest exit's whole vectors get no gradient from it: nothing is to move towards its cuts.
+    Source: the distribution that is aligned in two-dimensional nesting (arXiv 2402.14776).
+
+    Args:
+        query: (E, B, H).
+        candidates: (E, B, C, H), the positive first.
+        passages: (E, G, H), gathered with gradients; G = 0 where others' passages do not count.
+        masks: (B, C) and (B, G), for `masked_logits`: what is not to be chosen from.
+        sample_weights: (B,).
+    Returns:
+        scalar: mean over exits of sum_n c_n sum_i w_i KL(deepest, whole || exit, cut to d_n).
+    """
+    own = torch.cat([query.unsqueeze(2), candidates], dim=2)  # (E, B, 1 + C, H)
+    best, best_passages = own[-1:].detach(), passages[-1:].detach()
+    whole = replace(spec, dims=spec.dims[:1], weights=(1.0,))
+
+    def choice(left: Tensor, right: Tensor, rows: slice, spec: MatryoshkaSpec) -> Tensor:
+        """(D, E, b, C + G) log-probabilities."""
+        logits = [
+            masked_logits(_cosines(left[:, :, 0], right, spec) / spec.temperature, mask[rows])
+            for right, mask in zip((left[:, :, 1:], right), masks, strict=True)
+        ]
+        return torch.cat(logits, dim=-1).clamp_min(NEVER).log_softmax(-1)
+
+    def of_rows(left: Tensor, right: Tensor, rows: slice) -> Tensor:
+        wanted = choice(best[:, rows], best_passages, rows, whole)
+        divergence = (wanted.exp() * (wanted - choice(left, right, rows, spec))).sum(-1)
+        return _sum_over_dims(divergence @ sample_weights[rows], spec)
+
+    return mean_over_exits(_sum_over_rows(own, passages, spec, of_rows), spec)

@@ -13,16 +13,22 @@ from torch.nn.functional import normalize
 from ml_embed.config import DistillationLoss
 from ml_embed.data.batch import ContrastiveBatch, PartVectors
 from ml_embed.distributed.collectives import gather_rows
-from ml_embed.losses.false_negatives import MaskedLogits, mask_false_negatives
+from ml_embed.losses.false_negatives import (
+    MaskedLogits,
+    each_document_once,
+    mask_false_negatives,
+)
 from ml_embed.losses.nested import (
     MatryoshkaSpec,
     candidate_similarity_loss,
     cosent_loss,
     distillation_loss,
+    exit_shares,
     hard_loss,
     in_batch_loss,
     in_batch_similarity_loss,
     pair_cosines,
+    self_distillation_loss,
 )
 
 
@@ -41,8 +47,10 @@ class LossTerms:
     """mean over exits; 0 for tasks without it"""
     distillation: Tensor
     """mean over exits, before kd_weight; 0 without a teacher"""
+    self_distillation: Tensor
+    """mean over exits, before its weight; 0 without one"""
     total: Tensor
-    """hard + in_batch + similarity + kd_weight * distillation"""
+    """hard + in_batch + similarity, and the distillations times their weights"""
     masked: MaskedLogits
     """of the contrastive losses; its counts add up over processes"""
 
@@ -65,12 +73,14 @@ class _Student:
 
 @dataclass(frozen=True)
 class Objective:
-    """Mean over exits of (hard + in-batch), or of similarity, + kd_weight * the distillation's."""
+    """Mean over exits of (hard + in-batch), or of similarity, and of weighted distillations."""
 
     spec: MatryoshkaSpec
     kd_loss: DistillationLoss = "vectors"
     """what is learned from a teacher: `_vector_distillation` or `_similarity_distillation`"""
     kd_weight: float = 1.0
+    self_distillation: float = 0.0
+    """weight of what exits and dims learn from the deepest exit's whole vectors; 0 = off"""
     false_negative_margin: float | None = None
     """see `mask_false_negatives`; None = off"""
 
@@ -93,9 +103,11 @@ class Objective:
         elif self.kd_loss == "similarity":
             distillation = _similarity_distillation(student, teacher, batch, self.spec)
         else:
-            distillation = _vector_distillation(student.parts, teacher, batch)
+            distillation = _vector_distillation(student.parts, teacher, batch, self.spec)
+        own = self._from_itself(student, batch, masked)
         total = hard + in_batch + similarity + self.kd_weight * distillation
-        return LossTerms(hard, in_batch, similarity, distillation, total, masked)
+        total = total + self.self_distillation * own
+        return LossTerms(hard, in_batch, similarity, distillation, own, total, masked)
 
     def _student(
         self, vectors: Tensor, batch: ContrastiveBatch, teacher: PartVectors | None
@@ -142,6 +154,23 @@ class Objective:
             self.spec,
         )
 
+    def _from_itself(
+        self, student: _Student, batch: ContrastiveBatch, masked: MaskedLogits
+    ) -> Tensor:
+        if not self.self_distillation or batch.task == "similarity":
+            return student.nothing
+        passages = student.passages if batch.task == "retrieval" else None
+        if passages is None:
+            passages = student.candidates[:, 0, :0]  # (E, 0, H)
+        return self_distillation_loss(
+            student.parts.query,
+            student.candidates,
+            passages,
+            each_document_once(batch, masked, passages.shape[1]),
+            batch.sample_weights,
+            self.spec,
+        )
+
     def _similarity(self, student: _Student, batch: ContrastiveBatch) -> Tensor:
         """The same on every process: its gradients reach the pairs of all through the gather."""
         scores = batch.scores
@@ -159,7 +188,7 @@ def _of_all_processes(rows: Tensor, batch: ContrastiveBatch) -> Tensor:
 
 
 def _vector_distillation(
-    student: PartVectors, teacher: PartVectors, batch: ContrastiveBatch
+    student: PartVectors, teacher: PartVectors, batch: ContrastiveBatch, spec: MatryoshkaSpec
 ) -> Tensor:
     """Mean squared error to the teacher's leading components: query + passage + negatives.
 
@@ -177,8 +206,9 @@ def _vector_distillation(
         ),
     )
     total = student.query.new_zeros(())
+    shares = exit_shares(pairs, spec, total.device)
     for own, wanted, weights in parts:
-        row_weights = weights.repeat(pairs) / pairs
+        row_weights = torch.outer(shares, weights).flatten()
         total = total + distillation_loss(
             own[-pairs:].flatten(0, 1), wanted[-pairs:].flatten(0, 1), row_weights
         )

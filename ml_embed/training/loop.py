@@ -24,7 +24,7 @@ from ml_embed.training.gradcache import encode_in_chunks
 from ml_embed.training.metrics_log import Window
 from ml_embed.training.run import Run
 from ml_embed.training.step import training_step
-from ml_embed.training.turning import smaller_ranks_as_saved, turned
+from ml_embed.training.turning import smaller_ranks_as_saved, turn_trained, turned
 from ml_embed.training.validation import validate
 
 PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
@@ -77,6 +77,7 @@ def train(run: Run, progress: bool = False) -> int:
         counted = time.perf_counter()
         for done, batch in enumerate(batches, start=run.start_step + 1):
             values = training_step(run, batch, done, stop.requested)
+            turn_trained(run, done)
             now = time.perf_counter()
             run.window.add(batch.dataset, batch.task, values, now - counted)
             counted = now

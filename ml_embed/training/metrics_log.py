@@ -5,6 +5,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ class Window:
     loss: float = 0.0
     grad_norm: float = 0.0
     distillation: float = 0.0
+    self_distillation: float = 0.0
     tokens: int = 0
     encoded_tokens: int = 0
     masked_by_document: int = 0
@@ -43,6 +45,7 @@ class Window:
         self.loss += step.total
         self.grad_norm += step.grad_norm
         self.distillation += step.distillation
+        self.self_distillation += step.self_distillation
         self.tokens += step.tokens
         self.encoded_tokens += step.encoded_tokens
         self.masked_by_document += step.masked_by_document
@@ -56,7 +59,7 @@ class Window:
         if task == "retrieval":
             self.in_batch[dataset] = self.in_batch.get(dataset, 0.0) + step.in_batch
 
-    def summary(self, distilled: bool, margin_used: bool) -> dict[str, float]:
+    def summary(self) -> dict[str, float]:
         """Means over the window, and sums of what is counted.
 
         A dataset without a step in the window has no entry. "Avg/<task>/…" are means over the
@@ -70,12 +73,11 @@ class Window:
             "seconds": self.seconds,
             "encoded_tokens": self.encoded_tokens,
             "masked_by_document": self.masked_by_document,
-        }
-        if margin_used:
             # pairs at the margin's edge count in part
-            values["masked_by_margin"] = round(self.masked_by_margin)
-        if distilled:
-            values["distillation_loss"] = self.distillation / self.steps
+            "masked_by_margin": round(self.masked_by_margin),
+            "distillation_loss": self.distillation / self.steps,
+            "self_distillation_loss": self.self_distillation / self.steps,
+        }
         for metric, totals in (
             ("training_loss_hard", self.hard),
             ("training_loss_in_batch", self.in_batch),
@@ -102,6 +104,7 @@ class StepValues:
     in_batch: float
     similarity: float
     distillation: float
+    self_distillation: float
     tokens: int
     encoded_tokens: int
     masked_by_document: int
@@ -127,22 +130,20 @@ class MetricsLog:
         path: Path,
         accelerator: Accelerator,
         *,
-        distilled: bool,
-        margin_used: bool,
+        optional: Mapping[str, bool],
         keep_bytes: int = 0,
         keep_digest: str | None = None,
     ):
         """
         Args:
-            distilled: the run has a teacher; else there is no "distillation_loss".
-            margin_used: it has a false_negative_margin; else there is no "masked_by_margin".
+            optional: numbers that only some runs have -> whether this one has them.
             keep_bytes: length of the file when the state that is resumed from was saved; what
                 follows is dropped.
             keep_digest: of these bytes then; what differs is said, and kept as it is.
         """
         self._accelerator = accelerator
         self._path = path
-        self._distilled, self._margin_used = distilled, margin_used
+        self._left_out = {name for name, has in optional.items() if not has}
         if accelerator.is_main_process:
             path.touch()
             os.truncate(path, min(keep_bytes, path.stat().st_size))
@@ -167,7 +168,7 @@ class MetricsLog:
     ) -> dict[str, Any]:
         """Write the line of a window; returns its values."""
         line = {"split": "train", "step": step, "epoch": epoch, "learning_rate": learning_rate}
-        line |= window.summary(self._distilled, self._margin_used)
+        line |= {k: v for k, v in window.summary().items() if k not in self._left_out}
         self._write(line)
         return line
 

@@ -45,6 +45,8 @@ class Resolved:
     exits: tuple[int, ...]
     dims: tuple[int, ...]
     dim_weights: tuple[float, ...]
+    exit_weights: tuple[float, ...]
+    """share of each exit in the loss; their sum is 1"""
     ranks: tuple[int, ...]
     """ranks that are drawn in training; the single r without use_mel; empty for a whole table"""
     parameters: int
@@ -139,7 +141,8 @@ def resolve(
         warmup_steps=config.warmup_steps,
         exits=sizes.exits,
         dims=sizes.dims,
-        dim_weights=dim_weights(sizes.dims),
+        dim_weights=_dim_weights(config, sizes.dims),
+        exit_weights=_exit_weights(config, sizes.exits),
         ranks=sizes.ranks,
         parameters=parameters.saved,
         trained_parameters=parameters.trained,
@@ -204,7 +207,7 @@ def make_validation(resolved: Resolved, store: Store, seed: int) -> Validation:
 
 
 def loss_spec(resolved: Resolved, temperature: float) -> MatryoshkaSpec:
-    return MatryoshkaSpec(resolved.dims, resolved.dim_weights, temperature)
+    return MatryoshkaSpec(resolved.dims, resolved.dim_weights, temperature, resolved.exit_weights)
 
 
 def learning_rate(step: int, config: TrainConfig, total_steps: int) -> float:
@@ -239,6 +242,40 @@ def _nested_sizes(config: TrainConfig, backbone: Qwen3Config) -> _Sizes:
         asked = config.mel_ranks
         ranks = tuple(sorted({*asked, config.r})) if asked else default_ranks(config.r)
     return _Sizes(exits, dims, ranks)
+
+
+def _dim_weights(config: TrainConfig, dims: tuple[int, ...]) -> tuple[float, ...]:
+    """c_n of each dim, the longest first."""
+    if config.mrl_weights == "paper":
+        return dim_weights(dims)
+    if config.mrl_weights == "uniform":
+        return (1.0,) * len(dims)
+    return _as_many("mrl_weights", config.mrl_weights, "vector lengths", dims)
+
+
+def _exit_weights(config: TrainConfig, exits: tuple[int, ...]) -> tuple[float, ...]:
+    """The share of each exit, ascending."""
+    if config.mll_weights == "uniform":
+        weights: tuple[float, ...] = (1.0,) * len(exits)
+    elif config.mll_weights == "linear":
+        weights = tuple(map(float, exits))
+    elif config.mll_weights == "last":
+        before = len(exits) - 1
+        weights = (config.mll_prior_weight / max(1, before),) * before + (1.0,)
+    else:
+        weights = _as_many("mll_weights", config.mll_weights, "exits", exits)
+    return tuple(weight / sum(weights) for weight in weights)
+
+
+def _as_many(
+    key: str, weights: tuple[float, ...], what: str, sizes: tuple[int, ...]
+) -> tuple[float, ...]:
+    if len(weights) != len(sizes):
+        raise UserError(
+            f"{key}: {len(weights)} numbers for {len(sizes)} {what}; give one for each of "
+            f"{', '.join(map(str, sizes))}"
+        )
+    return weights
 
 
 def _check_sizes(config: TrainConfig, backbone: Qwen3Config) -> None:

@@ -168,6 +168,7 @@ def _objective(config: TrainConfig, resolved: Resolved) -> Objective:
         spec=loss_spec(resolved, config.temperature),
         kd_loss=config.kd_loss,
         kd_weight=config.kd_weight,
+        self_distillation=config.self_distillation,
         false_negative_margin=config.false_negative_margin,
     )
 
@@ -211,8 +212,11 @@ def _metrics_log(config: TrainConfig, accelerator: Accelerator, start: _Start) -
     return MetricsLog(
         config.run_dir / "metrics.jsonl",
         accelerator,
-        distilled=(config.teacher_model_path or config.teacher_vectors_path) is not None,
-        margin_used=config.false_negative_margin is not None,
+        optional={
+            "distillation_loss": bool(config.teacher_model_path or config.teacher_vectors_path),
+            "self_distillation_loss": config.self_distillation > 0,
+            "masked_by_margin": config.false_negative_margin is not None,
+        },
         keep_bytes=start.metrics_bytes,
         keep_digest=start.metrics_digest,
     )

@@ -62,25 +62,19 @@ def _over_all_processes(
     run: Run, terms: LossTerms, batch: ContrastiveBatch, grad_norm: Tensor, stop_requested: bool
 ) -> StepValues:
     """Means of the losses and sums of the counts, with one all-reduce."""
-    losses = torch.stack(
-        [terms.total, terms.hard, terms.in_batch, terms.similarity, terms.distillation]
-    )
+    names = ("total", "hard", "in_batch", "similarity", "distillation", "self_distillation")
+    losses = torch.stack([getattr(terms, name) for name in names])
     losses = losses.detach().double() / run.accelerator.num_processes
     masked = torch.stack([terms.masked.by_document, terms.masked.by_margin]).double()
     counts = losses.new_tensor([batch.num_tokens, batch.num_encoded_tokens, stop_requested])
     summed = all_reduce_sum(torch.cat([losses, masked, counts])).tolist()
-    total, hard, in_batch, similarity, distillation = summed[:5]
-    by_margin = summed[6]
-    by_document, _, tokens, encoded_tokens, stops = map(int, summed[5:])
+    by_document, by_margin, *counted = summed[len(names) :]
+    tokens, encoded_tokens, stops = map(int, counted)
     return StepValues(
-        total=total,
-        hard=hard,
-        in_batch=in_batch,
-        similarity=similarity,
-        distillation=distillation,
+        **dict(zip(names, summed, strict=False)),
         tokens=tokens,
         encoded_tokens=encoded_tokens,
-        masked_by_document=by_document,
+        masked_by_document=int(by_document),
         masked_by_margin=by_margin,
         grad_norm=float(grad_norm),
         stop_requested=stops > 0,

@@ -1,5 +1,7 @@
 """False negatives by document and by margin against loops over samples."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -73,7 +75,41 @@ def test_no_right_answer_of_a_query_is_its_negative(world, tmp_path, monkeypatch
         assert any(negatives), "an own negative is the passage of another row"
 
 
-def assert_like_naive(world, monkeypatch, name, batch, eos, mask, margin, right=None):
+@pytest.mark.parametrize("exit_weights", [None, (0.25, 0.75)])
+@pytest.mark.parametrize(
+    ("name", "mask", "margin", "weight"),
+    [
+        ("facts", True, None, 0.7),
+        ("facts", False, 0.05, 0.7),
+        ("topics", True, 0.02, 0.7),
+        ("facts", True, None, 0.0),
+    ],
+)
+def test_exits_learn_from_the_deepest(
+    world, tmp_path, monkeypatch, name, mask, margin, weight, exit_weights
+):
+    """Self-distillation, where documents occur several times in the batch, and weighted exits."""
+    data = world if name == "topics" else with_shared_queries(world, tmp_path / "shared", None)
+    store = open_store(data.tokenized, tmp_path / "cache", progress=False)
+    batch, eos = batch_of(data, store, name, mask)
+    right = right_documents(dataset_rows(data, name)[0])[:ROWS]
+    assert_like_naive(
+        data, monkeypatch, name, batch, eos, mask, margin, right, exit_weights, weight
+    )
+
+
+def assert_like_naive(
+    world,
+    monkeypatch,
+    name,
+    batch,
+    eos,
+    mask,
+    margin,
+    right=None,
+    exit_weights=None,
+    from_itself=0.0,
+):
     """Values and every gradient of the objective; returns what the naive version leaves out."""
     samples, documents = dataset_rows(world, name)
     naive, counts = AutoModel.from_pretrained(world.backbone), {}
@@ -91,6 +127,8 @@ def assert_like_naive(world, monkeypatch, name, batch, eos, mask, margin, right=
         right=right,
         margin=margin,
         counts=counts,
+        exit_weights=exit_weights,
+        from_itself=from_itself,
     )
     expected.backward()
     references = {key: parameter.grad for key, parameter in naive.named_parameters()}
@@ -99,7 +137,11 @@ def assert_like_naive(world, monkeypatch, name, batch, eos, mask, margin, right=
         monkeypatch.setattr(losses, "LOGITS_AT_ONCE", {"cpu": at_once})
         student = MatryoshkaEncoder(AutoModel.from_pretrained(world.backbone), (1, 2))
         vectors = student(batch.texts.input_ids, batch.texts.packed)
-        terms = Objective(SPEC, false_negative_margin=margin)(vectors, batch)
+        terms = Objective(
+            dataclasses.replace(SPEC, exit_weights=exit_weights),
+            self_distillation=from_itself,
+            false_negative_margin=margin,
+        )(vectors, batch)
         torch.testing.assert_close(terms.total, expected, rtol=1e-5, atol=1e-6)
         assert terms.masked.by_document == counts["masked_by_document"]
         assert float(terms.masked.by_margin) == pytest.approx(counts["masked_by_margin"], abs=1e-3)

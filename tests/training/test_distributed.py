@@ -16,7 +16,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import FullyShardedDataParallelPlugin
 from helpers import ROOT
-from helpers.comparing import CASES, GLOBAL_BATCH, assert_same_metrics, assert_same_tensors
+from helpers.comparing import CASES, GLOBAL_BATCH, LAST, assert_same_metrics, assert_same_tensors
 from helpers.sharded import run_each_sharded, run_sharded
 from helpers.teachers import LetterModel
 from helpers.tiny_runs import DATASETS, Inputs, final_state, launch_each, metrics, run
@@ -82,6 +82,7 @@ def sharded_run_dirs(inputs, run_dirs):
 )
 def test_many_processes_are_one(run_dirs, processes, case):
     one, many = run_dirs(case, 1), run_dirs(case, processes)
+    assert metrics(one)[-1]["step"] == LAST
     assert_same_metrics(metrics(one), metrics(many))
     assert_same_tensors(final_state(one), final_state(many))
 

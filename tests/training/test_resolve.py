@@ -156,6 +156,34 @@ def test_explicit_sizes_always_hold_the_whole(world, store, backbone):
     assert (resolved.exits, resolved.dims, resolved.ranks) == ((1, 2), (64, 16, 8), (8, 32))
 
 
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ({}, (0.25, 0.25, 0.25, 0.25)),
+        ({"mll_weights": "linear"}, (0.1, 0.2, 0.3, 0.4)),
+        ({"mll_weights": "last"}, (1 / 6, 1 / 6, 1 / 6, 1 / 2)),
+        ({"mll_weights": "last", "mll_prior_weight": 3.0}, (0.25, 0.25, 0.25, 0.25)),
+        ({"mll_weights": [0, 0, 1, 3]}, (0, 0, 0.25, 0.75)),
+    ],
+)
+def test_shares_of_the_exits(world, store, backbone, weights, expected):
+    backbone = copy.deepcopy(backbone)
+    backbone.num_hidden_layers = 4
+    config = parse_config(
+        world.config(use_mll=True, mll_layers=[1, 2, 3], mrl_weights="uniform", **weights)
+    )
+    resolved = resolve(config, backbone, store, 1)
+    assert resolved.exit_weights == pytest.approx(expected)
+    assert set(resolved.dim_weights) == {1.0}
+
+
+@pytest.mark.parametrize("key", ["mll_weights", "mrl_weights"])
+def test_as_many_weights_as_sizes(world, store, backbone, key):
+    config = parse_config(world.config(**{key: [1, 2, 3, 4, 5, 6, 7]}))
+    with pytest.raises(UserError, match=f"{key}: 7 numbers for"):
+        resolve(config, backbone, store, 1)
+
+
 def test_mean_tokens_are_what_a_run_sees(world, store, backbone):
     """All negatives used and nothing cut: the estimate is exact."""
     settings = {name: {"task": "retrieval", "num_hard_neg": 9} for name in store.datasets}
