@@ -54,6 +54,15 @@ def disk_error(error: BaseException) -> OSError | None:
     return OSError(number, os.strerror(number)) if number in DISK_ERRORS else None
 
 
+def message_for_user(error: BaseException) -> str | None:
+    """What a UserError or a disk's error says to the user; None for all else."""
+    if isinstance(error, UserError):
+        return str(error)
+    if (problem := disk_error(error)) is not None:
+        return f"{problem}. See to that disk or place, then run the same command again"
+    return None
+
+
 def exit_on_user_error(main: Callable[..., int | None]) -> Callable[..., int]:
     """Wrap an entry point: a UserError or a disk's error becomes a message and exit code 2."""
 
@@ -62,12 +71,9 @@ def exit_on_user_error(main: Callable[..., int | None]) -> Callable[..., int]:
         hook, threading.excepthook = threading.excepthook, _silent_about_disks
         try:
             return main(*args, **kwargs) or 0
-        except UserError as error:
-            said = str(error)
         except Exception as error:
-            if (problem := disk_error(error)) is None:
+            if (said := message_for_user(error)) is None:
                 raise
-            said = f"{problem}. See to that disk or place, then run the same command again"
         finally:
             threading.excepthook = hook
         print(f"error: {said}", file=sys.stderr, flush=True)

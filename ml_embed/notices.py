@@ -15,12 +15,16 @@ _logger = logging.getLogger("ml_embed")
 
 def notice(text: str, level: int = logging.INFO) -> None:
     """Say something that a user of a command may want to know, once for all processes."""
-    from accelerate.state import PartialState  # loads torch, which not every command needs
-
     # accelerate.logging would do, but for the "[RANK 0]" that it puts before each line, and its
     # refusal where no accelerator was made.
-    if not PartialState._shared_state or PartialState().is_main_process:
+    if _is_main_process():
         _logger.log(level, text)
+
+
+def _is_main_process() -> bool:
+    # Not imported: that loads torch, which not every command needs, nor one without processes.
+    state = sys.modules.get("accelerate.state")
+    return not (state and state.PartialState._shared_state) or state.PartialState().is_main_process
 
 
 def warn(text: str) -> None:
@@ -46,8 +50,8 @@ def parse_command(
 
 
 def bars_wanted() -> bool:
-    """False after `--quiet`."""
-    return _logger.level <= logging.INFO
+    """False after `--quiet`, and on all processes but the first."""
+    return _logger.level <= logging.INFO and _is_main_process()
 
 
 class _AboveBars(logging.Handler):

@@ -90,26 +90,38 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 @exit_on_user_error
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    from ml_embed.inference.text_models import load_text_model
+    from ml_embed.distributed.launch import launched
+
+    with launched(args.device):
+        embed(args)
+
+
+def embed(args: argparse.Namespace) -> None:
+    """This process's part of the work; the first one prints the result."""
+    from ml_embed.distributed.collectives import compute_on_all_processes, process_index
+    from ml_embed.inference.text_models import TextModel, load_text_model
     from ml_embed.model_folders.seal import verify_model
     from ml_embed.recipe.teacher import TeacherOptions, embed_teacher, tokenizer_of_data
 
-    options = TeacherOptions(
-        data=args.data,
-        tokenizer=args.tokenizer,
-        output=args.output,
-        query_prompt=args.query_prompt,
-        passage_prompt=args.passage_prompt,
-        strip_prompts=args.strip_prompts,
-        dtype=args.dtype,
-        cache_dir=args.cache_dir,
-        overwrite=args.overwrite,
-        verify=args.verify,
-    )
-    check_writable(args.output)  # mistakes show before a model is loaded
-    if args.verify:
-        verify_model(args.model)
-    tokenizer_of_data(options)
-    model = load_text_model(args.model, args.device, args.batch_size)
-    record = embed_teacher(model, options, progress=bars_wanted())
-    print(json.dumps({"output": str(args.output), **record}, ensure_ascii=False))
+    def prepare() -> tuple[TextModel, TeacherOptions]:
+        options = TeacherOptions(
+            data=args.data,
+            tokenizer=args.tokenizer,
+            output=args.output,
+            query_prompt=args.query_prompt,
+            passage_prompt=args.passage_prompt,
+            strip_prompts=args.strip_prompts,
+            dtype=args.dtype,
+            cache_dir=args.cache_dir,
+            overwrite=args.overwrite,
+            verify=args.verify,
+        )
+        check_writable(args.output)  # mistakes show before a model is loaded
+        if args.verify:
+            verify_model(args.model)
+        tokenizer_of_data(options)
+        return load_text_model(args.model, args.device, args.batch_size), options
+
+    record = embed_teacher(*compute_on_all_processes(prepare), progress=bars_wanted())
+    if process_index() == 0:
+        print(json.dumps({"output": str(args.output), **record}, ensure_ascii=False))

@@ -11,6 +11,8 @@ negatives of the file are the corpus.
 
 import argparse
 import json
+import shutil
+from typing import Any
 
 from ml_embed.errors import UserError, exit_on_user_error
 from ml_embed.files.digests import add_verify_flag
@@ -20,6 +22,10 @@ from ml_embed.notices import bars_wanted, parse_command
 from ml_embed.reports.tables import MEANING
 
 JSON_FILE, PICTURE_FILE = "evaluation.json", "evaluation.png"
+Numbers = dict[str, Any]
+"""What `evaluate_cube` returns."""
+WORK = ".vectors"
+"""Folder in --output for the vectors, while it runs."""
 
 
 @exit_on_user_error
@@ -70,28 +76,45 @@ def main(arguments: list[str] | None = None) -> None:
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
     check_writable(args.output)
-    evaluate(args)
+    from ml_embed.distributed.launch import launched
+
+    with launched(args.device):
+        evaluate(args)
 
 
 def evaluate(args: argparse.Namespace) -> None:
+    """This process's part of the work; the first one writes and prints the results."""
+    from ml_embed.distributed.collectives import compute_on_main_process, process_index
     from ml_embed.evaluation.cube import evaluate_baseline, evaluate_cube
-    from ml_embed.files.atomic import write_json
+    from ml_embed.files.atomic import disk_errors_are_user_errors
     from ml_embed.model_folders.seal import verify_model
-    from ml_embed.reports.plots import plot_cube
-    from ml_embed.reports.tables import cube_tables, test_set_table
 
     for model in filter(None, (args.model, args.baseline)) if args.verify else ():
         verify_model(model)
+    work = args.output / WORK
     options = {
         "batch_tokens": args.batch_tokens,
         "max_queries": args.max_queries,
         "device": args.device,
+        "work": work,
         "progress": bars_wanted(),
     }
-    result = evaluate_cube(args.model, args.data, args.rank, args.depth, args.dim, **options)
     baseline = None
-    if args.baseline:
-        baseline = evaluate_baseline(args.baseline, args.data, result, **options)
+    with disk_errors_are_user_errors(args.output, "Then run the same command again: it continues."):
+        result = evaluate_cube(args.model, args.data, args.rank, args.depth, args.dim, **options)
+        if args.baseline:
+            baseline = evaluate_baseline(args.baseline, args.data, result, **options)
+        compute_on_main_process(lambda: shutil.rmtree(work, ignore_errors=True))
+    if process_index() == 0:
+        write(args, result, baseline)
+
+
+def write(args: argparse.Namespace, result: Numbers, baseline: Numbers | None) -> None:
+    """Write and print the results."""
+    from ml_embed.files.atomic import write_json
+    from ml_embed.reports.plots import plot_cube
+    from ml_embed.reports.tables import cube_tables, test_set_table
+
     print(f"{test_set_table(result, baseline, args.metric)}\n\n{cube_tables(result, args.metric)}")
     numbers = {"model": result, "baseline": baseline}
     try:

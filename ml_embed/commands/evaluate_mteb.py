@@ -63,10 +63,15 @@ def main(arguments: list[str] | None = None) -> None:
     if args.batch_tokens is not None and args.batch_tokens < 1:
         raise UserError(f"--batch-tokens is {args.batch_tokens}; it must be at least 1")
     check_writable(args.output)
-    evaluate(args)
+    from ml_embed.distributed.launch import launched
+
+    with launched(args.device):
+        evaluate(args)
 
 
 def evaluate(args: argparse.Namespace) -> None:
+    """This process's part of the work; the first one prints the results."""
+    from ml_embed.distributed.collectives import process_index
     from ml_embed.evaluation.mteb import SUMMARY_FILE, evaluate_mteb, find_tasks
     from ml_embed.files.atomic import disk_errors_are_user_errors
     from ml_embed.model_folders.seal import verify_model
@@ -90,5 +95,6 @@ def evaluate(args: argparse.Namespace) -> None:
             overwrite=args.overwrite,
             progress=bars_wanted(),
         )
-    print(summary_table(summary))
-    print(f"\nall numbers: {args.output / SUMMARY_FILE}")
+    if process_index() == 0:
+        print(summary_table(summary))
+        print(f"\nall numbers: {args.output / SUMMARY_FILE}")

@@ -125,29 +125,41 @@ def _approximation(args: argparse.Namespace) -> "Approximation | None":
 @exit_on_user_error
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    from ml_embed.inference.text_models import load_text_model
+    from ml_embed.distributed.launch import launched
+
+    with launched(args.device):
+        mine(args)
+
+
+def mine(args: argparse.Namespace) -> None:
+    """This process's part of the work; the first one prints the result."""
+    from ml_embed.distributed.collectives import compute_on_all_processes, process_index
+    from ml_embed.inference.text_models import TextModel, load_text_model
     from ml_embed.model_folders.seal import verify_model
     from ml_embed.prepare.raw import list_raw_datasets
     from ml_embed.recipe.mining import Filter, MiningOptions, mine_folder
 
-    rule = Filter(
-        args.top, args.skip, args.max_score, args.max_ratio, args.count, args.keep_if_in_top
-    )
-    rule.check()
-    approximation = _approximation(args)
-    check_writable(args.output)  # mistakes show before a model is loaded
-    list_raw_datasets(args.input)
-    if args.verify:
-        verify_model(args.model)
-    model = load_text_model(args.model, args.device)
-    options = MiningOptions(
-        args.input,
-        args.output,
-        rule,
-        args.query_prompt,
-        args.passage_prompt,
-        approximation,
-        args.overwrite,
-    )
-    summary = mine_folder(model, options, progress=bars_wanted())
-    print(json.dumps({"output": str(args.output), **summary}, ensure_ascii=False))
+    def prepare() -> tuple[TextModel, MiningOptions]:
+        rule = Filter(
+            args.top, args.skip, args.max_score, args.max_ratio, args.count, args.keep_if_in_top
+        )
+        rule.check()
+        approximation = _approximation(args)
+        check_writable(args.output)  # mistakes show before a model is loaded
+        list_raw_datasets(args.input)
+        if args.verify:
+            verify_model(args.model)
+        options = MiningOptions(
+            args.input,
+            args.output,
+            rule,
+            args.query_prompt,
+            args.passage_prompt,
+            approximation,
+            args.overwrite,
+        )
+        return load_text_model(args.model, args.device), options
+
+    summary = mine_folder(*compute_on_all_processes(prepare), progress=bars_wanted())
+    if process_index() == 0:
+        print(json.dumps({"output": str(args.output), **summary}, ensure_ascii=False))

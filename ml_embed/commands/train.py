@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from ml_embed.config import TrainConfig
 
 
+AGAIN = "start again with --resume auto"
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
@@ -64,8 +67,10 @@ def main(arguments: list[str] | None = None) -> int:
     config, given = load_config(options.config, options.set)
 
     from ml_embed.distributed.heartbeat import heartbeat
+    from ml_embed.distributed.launch import lost_peers_are_user_errors
 
-    with failures_from_outside(), heartbeat() as all_have_met:
+    lost = lost_peers_are_user_errors(AGAIN)
+    with failures_from_outside(), lost, heartbeat(AGAIN) as all_have_met:
         return run_on_this_process(options, config, given, all_have_met)
 
 
@@ -92,7 +97,7 @@ def run_on_this_process(
     agree_on_settings(config, options, accelerator)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-    bars = bars_wanted() and accelerator.is_local_main_process
+    bars = bars_wanted()
     half = accelerator.mixed_precision == "bf16"
     inputs = compute_on_all_processes(
         lambda: open_inputs(config, accelerator.num_processes, bars, options.verify, half)
@@ -110,7 +115,7 @@ def run_on_this_process(
         return 0
     with sole_launch(config.run_dir):
         run = set_up(config, given, accelerator, inputs, options.resume, options.allow_changes)
-        code = train(run, progress=bars and accelerator.is_main_process)
+        code = train(run, progress=bars)
     accelerator.end_training()
     if code == 0 and accelerator.is_local_main_process:
         print(f"done: {config.run_dir}")
@@ -119,9 +124,7 @@ def run_on_this_process(
 
 @contextlib.contextmanager
 def failures_from_outside() -> Iterator[None]:
-    """Turn failures of the machine (a full disk, a process that is gone) into messages to users."""
-    from ml_embed.distributed.collectives import is_lost_peer
-
+    """Turn failures of the machine (a full disk, an interruption) into messages to users."""
     try:
         yield
     except KeyboardInterrupt:  # while it trains, a signal is a request to save and stop
@@ -130,11 +133,4 @@ def failures_from_outside() -> Iterator[None]:
         where = f" ({error.filename})" if error.filename else ""
         raise UserError(
             f"{error.strerror or error}{where}; see to that, then continue with --resume auto"
-        ) from None
-    except RuntimeError as error:
-        if not is_lost_peer(error):
-            raise
-        raise UserError(
-            "another process of this run has ended or does not answer; its own output says why. "
-            "Then start again with --resume auto"
         ) from None

@@ -3,11 +3,16 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
+import transformers
 
 from ml_embed.distributed.collectives import compute_on_all_processes, gather_objects, world_size
 from ml_embed.errors import UserError
-from ml_embed.files.digests import value_digest
+from ml_embed.files.digests import file_digest, value_digest
 
 SHOWN = 20
 """Differences that an error lists; more are only counted."""
@@ -39,6 +44,25 @@ def check_agreement(facts: Callable[[], Facts]) -> None:
         + "".join(f"  - {line}\n" for line in differences(gather_objects(own)))
         + "start all of them with the same config, code, data, models and libraries"
     )
+
+
+def software() -> Facts:
+    """The code and the libraries that what a process computes depends on."""
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": np.__version__,  # draws the order of the data
+        "digest of ml_embed": _code(),
+    }
+
+
+def _code() -> dict[str, str]:
+    """The digest of each file of the package's code, by its path in the package."""
+    package = Path(__file__).parents[1]
+    return {
+        path.relative_to(package).as_posix(): file_digest(path)
+        for path in sorted(package.rglob("*.py"))
+    }
 
 
 def differences(held: Sequence[Facts]) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ml_embed.errors import UserError
+from ml_embed.errors import UserError, message_for_user
 
 Result = TypeVar("Result")
 # torch 2.13 renamed them and warns of the old names.
@@ -126,15 +126,24 @@ def gather_uneven(rows: Tensor) -> Tensor:
 
 
 def compute_on_main_process(compute: Callable[[], Result]) -> Result:
-    """Call `compute` on the first process; its result, or its UserError, reaches all processes."""
+    """Call `compute` on the first process; its result, or its error, reaches all processes.
+
+    Raises:
+        UserError: `compute` raised it, or met an error of a disk; on all processes alike.
+    """
     outcome: list[Any] = [None, None]  # the result, and an error's message
+    error: Exception | None = None
     if process_index() == 0:
         try:
             outcome[0] = compute()
-        except UserError as error:
-            outcome[1] = str(error)
+        except Exception as raised:
+            if (message := message_for_user(raised)) is None:
+                raise
+            error, outcome[1] = raised, message
     if world_size() > 1:
         dist.broadcast_object_list(outcome)
+    if error is not None:
+        raise error
     if outcome[1] is not None:
         raise UserError(outcome[1])
     return outcome[0]
@@ -143,21 +152,23 @@ def compute_on_main_process(compute: Callable[[], Result]) -> Result:
 def compute_on_all_processes(compute: Callable[[], Result]) -> Result:
     """Call `compute` on each process; where it is a UserError on one, it is one on all of them.
 
-    No process ends before all have come here: one that is still on its way would take the end of
-    another for the reason to end. Each raises its own error; those without, the first process's
-    that has one.
+    So is an error of a disk. No process ends before all have come here: one that is still on its
+    way would take the end of another for the reason to end. Each raises its own error; those
+    without, the first process's that has one.
     """
-    result, error = None, None
+    result, error, message = None, None, None
     try:
         result = compute()
-    except UserError as raised:
+    except Exception as raised:
+        if (message := message_for_user(raised)) is None:
+            raise
         error = raised
-    errors = gather_objects(None if error is None else str(error))
+    messages = gather_objects(message)
     if error is not None:
         raise error
-    for process, message in enumerate(errors):
-        if message is not None:
-            raise UserError(f"process {process} of this run cannot go on: {message}")
+    for process, other in enumerate(messages):
+        if other is not None:
+            raise UserError(f"process {process} of this run cannot go on: {other}")
     return cast("Result", result)
 
 

@@ -8,6 +8,7 @@ of the others: of the processes of its machine until all have met, of machines t
 """
 
 import contextlib
+import functools
 import os
 import sys
 import threading
@@ -111,9 +112,11 @@ def connect_to_store(seconds: float) -> dist.Store:
 
 
 @contextlib.contextmanager
-def heartbeat() -> Iterator[Callable[[], None]]:
+def heartbeat(remedy: str) -> Iterator[Callable[[], None]]:
     """While the body runs, end this process (LOST_EXIT_CODE) if another does not answer.
 
+    Args:
+        remedy: what the user is told to do, once all are well.
     Yields:
         to be called when all processes have met: those of this machine are watched no more, because
         a dead process closes its connections.
@@ -122,13 +125,13 @@ def heartbeat() -> Iterator[Callable[[], None]]:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     with contextlib.ExitStack() as machines, contextlib.ExitStack() as neighbours:
         if processes > local:
-            machines.callback(_among_machines(processes, local).stop)
+            machines.callback(_among_machines(processes, local, remedy).stop)
         if local > 1:
-            neighbours.callback(_among_neighbours(processes, local).stop)
+            neighbours.callback(_among_neighbours(processes, local, remedy).stop)
         yield neighbours.close
 
 
-def _among_machines(processes: int, local: int) -> Heartbeat:
+def _among_machines(processes: int, local: int, remedy: str) -> Heartbeat:
     # torchrun, which accelerate launches with, counts the machines; without it they are taken to
     # have equally many processes
     machine = int(os.environ.get("GROUP_RANK", int(os.environ["RANK"]) // local))
@@ -137,20 +140,22 @@ def _among_machines(processes: int, local: int) -> Heartbeat:
     others = [name for name in names if name != names[machine]]
     leads = os.environ["LOCAL_RANK"] == "0"  # beats, and speaks, for its machine
     own = names[machine] if leads else None
-    return Heartbeat(own, others, names[0], START_SECONDS, _say_and_end if leads else _end)
+    lost = functools.partial(_say_and_end, remedy) if leads else _end
+    return Heartbeat(own, others, names[0], START_SECONDS, lost)
 
 
-def _among_neighbours(processes: int, local: int) -> Heartbeat:
+def _among_neighbours(processes: int, local: int, remedy: str) -> Heartbeat:
     own = int(os.environ["RANK"])
     first = own - int(os.environ["LOCAL_RANK"])
     others = [f"process {number}" for number in range(first, first + local) if number != own]
     # one launcher starts all processes of a machine together
     patience = START_SECONDS if processes > local else 0.0
-    return Heartbeat(f"process {own}", others, "process 0", patience, _say_and_end)
+    lost = functools.partial(_say_and_end, remedy)
+    return Heartbeat(f"process {own}", others, "process 0", patience, lost)
 
 
-def _say_and_end(problem: str) -> None:
-    advice = "start all of them again with --resume auto once they are well"
+def _say_and_end(remedy: str, problem: str) -> None:
+    advice = f"once all are well, {remedy}"
     print(f"error: {problem}; this one stops too: {advice}", file=sys.stderr, flush=True)
     _end(problem)
 

@@ -16,12 +16,14 @@ _COLLECTIVE_TIMEOUT = timedelta(hours=2)
 
 
 @contextlib.contextmanager
-def meeting() -> Iterator[timedelta]:
+def meeting(patience: timedelta = _COLLECTIVE_TIMEOUT) -> Iterator[timedelta]:
     """Wait for all processes, then let the body form their group; after it they wait for long.
 
     While torch forms a group of gloo it holds Python's lock, and no heartbeat is heard. So all
     processes come to it together, and it has no more time than the heartbeat gives.
 
+    Args:
+        patience: how long they wait for each other from then on.
     Yields:
         the timeout to form the group with.
     """
@@ -29,8 +31,8 @@ def meeting() -> Iterator[timedelta]:
     yield timedelta(seconds=heartbeat.LOST_AFTER_SECONDS)
     del store  # which the group shares by now, where this process keeps it
     if (group := dist.group.WORLD) is not None:
-        group.set_timeout(_COLLECTIVE_TIMEOUT)
-        group.get_group_store().set_timeout(_COLLECTIVE_TIMEOUT)
+        group.set_timeout(patience)
+        group.get_group_store().set_timeout(patience)
         _keep_for_ever(group)
 
 

@@ -3,22 +3,30 @@
 Letters: E exits, N texts, H hidden size, D vector length.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn.functional import normalize
-from tqdm import tqdm
 
+from ml_embed.distributed.agreement import check_agreement
+from ml_embed.distributed.collectives import compute_on_all_processes, world_size
+from ml_embed.distributed.shares import Rows, compute_shared
+from ml_embed.distributed.sole_launch import sole_launch_into
 from ml_embed.errors import UserError
 from ml_embed.evaluation.data import TestSet, behind_prompts, read_test_sets
 from ml_embed.evaluation.metrics import chance_metrics, metrics_of_ranks
+from ml_embed.files.digests import value_digest
+from ml_embed.files.model_identity import model_identity
 from ml_embed.files.model_source import find_model_folder
 from ml_embed.inference.encoding import (
     check_finite,
@@ -35,6 +43,7 @@ from ml_embed.model_folders.sizes import BYTES_PER_COMPONENT, parameters_of
 from ml_embed.prepare.tokenizer import TextTokenizer
 
 MAX_QUERIES = 1000
+BLOCK = 2048  # texts between two writes to disk (see `Rows.block`)
 
 
 @dataclass(frozen=True)
@@ -112,13 +121,15 @@ def evaluate_cube(
     batch_tokens: int | None = None,
     max_queries: int | None = MAX_QUERIES,
     device: str | None = None,
+    work: Path | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Retrieval metrics of a model at every rank, depth and dim, on every test set of `data`.
 
-    Queries and documents get the folder's prompts (`behind_prompts`).
+    Queries and documents get the folder's prompts (`behind_prompts`). Processes of a launch encode
+    and measure together.
 
-    Memory: the vectors of all exits at one rank, texts x depths x H x 4 bytes.
+    Disk: the vectors of all exits and ranks, texts x depths x ranks x longest dim x 4 bytes.
 
     Args:
         folder: a model folder, a plain backbone, or the name of one on the hub.
@@ -127,7 +138,9 @@ def evaluate_cube(
         batch_tokens: tokens per forward pass; None is the device's default.
         max_queries: rows taken of a raw dataset; None is all.
         device: None is the first GPU if there is one, else the CPU.
-        progress: a bar on stderr, on terminals.
+        work: folder for the vectors, which the caller removes: with it an interrupted call is
+            continued. None is a temporary one, of one process.
+        progress: bars on stderr, on terminals.
 
     Returns:
         JSON-able: "model", "data", "device", "dtype", "prompts", "texts", "tokens", and "rows", one
@@ -138,8 +151,8 @@ def evaluate_cube(
     Raises:
         UserError: the model or the data cannot be read, or a size is not one that the model has.
     """
-    model = CubeModel.open(folder, ranks, depths, dims, device)
-    return _evaluate(model, Path(data), batch_tokens, max_queries, progress)
+    model = compute_on_all_processes(lambda: CubeModel.open(folder, ranks, depths, dims, device))
+    return _evaluate(model, Path(data), batch_tokens, max_queries, work, progress)
 
 
 def evaluate_baseline(
@@ -149,6 +162,7 @@ def evaluate_baseline(
     batch_tokens: int | None = None,
     max_queries: int | None = MAX_QUERIES,
     device: str | None = None,
+    work: Path | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Evaluate a model to compare with, at those depths and dims of an evaluated model it has.
@@ -159,7 +173,7 @@ def evaluate_baseline(
     Raises:
         UserError: it cannot be read, or has none of the depths or dims.
     """
-    model = CubeModel.open(folder, device=device)
+    model = compute_on_all_processes(lambda: CubeModel.open(folder, device=device))
     record, config = model.folder.record, model.folder.config
     wanted = {name: sorted({row[name] for row in result["rows"]}) for name in ("depth", "dim")}
     depths = [depth for depth in wanted["depth"] if depth <= config.num_hidden_layers]
@@ -170,7 +184,7 @@ def evaluate_baseline(
         )
     cube = choose_cube(record, config, record.ranks[-1:], depths, dims)
     model = dataclasses.replace(model, cube=cube)
-    return _evaluate(model, Path(data), batch_tokens, max_queries, progress)
+    return _evaluate(model, Path(data), batch_tokens, max_queries, work, progress)
 
 
 def _evaluate(
@@ -178,25 +192,46 @@ def _evaluate(
     data: Path,
     batch_tokens: int | None,
     max_queries: int | None,
+    work: Path | None,
     progress: bool,
 ) -> dict[str, Any]:
     prompts = model.folder.record.prompts
-    texts, test_sets = behind_prompts(*read_test_sets(data, max_queries), prompts)
+    texts, test_sets = compute_on_all_processes(
+        lambda: behind_prompts(*read_test_sets(data, max_queries), prompts)
+    )
     token_ids = model.text_tokenizer(texts.texts)
     fixed = [_fixed_columns(test_set) for test_set in test_sets]
-    rows = []
-    total = len(model.cube.ranks) * len(token_ids)
-    with tqdm(
-        desc="evaluating", unit=" texts", total=total, disable=None if progress else True
-    ) as bar:
+    made_of = {"files": model_identity(model.folder.path), "texts": value_digest(texts.texts)}
+    check_agreement(lambda: made_of)
+
+    def measure(piece: tuple[int, int, np.ndarray]) -> list[dict[str, Any]]:
+        rank, depth, vectors = piece
+        check_finite(vectors, texts.texts)
+        whole = torch.from_numpy(np.array(vectors)).to(model.device)
+        rows = []
+        for dim in model.cube.dims:
+            sizes, unit = model.describe(Cut(rank, depth, dim)), normalize(whole[:, :dim], dim=-1)
+            for test_set, columns in zip(test_sets, fixed, strict=True):
+                rows.append(sizes | columns | metrics_of_ranks(test_set.ranks(unit)))
+        return rows
+
+    rows: list[dict[str, Any]] = []
+    with _folder_for(work) as folder:
         for rank in model.cube.ranks:
-            vectors = encode_all_exits(model.encoder, token_ids, batch_tokens, rank, bar)
-            for at_exit in vectors:
-                check_finite(at_exit.numpy(), texts.texts)
-            for cut, unit in _cut_vectors(vectors, model.cube, rank, model.device):
-                sizes = model.describe(cut)
-                for test_set, columns in zip(test_sets, fixed, strict=True):
-                    rows.append(sizes | columns | metrics_of_ranks(test_set.ranks(unit)))
+            vectors = encode_all_exits(
+                model,
+                token_ids.__getitem__,
+                len(token_ids),
+                rank,
+                folder,
+                made_of,
+                batch_tokens,
+                progress,
+            )
+            pieces = [
+                (rank, depth, at) for depth, at in zip(model.cube.depths, vectors, strict=True)
+            ]
+            rows += itertools.chain(*compute_shared(pieces, measure))
     on_gpu = model.device.type == "cuda"
     return {
         "model": model.name,
@@ -220,38 +255,56 @@ def _fixed_columns(test_set: TestSet) -> dict[str, Any]:
     }
 
 
+@contextlib.contextmanager
+def _folder_for(work: Path | None) -> Iterator[Path]:
+    """A folder that is there: `work`, or a temporary one."""
+    if work is None:
+        assert world_size() == 1, "processes need a folder that they share"
+        with TemporaryDirectory(prefix="ml_embed-") as folder:
+            yield Path(folder)
+    else:
+        with sole_launch_into(work, ".lock", "evaluating in"):
+            yield work
+
+
 def encode_all_exits(
-    encoder: MatryoshkaEncoder,
-    token_ids: list[np.ndarray],
-    batch_tokens: int | None,
+    model: CubeModel,
+    token_ids: Callable[[slice], list[np.ndarray]],
+    count: int,
     rank: int,
-    bar: tqdm,
-) -> Tensor:
-    """Vectors of N texts, given as ids, at every exit.
+    folder: Path,
+    made_of: Any,
+    batch_tokens: int | None = None,
+    progress: bool = True,
+) -> np.ndarray:
+    """Vectors of N texts at every exit, in a file. A collective.
 
     Args:
-        batch_tokens: as in `pooled_vectors`.
+        token_ids: a range of the texts -> their ids.
+        count: N.
         rank: leading components of the token factors to use; 0 is a whole token table.
-        bar: moved by the texts that are done.
+        folder: for the file, in which what is done already is found.
+        made_of: JSON that tells the model and the texts from others.
+        batch_tokens: as in `pooled_vectors`.
+        progress: a bar on stderr, on terminals.
     Returns:
-        (E, N, H) float32 on the CPU, in the order of the texts, not normalised.
+        (E, N, longest dim) float32, memory-mapped, in the order of the texts, not normalised.
     """
-    order = longest_first(token_ids)
-    vectors = torch.empty(len(encoder.exits), len(order), encoder.config.hidden_size)
-    start = 0
-    for batch in pooled_vectors(encoder, [token_ids[i] for i in order], batch_tokens, rank):
-        end = start + batch.shape[1]
-        vectors[:, torch.tensor(order[start:end])] = batch.cpu()
-        bar.update(end - start)
-        start = end
-    return vectors
+    cube = model.cube
+    shape = len(cube.depths), count, cube.dims[-1]
+    made_of = [made_of, rank, list(cube.depths), model.device.type, str(model.dtype)]
+    path = folder / f"{value_digest(made_of)}.vectors"
 
+    def encode(start: int, stop: int) -> np.ndarray:
+        ids = token_ids(slice(start, stop))
+        order, vectors = longest_first(ids), np.empty((shape[0], len(ids), shape[2]), np.float32)
+        place = 0
+        in_order = [ids[i] for i in order]
+        for batch in pooled_vectors(model.encoder, in_order, batch_tokens, rank):
+            done = order[place : place + batch.shape[1]]
+            vectors[:, done] = batch[:, :, : shape[2]].cpu().numpy()
+            place += len(done)
+        return vectors
 
-def _cut_vectors(
-    vectors: Tensor, cube: Cube, rank: int, device: torch.device
-) -> Iterator[tuple[Cut, Tensor]]:
-    """Every cut of a rank with its (N, dim) unit vectors on the device."""
-    for depth, whole in zip(cube.depths, vectors, strict=True):
-        whole = whole.to(device)
-        for dim in cube.dims:
-            yield Cut(rank, depth, dim), normalize(whole[:, :dim], dim=-1)
+    rows = Rows(path, np.float32, shape, BLOCK, made_of)
+    return rows.fill(encode, "encoding", progress and sys.stderr.isatty())

@@ -7,19 +7,22 @@ Letters: E exits, N texts, D vector length.
 
 import dataclasses
 import importlib.util
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from tqdm import tqdm
 
+from ml_embed.distributed.agreement import check_agreement
+from ml_embed.distributed.collectives import compute_on_all_processes
+from ml_embed.distributed.shares import conduct
+from ml_embed.distributed.sole_launch import sole_launch_into
 from ml_embed.errors import UserError, one_line
 from ml_embed.evaluation.cube import CubeModel, encode_all_exits
 from ml_embed.files.atomic import write_json
@@ -36,6 +39,9 @@ if TYPE_CHECKING:
     from mteb.types import PromptType
 
 SUMMARY_FILE = "summary.json"
+LOCK = ".evaluation.lock"
+WORK = ".vectors"
+"""Folder in the output folder for the vectors of a task, while it runs."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +138,7 @@ def evaluate_mteb(
 
     mteb's own result files lie in output/results/, named after the model, its content and prompts,
     and the cut. While a task runs, its vectors are held in `output`: texts x depths x longest dim
-    x 4 bytes.
+    x 4 bytes. Of a launch, all processes encode, and the first one runs the tasks.
 
     Args:
         folder: a model folder, a plain backbone, or the name of one on the hub.
@@ -160,6 +166,37 @@ def evaluate_mteb(
     import mteb
 
     _check_text_only(tasks)
+    model = compute_on_all_processes(lambda: _open_model(folder, ranks, depths, dims, device))
+    given = {"query": query_prompt, "document": passage_prompt}
+    prompts = TaskPrompts(
+        model.folder.record.prompts,
+        {role: text for role, text in given.items() if text is not None},
+    )
+    revision = _revision(model, prompts)
+    check_agreement(lambda: {"model and prompts": revision})
+    with sole_launch_into(output, LOCK, "evaluating into"):
+        vectors = _Vectors(model, output / WORK, revision, batch_tokens, progress)
+
+        def run(ask: Callable[[_Request], np.ndarray]) -> dict[str, Any]:
+            vectors.ask = ask
+            run = _MtebRun(model, prompts, revision, mteb.ResultCache(output), vectors)
+            rows = [row for task in tasks for row in run.rows_of(task, overwrite)]
+            summary = {"model": model.name, "revision": revision, "mteb": mteb.__version__}
+            summary |= {"prompts": dataclasses.asdict(prompts), "rows": rows}
+            write_json(output / SUMMARY_FILE, summary)
+            return summary
+
+        return conduct(run, vectors.encode)
+
+
+def _open_model(
+    folder: str | Path,
+    ranks: Sequence[int] | None,
+    depths: Sequence[int] | None,
+    dims: Sequence[int] | None,
+    device: str | None,
+) -> CubeModel:
+    """The model with the largest of each size, where none is asked for."""
     model = CubeModel.open(folder, device=device)
     record, config = model.folder.record, model.folder.config
     cube = choose_cube(
@@ -169,25 +206,7 @@ def evaluate_mteb(
         depths or [config.num_hidden_layers],
         dims or record.dims[:1],
     )
-    model = dataclasses.replace(model, cube=cube)
-    given = {"query": query_prompt, "document": passage_prompt}
-    prompts = TaskPrompts(
-        record.prompts, {role: text for role, text in given.items() if text is not None}
-    )
-    revision = _revision(model, prompts)
-    run = _MtebRun(model, prompts, revision, mteb.ResultCache(output), batch_tokens, progress)
-    rows = []
-    for task in tasks:
-        parts = task.metadata.tasks if task.is_aggregate else [task]
-        if overwrite:
-            run.forget([task, *parts])
-        for part in parts:
-            run.complete(part)
-        rows += run.rows(task)
-    summary = {"model": model.name, "revision": revision, "mteb": mteb.__version__}
-    summary |= {"prompts": dataclasses.asdict(prompts), "rows": rows}
-    write_json(output / SUMMARY_FILE, summary)
-    return summary
+    return dataclasses.replace(model, cube=cube)
 
 
 def _check_text_only(tasks: Iterable["AbsTask"]) -> None:
@@ -216,8 +235,16 @@ class _MtebRun:
     prompts: TaskPrompts
     revision: str
     cache: "ResultCache"
-    batch_tokens: int | None
-    progress: bool
+    vectors: "_Vectors"
+
+    def rows_of(self, task: "AbsTask", overwrite: bool) -> list[dict[str, Any]]:
+        """The results of a task, computed where they are not there or are not wanted."""
+        parts = task.metadata.tasks if task.is_aggregate else [task]
+        if overwrite:
+            self.forget([task, *parts])
+        for part in parts:
+            self.complete(part)
+        return self.rows(task)
 
     def complete(self, task: "AbsTask") -> None:
         """Compute the cuts of a task that have no result yet.
@@ -229,11 +256,10 @@ class _MtebRun:
         if not missing:
             return
         _load_data(task)
-        for rank, cuts in groupby(missing, key=lambda cut: cut.rank):
-            with TemporaryDirectory(dir=self.cache.cache_path, prefix=".vectors-") as folder:
-                vectors = _Vectors(self.model, rank, Path(folder), self.batch_tokens, self.progress)
-                for cut in cuts:
-                    self._evaluate(task, cut, vectors.of_cut(cut))
+        for _, cuts in groupby(missing, key=lambda cut: cut.rank):
+            for cut in cuts:
+                self._evaluate(task, cut, self.vectors.of_cut(cut))
+            self.vectors.forget()
         task.unload_data()
 
     def rows(self, task: "AbsTask") -> list[dict[str, Any]]:
@@ -302,49 +328,70 @@ def _never_encoded(texts: list[str]) -> np.ndarray:
     raise AssertionError("an aggregate's parts are complete before it is put together")
 
 
+@dataclass(frozen=True)
+class _Request:
+    """Texts whose vectors are wanted."""
+
+    rank: int
+    texts: list[str]
+
+
 class _Vectors:
-    """Vectors of lists of texts at one rank: all depths, the longest dim, kept in files."""
+    """Vectors of lists of texts: all depths, the longest dim, kept in files that all cuts read.
+
+    The processes of a launch compute them together.
+    """
+
+    ask: Callable[[_Request], np.ndarray]
+    """on the first process: lets all processes `encode`"""
 
     def __init__(
-        self, model: CubeModel, rank: int, folder: Path, batch_tokens: int | None, progress: bool
+        self,
+        model: CubeModel,
+        folder: Path,
+        revision: str,
+        batch_tokens: int | None,
+        progress: bool,
     ):
         self._model = model
-        self._rank = rank
         self._folder = folder
+        self._revision = revision
         self._batch_tokens = batch_tokens
         self._progress = progress
+        self._known: dict[str, np.ndarray] = {}
+
+    def encode(self, request: _Request) -> np.ndarray:
+        """(E, N, longest dim), memory-mapped. A collective."""
+        self._folder.mkdir(exist_ok=True)
+        texts, tokenizer = request.texts, self._model.text_tokenizer
+        return encode_all_exits(
+            self._model,
+            lambda part: tokenizer(texts[part]),
+            len(texts),
+            request.rank,
+            self._folder,
+            [self._revision, value_digest(texts)],
+            self._batch_tokens,
+            self._progress,
+        )
 
     def of_cut(self, cut: Cut) -> Callable[[list[str]], np.ndarray]:
         """A function: texts -> (N, dim) float32 unit vectors."""
         place = self._model.cube.depths.index(cut.depth)
 
         def vectors(texts: list[str]) -> np.ndarray:
-            leading = torch.from_numpy(np.array(self._all(texts)[place, :, : cut.dim]))
+            key = value_digest([cut.rank, texts])
+            if key not in self._known:
+                self._known[key] = self.ask(_Request(cut.rank, texts))
+            leading = torch.from_numpy(np.array(self._known[key][place, :, : cut.dim]))
             return normalize(leading, dim=-1).numpy()
 
         return vectors
 
-    def _all(self, texts: list[str]) -> np.ndarray:
-        """(E, N, longest dim), from a file that other cuts read again, if there are others."""
-        if len(self._model.cube.depths) * len(self._model.cube.dims) == 1:
-            return self._encode(texts).numpy()
-        path = self._folder / f"{value_digest(texts)}.npy"
-        if not path.exists():
-            np.save(path, self._encode(texts)[:, :, : self._model.cube.dims[-1]].numpy())
-        return np.load(path, mmap_mode="r")
-
-    def _encode(self, texts: list[str]) -> Tensor:
-        token_ids = self._model.text_tokenizer(texts)
-        with tqdm(
-            desc="encoding",
-            unit=" texts",
-            total=len(texts),
-            delay=2,
-            disable=None if self._progress else True,
-        ) as bar:
-            return encode_all_exits(
-                self._model.encoder, token_ids, self._batch_tokens, self._rank, bar
-            )
+    def forget(self) -> None:
+        """Remove the files, also those that an interrupted call left."""
+        self._known = {}
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class CutEncoder:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 
 from ml_embed.data.packing import PackedSequences
@@ -22,11 +23,14 @@ SHOWN_CHARACTERS = 80  # of a text in an error
 def choose_device(device: str | torch.device | None) -> torch.device:
     """`device`, or the first GPU if there is one, else the CPU.
 
+    Under a launcher the first GPU is this process's own; ACCELERATE_USE_CPU=true means the CPU.
+
     Raises:
         UserError: there is no such device here.
     """
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        on_gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+        return torch.device("cuda" if on_gpu else "cpu")
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)

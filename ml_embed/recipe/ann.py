@@ -8,6 +8,7 @@ document may be missed, but no score is wrong.
 Letters: Q queries of a block, N documents, K neighbours, C candidates, D vector length, P pairs.
 """
 
+import functools
 import importlib.util
 import math
 from collections.abc import Callable
@@ -16,13 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ml_embed.distributed.collectives import compute_on_main_process, world_size
+from ml_embed.distributed.shares import Rows
 from ml_embed.errors import UserError
-from ml_embed.files.arrays import RowFile, blocks
+from ml_embed.files.arrays import blocks
 from ml_embed.files.atomic import atomic_file
+from ml_embed.files.digests import value_digest
 from ml_embed.recipe.search import nearest
 
 FEWEST_DOCUMENTS = 100_000
@@ -74,11 +79,12 @@ def cell_count(documents: int) -> int:
 class ApproximateIndex:
     """The documents of a memory map, searchable.
 
-    Memory: N (code_bits D / 8 + 8) bytes, blocks of vectors, and 256 sqrt(N) sampled vectors while
-    it finds the cells.
+    Memory, of a process that searches: N (code_bits D / 8 + 8) bytes, blocks of vectors, and 256
+    sqrt(N) sampled vectors while the first process finds the cells.
 
     What was built lies in a folder and is used again, at the block where an interruption stopped
-    it. The same documents and settings give the same index.
+    it. The same documents and settings give the same index. Processes of a launch build it
+    together.
     """
 
     def __init__(
@@ -86,44 +92,52 @@ class ApproximateIndex:
         folder: Path,
         documents: np.ndarray,
         approximation: Approximation,
+        made_of: Any = None,
         title: str = "",
         progress: bool = True,
     ):
-        """Build, or read what was built.
+        """Build, unless it was built. A collective.
 
         Args:
-            folder: for the index's files; whoever changes the documents or `code_bits` calls
-                `remove_index` first.
+            folder: for the index's files.
             documents: (N, D) float32, rows of unit length; may be a memory map.
-            title, progress: of the bars on stderr.
+            approximation: how exact the search is.
+            made_of: JSON that tells the documents from others: an index of others is made anew.
+            title, progress: of the bars on stderr, of the first process.
         Raises:
             UserError: D cannot be cut into codes of so many bits.
         """
         import faiss
 
         approximation.check()
-        cells, codes = _files(folder)
-        if not cells.is_file():
-            codes.unlink(missing_ok=True)
-            with tqdm(
-                desc=f"{title}finding {cell_count(len(documents))} cells",
-                leave=False,
-                disable=not progress,
-            ):
-                trained = _trained(documents, approximation.code_bits)
-                with atomic_file(cells) as partial:
-                    faiss.serialize_index(trained).tofile(partial)
-        self._index = faiss.deserialize_index(np.fromfile(cells, np.uint8))
-        file = RowFile(codes, np.uint8, self._index.sa_code_size())
+        made_of = [made_of, approximation.code_bits]
+        path = folder / f"cells-{value_digest(made_of)}.faiss"
+        use_all_cores()
+        with tqdm(
+            desc=f"{title}finding {cell_count(len(documents))} cells",
+            leave=False,
+            disable=not progress,
+        ):
+            compute_on_main_process(lambda: _write_cells(path, documents, approximation.code_bits))
+        self._nprobe = approximation.nprobe
+        self._cells = faiss.deserialize_index(np.fromfile(path, np.uint8))
+        self.cells = self._cells.nlist
+        shape = (len(documents), self._cells.sa_code_size())
+        self._codes = Rows(folder / "codes.bin", np.uint8, shape, BLOCK, made_of)
 
         def encode(start: int, stop: int) -> np.ndarray:
-            return self._index.sa_encode(np.ascontiguousarray(documents[start:stop]))
+            return self._cells.sa_encode(np.ascontiguousarray(documents[start:stop]))
 
-        file.fill(len(documents), BLOCK, encode, f"{title}building the index", progress)
-        for rows in blocks(len(documents), BLOCK):
-            self._index.add_sa_codes(np.ascontiguousarray(file.mapped()[rows]))
-        self.cells = self._index.nlist
-        self._index.nprobe = min(approximation.nprobe, self.cells)
+        self._codes.fill(encode, f"{title}building the index", progress)
+
+    @functools.cached_property
+    def _index(self) -> Any:
+        """The cells with all codes in memory, on a process that searches."""
+        codes = self._codes.mapped()
+        for rows in blocks(len(codes), BLOCK):
+            self._cells.add_sa_codes(np.ascontiguousarray(codes[rows]))
+        self._cells.nprobe = min(self._nprobe, self.cells)
+        return self._cells
 
     def nearest(
         self, queries: Tensor, documents: np.ndarray, count: int, excluded: Tensor
@@ -144,10 +158,15 @@ class ApproximateIndex:
         return torch.cat(scores), torch.cat(rows)
 
 
-def remove_index(folder: Path) -> None:
-    """Remove what an index keeps in a folder."""
-    for path in _files(folder):
-        path.unlink(missing_ok=True)
+def use_all_cores() -> None:
+    """Let faiss compute on all cores of the machine, of which a launcher gives a process one.
+
+    Only one process of a machine searches or looks for cells at a time.
+    """
+    import faiss
+
+    if world_size() > 1:
+        faiss.omp_set_num_threads(len(psutil.Process().cpu_affinity()))
 
 
 def sample_queries(queries: int) -> np.ndarray:
@@ -175,8 +194,13 @@ def recall(
     return float(torch.stack(hits).sum() / there.sum())
 
 
-def _files(folder: Path) -> tuple[Path, Path]:
-    return folder / "cells.faiss", folder / "codes.bin"
+def _write_cells(path: Path, documents: np.ndarray, code_bits: int) -> None:
+    import faiss
+
+    if not path.is_file():
+        trained = _trained(documents, code_bits)
+        with atomic_file(path) as partial:
+            faiss.serialize_index(trained).tofile(partial)
 
 
 def _trained(documents: np.ndarray, code_bits: int) -> Any:

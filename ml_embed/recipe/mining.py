@@ -23,12 +23,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ml_embed.config import Task
+from ml_embed.distributed.agreement import check_agreement
+from ml_embed.distributed.collectives import compute_on_main_process
+from ml_embed.distributed.shares import Rows, leads_its_machine
+from ml_embed.distributed.sole_launch import sole_launch_into
 from ml_embed.errors import UserError
-from ml_embed.files.arrays import RowFile
-from ml_embed.files.atomic import atomic_file, disk_errors_are_user_errors, write_json
+from ml_embed.files.atomic import atomic_file, disk_errors_are_user_errors
 from ml_embed.files.digests import file_digest
 from ml_embed.files.json_file import parse_json
-from ml_embed.files.locks import lock_folder
 from ml_embed.files.work_record import Finished, WorkRecord
 from ml_embed.inference.encoding import check_finite
 from ml_embed.inference.text_models import TextModel
@@ -55,7 +57,7 @@ SUMMARY = "mining.json"
 LOCK = ".mining.lock"
 WORK_SUFFIX = ".mining"
 REMEDY = "Use another --output, or --overwrite to make that folder anew"
-ENCODED_BLOCK = 8192  # texts between two writes to disk; what an interruption costs at most
+ENCODED_BLOCK = 2048  # texts between two writes to disk (see `Rows.block`)
 QUERY_BLOCK = 1024
 VECTOR_SETTINGS = ("files", "query_prompt", "passage_prompt", "source")
 """What the vectors of an unfinished dataset depend on: other settings may change."""
@@ -63,7 +65,6 @@ NOT_MINED: Collection[Task] = ("classification", "similarity")
 """Tasks whose negatives are labels, or that have none."""
 DROPPED = -2  # in place of a row's negatives: the row is left out
 OWN_PAIRS = 2**22  # pairs of a query and a document that is not searched, in memory at a time
-INDEX_SETTINGS = (*VECTOR_SETTINGS, "code_bits")
 
 
 @dataclass(frozen=True)
@@ -181,24 +182,45 @@ def mine_folder(model: TextModel, options: MiningOptions, progress: bool = True)
             holds something else, or faiss is missing.
     """
     options.check()
-    datasets = {dataset.name: dataset for dataset in list_raw_datasets(options.source)}
+    datasets = compute_on_main_process(lambda: _checked_datasets(options.source))
+    output, settings = options.output, options.settings(model)
+    check_agreement(lambda: settings)
+    with (
+        disk_errors_are_user_errors(output, "Then run the same command again: it continues."),
+        sole_launch_into(output, LOCK, "mining into"),
+    ):
+        # the first process writes it; the others have a copy to read the settings in
+        record = compute_on_main_process(lambda: _open_record(settings, datasets, options))
+        for name in tqdm(datasets, unit=" file", desc="files", disable=not progress):
+            _mine_dataset(datasets[name], record, model, options, progress)
+        summary = compute_on_main_process(lambda: _finish(model, record, datasets, output))
+    say_passed_over(files_passed_over(options.source, datasets.values()))
+    return summary
+
+
+def _checked_datasets(source: Path) -> dict[str, RawDataset]:
+    datasets = {dataset.name: dataset for dataset in list_raw_datasets(source)}
     for dataset in datasets.values():
         check_and_count_rows(dataset)
-    output, settings = options.output, options.settings(model)
-    with disk_errors_are_user_errors(output, "Then run the same command again: it continues."):
-        output.mkdir(parents=True, exist_ok=True)
-        with lock_folder(output / LOCK, "mining into"):
-            record = WorkRecord(
-                output / SUMMARY, settings, _read_finished, options.overwrite, REMEDY
-            )
-            _check_former(record, datasets, output)
-            for name in tqdm(datasets, unit=" file", desc="files", disable=not progress):
-                _mine_dataset(datasets[name], record, model, options, progress)
-            _remove_datasets(output, record.gone(datasets))
-            settings = {"model": model.name} | settings
-            summary = {"settings": settings, "datasets": dict(sorted(record.entries.items()))}
-            record.finish(summary)
-    say_passed_over(files_passed_over(options.source, datasets.values()))
+    return datasets
+
+
+def _open_record(
+    settings: dict[str, Any], datasets: Mapping[str, RawDataset], options: MiningOptions
+) -> WorkRecord:
+    path = options.output / SUMMARY
+    record = WorkRecord(path, settings, _read_finished, options.overwrite, REMEDY)
+    _check_former(record, datasets, options.output)
+    return record
+
+
+def _finish(
+    model: TextModel, record: WorkRecord, datasets: Mapping[str, RawDataset], output: Path
+) -> dict[str, Any]:
+    _remove_datasets(output, record.gone(datasets))
+    settings = {"model": model.name} | record.settings
+    summary = {"settings": settings, "datasets": dict(sorted(record.entries.items()))}
+    record.finish(summary)
     return summary
 
 
@@ -236,6 +258,16 @@ def _work_folder(output: Path, name: str) -> Path:
     return output / f".{name}{WORK_SUFFIX}"
 
 
+@dataclass(frozen=True)
+class _Todo:
+    """A dataset that is to be made."""
+
+    raw: RawDataset
+    source: dict[str, Any]
+    """what the raw file is (`describe_source`)"""
+    task: Task
+
+
 def _mine_dataset(
     dataset: RawDataset,
     record: WorkRecord,
@@ -244,30 +276,52 @@ def _mine_dataset(
     progress: bool,
 ) -> None:
     """Make a dataset's file, unless it is recorded as made of the same rows and is as it was."""
-    name, output = dataset.name, options.output
-    target, work = output / f"{name}.parquet", _work_folder(output, name)
-    source, done = describe_source(dataset.path), record.entries.get(name)
-    as_recorded = (
+    output, work = options.output, _work_folder(options.output, dataset.name)
+    todo = compute_on_main_process(lambda: _look_at(dataset, record, output))
+    if todo is not None:
+        rows, searched = read_rows(dataset), dict[str, Any]()
+        if todo.task not in NOT_MINED:
+            check_agreement(lambda: {dataset.path.name: describe_source(dataset.path)})
+            compute_on_main_process(lambda: work.mkdir(exist_ok=True))
+            made_of = record.settings | {"source": todo.source}
+            rows, searched = _Mining(model, options, work, made_of, progress).run(todo)
+        compute_on_main_process(lambda: _write(todo, record, output, rows, searched))
+    compute_on_main_process(lambda: shutil.rmtree(work, ignore_errors=True))
+
+
+def _look_at(dataset: RawDataset, record: WorkRecord, output: Path) -> _Todo | None:
+    """None where nothing is to be done."""
+    target, source = _target(output, dataset), describe_source(dataset.path)
+    done = record.entries.get(dataset.name)
+    if (
         done is not None
         and done["source"] == source
         and target.is_file()
         and file_digest(target) == done.get("digest")
-    )
-    if not as_recorded:
-        kind, task, searched = task_of_raw(dataset), task_in_file(dataset), dict[str, Any]()
-        if kind in NOT_MINED:
-            task, rows = kind, read_rows(dataset)
-        else:
-            mining = _Mining(model, options, work, progress)
-            settings = record.settings | {"source": source}
-            rows, searched = mining.run(dataset, kind, settings)
-        record.begin(name)  # Not before: until here other settings may use what lies in `work`.
-        with atomic_file(target) as partial:
-            prompt = {k: v for k, v in notes_in_file(dataset).items() if k == "prompt"}
-            counts = write_raw(partial, rows, task, lambda: prompt)
-        made = {"source": source, "digest": file_digest(target)}
-        record.record(name, asdict(counts) | searched | made)
-    shutil.rmtree(work, ignore_errors=True)
+    ):
+        return None
+    return _Todo(dataset, source, task_of_raw(dataset))
+
+
+def _write(
+    todo: _Todo,
+    record: WorkRecord,
+    output: Path,
+    rows: Iterator[RawRow],
+    searched: dict[str, Any],
+) -> None:
+    target, name = _target(output, todo.raw), todo.raw.name
+    task = todo.task if todo.task in NOT_MINED else task_in_file(todo.raw)
+    record.begin(name)  # Not before: until here other settings may use what lies in `work`.
+    with atomic_file(target) as partial:
+        prompt = {k: v for k, v in notes_in_file(todo.raw).items() if k == "prompt"}
+        counts = write_raw(partial, rows, task, lambda: prompt)
+    made = {"source": todo.source, "digest": file_digest(target)}
+    record.record(name, asdict(counts) | searched | made)
+
+
+def _target(output: Path, dataset: RawDataset) -> Path:
+    return output / f"{dataset.name}.parquet"
 
 
 @dataclass(frozen=True)
@@ -277,18 +331,17 @@ class _Mining:
     model: TextModel
     options: MiningOptions
     work: Path
+    made_of: dict[str, Any]
+    """the settings and the source"""
     progress: bool
 
-    def run(
-        self, dataset: RawDataset, task: Task, settings: dict[str, Any]
-    ) -> tuple[Iterator[RawRow], dict[str, Any]]:
+    def run(self, todo: _Todo) -> tuple[Iterator[RawRow], dict[str, Any]]:
         """The dataset's rows with mined negatives, and what the summary says of the search."""
-        corpus = read_corpus(dataset, task)
-        self._open_work(settings)
+        corpus, name = read_corpus(todo.raw, todo.task), todo.raw.name
         query_prompt, passage_prompt = self.options.query_prompt, self.options.passage_prompt
-        queries = self._vectors("queries", corpus.queries, query_prompt, dataset.name)
-        documents = self._vectors("documents", corpus.documents, passage_prompt, dataset.name)
-        nearest_documents, searched = self._prepare_search(corpus, queries, documents, dataset.name)
+        queries = self._vectors("queries", corpus.queries, query_prompt, name)
+        documents = self._vectors("documents", corpus.documents, passage_prompt, name)
+        nearest_documents, searched = self._prepare_search(corpus, queries, documents, name)
 
         at_once = max(1, OWN_PAIRS // max(map(len, corpus.own_documents)))
 
@@ -298,14 +351,20 @@ class _Mining:
                 [self._search(nearest_documents, corpus, queries, documents, p) for p in parts]
             )
 
-        negatives = RowFile(self.work / "negatives.bin", np.int64, self.options.rule.count)
-        title = f"{dataset.name}: searching"
-        negatives.fill(len(corpus.query_of_row), QUERY_BLOCK, search, title, self.progress)
+        shape = len(corpus.query_of_row), self.options.rule.count
+        file = Rows(self.work / "negatives.bin", np.int64, shape, QUERY_BLOCK, self.made_of)
+        exact = nearest_documents is nearest
+        negatives = file.fill(
+            search,
+            f"{name}: searching",
+            self.progress,
+            takes_part=exact or leads_its_machine(),  # the index takes much memory, and all cores
+        )
         if self.options.rule.keep_if_in_top:
-            dropped = int((negatives.mapped()[:, 0] == DROPPED).sum())
+            dropped = int((negatives[:, 0] == DROPPED).sum())
             searched["rows_not_in_top"] = dropped
-            self._say_dropped(dataset.name, dropped, len(corpus.query_of_row))
-        return _mined_rows(corpus, negatives.mapped()), searched
+            self._say_dropped(name, dropped, len(corpus.query_of_row))
+        return _mined_rows(corpus, negatives), searched
 
     def _say_dropped(self, name: str, dropped: int, rows: int) -> None:
         most = self.options.rule.keep_if_in_top
@@ -318,27 +377,8 @@ class _Mining:
             f"{name}: {dropped:,} of {rows:,} rows dropped, their passage is not in the top {most}"
         )
 
-    def _open_work(self, settings: dict[str, Any]) -> None:
-        """Keep of what lies there all that was made for the same things."""
-        self.work.mkdir(exist_ok=True)
-        path = self.work / "settings.json"
-        try:
-            former = parse_json(path.read_bytes())
-        except (OSError, ValueError):
-            former = {}
-        differing = {key for key in {*former, *settings} if former.get(key) != settings.get(key)}
-        if differing.intersection(VECTOR_SETTINGS):
-            for name in ("queries.bin", "documents.bin"):
-                (self.work / name).unlink(missing_ok=True)
-        if differing.intersection(INDEX_SETTINGS):
-            ann.remove_index(self.work)
-        if differing:
-            (self.work / "negatives.bin").unlink(missing_ok=True)
-            write_json(path, settings)
-
     def _vectors(self, kind: str, texts: Sequence[str], prompt: str, name: str) -> np.ndarray:
         """(len(texts), D), memory-mapped."""
-        file = RowFile(self.work / f"{kind}.bin", np.float32, self.model.dim)
 
         def encode(start: int, stop: int) -> np.ndarray:
             prompted = [prompt + text for text in texts[start:stop]]
@@ -346,8 +386,12 @@ class _Mining:
             check_finite(vectors, prompted)
             return vectors
 
-        file.fill(len(texts), ENCODED_BLOCK, encode, f"{name}: encoding {kind}", self.progress)
-        return file.mapped()
+        shape, made_of = (len(texts), self.model.dim), self._made_of(VECTOR_SETTINGS)
+        file = Rows(self.work / f"{kind}.bin", np.float32, shape, ENCODED_BLOCK, made_of)
+        return file.fill(encode, f"{name}: encoding {kind}", self.progress)
+
+    def _made_of(self, settings: Collection[str]) -> dict[str, Any]:
+        return {name: self.made_of[name] for name in settings}
 
     def _prepare_search(
         self, corpus: Corpus, queries: np.ndarray, documents: np.ndarray, name: str
@@ -361,11 +405,20 @@ class _Mining:
             notice(f"{name}: searched exactly: {reason}")
             return nearest, {"search": "exact", "why_exact": reason}
         index = ann.ApproximateIndex(
-            self.work, documents, approximation, f"{name}: ", self.progress
+            self.work,
+            documents,
+            approximation,
+            self._made_of(VECTOR_SETTINGS),
+            f"{name}: ",
+            self.progress,
         )
         sample = ann.sample_queries(len(queries))
-        vectors = torch.from_numpy(queries[sample]).to(self.model.device)
-        share = ann.recall(index.nearest, vectors, documents, top, _own_pairs(corpus, sample))
+
+        def recall() -> float:
+            vectors = torch.from_numpy(queries[sample]).to(self.model.device)
+            return ann.recall(index.nearest, vectors, documents, top, _own_pairs(corpus, sample))
+
+        share = compute_on_main_process(recall)
         notice(
             f"{name}: finds {share:.1%} of the exact {top} nearest ({len(sample)} queries, "
             f"--nprobe {approximation.nprobe} of {index.cells} cells); more cells find more"

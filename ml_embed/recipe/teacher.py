@@ -9,7 +9,6 @@ lower-case letters, single spaces.
 Letters: n texts of a block, T tokens.
 """
 
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,11 +28,16 @@ from ml_embed.data.teacher_vectors import (
     TeacherVectors,
     VectorFile,
 )
+from ml_embed.distributed.agreement import check_agreement
+from ml_embed.distributed.collectives import (
+    compute_on_all_processes,
+    compute_on_main_process,
+)
+from ml_embed.distributed.shares import Rows
+from ml_embed.distributed.sole_launch import sole_launch_into
 from ml_embed.errors import UserError
-from ml_embed.files.arrays import RowFile
 from ml_embed.files.atomic import disk_errors_are_user_errors
 from ml_embed.files.digests import file_digest, value_digest
-from ml_embed.files.locks import lock_folder
 from ml_embed.files.model_source import find_tokenizer_folder
 from ml_embed.files.work_record import Entry, Finished, WorkRecord, journal_of
 from ml_embed.inference.encoding import check_finite
@@ -45,7 +49,7 @@ LOCK = ".teacher.lock"
 OWN_CACHE = "cache"
 REMEDY = "Use another --output, or --overwrite to make that folder anew"
 VECTORS_SUFFIX = ".vectors"
-BLOCK = 8192  # texts between two writes to disk; what an interruption costs at most
+BLOCK = 2048  # texts between two writes to disk (see `Rows.block`)
 PROBES = ("a", "A short sentence.", "Two sentences. The second is the longer one.")
 UNIT_TOLERANCE = 1e-3
 CHECKED_TEXTS = 100
@@ -157,25 +161,48 @@ def embed_teacher(
         "passage_prompt": options.passage_prompt,
         "strip_prompts": options.strip_prompts,
     }
-    output, remedy = options.output, "Then run the same command again: it continues."
-    with disk_errors_are_user_errors(output, remedy):
-        output.mkdir(parents=True, exist_ok=True)
-        with lock_folder(output / LOCK, "embedding into"):
-            record = _open_record(options, settings | form)
-            kept = record.replaced is None and (output / RECORD).is_file()
-            former = TeacherVectors.read(output).datasets if kept else {}
-            datasets = _embed_datasets(model, tokenizer, record, options, progress)
-            normalized = bool(np.allclose(norms, 1, atol=UNIT_TOLERANCE))
-            folder = TeacherVectors(
-                output,
-                {"model": model.name} | settings,
-                **form,
-                normalized=normalized,
-                datasets=former | datasets,
-            )
-            record.finish(folder.to_json())
-            _remove_unused(folder)
-    return folder.to_json()
+    check_agreement(lambda: settings | form)
+    output = options.output
+    with (
+        disk_errors_are_user_errors(output, "Then run the same command again: it continues."),
+        sole_launch_into(output, LOCK, "embedding into"),
+    ):
+        # the first process writes it; the others have a copy to read the settings in
+        record = compute_on_main_process(lambda: _open_record(options, settings | form))
+        decoder = TextDecoder(tokenizer)
+        store = compute_on_all_processes(lambda: _open_data(tokenizer, decoder, options, progress))
+        parts = {
+            name: _parts(dataset, store, decoder, options)
+            for name, dataset in store.datasets.items()
+        }
+        check_agreement(lambda: {name: [p.path.name for p in pair] for name, pair in parts.items()})
+        # A corpus that datasets share is one part.
+        by_path = {part.path: part for pair in parts.values() for part in pair}
+        for part in tqdm(by_path.values(), unit=" file", desc="files", disable=not progress):
+            _embed(part, record, model, decoder, progress)
+        described = {"settings": {"model": model.name} | settings, **form}
+        described["normalized"] = bool(np.allclose(norms, 1, atol=UNIT_TOLERANCE))
+        return compute_on_main_process(lambda: _finish(store, parts, record, described))
+
+
+def _finish(
+    store: Store,
+    parts: Mapping[str, tuple[_Part, _Part]],
+    record: WorkRecord,
+    described: dict[str, Any],
+) -> dict[str, Any]:
+    """Write teacher.json, and remove what it does not name; its content."""
+    folder = record.path.parent
+    kept = record.replaced is None and record.path.is_file()
+    former = TeacherVectors.read(folder).datasets if kept else {}
+    made = {
+        name: _entry(dataset, parts[name], record.settings)
+        for name, dataset in store.datasets.items()
+    }
+    vectors = TeacherVectors(folder, datasets=former | made, **described)
+    record.finish(vectors.to_json())
+    _remove_unused(vectors)
+    return vectors.to_json()
 
 
 def _open_record(options: TeacherOptions, settings: dict[str, Any]) -> WorkRecord:
@@ -205,30 +232,18 @@ def _read_finished(path: Path) -> Finished:
     return made.settings | {"dtype": made.dtype, "width": made.width}, files
 
 
-def _embed_datasets(
-    model: TextModel,
+def _open_data(
     tokenizer: PreTrainedTokenizerBase,
-    record: WorkRecord,
+    decoder: TextDecoder,
     options: TeacherOptions,
     progress: bool,
-) -> dict[str, DatasetVectors]:
-    """Make the files of all datasets whole; their entries."""
+) -> Store:
+    """The datasets, after a look at whether the tokenizer gives back their texts."""
     cache_dir = options.cache_dir or options.output / OWN_CACHE
     store = open_store(options.data, cache_dir, progress, options.verify)
-    decoder = TextDecoder(tokenizer)
     if store.manifest is None:
         _check_by_texts(store, tokenizer, decoder, options)
-    parts = {
-        name: _parts(dataset, store, decoder, options) for name, dataset in store.datasets.items()
-    }
-    # A corpus that datasets share is one part.
-    by_path = {part.path: part for pair in parts.values() for part in pair}
-    for part in tqdm(by_path.values(), unit=" file", desc="files", disable=not progress):
-        _embed(part, record, model, decoder, progress)
-    return {
-        name: _entry(dataset, parts[name], record.settings)
-        for name, dataset in store.datasets.items()
-    }
+    return store
 
 
 def _check_by_texts(
@@ -304,14 +319,9 @@ def _embed(
     part: _Part, record: WorkRecord, model: TextModel, decoder: TextDecoder, progress: bool
 ) -> None:
     """Make a file whole."""
+    if compute_on_main_process(lambda: _is_done(part, record)):
+        return
     name, dtype, width = part.path.name, record.settings["dtype"], record.settings["width"]
-    if (entry := record.entries.get(name)) is not None:
-        if part.path.is_file() and file_digest(part.path) == entry["digest"]:
-            return
-        record.replace(name, f"{part.path} is not as it was written")
-    if name not in record.unfinished:  # of other vectors, which --overwrite replaces
-        part.path.unlink(missing_ok=True)
-    record.begin(name)
 
     def make(start: int, stop: int) -> np.ndarray:
         texts = decoder([part.ids(number) for number in range(start, stop)])
@@ -324,10 +334,25 @@ def _embed(
         check_finite(stored, texts, f"use --dtype float32: {dtype} is too small")
         return stored
 
-    RowFile(part.path, DTYPES[dtype], width).fill(part.total, BLOCK, make, part.title, progress)
-    with part.path.open("rb") as file:
-        os.fsync(file.fileno())  # before the record says that it is whole
-    record.record(name, {"digest": file_digest(part.path)})
+    file = Rows(part.path, DTYPES[dtype], (part.total, width), BLOCK, record.settings)
+    file.fill(make, part.title, progress)
+
+    def finish() -> None:
+        record.record(name, {"digest": file_digest(part.path)})
+        file.forget()
+
+    compute_on_main_process(finish)
+
+
+def _is_done(part: _Part, record: WorkRecord) -> bool:
+    """Whether a file is whole; if not, its making is noted."""
+    name = part.path.name
+    if (entry := record.entries.get(name)) is not None:
+        if part.path.is_file() and file_digest(part.path) == entry["digest"]:
+            return True
+        record.replace(name, f"{part.path} is not as it was written")
+    record.begin(name)
+    return False
 
 
 def _entry(
@@ -346,7 +371,7 @@ def _remove_unused(folder: TeacherVectors) -> None:
         for entry in folder.datasets.values()
         for file in (entry.query_vectors, entry.document_vectors)
     }
-    for path in folder.folder.glob(f"*{VECTORS_SUFFIX}"):
+    for path in folder.folder.glob(f"*{VECTORS_SUFFIX}*"):
         if path.name not in used:
             path.unlink()
     shutil.rmtree(folder.folder / OWN_CACHE, ignore_errors=True)

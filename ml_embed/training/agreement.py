@@ -6,13 +6,10 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-import transformers
 from accelerate import Accelerator
 
 from ml_embed.config import TrainConfig
-from ml_embed.distributed.agreement import check_agreement
+from ml_embed.distributed.agreement import check_agreement, software
 from ml_embed.files.atomic import CHECKSUMS_FILE
 from ml_embed.files.digests import file_digest
 from ml_embed.files.model_identity import model_identity
@@ -49,22 +46,10 @@ def agree_on_settings(
             "--show-batch": options.show_batch,
             "accelerate's distributed_type": str(accelerator.distributed_type.value),
             "accelerate's mixed_precision": accelerator.mixed_precision,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "numpy": np.__version__,  # draws the order of the data
-            "digest of ml_embed": _code(),
+            **software(),
         }
 
     check_agreement(facts)
-
-
-def _code() -> dict[str, str]:
-    """The digest of each file of the package's code, by its path in the package."""
-    package = Path(__file__).parents[1]
-    return {
-        path.relative_to(package).as_posix(): file_digest(path)
-        for path in sorted(package.rglob("*.py"))
-    }
 
 
 def agree_on_inputs(config: TrainConfig, inputs: Inputs, accelerator: Accelerator) -> None:

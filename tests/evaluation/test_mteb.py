@@ -3,17 +3,23 @@
 import functools
 import importlib.util
 import json
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
 import pytest
 from helpers.tiny_models import DIMS, LAYERS, PROMPTS, RANK, make_tokenizer, write_model
+from helpers.tiny_runs import Launch
 
 import ml_embed.evaluation.mteb
 from ml_embed import Embedder
+from ml_embed.distributed.shares import Rows
 from ml_embed.errors import UserError
+from ml_embed.evaluation import cube
 from ml_embed.evaluation.cube import evaluate_cube
 from ml_embed.evaluation.mteb import evaluate_mteb, find_tasks, require_mteb
 from ml_embed.reports.tables import summary_table
@@ -314,6 +320,42 @@ def test_texts_are_encoded_once_per_rank_and_nothing_is_computed_twice(
         **options,
     )
     assert calls[6:] == [16, 16]
+
+
+def main_of_a_sample(arguments: list[str]) -> int:
+    """The command on a task of our own, in blocks of a few texts; process VICTIM dies after two."""
+    ml_embed.evaluation.mteb.find_tasks = lambda *_: [SampleRetrieval()]
+    cube.BLOCK = 4
+    if (victim := os.environ.get("VICTIM")) is not None:
+        write, calls = Rows._write, iter(range(1000))
+
+        def write_or_die(*block):
+            if os.environ["RANK"] == victim and next(calls) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.1 * (os.environ["RANK"] != victim))
+            write(*block)
+
+        Rows._write = write_or_die
+    return script.main(arguments)
+
+
+@pytest.mark.slow
+def test_the_processes_of_a_launch_encode_together(folder, evaluated, tmp_path):
+    """Also what a launch left that lost a process. The tasks run on the first one."""
+    cuts = ["--rank", "16", "--depth", "1", "3", "--dim", "8", "64"]
+    flags = ["--model", folder, "--output", tmp_path / "out", "--tasks", "SampleRetrieval", *cuts]
+    broken = Launch(tmp_path / "1", flags, 2, main=main_of_a_sample, environment={"VICTIM": "1"})
+    assert broken.wait() == [2, -signal.SIGKILL], broken.printed()
+    kept = list((tmp_path / "out" / ".vectors").glob("*.vectors"))
+    assert len(kept) == 1
+    again = Launch(tmp_path / "3", flags, 3, main=main_of_a_sample)
+    assert again.wait() == [0, 0, 0], again.printed()
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert scores(summary, "SampleRetrieval") == pytest.approx(
+        scores(evaluated[0], "SampleRetrieval"), abs=1e-6
+    )
+    assert not (tmp_path / "out" / ".vectors").exists()
+    assert again.outputs[0].read_text().splitlines()[-1].startswith("all numbers: ")
 
 
 def test_the_script_prints_a_table_of_the_whole_model(folder, tmp_path, capsys, monkeypatch):

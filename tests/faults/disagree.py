@@ -20,8 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import run as run_script
 from ml_embed.config import TrainConfig
-from ml_embed.distributed import heartbeat
-from ml_embed.training import agreement
+from ml_embed.distributed import agreement, heartbeat
 
 STEPS, SECONDS = 3, 60
 SOME = {"str": "other", "float": 0.25, "int": 1, "bool": True}

@@ -19,8 +19,8 @@ from helpers.tiny_runs import DATASETS, Inputs, Launch, config_of, final_bytes, 
 from safetensors.torch import load_file, save_file
 
 import run as run_script
+from ml_embed.distributed import agreement
 from ml_embed.distributed.agreement import SHOWN, differences
-from ml_embed.training import agreement
 
 REMEDY = "start all of them with the same config, code, data, models and libraries"
 
@@ -184,6 +184,8 @@ def main_with_own_places(arguments: list[str]) -> int:
 def main_with_another_state(arguments: list[str]) -> int:
     """The second process finds another machine's old state at the same path."""
     if os.environ["RANK"] == "1":
+        from ml_embed.training import agreement
+
         sums = agreement._sums
         agreement._sums = lambda state: dict.fromkeys(sums(state), None)
     return run_script.main(arguments)

@@ -171,7 +171,7 @@ def test_machines_are_counted(monkeypatch, told, machine):
     names = [f"machine {number} (counted from 0)" for number in range(2)]
     own, local = told["RANK"], told["LOCAL_WORLD_SIZE"]
     neighbours = [f"process {number}" for number in range(own, own + local) if number > own]
-    with heartbeat.heartbeat() as all_have_met:
+    with heartbeat.heartbeat("start again") as all_have_met:
         machines = (names[machine], [names[1 - machine]])
         assert watched == [machines, (f"process {own}", neighbours)]
         all_have_met()
