@@ -11,6 +11,7 @@ blank lines are no rows. Suffixes may be in capitals. All is read in bounded mem
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import lru_cache
 from itertools import islice, pairwise, repeat
 from pathlib import Path
@@ -25,7 +26,7 @@ from ml_embed.data.tasks import task_of
 from ml_embed.errors import UserError
 from ml_embed.files.json_file import parse_json
 from ml_embed.files.parquet import is_text, open_parquet
-from ml_embed.notices import notice
+from ml_embed.notices import notice, warn
 from ml_embed.prepare.raw_parquet import (
     BATCH_ROWS,
     NOTES_METADATA,
@@ -43,12 +44,15 @@ from ml_embed.prepare.rows import (
     Record,
     RowBatch,
     good_rows,
+    numbered_negatives,
     raw_columns,
     row_of,
 )
 
 SUFFIXES = (".parquet", ".jsonl")
 SHOWN_NAMES = 5
+MISSPELT = 0.8
+"""How like a column's name another must be, as difflib measures it, to be asked after."""
 
 
 @dataclass(frozen=True)
@@ -111,17 +115,37 @@ def say_passed_over(names: Sequence[str]) -> None:
 def check_and_count_rows(dataset: RawDataset) -> int:
     """Rows of a dataset, after checking what can be checked without reading its texts.
 
+    Columns that are not read are said.
+
     Raises UserError for a broken file, a missing column, a column of the wrong type, or no rows.
     """
     if dataset.is_parquet:
         footer = _footer(dataset.path)
         check_schema(dataset.path, footer.schema)
-        rows = footer.metadata.num_rows
+        rows, names = footer.metadata.num_rows, footer.schema.names
     else:
         rows = count_json_lines(dataset.path)
+        names = _names_of_first_line(dataset.path)
     if rows == 0:
         raise UserError(f"{dataset.path} has no rows. Remove the file or fill it.")
+    say_unread(dataset.path, names)
     return rows
+
+
+def say_unread(path: Path, names: Sequence[str]) -> None:
+    """A notice of columns that are not read; a warning of one that may be misspelt."""
+    words = ("query", "passage", "negatives", *OPTIONAL_NAMES)
+    unread = [name for name in names if name not in (*words, *numbered_negatives(names))]
+    for name in unread:
+        for meant in get_close_matches(name, words, 1, MISSPELT):
+            warn(f"{path}: the column {name!r} is not read; did you mean {meant!r}?")
+    if unread:
+        notice(f"{path}: columns that are not read: {', '.join(map(repr, unread))}")
+
+
+def _names_of_first_line(path: Path) -> list[str]:
+    first = next(iter(json_lines(path)), None)
+    return [] if first is None or isinstance(first.values, FaultyRow) else list(first.values)
 
 
 class _Footer(NamedTuple):

@@ -20,6 +20,7 @@ from helpers import ROOT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from ml_embed.commands import tokenize
 from ml_embed.data.store import open_store
 from ml_embed.errors import UserError
 from ml_embed.files.digests import sealed
@@ -806,3 +807,23 @@ def test_empty_json_file_is_named(tmp_path):
     (tmp_path / "x.jsonl").write_text("\n\n")
     with pytest.raises(UserError, match=r"x\.jsonl has no rows"):
         check_and_count_rows(RawDataset("x", tmp_path / "x.jsonl"))
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_columns_that_are_not_read_are_said(tokenizer_folder, tmp_path, capsys, suffix):
+    """A misspelt one would train other negatives, or none, without a word."""
+    rows = [
+        {"query": "a", "passage": "b", "negativms": ["c"], "source": "web", "language": "eng"},
+        {"query": "d", "passage": "e", "negativms": ["f"], "source": "web", "language": "eng"},
+    ]
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), folder / "own.parquet")
+    else:
+        (folder / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--tokenizer", str(tokenizer_folder), "--input", str(folder)]
+    assert tokenize.main([*flags, "--output", str(tmp_path / "tokens")]) == 0
+    said = capsys.readouterr().err
+    assert f"own.{suffix}: the column 'negativms' is not read; did you mean 'negatives'?" in said
+    assert f"own.{suffix}: columns that are not read: 'negativms', 'source'" in said
