@@ -43,6 +43,8 @@ from ml_embed.model_folders.sizes import BYTES_PER_COMPONENT, parameters_of
 from ml_embed.prepare.tokenizer import TextTokenizer
 
 MAX_QUERIES = 1000
+RANKS = "ranks"
+"""column of a row, on request: the rank of each query's right passage"""
 BLOCK = 2048  # texts between two writes to disk (see `Rows.block`)
 
 
@@ -123,6 +125,7 @@ def evaluate_cube(
     device: str | None = None,
     work: Path | None = None,
     progress: bool = True,
+    per_query: bool = False,
 ) -> dict[str, Any]:
     """Retrieval metrics of a model at every rank, depth and dim, on every test set of `data`.
 
@@ -141,6 +144,7 @@ def evaluate_cube(
         work: folder for the vectors, which the caller removes: with it an interrupted call is
             continued. None is a temporary one, of one process.
         progress: bars on stderr, on terminals.
+        per_query: rows also have "ranks", that of each query's right passage.
 
     Returns:
         JSON-able: "model", "data", "device", "dtype", "prompts", "texts", "tokens", and "rows", one
@@ -152,7 +156,7 @@ def evaluate_cube(
         UserError: the model or the data cannot be read, or a size is not one that the model has.
     """
     model = compute_on_all_processes(lambda: CubeModel.open(folder, ranks, depths, dims, device))
-    return _evaluate(model, Path(data), batch_tokens, max_queries, work, progress)
+    return _evaluate(model, Path(data), batch_tokens, max_queries, work, progress, per_query)
 
 
 def evaluate_baseline(
@@ -194,6 +198,7 @@ def _evaluate(
     max_queries: int | None,
     work: Path | None,
     progress: bool,
+    per_query: bool = False,
 ) -> dict[str, Any]:
     prompts = model.folder.record.prompts
     texts, test_sets = compute_on_all_processes(
@@ -212,7 +217,9 @@ def _evaluate(
         for dim in model.cube.dims:
             sizes, unit = model.describe(Cut(rank, depth, dim)), normalize(whole[:, :dim], dim=-1)
             for test_set, columns in zip(test_sets, fixed, strict=True):
-                rows.append(sizes | columns | metrics_of_ranks(test_set.ranks(unit)))
+                ranks = test_set.ranks(unit)
+                found = {RANKS: ranks.tolist()} if per_query else {}
+                rows.append(sizes | columns | metrics_of_ranks(ranks) | found)
         return rows
 
     rows: list[dict[str, Any]] = []

@@ -107,12 +107,16 @@ def metrics_of_ranks(ranks: Tensor | ArrayLike) -> dict[str, float]:
     Returns:
         Metric name -> 0..1; NaN for no queries.
     """
+    values = values_of_ranks(ranks)
+    return {name: float(own.mean()) if len(own) else float("nan") for name, own in values.items()}
+
+
+def values_of_ranks(ranks: Tensor | ArrayLike) -> dict[str, np.ndarray]:
+    """What each query counts in `metrics_of_ranks`: metric name -> (Q,) 0..1."""
     ranks = np.asarray(ranks, dtype=np.float64)
-    if not len(ranks):
-        return dict.fromkeys(METRICS, float("nan"))
     found = ranks <= CUTOFF
     values = ((ranks <= 1).astype(float), found / ranks, found / np.log2(1 + ranks))
-    return {name: float(value.mean()) for name, value in zip(METRICS, values, strict=True)}
+    return dict(zip(METRICS, values, strict=True))
 
 
 def spearman(left: Tensor, right: Tensor) -> float:

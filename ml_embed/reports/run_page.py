@@ -22,6 +22,7 @@ from ml_embed.model_folders.sizes import BYTES_PER_COMPONENT, cut_parameters
 from ml_embed.notices import warn
 from ml_embed.reports.charts import Point, line_chart
 from ml_embed.reports.choices import choices_section
+from ml_embed.reports.page import page
 from ml_embed.reports.tables import Result, mean_chance, number_text
 
 AXES = ("rank", "depth", "dim")
@@ -98,23 +99,6 @@ def run_parameters(resolved: Mapping[str, Any], cut: Cut) -> int:
     return cut_parameters(cut, per_rank, resolved["layer_parameters"], max(resolved["dims"]))
 
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 76rem;
-  padding: 0 1rem }
-h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
-h3 { font-size: 1rem; margin: 0 0 .25rem }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1.5rem }
-.charts > div { min-width: 0 } svg { width: 100%; height: auto; display: block }
-svg text { font-size: 11px; fill: #444 }
-.axis { stroke: #444 } .grid { stroke: #ddd; stroke-width: .7 }
-.legend { margin: .25rem 0 0; font-size: 13px }
-.legend span { margin-right: 1rem; white-space: nowrap }
-.key { display: inline-block; width: 22px; height: 10px; margin-right: .35rem }
-table { border-collapse: collapse; margin: .5rem 1.5rem 1rem 0; font-variant-numeric: tabular-nums }
-th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd }
-th:first-child { text-align: left; white-space: nowrap }
-.cubes { display: flex; flex-wrap: wrap } .note { color: #555; font-size: 14px; max-width: 52rem }
-"""
 EVALUATION_FILE = "evaluation.json"
 SHOWN = ("world_size", "global_batch_size", "total_steps", "parameters", "exits", "dims", "ranks")
 
@@ -147,7 +131,7 @@ def write_report(
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(output) as partial:
-            partial.write_text(_page(f"{name} - training report", parts), encoding="utf-8")
+            partial.write_text(page(f"{name} - training report", parts), encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"{output} cannot be written ({error.strerror}); choose another --output"
@@ -180,14 +164,6 @@ def _validated(step: int, result: Result, metric: str) -> str:
     source = f"mean over the datasets' held-out rows after step {step}"
     title = f"{metric} on held-out rows"
     return choices_section(result, metric, title, source, "this run's model folders")
-
-
-def _page(title: str, parts: Sequence[str]) -> str:
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>'
-        f"<body>{''.join(parts)}</body></html>\n"
-    )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,325 @@
+"""Cuts of one nested run beside models that are trained alone for what each cut gives.
+
+A model alone is the first layers of the same start, with token factors of one rank in every step
+and a loss on the leading components alone. Data, order, steps and seed are those of the nested run.
+"""
+
+import functools
+import re
+import shutil
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ml_embed.config import parse_config
+from ml_embed.distributed.collectives import compute_on_main_process
+from ml_embed.errors import UserError
+from ml_embed.evaluation.cube import RANKS, evaluate_cube
+from ml_embed.evaluation.intervals import Interval, bootstrap, difference, interaction
+from ml_embed.evaluation.metrics import values_of_ranks
+from ml_embed.files.atomic import write_json
+from ml_embed.files.locks import take_lock
+from ml_embed.files.model_source import find_model_folder
+from ml_embed.files.paths import numbered_folders
+from ml_embed.model_folders.cut import Cut, whole_cut
+from ml_embed.model_folders.export import write_cut
+from ml_embed.model_folders.read import ModelFolder
+
+NESTING = (
+    *("use_mel", "mel_ranks", "mel_sampling", "mel_refactor", "valid_ranks"),
+    *("use_mll", "mll_layers", "mll_weights", "mll_prior_weight", "mll_norm", "valid_layers"),
+    *("use_mrl", "mrl_dims", "mrl_weights", "valid_dims", "self_distillation"),
+)
+"""Keys that a model alone has no use for."""
+AXES = ("rank", "depth", "dim")
+Values = list[np.ndarray]
+"""(Q,) of each test set: what a model achieves at each query"""
+Train = Callable[[Path], int]
+"""config file of a run -> its exit code; a run that has ended is left as it is"""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared, on what."""
+
+    given: Mapping[str, Any]
+    """config of the nested run, as the user wrote it"""
+    cuts: tuple[Cut, ...]
+    seeds: tuple[int, ...]
+    learning_rates: tuple[float, ...]
+    """each model takes the best of these"""
+    data: Path
+    """evaluation data, for `read_test_sets`"""
+    tuning: Path
+    """the same, by which learning rates are chosen"""
+    output: Path
+    metric: str = "recall@1"
+    max_queries: int | None = 1000
+
+    @property
+    def nested(self) -> "Model":
+        return Model(self, None)
+
+    @property
+    def models(self) -> list["Model"]:
+        """The nested one, then those alone."""
+        return [self.nested, *(Model(self, cut) for cut in self.cuts)]
+
+    @functools.cached_property
+    def start(self) -> ModelFolder:
+        """What all models start from."""
+        return ModelFolder.open(find_model_folder(self.given["model_path"]))
+
+
+@dataclass(frozen=True)
+class Model:
+    """One kind of model: nested, or trained alone for a cut; a run for each seed and rate."""
+
+    comparison: Comparison
+    alone: Cut | None
+    """None is the nested one"""
+
+    @property
+    def cuts(self) -> tuple[Cut, ...]:
+        """What it is compared at."""
+        return self.comparison.cuts if self.alone is None else (self.alone,)
+
+    @property
+    def label(self) -> str:
+        """What it is called in names of runs and in the result."""
+        return self.alone.name if self.alone else "nested"
+
+    def name(self, seed: int, rate: float) -> str:
+        """The run's experiment_id."""
+        return f"{self.label}_seed_{seed}_lr_{rate:g}"
+
+    def config(self, seed: int, rate: float) -> dict[str, Any]:
+        """The config of a run."""
+        own = {
+            "seed": seed,
+            "learning_rate": rate,
+            "experiment_id": self.name(seed, rate),
+            "output_dir": str(self.comparison.output / "runs"),
+        }
+        given = dict(self.comparison.given)
+        if self.alone is not None:
+            given = alone_config(given, self.alone, self.comparison.start)
+            given["model_path"] = str(self._start())
+        return given | own
+
+    def _start(self) -> Path:
+        """The first layers of the start, written where they are not there yet."""
+        assert self.alone is not None
+        start = self.comparison.start
+        whole = whole_cut(start.record, start.config)
+        if self.alone.depth == whole.depth:
+            return start.path
+        folder = self.comparison.output / "starts" / f"depth_{self.alone.depth}"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # All processes of a launch come here.
+        with take_lock(folder.parent / ".lock", -1):
+            if not folder.exists():
+                write_cut(start, Cut(whole.rank, self.alone.depth, whole.dim), folder)
+        return folder
+
+    def folder(self, seed: int, rate: float) -> Path:
+        """The model folder at the end of a run."""
+        runs = Path(self.config(seed, rate)["output_dir"])
+        return numbered_folders(runs / self.name(seed, rate))[-1][1]
+
+
+def alone_config(given: Mapping[str, Any], cut: Cut, start: ModelFolder) -> dict[str, Any]:
+    """The config of a model that is trained alone for a cut, without its seed, rate and names."""
+    config = {key: value for key, value in given.items() if key not in NESTING}
+    config["r"] = cut.rank
+    if not cut.rank:
+        config.pop("mel_init", None)
+    if cut.dim < start.config.hidden_size:
+        config |= {"use_mrl": True, "mrl_dims": [cut.dim], "mrl_weights": [0, 1]}
+    return config
+
+
+def parse_cut(text: str) -> Cut:
+    """A cut as it stands in a command: rank:depth:dim, rank 0 for a whole token table.
+
+    Raises:
+        UserError: it does not look so.
+    """
+    if re.fullmatch(r"\d+:[1-9]\d*:[1-9]\d*", text) is None:
+        raise UserError(
+            f"--cuts {text!r} must have the form rank:depth:dim, such as 64:4:32 (rank 0 is a "
+            "whole token table)"
+        )
+    return Cut(*map(int, text.split(":")))
+
+
+def check(comparison: Comparison) -> None:
+    """Refuse what cannot be compared, before anything is trained.
+
+    Raises:
+        UserError: a config that a run would refuse, or a cut that the nested run does not have.
+    """
+    backbone = comparison.start.config
+    first = comparison.seeds[0], comparison.learning_rates[0]
+    rank = parse_config(comparison.nested.config(*first)).r
+    largest = Cut(rank, backbone.num_hidden_layers, backbone.hidden_size)
+    for cut in comparison.cuts:
+        for axis, size, most in zip(AXES, astuple(cut), astuple(largest), strict=True):
+            if size > most or bool(size) != bool(most):
+                raise UserError(
+                    f"--cuts {cut.rank}:{cut.depth}:{cut.dim}: the nested run has no {axis} "
+                    f"{size}; its whole is {largest.rank}:{largest.depth}:{largest.dim}"
+                )
+    for model in comparison.models:
+        parse_config(model.config(*first))
+
+
+def train_all(comparison: Comparison, train: Train) -> int:
+    """Train what is not trained yet; the exit code of the first run that did not end, or 0."""
+    for model in comparison.models:
+        for seed in comparison.seeds:
+            for rate in comparison.learning_rates:
+                path = comparison.output / "configs" / f"{model.name(seed, rate)}.json"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(path, model.config(seed, rate))
+                if code := train(path):
+                    return code
+    return 0
+
+
+def compare(comparison: Comparison, progress: bool = True) -> dict[str, Any]:
+    """Evaluate all that is trained. A collective.
+
+    Returns:
+        JSON-able: "metric", "seeds", "learning_rates" (model -> rate -> its score, and "best"), and
+        "rows", one for each cut: rank, depth, dim, the means over seeds "nested", "alone" and
+        "difference", "range" of the differences, and "seeds", one object each, with "nested",
+        "alone", "difference" and, where several axes are cut, "interaction", the last two as
+        [value, low, high].
+    """
+    nested, *alone = comparison.models
+    rates = {model.label: _best_rate(model, progress) for model in comparison.models}
+    by_seed: dict[Cut, list[dict[str, Any]]] = {cut: [] for cut in comparison.cuts}
+    for seed in comparison.seeds:
+        whole = _whole(nested.folder(seed, rates["nested"]["best"]))
+        parts = _with_single_axes(comparison.cuts, whole)
+        found = _values(nested, seed, rates["nested"]["best"], parts, progress)
+        for model in alone:
+            (cut,) = model.cuts
+            own = _values(model, seed, rates[model.label]["best"], [cut], progress)[cut]
+            by_seed[cut].append({"seed": seed} | _one_seed(cut, whole, found, own))
+    return {
+        "metric": comparison.metric,
+        "data": str(comparison.data),
+        "seeds": list(comparison.seeds),
+        "learning_rates": rates,
+        "rows": [_row(cut, seeds) for cut, seeds in by_seed.items()],
+    }
+
+
+def _best_rate(model: Model, progress: bool) -> dict[str, Any]:
+    """Learning rate -> mean over seeds and cuts; and the "best" of them."""
+    rates, seeds = model.comparison.learning_rates, model.comparison.seeds
+    if len(rates) == 1:
+        return {"best": rates[0]}
+    scores = {}
+    for rate in rates:
+        tuning = model.comparison.tuning
+        found = [_values(model, seed, rate, model.cuts, progress, tuning) for seed in seeds]
+        scores[rate] = statistics.fmean(_mean(values) for own in found for values in own.values())
+    best = max(scores, key=scores.__getitem__)
+    return {f"{rate:g}": score for rate, score in scores.items()} | {"best": best}
+
+
+def _whole(folder: Path) -> Cut:
+    opened = ModelFolder.open(folder)
+    return whole_cut(opened.record, opened.config)
+
+
+def _with_single_axes(cuts: Sequence[Cut], whole: Cut) -> list[Cut]:
+    """The cuts, those of one of their axes alone, and the whole: what an interaction is made of."""
+    return sorted({each for cut in cuts for each in (cut, *_single_axes(cut, whole), whole)})
+
+
+def _single_axes(cut: Cut, whole: Cut) -> tuple[Cut, Cut, Cut]:
+    return (
+        Cut(cut.rank, whole.depth, whole.dim),
+        Cut(whole.rank, cut.depth, whole.dim),
+        Cut(whole.rank, whole.depth, cut.dim),
+    )
+
+
+def _values(
+    model: Model,
+    seed: int,
+    rate: float,
+    cuts: Sequence[Cut],
+    progress: bool,
+    data: Path | None = None,
+) -> dict[Cut, Values]:
+    """What a run achieves at each query at each of the cuts; `data` None is that of all."""
+    comparison = model.comparison
+    ranks, depths, dims = (sorted({getattr(cut, axis) for cut in cuts}) for axis in AXES)
+    work = comparison.output / "work"
+    result = evaluate_cube(
+        model.folder(seed, rate),
+        data or comparison.data,
+        ranks if any(ranks) else None,
+        depths,
+        dims,
+        max_queries=comparison.max_queries,
+        work=work / model.name(seed, rate),
+        progress=progress,
+        per_query=True,
+    )
+    compute_on_main_process(lambda: shutil.rmtree(work, ignore_errors=True))
+    found: dict[Cut, Values] = {cut: [] for cut in cuts}
+    for row in result["rows"]:
+        if (cut := Cut.of_row(row)) in found:
+            found[cut].append(values_of_ranks(row[RANKS])[comparison.metric])
+    return found
+
+
+def _mean(values: Values) -> float:
+    """Each test set counts the same."""
+    return statistics.fmean(own.mean() for own in values)
+
+
+def _one_seed(cut: Cut, whole: Cut, found: dict[Cut, Values], alone: Values) -> dict[str, Any]:
+    own = {
+        "nested": _mean(found[cut]),
+        "alone": _mean(alone),
+        "difference": _as_list(bootstrap(_side_by_side([found[cut], alone]), difference)),
+    }
+    single = _single_axes(cut, whole)
+    if sum(each != whole for each in single) > 1 and _mean(found[whole]) > 0:
+        models = [found[each] for each in (cut, *single, whole)]
+        own["interaction"] = _as_list(bootstrap(_side_by_side(models), interaction))
+    return own
+
+
+def _side_by_side(models: Sequence[Values]) -> Values:
+    """(M, Q) of each test set."""
+    return [np.stack(of_set) for of_set in zip(*models, strict=True)]
+
+
+def _as_list(interval: Interval) -> list[float]:
+    return [interval.value, interval.low, interval.high]
+
+
+def _row(cut: Cut, seeds: list[dict[str, Any]]) -> dict[str, Any]:
+    differences = [own["difference"][0] for own in seeds]
+    means = {name: statistics.fmean(own[name] for own in seeds) for name in ("nested", "alone")}
+    return {
+        "rank": cut.rank,
+        "depth": cut.depth,
+        "dim": cut.dim,
+        **means,
+        "difference": statistics.fmean(differences),
+        "range": [min(differences), max(differences)],
+        "seeds": seeds,
+    }
