@@ -18,6 +18,7 @@ FILES = (
     "evaluate",
     "evaluate_mteb",
     "export",
+    "encode",
     "compare_dedicated",
     "compare_mel_init",
     "check_gpu",

@@ -23,7 +23,7 @@ def check_vector_file(path: Path, overwrite: bool) -> None:
         raise UserError(f"{path} is a folder, which is not replaced by a file; give another path")
     if path.exists() and not overwrite:
         raise UserError(
-            f"{path} exists already; give another path, or overwrite=True to replace it"
+            f"{path} exists already; give another path, or --overwrite (overwrite=True)"
         )
     check_writable(path.parent, "folder")
 

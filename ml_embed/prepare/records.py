@@ -105,6 +105,33 @@ def open_shards(paths: Sequence[Path], reading: Reading) -> Table:
     return Table(str(paths[0].parent), tables[0].names, read, tables[0].labels)
 
 
+def column_texts(path: Path, column: str, reading: Reading | None = None) -> Iterator[str]:
+    """The texts of one column of a file of rows, or the lines of a .txt file, in order.
+
+    Raises:
+        UserError: the file is missing or broken, has no such column, or a row holds no text there.
+    """
+    reading = reading or Reading()
+    if not path.is_file():
+        raise UserError(f"{path} is no file; give one of texts")
+    if stem_and_suffix(path)[1] == ".txt":
+        with text_lines(path, reading, newline="\n") as lines:
+            yield from (line.rstrip("\r\n") for line in lines)
+        return
+    table = open_table(path, reading)
+    if table.names and column not in table.names:
+        raise UserError(
+            f"{path} has no column {column!r}; name one of {', '.join(map(repr, table.names))}"
+        )
+    for record in table.read([column]):
+        if isinstance(record.values, FaultyRow):
+            raise record.values
+        text = record.values.get(column)
+        if not isinstance(text, str):
+            raise UserError(f"{record.where}: {column} is {text!r}, which is no text")
+        yield text
+
+
 # --- CSV and TSV
 
 
