@@ -10,7 +10,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from ml_embed.benchmarks.common import print_result, print_table
+from ml_embed.benchmarks.common import MIB, print_result, print_table
 from ml_embed.benchmarks.samples import make_sample
 from ml_embed.benchmarks.training_setup import (
     TrainingShape,
@@ -18,6 +18,7 @@ from ml_embed.benchmarks.training_setup import (
     open_sample,
     pick_batch,
 )
+from ml_embed.evaluation.costs import peak_memory
 
 MAX_TOKENS = 2048
 """of a chunk"""
@@ -66,13 +67,9 @@ def child(tokenized: str, cache: str, eos_id: str, batch_size: str, *budgets: st
             "max_tokens": int(budget),
             "tokens": batch.num_encoded_tokens,
         }
-        results.append(result | {"seconds": time.perf_counter() - start, "peak_mib": _peak_mib()})
+        seconds = time.perf_counter() - start
+        results.append(result | {"seconds": seconds, "peak_mib": peak_memory() / MIB})
     print(json.dumps(results))
-
-
-def _peak_mib() -> float:
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) / 1024
 
 
 def report_gradcache(folder: Path, batch_sizes: list[int]) -> None:

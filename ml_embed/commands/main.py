@@ -17,6 +17,7 @@ FILES = (
     "report",
     "evaluate",
     "evaluate_mteb",
+    "choose_cut",
     "export",
     "encode",
     "compare_dedicated",

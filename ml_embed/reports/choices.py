@@ -7,11 +7,23 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import Any
 
+from ml_embed.errors import UserError
+from ml_embed.evaluation.costs import Cost, Costs
+from ml_embed.files.json_file import read_json
 from ml_embed.model_folders.cut import Cut, table_name
 from ml_embed.reports.charts import scatter_chart
-from ml_embed.reports.tables import MEANING, Result, mean_metric, number_text, sizes
+from ml_embed.reports.tables import (
+    MEANING,
+    Result,
+    aligned,
+    mean_chance,
+    mean_metric,
+    number_text,
+    sizes,
+)
 
 LIGHT, DARK = (247, 251, 255), (33, 113, 181)  # of table cells: worst to best
 
@@ -25,6 +37,9 @@ class CubePoint:
     bytes_per_vector: int
     quality: float
     """mean of a metric over test sets"""
+    trained: bool = True
+    cost: Cost | None = None
+    """as measured; None = it was not"""
 
     @property
     def costs(self) -> tuple[int, int, int]:
@@ -39,42 +54,75 @@ class CubePoint:
         return self.quality > other.quality or equal
 
 
-def cube_points(result: Result, metric: str) -> list[CubePoint]:
-    """Each cut of an evaluated cube, sorted."""
+def read_evaluation(path: Path, metric: str) -> Result:
+    """The model's part of what scripts/evaluate.py wrote.
+
+    Raises:
+        UserError: the file is missing or damaged, or holds something else.
+    """
+    remedy = "evaluate again with scripts/evaluate.py"
+    values = read_json(path, remedy)
+    try:
+        result = values["model"]
+        cube_points(result, metric), mean_chance(result, metric), result["model"] + ""
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise UserError(
+            f"{path} is not what scripts/evaluate.py writes ({error!r}); evaluate again"
+        ) from None
+    return result
+
+
+def cube_points(result: Result, metric: str, costs: Costs | None = None) -> list[CubePoint]:
+    """Each cut of an evaluated cube, sorted, with what it costs where that was measured."""
     rows_of: dict[Cut, list[dict[str, Any]]] = defaultdict(list)
     for row in result["rows"]:
         rows_of[Cut.of_row(row)].append(row)
     return [
         CubePoint(
-            cut, rows[0]["parameters"], rows[0]["bytes_per_vector"], mean_metric(rows, metric)
+            cut,
+            rows[0]["parameters"],
+            rows[0]["bytes_per_vector"],
+            mean_metric(rows, metric),
+            rows[0].get("trained", True),
+            None if costs is None else costs.of(cut, rows[0]["parameters"]),
         )
         for cut, rows in sorted(rows_of.items())
     ]
 
 
 def best_choices(points: Sequence[CubePoint]) -> list[CubePoint]:
-    """The points that no other one beats."""
-    return [point for point in points if not any(other.beats(point) for other in points)]
+    """The points that no other one beats, the best one first and, of equal ones, the cheapest."""
+    unbeaten = [point for point in points if not any(other.beats(point) for other in points)]
+    return sorted(unbeaten, key=lambda point: (-point.quality, point.costs))
 
 
-def choices_section(result: Result, metric: str, title: str, source: str, model: str) -> str:
+def choices_table(points: Sequence[CubePoint]) -> str:
+    """The best of these cuts as text."""
+    best = best_choices(points)
+    facts = [_facts(point, points) for point in best]
+    columns = {name: [of_point[name] for of_point in facts] for name in facts[0]}
+    return aligned("model", [str(point.cut) for point in best], columns)
+
+
+def choices_section(
+    result: Result, metric: str, title: str, source: str, model: str, costs: Costs | None = None
+) -> str:
     """The part of the page to choose a cut from.
 
     Args:
         source: what the numbers are means over.
         model: what the cuts can be made of.
+        costs: what they cost, where that was measured.
     """
-    points = cube_points(result, metric)
-    deepest = max(point.cut.depth for point in points)
+    points = cube_points(result, metric, costs)
     groups: dict[str, list[tuple[float, float, str]]] = {
         f"dim {dim}": [] for dim in sizes(result, "dim")
     }
     for point in points:
-        quality, parameters, latency, size = _facts(point, deepest)
-        text = (
-            f"{point.cut}: {quality}, {parameters} parameters, {latency} of the latency, "
-            f"{size} bytes per vector"
-        )
+        facts = _facts(point, points)
+        quality = facts.pop("quality")
+        text = ", ".join(f"{fact} {name}" for name, fact in facts.items())
+        text = f"{point.cut}: {quality}, {text}"
         groups[f"dim {point.cut.dim}"].append((point.parameters, point.quality, text))
     tables = [_rank_table(points, rank) for rank in sizes(result, "rank")]
     return (
@@ -83,32 +131,45 @@ def choices_section(result: Result, metric: str, title: str, source: str, model:
         f"Every point is a model that can be cut out of {escape(model)} without training.</p>"
         '<div class="charts"><div><h3>Quality and size</h3>'
         f"{scatter_chart(groups, 'parameters', metric)}</div>"
-        f"<div><h3>Best for their cost</h3>{_choices(points, deepest)}</div></div>"
+        f"<div><h3>Best for their cost</h3>{_choices(points, costs)}</div></div>"
         f'<h3>All of it</h3><div class="cubes">{"".join(tables)}</div>'
     )
 
 
-def _facts(point: CubePoint, deepest: int) -> tuple[str, str, str, str]:
-    """Quality, parameters, latency relative to the deepest, bytes per vector."""
-    return (
-        number_text(point.quality, 3),
-        number_text(point.parameters, short=True),
-        f"{number_text(100 * point.cut.depth / deepest, 0)} %",
-        number_text(point.bytes_per_vector),
-    )
+def _facts(point: CubePoint, points: Sequence[CubePoint]) -> dict[str, str]:
+    """What a cut costs, then its quality; the columns are the same for all of the points."""
+    if any(other.cost for other in points):
+        cost = point.cost
+        measured = {
+            "latency": f"{1000 * cost.latency:.3g} ms" if cost else "",
+            "memory": f"{cost.memory / 1e6:,.0f} MB" if cost else "",
+        }
+    else:
+        share = point.cut.depth / max(other.cut.depth for other in points)
+        measured = {"of the latency": f"{number_text(100 * share, 0)} %"}
+    return {
+        "parameters": number_text(point.parameters, short=True),
+        **measured,
+        "bytes per vector": number_text(point.bytes_per_vector),
+        "quality": number_text(point.quality, 3),
+    }
 
 
-def _choices(points: Sequence[CubePoint], deepest: int) -> str:
-    names = ("model", "parameters", "relative latency", "bytes per vector", "quality")
-    lines = ["".join(f"<th>{name}</th>" for name in names)]
-    for point in sorted(best_choices(points), key=lambda point: -point.quality):
-        quality, *costs = _facts(point, deepest)
-        facts = "".join(f"<td>{fact}</td>" for fact in (*costs, quality))
-        lines.append(f"<th>{point.cut}</th>{facts}")
+def _choices(points: Sequence[CubePoint], costs: Costs | None) -> str:
     note = "No other cut is at most as large, deep and long as one of these, and better. "
-    note += "Latency is that of the layers run, relative to the deepest."
+    if costs is None:
+        note += "Latency is that of the layers run, relative to the deepest."
+    else:
+        note += (
+            f"Latency and memory were measured on {costs.device} ({costs.threads} threads), one "
+            f"text at a time: the median over {costs.texts} texts, and the most that was held."
+        )
+    best = [(point, _facts(point, points)) for point in best_choices(points)]
+    lines = ["".join(f"<th>{name}</th>" for name in ("model", *best[0][1]))]
+    for point, facts in best:
+        lines.append(f"<th>{point.cut}</th>" + "".join(f"<td>{f}</td>" for f in facts.values()))
     table = "".join(f"<tr>{line}</tr>" for line in lines)
-    return f'<p class="note">{note}</p><table>{table}</table>'
+    return f'<p class="note">{escape(note)}</p><table>{table}</table>'
 
 
 def _rank_table(points: Sequence[CubePoint], rank: int) -> str:

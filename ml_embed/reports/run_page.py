@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ml_embed.errors import UserError
+from ml_embed.evaluation.costs import COSTS_FILE, Costs
 from ml_embed.evaluation.metrics import METRICS
 from ml_embed.files.atomic import atomic_file
 from ml_embed.files.digests import bytes_digest
@@ -21,7 +22,7 @@ from ml_embed.model_folders.cut import Cut
 from ml_embed.model_folders.sizes import BYTES_PER_COMPONENT, cut_parameters
 from ml_embed.notices import warn
 from ml_embed.reports.charts import Point, line_chart
-from ml_embed.reports.choices import choices_section
+from ml_embed.reports.choices import choices_section, cube_points, read_evaluation
 from ml_embed.reports.page import page
 from ml_embed.reports.tables import Result, mean_chance, number_text
 
@@ -146,17 +147,15 @@ def _evaluation_file(run_dir: Path, given: Path | None) -> Path | None:
 
 
 def _evaluated(path: Path, metric: str) -> str:
-    """What can be chosen from, as scripts/evaluate.py measured it."""
-    evaluated = _read_json(path)
-    try:
-        result = evaluated["model"]
-        chance = number_text(mean_chance(result, metric), 3)
-        source = f"mean over test sets, chance is {chance}"
-        return choices_section(result, metric, metric, source, result["model"])
-    except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise UserError(
-            f"{path} is not what scripts/evaluate.py writes ({error!r}); evaluate again"
-        ) from None
+    """What can be chosen from, as scripts/evaluate.py and scripts/choose_cut.py measured it."""
+    result = read_evaluation(path, metric)
+    chance = number_text(mean_chance(result, metric), 3)
+    source = f"mean over test sets, chance is {chance}"
+    costs = Costs.load(place) if (place := path.with_name(COSTS_FILE)).is_file() else None
+    if costs and not any(point.cost for point in cube_points(result, metric, costs)):
+        warn(f"{place} is of another model than {path} and left out")
+        costs = None
+    return choices_section(result, metric, metric, source, result["model"], costs)
 
 
 def _validated(step: int, result: Result, metric: str) -> str:

@@ -218,6 +218,7 @@ COMMANDS = {
     "evaluate": "--model MODEL --data RAW --output OUT --device cpu",
     "evaluate_mteb": "--model MODEL --tasks STS12 --output OUT --device cpu",
     "encode": "--model MODEL --input RAW/facts.parquet --column query --output OUT.npy",
+    "choose_cut": "--model MODEL --evaluation EVALUATED --device cpu",
     "export_model": "--model MODEL --output OUT",
     "prune_backbone": "--model MODEL --output OUT --layers 1 --texts RAW/facts.parquet",
     "compare_mel_init": "--model MODEL",
@@ -233,7 +234,10 @@ def test_commands_that_read_models(folder, world, tmp_path, command, trap, capsy
         change(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["trap.Own", None]})
     arguments, output = COMMANDS[command], tmp_path / "o"
     places = {"MODEL": folder, "TOKENIZED": world.tokenized, "RAW": world.raw, "OUT": output}
-    places["BACKBONE"] = world.backbone
+    places |= {"BACKBONE": world.backbone, "EVALUATED": tmp_path / "evaluation.json"}
+    row = {"rank": 0, "depth": 1, "dim": 8, "parameters": 1, "bytes_per_vector": 32, "ndcg@10": 1}
+    evaluated = {"model": {"model": "x", "rows": [row | {"chance": {"ndcg@10": 0}}]}}
+    places["EVALUATED"].write_text(json.dumps(evaluated))
     for name, place in places.items():
         arguments = arguments.replace(name, str(place))
     assert load_script(command).main(arguments.split()) == 2

@@ -166,7 +166,7 @@ def test_choices_that_another_beats_in_everything_are_left_out():
         point(20, 4, 16, 0.6),
     ]
     points.append(point(5, 1, 8, 0.1))
-    assert best_choices(points) == [points[0], points[2], points[4]]
+    assert best_choices(points) == [points[2], points[0], points[4]]
     assert best_choices([points[0]] * 2) == [points[0]] * 2
 
 

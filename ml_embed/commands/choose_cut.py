@@ -1,0 +1,149 @@
+"""Choose a cut: measure what each costs here, and show the best ones that keep within your limits.
+
+Quality is taken from an evaluation. For each of its ranks and depths a new process encodes texts,
+one at a time. That gives the latency (median over texts) and the memory (the most that was held
+beyond what importing this package takes). The numbers are written to costs.json beside the
+evaluation, and the run's page shows them (scripts/report.py).
+"""
+
+import argparse
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ml_embed.errors import UserError, exit_on_user_error
+from ml_embed.files.digests import add_verify_flag
+from ml_embed.files.paths import check_writable, home_path
+from ml_embed.model_folders.cut import Cut, add_cut_flags
+from ml_embed.notices import bars_wanted, parse_command
+from ml_embed.reports.tables import MEANING
+
+if TYPE_CHECKING:
+    from ml_embed.reports.choices import CubePoint
+
+UNITS = {
+    "memory": {"kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30},
+    "latency": {"us": 1e-6, "ms": 1e-3, "s": 1.0},
+}
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR_OR_NAME",
+        help="the model that was evaluated: a folder, or a name on the hub",
+    )
+    parser.add_argument(
+        "--evaluation",
+        type=home_path,
+        required=True,
+        metavar="PATH",
+        help="evaluation.json of scripts/evaluate.py, or its folder",
+    )
+    parser.add_argument("--memory", metavar="SIZE", help="at most this, e.g. 200MB (default any)")
+    parser.add_argument("--latency", metavar="TIME", help="at most this, e.g. 20ms (default any)")
+    parser.add_argument(
+        "--texts",
+        type=home_path,
+        metavar="FILE",
+        help="texts like those you will encode: a text per line (.txt), or rows with a column "
+        "`text` (default: articles of the embedded corpus)",
+    )
+    add_cut_flags(parser, many=True, default="all evaluated")
+    parser.add_argument(
+        "--metric", choices=list(MEANING), default="ndcg@10", help="of quality (%(default)s)"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default the first GPU, else the CPU)")
+    add_verify_flag(parser)
+    return parse_command(parser, arguments)
+
+
+@exit_on_user_error
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    limits = {name: amount(name, getattr(args, name)) for name in UNITS}
+    from ml_embed.evaluation.costs import COSTS_FILE, measure_costs
+    from ml_embed.files.atomic import write_json
+    from ml_embed.model_folders.seal import verify_model
+    from ml_embed.reports.choices import best_choices, choices_table, cube_points, read_evaluation
+
+    folder = args.evaluation if args.evaluation.is_dir() else args.evaluation.parent
+    file = folder / "evaluation.json" if args.evaluation == folder else args.evaluation
+    result = read_evaluation(file, args.metric)
+    wanted = [point.cut for point in cube_points(result, args.metric) if is_wanted(point.cut, args)]
+    if not wanted:
+        raise UserError(f"{file} has no cut of the --rank, --depth and --dim that are given")
+    check_writable(folder, "--evaluation")
+    texts = read_texts(args.texts)
+    if args.verify:
+        verify_model(args.model)
+    costs = measure_costs(args.model, wanted, texts, args.device, bars_wanted())
+    points = [point for point in cube_points(result, args.metric, costs) if point.cut in wanted]
+    if any(point.cost is None for point in points):
+        raise UserError(f"{file} is an evaluation of another model than {args.model}")
+    write_json(folder / COSTS_FILE, costs.to_json())
+    fitting = within(points, limits["memory"], limits["latency"])
+    print(f"{args.metric}: {MEANING[args.metric]}; mean over the test sets of {file}")
+    print(f"latency and memory: {costs.texts} texts, one at a time, on {costs.device}\n")
+    print(f"{choices_table(fitting)}\n\nthe best of them:")
+    print(export_command(args.model, best_choices(fitting)[0]))
+
+
+def is_wanted(cut: Cut, args: argparse.Namespace) -> bool:
+    """Whether a cut has the sizes that were asked for."""
+    return all(
+        getattr(args, axis) is None or getattr(cut, axis) in getattr(args, axis)
+        for axis in ("rank", "depth", "dim")
+    )
+
+
+def amount(name: str, given: str | None) -> float:
+    """Bytes or seconds; infinity for what is not given. Raises UserError for another unit."""
+    if given is None:
+        return float("inf")
+    written = re.fullmatch(r"([\d.]+) *(\w+)", given)
+    try:
+        return float(written[1]) * UNITS[name][written[2]]  # type: ignore[index]
+    except (TypeError, ValueError, KeyError):
+        raise UserError(
+            f"--{name} {given} must be a number with its unit: {', '.join(UNITS[name])}"
+        ) from None
+
+
+def read_texts(path: Path | None) -> list[str]:
+    """Texts of a file that are not blank, or articles of the embedded corpus."""
+    from ml_embed.prepare.records import column_texts
+    from ml_embed.sample_data.corpus import load_articles
+
+    if path is None:
+        return load_articles()["text"].to_pylist()
+    return [text for text in column_texts(path, "text") if text.strip()]
+
+
+def within(points: Sequence["CubePoint"], memory: float, latency: float) -> list["CubePoint"]:
+    """The points that need no more bytes and seconds. Raises UserError if there are none."""
+    costs = [point.cost for point in points if point.cost]
+    fitting = [
+        p for p in points if p.cost and p.cost.memory <= memory and p.cost.latency <= latency
+    ]
+    if not fitting:
+        least = min(cost.memory for cost in costs), min(cost.latency for cost in costs)
+        raise UserError(
+            f"no cut keeps within these limits: the smallest needs {least[0] / 1e6:,.0f} MB, the "
+            f"fastest {1000 * least[1]:.3g} ms; raise --memory or --latency"
+        )
+    return fitting
+
+
+def export_command(model: str, point: "CubePoint") -> str:
+    """The command that writes a cut as a model folder of its own."""
+    sizes = {axis: size for axis, size in vars(point.cut).items() if size}  # rank 0 is no flag
+    words = ["python", "scripts/export_model.py", "--model", model, "--output", "my_models/cut"]
+    words += [word for axis, size in sizes.items() for word in (f"--{axis}", str(size))]
+    return shlex.join(words + ["--allow-untrained"] * (not point.trained))

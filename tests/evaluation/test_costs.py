@@ -1,0 +1,206 @@
+"""What cuts cost here, and the choice among them that keeps within limits."""
+
+import json
+import shlex
+
+import pytest
+from helpers.in_process import train
+from helpers.tiny_models import make_tokenizer
+from transformers import Qwen3Config, Qwen3Model
+
+from ml_embed.commands import choose_cut, export, report
+from ml_embed.evaluation.costs import measure_costs
+from ml_embed.evaluation.cube import evaluate_cube
+from ml_embed.model_folders.cut import Cut
+from ml_embed.model_folders.read import ModelFolder
+from ml_embed.model_folders.sizes import parameters_of
+
+SIZES = ["--rank", "16", "32", "--depth", "1", "2"]
+
+
+@pytest.fixture(scope="module")
+def run_dir(world, tmp_path_factory):
+    """A run with its evaluation."""
+    folder = tmp_path_factory.mktemp("costs")
+    assert train(world, folder, train_steps=2)[0] == 0
+    model = folder / "run" / "step_2"
+    result = evaluate_cube(model, world.raw / "facts.parquet", progress=False)
+    result["rows"][0]["trained"] = False
+    write(folder / "run", result)
+    return folder / "run"
+
+
+def write(folder, result):
+    (folder / "evaluation.json").write_text(json.dumps({"model": result, "baseline": None}))
+
+
+def choose(run_dir, capsys, *flags):
+    model = run_dir / "step_2"
+    code = choose_cut.main(["--model", str(model), "--evaluation", str(run_dir), *flags])
+    return code, capsys.readouterr()
+
+
+@pytest.fixture(scope="module")
+def measured(run_dir, tmp_path_factory):
+    """Lines that were printed, without limits, and costs.json."""
+    texts = tmp_path_factory.mktemp("texts") / "texts.txt"
+    texts.write_text("a text\n\nanother, longer one of some words\n")
+    flags = [*SIZES, "--texts", str(texts), "--device", "cpu"]
+    with pytest.MonkeyPatch.context() as patch:
+        printed = []
+        patch.setattr("builtins.print", lambda *text: printed.append(*text))
+        assert (
+            choose_cut.main(
+                ["--model", str(run_dir / "step_2"), "--evaluation", str(run_dir), *flags]
+            )
+            == 0
+        )
+    return "\n".join(printed).splitlines(), json.loads((run_dir / "costs.json").read_text())
+
+
+def test_each_rank_and_depth_is_measured_once(run_dir, measured):
+    costs = measured[1]
+    assert (costs["texts"], costs["device"]) == (2, "cpu"), "blank lines are no texts"
+    config = ModelFolder.open(run_dir / "step_2").config
+    pairs = [(cost["rank"], cost["depth"]) for cost in costs["cuts"]]
+    assert pairs == [(16, 1), (16, 2), (32, 1), (32, 2)]
+    for cost in costs["cuts"]:
+        assert cost["parameters"] == parameters_of(config, Cut(cost["rank"], cost["depth"], 64))
+        assert 0 < cost["latency"] <= cost["slowest"] < 5
+        assert 1e5 < cost["memory"] < 1e9
+
+
+def fronts(rows, fits):
+    """Names of the cuts that fit and that no other one that fits beats, in plain loops."""
+    rows = [row for row in rows if row["rank"] in (16, 32) and fits(row)]
+
+    def cost(row):
+        return row["parameters"], row["depth"], row["dim"]
+
+    return {
+        f"depth {row['depth']}, dim {row['dim']}, rank {row['rank']}"
+        for row in rows
+        if not any(
+            all(a <= b for a, b in zip(cost(other), cost(row), strict=True))
+            and (other["ndcg@10"] > row["ndcg@10"] or other["ndcg@10"] == row["ndcg@10"])
+            for other in rows
+            if other is not row
+        )
+    }
+
+
+def test_the_front_is_what_no_other_cut_beats(run_dir, measured, tmp_path, capsys, monkeypatch):
+    lines, _ = measured
+    rows = json.loads((run_dir / "evaluation.json").read_text())["model"]["rows"]
+    named = [line.partition("  ")[0] for line in lines if line.startswith("depth ")]
+    assert set(named) == fronts(rows, lambda row: True)
+    assert len(named) < len(rows)
+    words = shlex.split(lines[-1])
+    assert words[:2] == ["python", "scripts/export_model.py"]
+    best = max(row["ndcg@10"] for row in rows)
+    chosen = dict(zip(words[6::2], map(int, words[7::2]), strict=False))
+    (row,) = (r for r in rows if all(r[axis[2:]] == size for axis, size in chosen.items()))
+    assert row["ndcg@10"] == best
+    monkeypatch.chdir(tmp_path)
+    assert export.main(words[2:]) == 0
+    exported = json.loads(capsys.readouterr().out)
+    assert [exported[axis] for axis in ("rank", "depth", "dim")] == list(chosen.values())
+
+
+def within(costs, monkeypatch, run_dir, capsys, *limits):
+    """What is chosen where the same costs are measured again."""
+    from ml_embed.evaluation.costs import Costs
+
+    again = Costs.load(run_dir / "costs.json")
+    monkeypatch.setattr("ml_embed.evaluation.costs.measure_costs", lambda *given: again)
+    return choose(run_dir, capsys, *SIZES, *limits)
+
+
+def test_limits_leave_out_what_needs_more(run_dir, measured, monkeypatch, capsys):
+    costs = {(cost["rank"], cost["depth"]): cost for cost in measured[1]["cuts"]}
+    rows = json.loads((run_dir / "evaluation.json").read_text())["model"]["rows"]
+    latency = 0.9999 * max(cost["latency"] for cost in costs.values())
+
+    given = ["--latency", f"{1e6 * latency:.6f} us", "--memory", "1GiB"]
+    code, said = within(costs, monkeypatch, run_dir, capsys, *given)
+    assert code == 0, said.err
+    named = {line.partition("  ")[0] for line in said.out.splitlines() if line[:6] == "depth "}
+    assert named == fronts(rows, lambda row: costs[row["rank"], row["depth"]]["latency"] <= latency)
+    smallest = min(cost["memory"] for cost in costs.values())
+    code, said = within(costs, monkeypatch, run_dir, capsys, "--memory", "9kB")
+    assert code == 2
+    assert f"the smallest needs {smallest / 1e6:,.0f} MB" in said.err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--memory", "200"], "--memory 200 must be a number with its unit: kB, MB"),
+        (["--memory", "20ms"], "--memory 20ms must be a number with its unit: kB, MB"),
+        (["--latency", "fastms"], "--latency fastms must be a number with its unit: us, ms, s"),
+        (["--rank", "7"], "has no cut of the --rank, --depth and --dim that are given"),
+        (["--texts", "nowhere.txt"], "nowhere.txt is no file"),
+        (["--evaluation", "nowhere"], "nowhere does not exist; evaluate again"),
+    ],
+)
+def test_mistakes(run_dir, capsys, given, message):
+    code, said = choose(run_dir, capsys, *given)
+    assert code == 2
+    assert message in said.err
+
+
+def test_evaluations_of_other_models_are_refused(run_dir, measured, tmp_path, monkeypatch, capsys):
+    result = json.loads((run_dir / "evaluation.json").read_text())["model"]
+    for row in result["rows"]:
+        row["parameters"] += 1
+    write(tmp_path, result)
+    flags = ["--evaluation", str(tmp_path)]
+    code, said = within(measured[1], monkeypatch, run_dir, capsys, *flags)
+    assert code == 2
+    assert "is an evaluation of another model than" in said.err
+    assert not (tmp_path / "costs.json").exists()
+
+
+def test_the_page_shows_what_was_measured(run_dir, measured, tmp_path, capsys):
+    costs = measured[1]
+    page = tmp_path / "page.html"
+    assert report.main([str(run_dir), "--output", str(page)]) == 0
+    for cost in costs["cuts"]:
+        facts = f"{1000 * cost['latency']:.3g} ms latency, {cost['memory'] / 1e6:,.0f} MB memory"
+        assert f"depth {cost['depth']}, dim 8, rank {cost['rank']}: " in page.read_text()
+        assert facts in page.read_text()
+    damaged = json.loads((run_dir / "evaluation.json").read_text())["model"]
+    for row in damaged["rows"]:
+        row["parameters"] += 1
+    write(tmp_path, damaged)
+    (tmp_path / "costs.json").write_text(json.dumps(costs))
+    capsys.readouterr()
+    flags = ["--evaluation", str(tmp_path), "--output", str(page)]
+    assert report.main([str(run_dir), *flags]) == 0
+    assert "costs.json is of another model" in capsys.readouterr().err
+    assert "ms latency" not in page.read_text()
+    (tmp_path / "costs.json").write_text("{}")
+    assert report.main([str(run_dir), *flags]) == 2
+    assert "measure again with scripts/choose_cut.py" in capsys.readouterr().err
+
+
+@pytest.mark.alone
+def test_memory_is_that_of_the_weights(tmp_path):
+    needed = {}
+    for rows in (1_000, 101_000):
+        config = Qwen3Config(
+            vocab_size=rows,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=32,
+        )
+        folder = tmp_path / str(rows)
+        Qwen3Model(config).save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder)
+        costs = measure_costs(folder, [Cut(0, 1, 64)], ["a text"], "cpu", progress=False)
+        needed[rows] = costs.cuts[0].memory
+    table = 100_000 * 64 * 4
+    assert 0.9 * table < needed[101_000] - needed[1_000] < 2.2 * table
