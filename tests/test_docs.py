@@ -18,14 +18,17 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from helpers import ROOT
 from helpers.scripts import load_script
 from helpers.tiny_models import make_tokenizer, write_model
+from safetensors.torch import load_file
 
 import run as run_script
 import tokenize_data_qwen
 from ml_embed.commands import build_sample_data, evaluate_mteb
 from ml_embed.config import DatasetConfig, TrainConfig, field_docs, parse_config
+from ml_embed.model import factorize_table
 from ml_embed.sample_data.corpus import CORPUS_FILE
 
 # In the order in which a newcomer reads them: a page may use what the commands before it made.
@@ -99,7 +102,12 @@ def laptop(world, tmp_path_factory) -> Path:
     (folder / "my_data" / "retrieval" / "facts.parquet").symlink_to(world.raw / "facts.parquet")
     shutil.copytree(world.backbone, folder / "models" / "Qwen3-0.6B")
     write_model(folder / "models" / "teacher", make_tokenizer())
+    released = shutil.copytree(world.backbone, folder / "models" / "released")
+    table = load_file(released / "model.safetensors")["embed_tokens.weight"]
+    for name, factor in zip(("U.pth", "V.pth"), factorize_table(table, 64), strict=True):
+        torch.save(factor, released / name)
     (folder / "configs").symlink_to(ROOT / "configs")
+    (folder / "queries.txt").write_text("how is it written?\nwhat is the number?\n")
     questions = "".join(
         f"how is number {i} written?,the number {i} is written {i}\n" for i in range(12)
     )

@@ -11,6 +11,7 @@ FILES = (
     "tokenize",
     "mine",
     "init_backbone",
+    "import_model",
     "prune_backbone",
     "embed_teacher",
     "train",

@@ -1,7 +1,8 @@
 """The door for models: what a user names becomes a folder here, once; all else takes that folder.
 
 A model is named by its folder or by its name on the hub. Of the hub's files only those are fetched
-that are read: safetensors, JSON and the tokenizer's. No pickle (.bin, .pt, .pth) ever is.
+that are read: safetensors, JSON and the tokenizer's. No pickle (.bin, .pt, .pth) ever is, but the
+token factors of a released model by the one command that imports it.
 """
 
 import re
@@ -12,6 +13,8 @@ from ml_embed.files.paths import home_path, is_hub_name, model_type, numbered_fo
 
 TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 MODEL_FILES = (*TOKENIZER_FILES, "*.safetensors", "README.md")
+RELEASED_FACTORS = ("U.pth", "V.pth")
+"""The token factors (V, r) and (r, H) of models as ML-Embed's authors released them."""
 
 
 def find_model_folder(name: str | Path) -> Path:
@@ -21,9 +24,25 @@ def find_model_folder(name: str | Path) -> Path:
         name: as the user wrote it, with `~` for the home folder; a Path is never a name on the hub.
     Raises:
         UserError: nothing is there, or a file, or a run, whose model folders are one level below;
-            or the hub does not give the files.
+            or the hub does not give the files; or it is a released model, to be imported.
     """
-    return _find(name, "model folder", MODEL_FILES)
+    folder = _find(name, "model folder", MODEL_FILES)
+    if is_released(folder):
+        raise UserError(
+            f"{name} has its token factors in {' and '.join(RELEASED_FACTORS)}, which only "
+            f"scripts/import_model.py reads: run it with --model {name} --output NEW, then give NEW"
+        )
+    return folder
+
+
+def find_released_folder(name: str | Path) -> Path:
+    """`find_model_folder` for a model to be imported, whose token factors may be in .pth files."""
+    return _find(name, "model folder", (*MODEL_FILES, *RELEASED_FACTORS))
+
+
+def is_released(folder: Path) -> bool:
+    """Whether a folder holds a model as ML-Embed's authors released theirs."""
+    return all((folder / name).is_file() for name in RELEASED_FACTORS)
 
 
 def find_tokenizer_folder(name: str | Path) -> Path:

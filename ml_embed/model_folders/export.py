@@ -66,7 +66,9 @@ def export_model(
         )
     folder = ModelFolder.open(path)
     cut = choose_cut(folder.record, folder.config, depth, dim, rank, allow_untrained)
-    turned_by = None if frequencies is None else _token_share(folder, Path(frequencies))
+    if frequencies is not None and not folder.record.ranks:
+        raise UserError(f"{folder.path} has a whole token table: there are no factors to turn")
+    turned_by = None if frequencies is None else token_share(folder, Path(frequencies))
     write_cut(folder, cut, output, dtype, turned_by)
     return cut
 
@@ -94,10 +96,8 @@ def write_cut(
         save_model_folder(new, state, encoder.config, folder.tokenizer, left)
 
 
-def _token_share(folder: ModelFolder, data: Path) -> Tensor:
+def token_share(folder: ModelFolder, data: Path) -> Tensor:
     """(V,) of each token in tokenized data. Raises UserError if the two do not belong together."""
-    if not folder.record.ranks:
-        raise UserError(f"{folder.path} has a whole token table: there are no factors to turn")
     with tempfile.TemporaryDirectory() as cache:
         store = open_store(data, cache)
         if store.manifest and store.manifest.tokenizer_fingerprint != fingerprint(folder.tokenizer):

@@ -15,7 +15,11 @@ from ml_embed import Embedder
 from ml_embed.errors import UserError
 from ml_embed.evaluation.cube import evaluate_baseline, evaluate_cube
 from ml_embed.files.model_identity import model_identity
-from ml_embed.files.model_source import find_model_folder, find_tokenizer_folder
+from ml_embed.files.model_source import (
+    find_model_folder,
+    find_released_folder,
+    find_tokenizer_folder,
+)
 from ml_embed.inference.text_models import OwnModel, SentenceTransformersModel, load_text_model
 from ml_embed.model_folders.export import export_model
 from ml_embed.model_folders.record import ModelRecord
@@ -162,6 +166,8 @@ def test_no_pickle_and_no_code_is_fetched(monkeypatch):
     find_tokenizer_folder("ada/tokenizer")
     left = {file for file in FILES if Path(file).suffix in (".bin", ".pth", ".pt", ".py", ".onnx")}
     assert fetched["ada/model"] == set(FILES) - left
+    find_released_folder("ada/model")  # the one command that reads a pickle asks for its factors
+    assert fetched["ada/model"] == set(FILES) - left | {"U.pth"}
     weights = {file for file in FILES if file.endswith(".safetensors")}
     assert fetched["ada/tokenizer"] == set(FILES) - left - weights
 

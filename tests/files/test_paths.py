@@ -135,6 +135,7 @@ COMMANDS = (
     "evaluate.py --model /nowhere --data /nowhere --output",
     "evaluate_mteb.py --model /nowhere --tasks SciFact --output",
     "export_model.py --model /nowhere --output",
+    "import_model.py --model /nowhere --output",
     "init_backbone.py --preset tiny --tokenizer /nowhere --output",
     "prune_backbone.py --model /nowhere --output",
     "embed_teacher.py --model /nowhere --data /nowhere --tokenizer /nowhere --output",
