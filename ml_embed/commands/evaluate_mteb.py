@@ -1,17 +1,22 @@
 """Run mteb's tasks on a model at any cuts of it, with the prompts that its folder holds.
 
-Writes mteb's own result files to DIR/results and summary.json to DIR, and prints a table. What DIR
-has already is not computed again, so an interrupted call is continued by the same one. Needs mteb:
+Writes mteb's own result files to DIR/results and summary.json to DIR, and prints tables: a line per
+cut, and for tasks in several languages a line per language. What DIR has already is not computed
+again, so an interrupted call is continued by the same one. Needs mteb:
 pip install 'ml-embed[mteb]'.
+
+The results of the whole model lie in DIR/results/OWNER__NAME/REVISION, as a leaderboard takes them,
+with what the model folder says of its training data in model_meta.json.
 """
 
 import argparse
+import re
 
 from ml_embed.errors import UserError, exit_on_user_error
 from ml_embed.files.digests import add_verify_flag
 from ml_embed.files.paths import check_writable, home_path
 from ml_embed.model_folders.cut import add_cut_flags
-from ml_embed.notices import bars_wanted, parse_command
+from ml_embed.notices import bars_wanted, notice, parse_command
 
 
 @exit_on_user_error
@@ -44,6 +49,16 @@ def main(arguments: list[str] | None = None) -> None:
         help="only these, ISO 639-3: eng deu zho-Hans (default all)",
     )
     parser.add_argument(
+        "--only-text",
+        action="store_true",
+        help="leave out tasks that are not of text alone, and name them (default: an error)",
+    )
+    parser.add_argument(
+        "--name",
+        metavar="OWNER/NAME",
+        help="of the model in mteb's files (default: the last two parts of its folder)",
+    )
+    parser.add_argument(
         "--query-prompt", metavar="TEXT", help="in front of queries (default the folder's own)"
     )
     parser.add_argument(
@@ -62,6 +77,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError("give --tasks or --benchmark")
     if args.batch_tokens is not None and args.batch_tokens < 1:
         raise UserError(f"--batch-tokens is {args.batch_tokens}; it must be at least 1")
+    if args.name and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.name):
+        raise UserError(f"--name {args.name} must be OWNER/NAME, as on the hub")
     check_writable(args.output)
     from ml_embed.distributed.launch import launched
 
@@ -72,14 +89,20 @@ def main(arguments: list[str] | None = None) -> None:
 def evaluate(args: argparse.Namespace) -> None:
     """This process's part of the work; the first one prints the results."""
     from ml_embed.distributed.collectives import process_index
-    from ml_embed.evaluation.mteb import SUMMARY_FILE, evaluate_mteb, find_tasks
+    from ml_embed.evaluation.mteb import SUMMARY_FILE, evaluate_mteb, find_tasks, text_tasks
     from ml_embed.files.atomic import disk_errors_are_user_errors
     from ml_embed.model_folders.seal import verify_model
-    from ml_embed.reports.tables import summary_table
+    from ml_embed.reports.tables import language_tables, summary_table
 
     if args.verify:
         verify_model(args.model)
     tasks = find_tasks(args.tasks, args.benchmark, args.languages)
+    if args.only_text:
+        tasks, others = text_tasks(tasks)
+        if others:
+            notice(f"left out, since they are not of text alone: {', '.join(others)}")
+        if not tasks:
+            raise UserError("none of the tasks is of text alone")
     with disk_errors_are_user_errors(args.output, "Then run the same command again: it continues."):
         summary = evaluate_mteb(
             args.model,
@@ -93,8 +116,10 @@ def evaluate(args: argparse.Namespace) -> None:
             batch_tokens=args.batch_tokens,
             device=args.device,
             overwrite=args.overwrite,
+            name=args.name,
+            languages=args.languages,
             progress=bars_wanted(),
         )
     if process_index() == 0:
-        print(summary_table(summary))
+        print("\n\n".join(filter(None, (summary_table(summary), language_tables(summary)))))
         print(f"\nall numbers: {args.output / SUMMARY_FILE}")

@@ -29,13 +29,15 @@ from ml_embed.files.atomic import write_json
 from ml_embed.files.digests import value_digest
 from ml_embed.files.model_identity import model_identity
 from ml_embed.files.paths import home_path
-from ml_embed.model_folders.cut import Cut, choose_cube
+from ml_embed.model_folders.cut import Cut, choose_cube, whole_cut
+from ml_embed.model_folders.sizes import embedding_parameters
 
 if TYPE_CHECKING:
-    from mteb import ResultCache
+    from mteb import Benchmark, ResultCache
     from mteb.abstasks import AbsTask
     from mteb.abstasks.task_metadata import TaskMetadata
     from mteb.models import ModelMeta
+    from mteb.results import TaskResult
     from mteb.types import PromptType
 
 SUMMARY_FILE = "summary.json"
@@ -90,9 +92,9 @@ def find_tasks(
 
     tasks: list[AbsTask] = []
     unknown = []
-    wanted = [(mteb.get_task, name) for name in names]
+    wanted: list[tuple[Callable[[str], Any], str]] = [(mteb.get_task, name) for name in names]
     if benchmark:
-        wanted.append((mteb.get_benchmark, benchmark))
+        wanted.append((_benchmark, benchmark))
     for find, name in wanted:
         try:
             found = find(name)
@@ -105,11 +107,29 @@ def find_tasks(
     return tasks if languages is None else _in_languages(tasks, languages)
 
 
+def _benchmark(name: str) -> "Benchmark":
+    """A benchmark of mteb's, also one that its register lacks. Raises KeyError as mteb does."""
+    import mteb
+    from mteb.benchmarks.benchmarks import benchmarks
+
+    made = {b.name: b for b in vars(benchmarks).values() if isinstance(b, mteb.Benchmark)}
+    return made[name] if name in made else mteb.get_benchmark(name)
+
+
+def text_tasks(tasks: Iterable["AbsTask"]) -> tuple[list["AbsTask"], list[str]]:
+    """The tasks that are of text alone, which is all that this model reads; names of the others."""
+    sorted_out: dict[bool, list[AbsTask]] = {True: [], False: []}
+    for task in tasks:
+        sorted_out[set(task.metadata.modalities) == {"text"}].append(task)
+    return sorted_out[True], [task.metadata.name for task in sorted_out[False]]
+
+
 def _in_languages(tasks: Iterable["AbsTask"], languages: Sequence[str]) -> list["AbsTask"]:
     kept = []
     for task in tasks:
         try:
-            kept.append(task.filter_languages(languages, hf_subsets=task.hf_subsets))
+            # A set, because some tasks have 40,000 pairs of languages.
+            kept.append(task.filter_languages(languages, hf_subsets=set(task.hf_subsets)))
         except ValueError:  # it has none of them
             continue
     if not kept:
@@ -132,6 +152,8 @@ def evaluate_mteb(
     batch_tokens: int | None = None,
     device: str | None = None,
     overwrite: bool = False,
+    name: str | None = None,
+    languages: Sequence[str] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Scores of every task at every rank, depth and dim; what `output` has is not computed again.
@@ -150,12 +172,15 @@ def evaluate_mteb(
         batch_tokens: tokens per forward pass; None is the device's default.
         device: None is the first GPU if there is one, else the CPU.
         overwrite: compute everything again.
+        name: "owner/name" that mteb's files give the model; None takes it from its folder.
+        languages: of which scores are told one by one, as in `find_tasks`; None is all.
         progress: bars on stderr, on terminals.
 
     Returns:
         what is written to output/summary.json: model, revision (of content and prompts), mteb
         (version), prompts, and "rows", one for each task and cut: task, type, metric, score (mteb's
-        main score, the mean over its splits and subsets), rank, depth, dim, trained, parameters,
+        main score, the mean over its splits and subsets), languages (code -> mean score of the
+        subsets that it is in, and their number), rank, depth, dim, trained, parameters,
         bytes_per_vector.
 
     Raises:
@@ -179,7 +204,8 @@ def evaluate_mteb(
 
         def run(ask: Callable[[_Request], np.ndarray]) -> dict[str, Any]:
             vectors.ask = ask
-            run = _MtebRun(model, prompts, revision, mteb.ResultCache(output), vectors)
+            cache = mteb.ResultCache(output)
+            run = _MtebRun(model, prompts, revision, cache, vectors, name, languages)
             rows = [row for task in tasks for row in run.rows_of(task, overwrite)]
             summary = {"model": model.name, "revision": revision, "mteb": mteb.__version__}
             summary |= {"prompts": dataclasses.asdict(prompts), "rows": rows}
@@ -210,10 +236,10 @@ def _open_model(
 
 
 def _check_text_only(tasks: Iterable["AbsTask"]) -> None:
-    others = [task.metadata.name for task in tasks if set(task.metadata.modalities) != {"text"}]
-    if others:
+    if others := text_tasks(tasks)[1]:
         raise UserError(
             f"these tasks are not of text alone, which is all this model reads: {', '.join(others)}"
+            "; --only-text leaves them out"
         )
 
 
@@ -236,6 +262,8 @@ class _MtebRun:
     revision: str
     cache: "ResultCache"
     vectors: "_Vectors"
+    name: str | None
+    languages: Sequence[str] | None
 
     def rows_of(self, task: "AbsTask", overwrite: bool) -> list[dict[str, Any]]:
         """The results of a task, computed where they are not there or are not wanted."""
@@ -273,10 +301,20 @@ class _MtebRun:
         for cut in self.model.cube.cuts:
             if task.is_aggregate:
                 self._evaluate(task, cut, _never_encoded)
-            result = self.cache.load_task_result(task.metadata.name, self._meta(cut))
-            score = result.validate_and_filter_scores(task).get_score()
-            rows.append(named | {"score": float(score)} | self.model.describe(cut))
+            parts = task.metadata.tasks if task.is_aggregate else [task]
+            scores = {
+                "score": float(self._result(task, cut).get_score()),
+                "languages": by_language(
+                    (self._result(part, cut) for part in parts), self.languages
+                ),
+            }
+            rows.append(named | scores | self.model.describe(cut))
         return rows
+
+    def _result(self, task: "AbsTask", cut: Cut) -> "TaskResult":
+        """What is kept of a task's splits and subsets that are wanted."""
+        result = self.cache.load_task_result(task.metadata.name, self._meta(cut))
+        return result.validate_and_filter_scores(task)
 
     def forget(self, tasks: Iterable["AbsTask"]) -> None:
         """Remove earlier results."""
@@ -300,17 +338,55 @@ class _MtebRun:
     def _meta(self, cut: Cut) -> "ModelMeta":
         """mteb keeps results by this name, revision and cut."""
         from mteb.models import ModelMeta
+        from mteb.models.model_meta import ScoringFunction
 
-        path = home_path(self.model.name).resolve()
+        path, folder = home_path(self.model.name).resolve(), self.model.folder
+        record, whole = folder.record, whole_cut(folder.record, folder.config)
         known = {
-            "name": f"{path.parent.name or 'local'}/{path.name}",
+            "name": self.name or f"{path.parent.name or 'local'}/{path.name}",
             "revision": self.revision,
             "n_parameters": self.model.describe(cut)["parameters"],
-            "max_tokens": self.model.folder.record.max_seq_length,
+            "n_embedding_parameters": embedding_parameters(folder.config, cut.rank),
+            "max_tokens": record.max_seq_length,
             "embed_dim": cut.dim,
-            "experiment_kwargs": vars(cut),
+            "license": record.origin.license,
+            "adapted_from": record.origin.base_model,
+            "training_datasets": set(record.origin.datasets) or None,
+            "open_weights": True,
+            "framework": ["PyTorch", "Sentence Transformers"],
+            "similarity_fn_name": ScoringFunction.COSINE,
+            "use_instructions": any({**self.prompts.folder, **self.prompts.given}.values()),
+            # of the whole model none, so that its results lie where a leaderboard looks for them
+            "experiment_kwargs": None if cut == whole else vars(cut),
         }
         return ModelMeta.create_empty(known)
+
+
+def by_language(
+    results: Iterable["TaskResult"], languages: Sequence[str] | None = None
+) -> dict[str, dict[str, float]]:
+    """Each language's mean score over the subsets that it is in, and how many these are.
+
+    A subset of two languages, such as a pair to be matched, counts for both.
+
+    Args:
+        results: of one task, or of the parts of an aggregate.
+        languages: only these, with or without their script (swa, zho-Hans); None is all.
+    """
+    found: dict[str, dict[tuple[int, str], list[float]]] = {}
+    for number, result in enumerate(results):
+        for scores in (entry for of_split in result.scores.values() for entry in of_split):
+            for code in sorted(set(scores["languages"])):
+                if languages is None or {code, code.partition("-")[0]} & set(languages):
+                    subsets = found.setdefault(code, {}).setdefault
+                    subsets((number, scores["hf_subset"]), []).append(scores["main_score"])
+    return {
+        code: {
+            "score": float(np.mean([np.mean(of_splits) for of_splits in subsets.values()])),
+            "subsets": len(subsets),
+        }
+        for code, subsets in sorted(found.items())
+    }
 
 
 def _load_data(task: "AbsTask") -> None:

@@ -109,6 +109,22 @@ def aligned(corner: str, names: list[str], columns: dict[str, list[str]]) -> str
     return "\n".join(lines)
 
 
+def language_tables(summary: Mapping[str, Any]) -> str:
+    """For each task with several languages: one line per language, one column per cut."""
+    tables = []
+    for task in dict.fromkeys(row["task"] for row in summary["rows"]):
+        rows = [row for row in summary["rows"] if row["task"] == task]
+        languages = rows[0]["languages"]
+        if len(languages) < 2:
+            continue
+        columns = {"subsets": [str(of["subsets"]) for of in languages.values()]}
+        for row in rows:
+            scores = [number_text(of["score"], 4) for of in row["languages"].values()]
+            columns[str(Cut.of_row(row))] = [*scores, number_text(row["score"], 4)]
+        tables.append(aligned(task, [*languages, "task"], columns))
+    return "\n\n".join(tables)
+
+
 def summary_table(summary: Mapping[str, Any]) -> str:
     """One line per cut: parameters, the score of each task, and their mean."""
     scores = {(row["task"], Cut.of_row(row)): row["score"] for row in summary["rows"]}

@@ -1,5 +1,6 @@
 """mteb's tasks on cuts of a tiny model, offline: a task of one's own over the embedded corpus."""
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -8,6 +9,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pyarrow.compute as pc
@@ -17,14 +19,15 @@ from helpers.tiny_runs import Launch
 
 import ml_embed.evaluation.mteb
 from ml_embed import Embedder
+from ml_embed.commands import evaluate_mteb as script
 from ml_embed.distributed.shares import Rows
 from ml_embed.errors import UserError
 from ml_embed.evaluation import cube
 from ml_embed.evaluation.cube import evaluate_cube
-from ml_embed.evaluation.mteb import evaluate_mteb, find_tasks, require_mteb
+from ml_embed.evaluation.mteb import evaluate_mteb, find_tasks, require_mteb, text_tasks
+from ml_embed.model_folders.record import ModelRecord, Origin
 from ml_embed.reports.tables import summary_table
 from ml_embed.sample_data.corpus import load_articles
-from scripts import evaluate_mteb as script
 
 pytest.importorskip("mteb")
 from datasets import Dataset
@@ -129,6 +132,45 @@ class SampleSTS(AbsTaskSTS):
         ]
         self.dataset = {"test": Dataset.from_list(rows)}
         self.data_loaded = True
+
+
+class SampleLanguages(SampleRetrieval):
+    """Subsets of one language and of a pair, each another slice of the articles."""
+
+    SUBSETS: ClassVar = {
+        "en": ["eng-Latn"],
+        "fr": ["fra-Latn"],
+        "fr-en": ["fra-Latn", "eng-Latn"],
+        "zh": ["zho-Hans"],
+    }
+    metadata = SampleRetrieval.metadata.model_copy(
+        update={"name": "SampleLanguages", "eval_langs": SUBSETS}
+    )
+
+    def load_data(self, **kwargs) -> None:
+        super().load_data()
+        whole = self.dataset["default"]["test"]
+        self.dataset = {
+            name: {
+                "test": whole
+                | {
+                    "queries": whole["queries"].select(range(3 * number, 3 * number + 8)),
+                    "relevant_docs": {
+                        f"q{i}": {f"d{i}": 1} for i in range(3 * number, 3 * number + 8)
+                    },
+                }
+            }
+            for number, name in enumerate(self.SUBSETS)
+            if name in self.hf_subsets
+        }
+
+
+class SamplePictures(SampleRetrieval):
+    """Not of text alone."""
+
+    metadata = SampleRetrieval.metadata.model_copy(
+        update={"name": "SamplePictures", "modalities": ["text", "image"]}
+    )
 
 
 class Unreachable(SampleRetrieval):
@@ -392,6 +434,84 @@ def test_mistakes_at_the_command_line(folder, tmp_path, capsys, monkeypatch):
         in message
     )
     assert not list((tmp_path / "out").rglob("*.json"))
+
+
+def of_subsets(file: Path) -> dict[str, float]:
+    """Subset -> score, as mteb's result file has them."""
+    (splits,) = json.loads(file.read_text())["scores"].values()
+    return {scores["hf_subset"]: scores["main_score"] for scores in splits}
+
+
+def test_each_language_has_a_score_of_its_own(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        ml_embed.evaluation.mteb,
+        "find_tasks",
+        lambda *_: [SampleLanguages(), SampleRetrieval(), SamplePictures()],
+    )
+    flags = ["--model", str(folder), "--output", str(tmp_path), "--device", "cpu", "--tasks", "x"]
+    flags += ["--dim", "8", str(DIMS[0]), "--only-text", "--name", "ada/nested"]
+    assert script.main(flags) == 0
+    printed = capsys.readouterr()
+    assert "left out, since they are not of text alone: SamplePictures" in printed.err
+    rows = json.loads((tmp_path / "summary.json").read_text())["rows"]
+    assert [row["task"] for row in rows] == ["SampleLanguages"] * 2 + ["SampleRetrieval"] * 2
+    for row, place in zip(rows[:2], ("*/experiments/*dim_8_*", "*"), strict=True):
+        (file,) = (tmp_path / "results" / "ada__nested").glob(f"{place}/SampleLanguages.json")
+        of = of_subsets(file)
+        assert len(set(of.values())) >= 3
+        expected = {
+            "eng-Latn": {"score": (of["en"] + of["fr-en"]) / 2, "subsets": 2},
+            "fra-Latn": {"score": (of["fr"] + of["fr-en"]) / 2, "subsets": 2},
+            "zho-Hans": {"score": of["zh"], "subsets": 1},
+        }
+        for code, found in row["languages"].items():
+            assert found == pytest.approx(expected.pop(code)), code
+        assert not expected
+        assert row["score"] == pytest.approx(np.mean(list(of.values())))
+    lines = printed.out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("SampleLanguages "))
+    assert [line.split()[0] for line in lines[start + 1 : start + 5]] == [
+        "eng-Latn",
+        "fra-Latn",
+        "zho-Hans",
+        "task",
+    ]
+    scores = [row["languages"]["zho-Hans"]["score"] for row in rows[:2]]
+    assert lines[start + 3].split()[1:] == ["1", *(f"{score:.4f}" for score in scores)]
+
+
+def test_only_the_languages_that_are_asked_for_are_told(folder, tmp_path):
+    task = SampleLanguages().filter_languages(["fra", "zho-Hans"])
+    options = {"device": "cpu", "progress": False, "languages": ["fra", "zho-Hans"]}
+    (row,) = evaluate_mteb(folder, [task], tmp_path, **options)["rows"]
+    assert row["languages"].keys() == {"fra-Latn", "zho-Hans"}, "the pair holds English too"
+    assert row["languages"]["fra-Latn"]["subsets"] == 2
+
+
+def test_a_leaderboard_finds_the_whole_model_and_its_training_data(folder, tmp_path):
+    trained = shutil.copytree(folder, tmp_path / "trained")
+    record = ModelRecord.load(trained)
+    origin = Origin(base_model="Qwen/Qwen3-0.6B", license="mit", datasets=("MIRACL", "faq"))
+    dataclasses.replace(record, origin=origin).save(trained)
+    evaluate_mteb(trained, [SampleRetrieval()], tmp_path, device="cpu", progress=False, name="a/b")
+    (place,) = (tmp_path / "results" / "a__b").iterdir()
+    assert (place / "SampleRetrieval.json").is_file()
+    meta = json.loads((place / "model_meta.json").read_text())
+    assert sorted(meta["training_datasets"]) == ["MIRACL", "faq"]
+    assert (meta["name"], meta["license"], meta["adapted_from"]) == (
+        "a/b",
+        "mit",
+        origin.base_model,
+    )
+    assert (meta["embed_dim"], meta["max_tokens"]) == (DIMS[0], record.max_seq_length)
+    assert meta["n_embedding_parameters"] == RANK * (448 + DIMS[0])
+    assert meta["use_instructions"]
+
+
+def test_benchmarks_that_mtebs_register_lacks_are_found():
+    tasks, others = text_tasks(find_tasks([], "MTEB(Africa, v1)", ["swa", "yor"]))
+    assert "SIB200Classification" in {task.metadata.name for task in tasks}
+    assert not {task.metadata.name for task in tasks} & set(others)
 
 
 def test_languages_choose_among_a_tasks_subsets():
