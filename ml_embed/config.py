@@ -52,6 +52,10 @@ def _key(
     return dataclasses.field(default=default, metadata={"low": low, "above": above, "high": high})
 
 
+LEFT_OUT = 0
+"""train_batch_size of a config that names global_batch_size alone; nobody can write it."""
+
+
 @dataclass(frozen=True)
 class DatasetConfig:
     """Settings of one dataset, or of all datasets whose names match a shell-style pattern."""
@@ -98,7 +102,11 @@ class TrainConfig:
     release"""
 
     train_batch_size: int = _key(8, low=1)
-    """samples (a query, its passage and its negatives) per process and optimizer step"""
+    """samples (a query, its passage and its negatives) per process and optimizer step; may be left
+    out with global_batch_size"""
+    global_batch_size: int = _key(0, low=0)
+    """samples per optimizer step over all processes, which share them equally; 0 =
+    train_batch_size times the number of processes"""
     max_seq_length: int = _key(2048, low=2)
     """largest number of tokens per text, the end token included; longer texts are cut"""
     learning_rate: float = _key(1e-4, above=0)
@@ -259,6 +267,29 @@ class TrainConfig:
     num_processes: int = 0
     """ignored: accelerate decides how many processes there are"""
 
+    def samples_per_process(self, processes: int) -> int:
+        """Samples of each process's share of an optimizer step.
+
+        Raises:
+            UserError: the processes cannot share global_batch_size equally, or train_batch_size
+                says something else.
+        """
+        wanted, own = self.global_batch_size, self.train_batch_size
+        if not wanted:
+            return own
+        share, left = divmod(wanted, processes)
+        if left:
+            raise UserError(
+                f"global_batch_size: {wanted} samples cannot be shared equally by {processes} "
+                f"processes; launch a number of processes that divides {wanted}, or change it"
+            )
+        if own not in (LEFT_OUT, share):
+            raise UserError(
+                f"train_batch_size: {own} samples x {processes} processes are {own * processes}, "
+                f"but global_batch_size is {wanted}; leave one of the two out"
+            )
+        return share
+
     @property
     def run_dir(self) -> Path:
         """The folder of this run, without links: two names of one folder have one lock."""
@@ -339,7 +370,10 @@ def parse_config(given: Mapping[str, Any], source: str = "config") -> TrainConfi
         for key, path in vars(config).items()
         if key.endswith(PATH_SUFFIXES) and path is not None
     }
-    return dataclasses.replace(config, **{key: expand_home(path) for key, path in paths.items()})
+    config = dataclasses.replace(config, **{key: expand_home(path) for key, path in paths.items()})
+    if config.global_batch_size and "train_batch_size" not in given:
+        config = dataclasses.replace(config, train_batch_size=LEFT_OUT)
+    return config
 
 
 def _check_together(config: TrainConfig) -> list[str]:

@@ -169,7 +169,7 @@ def test_overrides_are_json_or_else_text(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.name
+    "path", sorted((ROOT / "configs").rglob("*.json")), ids=lambda path: path.name
 )
 def test_every_shipped_config_loads(path):
     config, _ = load_config(path)
@@ -183,7 +183,7 @@ def test_what_the_configs_and_the_pages_commands_make_is_ignored_by_git():
         for folder in (".", "configs", "scripts", "tests", "ml_embed/sample_data")
     )
     made = re.findall(r"^python .*--(?:output|out|eval-output) (\S+)", pages, flags=re.MULTILINE)
-    for path in (ROOT / "configs").glob("*.json"):
+    for path in (ROOT / "configs").rglob("*.json"):
         config, _ = load_config(path)
         made += [
             getattr(config, key)

@@ -124,9 +124,8 @@ def make_engine(
 ) -> Engine:
     """The engine that accelerate was launched with."""
     if accelerator.distributed_type is DistributedType.DEEPSPEED:
-        return zero2.Zero2Engine(
-            accelerator, encoder, optimizer, config.max_grad_norm, config.train_batch_size
-        )
+        samples = config.samples_per_process(accelerator.num_processes)
+        return zero2.Zero2Engine(accelerator, encoder, optimizer, config.max_grad_norm, samples)
     return AccelerateEngine(accelerator, encoder, optimizer, config.max_grad_norm)
 
 

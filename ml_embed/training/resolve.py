@@ -111,7 +111,8 @@ def resolve(
         valid_plans = tuple(
             _all_held_out(plan, valid_store.datasets[plan.name].num_rows) for plan in read
         )
-    global_batch = config.train_batch_size * world_size
+    samples = config.samples_per_process(world_size)
+    global_batch = samples * world_size
     epoch_steps = make_schedule(plans, store, global_batch, config).steps_per_epoch
     parameters = _count_parameters(config, backbone, len(sizes.exits))
     check_losses(config, plans, store, global_batch)
@@ -154,7 +155,7 @@ def resolve(
             config,
             backbone,
             parameters,
-            TokensPerStep(tokens / world_size, _most_tokens(config, plans, store)),
+            TokensPerStep(tokens / world_size, _most_tokens(samples, config, plans, store)),
             half_precision,
         ),
         datasets=plans,
@@ -371,10 +372,12 @@ def _tokens_per_epoch(plan: DatasetPlan, dataset: TokenizedDataset, config: Trai
     return plan.draws * tokens / len(rows)
 
 
-def _most_tokens(config: TrainConfig, plans: tuple[DatasetPlan, ...], store: Store) -> int:
-    """Tokens of one process's share of a step in which every text is as long as texts may be."""
+def _most_tokens(
+    samples: int, config: TrainConfig, plans: tuple[DatasetPlan, ...], store: Store
+) -> int:
+    """Tokens of one process's samples of a step in which every text is as long as texts may be."""
     longest = config.max_seq_length
     if store.manifest is not None:
         longest = min(longest, store.manifest.max_seq_length or longest)
     texts = 2 + max(plan.num_negatives for plan in plans)
-    return config.train_batch_size * texts * longest
+    return samples * texts * longest

@@ -23,13 +23,13 @@ _FREE_KEYS = frozenset(
     | {"deterministic"}
     | {"log_interval", "validation_steps", "checkpointing_steps", "save_total_limit", "report_to"}
     | {"valid_ranks", "valid_layers", "valid_dims", "valid_data_path", "keep_best", "patience"}
-    | {"train_batch_size", "num_processes"}
+    | {"train_batch_size", "global_batch_size", "num_processes"}  # their product is compared
     | {"teacher_model_path", "datasets"}  # what they lead to is compared instead
 )
 
 # The fingerprint's own keys, explained to the user.
 _MEANINGS = {
-    "global_batch_size": "train_batch_size times the number of processes",
+    "global_batch_size": "or train_batch_size times the number of processes",
     "train_data_path": "digests of its files",
     "valid_data_path": "digests of its files",
     "model_path": "digests of its files; weights only with lora_r, since states hold the others",
