@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 import run as run_script
 import tokenize_data_qwen
-from ml_embed.commands import build_sample_data, evaluate_mteb
+from ml_embed.commands import build_sample_data, evaluate_mteb, train
 from ml_embed.config import DatasetConfig, TrainConfig, field_docs, parse_config
 from ml_embed.model import factorize_table
 from ml_embed.sample_data.corpus import CORPUS_FILE
@@ -144,6 +144,10 @@ class Reader:
         self._done.add(tuple(words))
         if words[0] == "bash":
             check_bash(*words[1:])
+        elif words[0] == "sbatch":
+            script = words.index("scripts/train.slurm")
+            check_bash(words[script])
+            train.parse_arguments(words[script + 1 :])
         elif words[:3] == ["python", "-m", "pytest"]:
             assert all((ROOT / word).exists() for word in words[3:] if word[0] != "-"), command
         else:

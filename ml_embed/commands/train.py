@@ -52,6 +52,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="print the first N batches as text, with what is masked, train nothing",
     )
+    parser.add_argument(
+        "--is-done",
+        action="store_true",
+        help="only say how far the run has come: exit code 0 at its end, 75 before it",
+    )
     add_verify_flag(parser)
     return parse_command(parser, arguments)
 
@@ -66,12 +71,25 @@ def main(arguments: list[str] | None = None) -> int:
     # before the slow imports: mistakes show at once
     config, given = load_config(options.config, options.set)
 
+    if options.is_done:
+        return say_how_far(config)
+
     from ml_embed.distributed.heartbeat import heartbeat
     from ml_embed.distributed.launch import lost_peers_are_user_errors
 
     lost = lost_peers_are_user_errors(AGAIN)
     with failures_from_outside(), lost, heartbeat(AGAIN) as all_have_met:
         return run_on_this_process(options, config, given, all_have_met)
+
+
+def say_how_far(config: "TrainConfig") -> int:
+    """The exit code of `--is-done`."""
+    from ml_embed.training.loop import PREEMPTED_EXIT_CODE
+    from ml_embed.training.resume import what_is_left
+
+    left = what_is_left(config)
+    print(left or f"done: {config.run_dir}")
+    return PREEMPTED_EXIT_CODE if left else 0
 
 
 def run_on_this_process(

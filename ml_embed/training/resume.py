@@ -9,8 +9,10 @@ from ml_embed.config import TrainConfig
 from ml_embed.data.schedule import SCHEDULE_VERSION
 from ml_embed.errors import UserError
 from ml_embed.files.digests import only_differing
+from ml_embed.files.json_file import parse_json
 from ml_embed.files.model_identity import model_identity
-from ml_embed.files.paths import home_path
+from ml_embed.files.paths import home_path, numbered_folders
+from ml_embed.training.best import Best
 from ml_embed.training.checkpoint import STATE_FILE, find_state
 from ml_embed.training.inputs import Inputs
 from ml_embed.training.resolve import Resolved
@@ -123,6 +125,23 @@ def continuation_notice(
             "agree to rounding, not to the bit"
         )
     return "\n".join(lines)
+
+
+def what_is_left(config: TrainConfig) -> str | None:
+    """How far a run has come that is to be continued; None if it has reached its end.
+
+    By its newest state, which is saved last of all: at the last step, where `patience` ends the
+    run, and after a signal.
+    """
+    states = numbered_folders(config.run_dir / "resume")
+    if not states:
+        return f"{config.run_dir} has done no step that is saved"
+    step, newest = states[-1]
+    last = parse_json((config.run_dir / "resolved.json").read_bytes())["total_steps"]
+    saved = parse_json((newest / STATE_FILE).read_bytes()).get("best")
+    if step >= last or Best.continued(config.keep_best, saved).is_over(config.patience):
+        return None
+    return f"{config.run_dir} has done {step} of {last} steps; continue with --resume auto"
 
 
 def state_to_resume(run_dir: Path, resume: str) -> Path | None:

@@ -59,7 +59,9 @@ def test_a_run_without_gains_ends_and_stays_ended(world, tmp_path, capsys):
     assert (tmp_path / "run" / "step_3").is_dir()
     code, again = train(world, tmp_path, arguments=["--resume", "auto"], **settings)
     assert (code, again) == (0, lines)
+    assert train(world, tmp_path, arguments=["--is-done"], **settings)[0] == 0
     settings["patience"] = 4
+    assert train(world, tmp_path, arguments=["--is-done"], **settings)[0] == 75
     code, longer = train(world, tmp_path, arguments=["--resume", "auto"], **settings)
     assert code == 0
     assert max(line["step"] for line in longer) == 5
