@@ -35,6 +35,7 @@ from ml_embed.sample_data.corpus import CORPUS_FILE
 PAGES = (
     "README.md",
     "configs/README.md",
+    "configs/scale.md",
     "scripts/README.md",
     "tests/README.md",
     "ml_embed/README.md",
@@ -290,6 +291,11 @@ def values_of(hint: typing.Any, limits: typing.Mapping[str, float | None]) -> st
     signs = {"low": "≥", "above": ">", "high": "≤"}
     limited = [f"{signs[kind]} {limit:g}" for kind, limit in limits.items() if limit is not None]
     return " ".join([words, ", ".join(limited)]).strip()
+
+
+def test_the_tables_of_the_page_on_scale_are_the_commands_own(capsys):
+    assert load_script("estimate_scale").main([]) == 0
+    assert capsys.readouterr().out in TEXT["configs/scale.md"]
 
 
 def test_every_link_leads_somewhere():

@@ -23,6 +23,7 @@ from ml_embed.benchmarks.training_setup import (
 )
 from ml_embed.data.batch import ContrastiveBatch
 from ml_embed.data.store import TokenizedDataset
+from ml_embed.training.cost import GPUS
 
 EOS = 1
 GIB = 2**30
@@ -182,14 +183,10 @@ def measure_step(
     return Measured(timing, tokens / timing.median, rate, peak_mib(device), first)
 
 
-DATA_SHEET_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
-"""part of a GPU's name -> bfloat16 FLOP/s that NVIDIA states for it, without sparsity"""
-
-
 def share_of_data_sheet(device: torch.device, flops_per_second: float) -> float | None:
     """A speed as a share of what the GPU's data sheet says; None where it is not known here."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    stated = (flops for part, flops in DATA_SHEET_FLOPS.items() if part in name)
+    stated = (gpu.flops for part, gpu in GPUS.items() if part in name)
     return next((flops_per_second / flops for flops in stated), None)

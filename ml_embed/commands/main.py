@@ -14,6 +14,7 @@ FILES = (
     "import_model",
     "prune_backbone",
     "embed_teacher",
+    "estimate_scale",
     "train",
     "report",
     "evaluate",

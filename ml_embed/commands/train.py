@@ -106,6 +106,7 @@ def run_on_this_process(
     from ml_embed.training.agreement import agree_on_inputs, agree_on_settings
     from ml_embed.training.inputs import open_inputs, with_model_folders
     from ml_embed.training.loop import train
+    from ml_embed.training.scale import needs_on_gpus
     from ml_embed.training.setup import make_loader, set_up
     from ml_embed.training.show_batch import show_batches
 
@@ -123,7 +124,8 @@ def run_on_this_process(
     agree_on_inputs(config, inputs, accelerator)
     if options.dry_run:
         if accelerator.is_local_main_process:
-            print(json.dumps(inputs.resolved.to_json(), indent=2))
+            needs = needs_on_gpus(config, inputs.backbone_config, inputs.resolved)
+            print(json.dumps(inputs.resolved.to_json() | {"on_h100": needs}, indent=2))
         return 0
     if options.show_batch:
         if accelerator.is_main_process:

@@ -21,15 +21,10 @@ from ml_embed.losses.nested import MatryoshkaSpec
 from ml_embed.model import default_dims, default_exits, default_ranks, dim_weights
 from ml_embed.model_folders.cut import Cube
 from ml_embed.model_folders.record import ModelRecord
-from ml_embed.model_folders.sizes import (
-    adapter_parameters,
-    embedding_parameters,
-    layer_parameters,
-    matrix_shapes,
-)
+from ml_embed.model_folders.sizes import layer_parameters, matrix_shapes
 from ml_embed.notices import warn
+from ml_embed.training.cost import Parameters, TokensPerStep, estimate_memory
 from ml_embed.training.learnable import check_held_out, check_losses, check_scores
-from ml_embed.training.memory import Parameters, TokensPerStep, estimate_memory
 
 
 @dataclass(frozen=True)
@@ -58,6 +53,8 @@ class Resolved:
     """of one decoder layer"""
     mean_tokens_per_step: int
     """real tokens of an average step, over all processes"""
+    most_tokens_per_step: int
+    """those of one process's share of a step in which every text is as long as texts may be"""
     valid_grid: Cube | None
     """cuts that validation measures beside the whole model; null = none"""
     memory_gib: dict[str, float]
@@ -114,7 +111,7 @@ def resolve(
     samples = config.samples_per_process(world_size)
     global_batch = samples * world_size
     epoch_steps = make_schedule(plans, store, global_batch, config).steps_per_epoch
-    parameters = _count_parameters(config, backbone, len(sizes.exits))
+    parameters = Parameters.of(config, backbone, len(sizes.exits))
     check_losses(config, plans, store, global_batch)
     check_held_out(config, plans, store)
     for plan in valid_plans:
@@ -122,6 +119,7 @@ def resolve(
         check_scores(plan, valid_store.datasets[plan.name])
     epoch_tokens = sum(_tokens_per_epoch(plan, store.datasets[plan.name], config) for plan in plans)
     tokens = epoch_tokens / epoch_steps
+    most_tokens = _most_tokens(samples, config, plans, store)
     steps = config.train_steps if config.train_steps > 0 else config.train_epochs * epoch_steps
     if config.mel_sampling == "full" and config.mel_refactor == "never":
         warn(
@@ -150,12 +148,13 @@ def resolve(
         embedding_parameters=parameters.embedding,
         layer_parameters=layer_parameters(backbone),
         mean_tokens_per_step=round(tokens),
+        most_tokens_per_step=most_tokens,
         valid_grid=_valid_grid(config, sizes),
         memory_gib=estimate_memory(
             config,
             backbone,
             parameters,
-            TokensPerStep(tokens / world_size, _most_tokens(samples, config, plans, store)),
+            TokensPerStep(tokens / world_size, most_tokens),
             half_precision,
         ),
         datasets=plans,
@@ -345,16 +344,6 @@ def _valid_grid(config: TrainConfig, sizes: _Sizes) -> Cube | None:
     return Cube(
         *(tuple(sorted(values or (max(trained[key], default=0),))) for key, values in asked.items())
     )
-
-
-def _count_parameters(config: TrainConfig, backbone: Qwen3Config, exits: int) -> Parameters:
-    embedding = embedding_parameters(backbone, config.r)
-    final_norms = backbone.hidden_size * (exits if config.mll_norm == "per_layer" else 1)
-    layers = backbone.num_hidden_layers * layer_parameters(backbone)
-    adapters = adapter_parameters(backbone, config.lora_r)
-    saved = embedding + layers + final_norms
-    trained = saved - layers + adapters if config.lora_r else saved
-    return Parameters(saved, trained, saved + adapters, embedding)
 
 
 def _tokens_per_epoch(plan: DatasetPlan, dataset: TokenizedDataset, config: TrainConfig) -> float:

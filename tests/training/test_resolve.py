@@ -7,10 +7,9 @@ import math
 import pytest
 import torch
 from helpers import ROOT
-from transformers import AutoConfig, AutoModel, Qwen3Config, Qwen3Model
+from transformers import AutoConfig, AutoModel, Qwen3Config
 
 from ml_embed.config import parse_config
-from ml_embed.data.packing import PackedSequences
 from ml_embed.data.store import open_store
 from ml_embed.errors import UserError
 from ml_embed.model import (
@@ -95,35 +94,6 @@ def without_manifest(store):
     other = copy.copy(store)
     other.manifest = None
     return other
-
-
-def test_memory_of_activations_is_about_what_is_kept():
-    """float32; the estimate may be over it by a quarter, not under."""
-    shape = QWEN3_06B | {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 384}
-    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
-    kept = []
-    for layers in (2, 4):  # the difference is two layers that are not narrowed
-        config = Qwen3Config(**shape | {"num_hidden_layers": layers})
-        kept.append(bytes_kept(MatryoshkaEncoder(Qwen3Model(config), (layers,)), [300] * 4))
-    estimate = 2 * 1200 * 4 * (8 * 128 + (4 * 4 + 6 * 2) * 32 + 4 * 384)
-    assert 0.75 < (kept[1] - kept[0]) / estimate <= 1
-
-
-def bytes_kept(encoder, lengths: list[int]) -> int:
-    """For the backward pass, beside the weights."""
-    weights = {p.untyped_storage().data_ptr() for p in encoder.parameters()}
-    kept = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage  # held, so that its place is not used again
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        vectors = encoder(torch.zeros(sum(lengths)).long(), PackedSequences.from_lengths(lengths))
-        assert vectors.requires_grad
-        return sum(storage.nbytes() for storage in kept.values())
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
