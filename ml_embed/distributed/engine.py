@@ -1,7 +1,8 @@
 """The engine of a run: what averages gradients over processes, moves weights and gathers states.
 
 `AccelerateEngine` serves one process, a copy of the weights per process (DDP) and sharded weights
-(FSDP2); `ml_embed.distributed.zero2.Zero2Engine` serves DeepSpeed. Training knows only `Engine`.
+(FSDP2, or HSDP, where each machine has a copy of all shards);
+`ml_embed.distributed.zero2.Zero2Engine` serves DeepSpeed. Training knows only `Engine`.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 Moments = dict[str, dict[str, Tensor]]
@@ -33,7 +35,7 @@ them it counts steps"""
 LR_SCALE = "lr_scale"
 """key of an optimizer's parameter group: the factor on its learning rate; 1 if it is not there"""
 
-# The same calls serve one process, DDP and FSDP2: tensors come whole, on the CPU, on the first
+# The same calls serve one process, copies and shards: tensors come whole, on the CPU, on the first
 # process.
 _GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _SCATTER = StateDictOptions(full_state_dict=True, strict=False)  # frozen weights stay as they are
@@ -108,7 +110,7 @@ class Engine(ABC):
 
 
 class AccelerateEngine(Engine):
-    """One process, DDP or FSDP2, prepared by accelerate."""
+    """One process, DDP, FSDP2 or HSDP, prepared by accelerate."""
 
     def __init__(
         self,
@@ -129,7 +131,12 @@ class AccelerateEngine(Engine):
             self.model, self.optimizer = accelerator.prepare(encoder, optimizer)
 
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if last else self._accelerator.no_sync(self.model)
+        if not self.needs_equal_chunks:
+            return contextlib.nullcontext() if last else self._accelerator.no_sync(self.model)
+        # Shared weights: each chunk's gradients are shared out at once, because their sum may not
+        # fit whole. Only what copies of a share (HSDP) have is added up at the last chunk.
+        cast("FSDPModule", self.model).set_requires_all_reduce(last)
+        return contextlib.nullcontext()
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
         self._accelerator.backward(loss)

@@ -39,6 +39,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     set_deterministic(config.deterministic)
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         zero2.check_installed()
+    _check_parallelism()
     choose_gloo_interface()
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
     device = training_device()
@@ -127,6 +128,33 @@ def make_engine(
         samples = config.samples_per_process(accelerator.num_processes)
         return zero2.Zero2Engine(accelerator, encoder, optimizer, config.max_grad_norm, samples)
     return AccelerateEngine(accelerator, encoder, optimizer, config.max_grad_norm)
+
+
+def _check_parallelism() -> None:
+    """Refuse what accelerate's parallelism_config asks for, unless it is HSDP of all processes."""
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") != "true":
+        return
+    names = ("dp_replicate_size", "dp_shard_size", "tp_size", "cp_size", "sp_size")
+    sizes = {name: int(os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", 1)) for name in names}
+    copies, shards = sizes.pop("dp_replicate_size"), sizes.pop("dp_shard_size")
+    for name, size in sizes.items():
+        if size > 1:
+            raise UserError(
+                f"accelerate's parallelism_config: {name} is {size}, but training here splits no "
+                "text and no matrix; use dp_replicate_size and dp_shard_size, as in "
+                "configs/accelerate_hsdp.yaml"
+            )
+    if shards < 2:
+        raise UserError(
+            f"accelerate's parallelism_config: dp_shard_size is {shards}, so nothing is shared; "
+            "set it to the GPUs of a machine, or use configs/accelerate_config.yaml"
+        )
+    if copies * shards != (processes := int(os.environ.get("WORLD_SIZE", 1))):
+        raise UserError(
+            f"accelerate's parallelism_config is for {copies} x {shards} processes, but there are "
+            f"{processes}; give accelerate launch --parallelism_config_dp_replicate_size (the "
+            "number of machines) and --parallelism_config_dp_shard_size (the GPUs of each)"
+        )
 
 
 def _check_engine(accelerator: Accelerator, config: TrainConfig) -> None:

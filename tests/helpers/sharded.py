@@ -1,7 +1,10 @@
-"""Runs under FSDP2 on CPUs."""
+"""Runs under FSDP2 on CPUs, also in its hybrid form (HSDP)."""
+
+import copy
 
 import yaml
 from accelerate import Accelerator
+from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
@@ -16,15 +19,24 @@ def run_each_sharded(configs: list[str]) -> int:
     return run_each(configs)
 
 
+def run_each_hybrid(configs: list[str]) -> int:
+    """With two copies of two shards."""
+    shard_on_cpu(ParallelismConfig(dp_replicate_size=2, dp_shard_size=2))
+    return run_each(configs)
+
+
 def run_sharded(arguments: list[str]) -> int:
     shard_on_cpu()
     return run_script.main(arguments)
 
 
-def shard_on_cpu() -> None:
+def shard_on_cpu(parallelism: ParallelismConfig | None = None) -> None:
     """Make accelerate shard as configs/accelerate_fsdp2.yaml says, which it does on GPUs only.
 
     All that comes after this choice is accelerate's own code, and torch's, over gloo.
+
+    Args:
+        parallelism: as in configs/accelerate_hsdp.yaml; accelerate refuses it on CPUs, too.
     """
     settings = yaml.safe_load((ROOT / "configs" / "accelerate_fsdp2.yaml").read_text())[
         "fsdp_config"
@@ -45,6 +57,11 @@ def shard_on_cpu() -> None:
         for state in (AcceleratorState, PartialState):
             state._shared_state["distributed_type"] = DistributedType.FSDP
         assert accelerator.is_fsdp2
+        if parallelism is not None:  # as Accelerator() goes on
+            own = copy.deepcopy(parallelism)
+            AcceleratorState._shared_state["parallelism_config"] = own
+            accelerator.state.device_mesh = own.get_device_mesh("cpu")
+            own._validate_accelerator(accelerator)
         return accelerator
 
     run_accelerator.make_accelerator = make_sharded

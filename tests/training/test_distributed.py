@@ -8,21 +8,29 @@ four rows.
 import inspect
 import os
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_multi_gpu_env
 from helpers import ROOT
 from helpers.comparing import CASES, GLOBAL_BATCH, LAST, assert_same_metrics, assert_same_tensors
-from helpers.sharded import run_each_sharded, run_sharded
+from helpers.sharded import run_each_hybrid, run_each_sharded, run_sharded
 from helpers.teachers import LetterModel
 from helpers.tiny_runs import DATASETS, Inputs, final_state, launch_each, metrics, run
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 import run as run_script
+from ml_embed.config import load_config
+from ml_embed.distributed.engine import AccelerateEngine
+from ml_embed.errors import UserError
 from ml_embed.model_folders.record import RECORD_FILE, ModelRecord
 from ml_embed.recipe.teacher import TeacherOptions, embed_teacher
 from ml_embed.training import accelerator as run_accelerator
@@ -62,18 +70,46 @@ def run_dirs(inputs):
     return lambda case, processes: inputs.run_dir(f"{case}-{processes}")
 
 
+def run_each_and_look(main: Callable, mesh: tuple[int, ...], configs: list[str]) -> int:
+    """`main`, which shards over such a mesh of processes.
+
+    Gradients are shared out after each chunk, not kept whole until the last, where copies are
+    summed.
+    """
+    backward, looked = AccelerateEngine.backward, []
+
+    def backward_and_look(engine, loss, last=True) -> None:
+        backward(engine, loss, last)
+        looked.append(last)
+        for parameter in engine.model.parameters():
+            assert parameter.device_mesh.shape == mesh
+            assert isinstance(parameter.grad, DTensor) or (not last and len(mesh) == 2)
+
+    AccelerateEngine.backward = backward_and_look
+    code = main(configs)
+    assert set(looked) == {True, False}
+    return code
+
+
+SHARDED = {
+    "sharded": (2, partial(run_each_and_look, run_each_sharded, (2,))),
+    "hybrid": (4, partial(run_each_and_look, run_each_hybrid, (2, 2))),
+}
+"""how weights are shared -> processes, main"""
+
+
 @pytest.fixture(scope="module")
 def sharded_run_dirs(inputs, run_dirs):
-    """case -> the folder of a run of two processes under FSDP2."""
-    configs = []
-    for case in ("everything", "in_chunks"):
-        configs.append(
-            inputs.config(f"{case}-sharded", train_batch_size=GLOBAL_BATCH // 2, **CASES[case])
-        )
-    printed = inputs.folder / "printed" / "sharded"
-    launch = launch_each(printed, configs, 2, run_each_sharded)
-    assert launch.wait() == [0, 0], launch.printed()
-    return lambda case: inputs.run_dir(f"{case}-sharded")
+    """(case, how weights are shared) -> the run's folder."""
+    for how, (processes, main) in SHARDED.items():
+        batch = GLOBAL_BATCH // processes
+        configs = [
+            inputs.config(f"{case}-{how}", train_batch_size=batch, **CASES[case])
+            for case in ("everything", "in_chunks")
+        ]
+        launch = launch_each(inputs.folder / "printed" / how, configs, processes, main)
+        assert launch.wait() == [0] * processes, launch.printed()
+    return lambda case, how: inputs.run_dir(f"{case}-{how}")
 
 
 @pytest.mark.parametrize(
@@ -120,9 +156,10 @@ def test_the_cases_hold_what_they_should(run_dirs, inputs):
     assert all(-1 <= line["graded/spearman/rank_8_depth_1_dim_8"] <= 1 for line in valid)
 
 
+@pytest.mark.parametrize("how", SHARDED)
 @pytest.mark.parametrize("case", ["everything", "in_chunks"])
-def test_sharded_processes_are_one(run_dirs, sharded_run_dirs, case):
-    one, sharded = run_dirs(case, 1), sharded_run_dirs(case)
+def test_sharded_processes_are_one(run_dirs, sharded_run_dirs, case, how):
+    one, sharded = run_dirs(case, 1), sharded_run_dirs(case, how)
     assert_same_metrics(metrics(one), metrics(sharded))
     assert_same_tensors(final_state(one), final_state(sharded))
     for moments in (
@@ -135,9 +172,10 @@ def test_sharded_processes_are_one(run_dirs, sharded_run_dirs, case):
     )
 
 
-def test_the_model_folder_of_sharded_processes_is_whole(run_dirs, sharded_run_dirs):
+@pytest.mark.parametrize("how", SHARDED)
+def test_the_model_folder_of_sharded_processes_is_whole(run_dirs, sharded_run_dirs, how):
     (one,) = run_dirs("everything", 1).glob("epoch_1")
-    sharded = sharded_run_dirs("everything") / "epoch_1"
+    sharded = sharded_run_dirs("everything", how) / "epoch_1"
     names = sorted(str(path.relative_to(one)) for path in one.rglob("*"))
     assert names == sorted(str(path.relative_to(sharded)) for path in sharded.rglob("*"))
     assert "model.safetensors" in names
@@ -186,6 +224,21 @@ def test_accelerate_reads_every_config(path):
         assert given["fsdp_config"].keys() <= plugin_names | renamed
 
 
+def test_the_launcher_hands_on_the_sizes_of_hsdp():
+    """Those of the file, unless flags say otherwise."""
+    flags = ["--config_file", str(ROOT / "configs" / "accelerate_hsdp.yaml")]
+    flags += ["--num_machines", "3", "--num_processes", "24", "--machine_rank", "1"]
+    flags += ["--main_process_ip", "10.0.0.1", "--main_process_port", "29500"]
+    flags += ["--parallelism_config_dp_replicate_size", "3", "run.py"]
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(flags))
+    environment = prepare_multi_gpu_env(arguments)
+    assert environment["ACCELERATE_USE_FSDP"] == "true"
+    assert environment["FSDP_VERSION"] == "2"
+    assert environment["ACCELERATE_USE_PARALLELISM_CONFIG"] == "true"
+    assert environment["PARALLELISM_CONFIG_DP_REPLICATE_SIZE"] == "3"
+    assert environment["PARALLELISM_CONFIG_DP_SHARD_SIZE"] == "8"
+
+
 def main_that_is_late(arguments: list[str]) -> int:
     """run.py's main; process 1 comes late to the check, and process 0 must not end before.
 
@@ -204,6 +257,24 @@ def main_that_is_late(arguments: list[str]) -> int:
         run_accelerator._check = late
     code = run_script.main(arguments)
     return code if came.exists() else 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"DP_SHARD_SIZE": "2", "TP_SIZE": "2"}, "tp_size is 2, but training here"),
+        ({"DP_REPLICATE_SIZE": "2", "DP_SHARD_SIZE": "8"}, "2 x 8 processes, but there are 4"),
+        ({"DP_REPLICATE_SIZE": "4"}, "dp_shard_size is 1"),
+    ],
+)
+def test_parallelism_that_cannot_work_is_refused(inputs, monkeypatch, sizes, message):
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for name, size in sizes.items():
+        monkeypatch.setenv(f"PARALLELISM_CONFIG_{name}", size)
+    config, _ = load_config(inputs.config("parallel"))
+    with pytest.raises(UserError, match=f"parallelism_config.*{message}"):
+        run_accelerator.make_accelerator(config)
 
 
 @pytest.mark.parametrize(
