@@ -116,6 +116,9 @@ class TrainConfig:
     embedding_lr_scale: float = _key(1.0, above=0)
     """factor on the learning rate of the token table, or with r > 0 of its factor A (B moves with
     the layers); 1 = as published"""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """"adamw_8bit" keeps AdamW's two moments in 8 bits each: a quarter of their memory, nearly the
+    same training (needs torchao; on one process or with DDP)"""
     weight_decay: float = _key(1e-2, low=0)
     """decoupled weight decay of AdamW, on all trained parameters; 0 = off"""
     warmup_steps: int = _key(100, low=0)
@@ -396,6 +399,11 @@ def _check_together(config: TrainConfig) -> list[str]:
     if config.mel_refactor != "never" and config.r == 0:
         problems.append(
             f"mel_refactor: {config.mel_refactor!r} needs factors; set r > 0 or remove mel_refactor"
+        )
+    if isinstance(config.mel_refactor, int) and config.optimizer == "adamw_8bit":
+        problems.append(
+            "mel_refactor: moments in 8 bits cannot be turned; set it to 'save', or optimizer to "
+            "'adamw'"
         )
     for flag, key, off in (
         ("use_mrl", "mrl_weights", "paper"),

@@ -2,12 +2,15 @@
 
 import errno
 import functools
+import importlib.metadata
 import os
 import re
 import sys
 import threading
 from collections.abc import Callable
 from typing import Any
+
+from packaging.version import Version
 
 USER_ERROR_EXIT_CODE = 2
 DISK_ERRORS = {
@@ -31,6 +34,27 @@ class UserError(ValueError):
     Entry points print it without a traceback. Errors of our own are `assert`s or other exceptions
     and keep theirs.
     """
+
+
+def check_installed(key: str, package: str, oldest: str, instead: str) -> None:
+    """Refuse what a key of the config asks for where an optional package is not there.
+
+    Args:
+        key: what needs it.
+        oldest: version.
+        instead: what else the user may do.
+    Raises:
+        UserError: it is not there, or too old.
+    """
+    try:
+        found = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        found = "none"
+    if found == "none" or Version(found) < Version(oldest):
+        raise UserError(
+            f"{key} needs {package} {oldest} or newer (here: {found}); pip install "
+            f"'{package}>={oldest}', or {instead}"
+        )
 
 
 def one_line(error: BaseException) -> str:

@@ -63,6 +63,8 @@ def test_every_key_is_accepted_and_documented():
         ({"mel_refactor": "save"}, "mel_refactor: 'save' needs factors"),
         ({"mel_refactor": 100}, "mel_refactor: 100 needs factors"),
         ({"mel_refactor": 0, "r": 8}, "mel_refactor: 0 must be at least 1"),
+        ({"mel_refactor": 9, "r": 8, "optimizer": "adamw_8bit"},
+         "moments in 8 bits cannot be turned"),
         ({"mel_refactor": "often", "r": 8},
          "mel_refactor: 'often' is not one of 'never', 'save' or a whole number"),
         ({"mrl_weights": "uniform"}, "mrl_weights is given but use_mrl is false"),

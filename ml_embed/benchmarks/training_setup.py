@@ -28,8 +28,8 @@ from ml_embed.model import (
     dim_weights,
     factorize_table,
 )
-from ml_embed.training.build import ADAM_BETAS, ADAM_EPSILON
 from ml_embed.training.gradcache import forward_backward
+from ml_embed.training.optimizer import ADAM_BETAS, ADAM_EPSILON
 
 TEMPERATURE = 0.05
 LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-4, 1e-2, 1.0

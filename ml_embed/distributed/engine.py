@@ -25,8 +25,11 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ml_embed.errors import UserError
+
 Moments = dict[str, dict[str, Tensor]]
-"""parameter -> name of one of the optimizer's tensors -> that tensor"""
+"""parameter -> name of one of the optimizer's tensors -> that tensor; one that is made of several,
+such as codes and scales of 8 bits, as "name.part" for each of them"""
 
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -75,7 +78,11 @@ class Engine(ABC):
     def step(self, learning_rate: float) -> None:
         """Move the weights, those of a group with `LR_SCALE` by so much more."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate * group.get(LR_SCALE, 1.0)
+            rate = learning_rate * group.get(LR_SCALE, 1.0)
+            if isinstance(group["lr"], Tensor):  # as torchao's optimizers want it
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
         self._move_weights()
 
     @abstractmethod
@@ -158,7 +165,8 @@ class AccelerateEngine(Engine):
 
     def optimizer_state(self) -> Moments:
         gathered = get_optimizer_state_dict(self.model, self.optimizer, options=_GATHER)
-        return cast("Moments", gathered.get("state", {}))
+        whole = cast("Moments", gathered.get("state", {}))
+        return {name: _plain(tensors) for name, tensors in whole.items()}
 
     def whole_parameter(self, name: str) -> dict[str, Tensor]:
         return {key: _whole(tensor).clone() for key, tensor in self._tensors_of(name).items()}
@@ -179,11 +187,59 @@ class AccelerateEngine(Engine):
     def load_state(self, weights: Mapping[str, Tensor], moments: Moments) -> None:
         optimizer: Any = self.optimizer  # accelerate's wrapper of the real one
         set_model_state_dict(self.model, {**weights}, options=_SCATTER)
+        own: dict[str, Any] = get_optimizer_state_dict(self.model, optimizer.optimizer)
+        held = {name: _as_held(saved, own["state"][name]) for name, saved in moments.items()}
         # learning rate and betas are the config's
-        groups = get_optimizer_state_dict(self.model, optimizer.optimizer)["param_groups"]
-        state: dict[str, Any] = {"state": moments, "param_groups": groups}
+        state: dict[str, Any] = {"state": held, "param_groups": own["param_groups"]}
         set_optimizer_state_dict(self.model, optimizer.optimizer, state, options=_SCATTER)
 
 
 def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _plain(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+    """An optimizer's whole tensors of one parameter, those made of several taken apart."""
+    plain: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if _is_made_of_several(tensor):
+            parts, _ = tensor.__tensor_flatten__()
+            plain |= {f"{name}.{part}": getattr(tensor, part) for part in parts}
+        else:
+            plain[name] = tensor
+    return plain
+
+
+def _as_held(saved: Mapping[str, Tensor], own: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What `_plain` took apart, as an optimizer that has `own` tensors holds it.
+
+    Raises:
+        UserError: it is of another kind of optimizer.
+    """
+    held, left = {}, dict(saved)
+    try:
+        for name, tensor in own.items():
+            if _is_made_of_several(tensor):
+                parts, context = tensor.__tensor_flatten__()
+                inner = {part: left.pop(f"{name}.{part}") for part in parts}
+                held[name] = type(tensor).__tensor_unflatten__(
+                    inner, context, tensor.size(), tensor.stride()
+                )
+            else:
+                held[name] = left.pop(name)
+    except KeyError as missing:
+        raise _other_optimizer(missing.args[0]) from None
+    if left:
+        raise _other_optimizer(min(left))
+    return held
+
+
+def _is_made_of_several(tensor: Any) -> bool:
+    return hasattr(tensor, "__tensor_flatten__") and not isinstance(tensor, DTensor)
+
+
+def _other_optimizer(name: str) -> UserError:
+    return UserError(
+        f"--resume: the state's moments are of another optimizer (they differ in {name}); restore "
+        "the key optimizer, or start another run under another experiment_id"
+    )

@@ -40,11 +40,14 @@ def check_transformers() -> None:
         )
 
 
-def check_compiler(device: torch.device) -> None:
+def check_compiler(device: torch.device, key: str, off: str) -> None:
     """Compile something small for `device`, to find out whether torch.compile works at all.
 
     Takes a few seconds the first time; after that torch finds it in its cache.
 
+    Args:
+        key: of the config, which needs it.
+        off: its value that does not.
     Raises:
         UserError: torch.compile does not work here, for example because no C++ compiler is there.
     """
@@ -55,7 +58,7 @@ def check_compiler(device: torch.device) -> None:
     except Exception as error:
         lines = (line for line in str(error).splitlines() if line.strip())
         raise UserError(
-            f"compile_layers: torch.compile does not work on this machine's {device.type} "
+            f"{key}: torch.compile does not work on this machine's {device.type} "
             f"({next(lines, type(error).__name__)}); it needs a C++ compiler (g++, or the one that "
-            "CXX names) and, on GPUs, Triton; install them, or set compile_layers to false"
+            f"CXX names) and, on GPUs, Triton; install them, or set {key} to {off}"
         ) from error

@@ -21,6 +21,7 @@ from ml_embed.distributed.meeting import meeting
 from ml_embed.errors import UserError
 from ml_embed.kernels.attention import choose_kernel
 from ml_embed.kernels.precision import has_bfloat16
+from ml_embed.training.optimizer import check_engine
 
 # The engines that keep one copy of the weights per process.
 _COPIES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -167,6 +168,7 @@ def _check_engine(accelerator: Accelerator, config: TrainConfig) -> None:
             "variable ACCELERATE_GRADIENT_ACCUMULATION_STEPS. For larger batches in the same "
             "memory set max_tokens_per_forward in the training config"
         )
+    check_engine(config, accelerator)
     if accelerator.distributed_type is DistributedType.DEEPSPEED:
         zero2.check_settings(accelerator, config.embedding_lr_scale)
     elif accelerator.distributed_type is not DistributedType.FSDP:

@@ -1,4 +1,4 @@
-"""From config, backbone and data to the encoder and optimizer of a run.
+"""From config, backbone and data to the encoder of a run and its teacher.
 
 Letters: V vocabulary, H hidden size, r rank.
 """
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ml_embed.config import TrainConfig
-from ml_embed.distributed.engine import LR_SCALE
 from ml_embed.kernels.attention import choose_kernel
 from ml_embed.kernels.compilation import check_compiler
 from ml_embed.model import MatryoshkaEncoder, default_exits, factorize_table
@@ -25,9 +24,6 @@ from ml_embed.model_folders.record import RECORD_FILE, ModelRecord
 from ml_embed.training import lora
 from ml_embed.training.inputs import Inputs
 
-ADAM_BETAS = (0.9, 0.98)  # F2LLM-v2 (arXiv 2603.19223)
-ADAM_EPSILON = 1e-8
-
 
 def build_encoder(
     config: TrainConfig, inputs: Inputs, device: torch.device, compute_dtype: torch.dtype
@@ -38,7 +34,7 @@ def build_encoder(
         UserError: `compile_layers` does not work here.
     """
     if config.compile_layers:
-        check_compiler(device)
+        check_compiler(device, "compile_layers", "false")
     folder = Path(config.model_path)
     backbone = load_backbone(folder, inputs.backbone_config, with_table=config.r == 0)
     encoder = MatryoshkaEncoder(
@@ -76,28 +72,6 @@ def _take_over_exit_norms(encoder: MatryoshkaEncoder, folder: Path) -> None:
     for layer, norm in zip(encoder.exits, encoder.norms, strict=True):
         if layer in trained:
             norm.get_parameter("weight").data.copy_(trained[layer])
-
-
-def build_optimizer(encoder: MatryoshkaEncoder, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over all trained parameters with weight decay on all of them, in one fused pass."""
-    return torch.optim.AdamW(
-        _parameter_groups(encoder, config.embedding_lr_scale),
-        lr=config.learning_rate,
-        betas=ADAM_BETAS,
-        eps=ADAM_EPSILON,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
-
-
-def _parameter_groups(encoder: MatryoshkaEncoder, embedding_lr_scale: float) -> list[dict]:
-    """All trained parameters; the token table, or A, apart if its learning rate is another."""
-    trained = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
-    if embedding_lr_scale == 1:
-        return [{"params": trained}]
-    table = next(encoder.embedding.parameters())  # A comes first
-    others = [parameter for parameter in trained if parameter is not table]
-    return [{"params": others}, {"params": [table], LR_SCALE: embedding_lr_scale}]
 
 
 def build_teacher(

@@ -28,6 +28,8 @@ USABLE = 0.92
 """guess: share of a GPU's memory for what is counted here; losses, NCCL and gaps take the rest"""
 SHARE_OF_PEAK = 0.4
 """guess: share of the data sheet's FLOP/s that a step reaches"""
+MOMENTS_BYTES = {"adamw": 8.0, "adamw_8bit": 2 * (1 + 4 / 256)}
+"""of both moments of a parameter; 8 bits have a scale for each block of 256"""
 ZERO2_BUCKET = 500_000_000  # numbers that DeepSpeed averages at once
 
 EngineName = Literal["copies", "zero2", "fsdp2", "hsdp"]
@@ -129,7 +131,7 @@ def estimate_memory(
         half_precision: it computes in bfloat16, over float32 weights, gradients and moments.
         layout: None = nothing is shared.
     """
-    fixed = fixed_bytes(parameters, layout or Layout(1), half_precision, config.lora_r > 0)
+    fixed = fixed_bytes(config, parameters, layout or Layout(1), half_precision)
     per_token = activation_bytes(config, backbone, half_precision)
     activations = {
         "activations": per_token * _at_once(tokens.average, config),
@@ -141,7 +143,7 @@ def estimate_memory(
 
 
 def fixed_bytes(
-    parameters: Parameters, layout: Layout, half_precision: bool, frozen_layers: bool
+    config: TrainConfig, parameters: Parameters, layout: Layout, half_precision: bool
 ) -> dict[str, float]:
     """Bytes of one process that do not depend on the batch.
 
@@ -151,11 +153,11 @@ def fixed_bytes(
     width = 2 if half_precision else 4
     held, trained = parameters.held, parameters.trained
     weights = 4 * held / layout.weights
-    moments = 8 * trained / layout.moments
+    moments = MOMENTS_BYTES[config.optimizer] * trained / layout.moments
     passing = 0.0
     if layout.weights > 1:  # two layers, since the next one is fetched early, and the table
         passing += width * (2 * parameters.layer + parameters.embedding)
-        largest = max(parameters.embedding, 0 if frozen_layers else parameters.layer)
+        largest = max(parameters.embedding, 0 if config.lora_r else parameters.layer)
         passing += (width + 4) * largest  # gradients, as computed and as they are summed
     elif half_precision:  # autocast's copies
         weights += 2 * held

@@ -19,6 +19,7 @@ from ml_embed.prepare.prompts import check_prompts
 from ml_embed.prepare.tokenizer import end_token, fingerprint
 from ml_embed.training import lora
 from ml_embed.training.best import check_metric
+from ml_embed.training.optimizer import check_optimizer
 from ml_embed.training.resolve import Resolved, resolve
 
 
@@ -80,7 +81,8 @@ def open_inputs(
         UserError: something is missing, damaged, or does not fit together.
     """
     if config.lora_r:
-        lora.check_installed()
+        lora.check_peft()
+    check_optimizer(config)
     for model in filter(None, (config.model_path, config.teacher_model_path)) if verify else ():
         verify_model(Path(model))
     with errors_name_key("model_path"):

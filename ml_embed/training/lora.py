@@ -8,15 +8,13 @@ Letters: O, I outputs and inputs of a matrix, k the adapters' rank, D (k, I) and
 adapter's two parts (LoRA's own A and B, which here are the token factors').
 """
 
-import importlib.metadata
 from collections.abc import Mapping
 
 import torch
-from packaging.version import Version
 from torch import Tensor
 
 from ml_embed.config import TrainConfig
-from ml_embed.errors import UserError
+from ml_embed.errors import check_installed
 from ml_embed.model import MatryoshkaEncoder
 from ml_embed.model_folders.sizes import matrix_shapes
 
@@ -25,21 +23,9 @@ OLDEST_PEFT = "0.18"  # those before import names that transformers 5 no longer 
 _FROZEN, _DOWN, _UP = ".base_layer.weight", ".lora_A.default.weight", ".lora_B.default.weight"
 
 
-def check_installed() -> None:
-    """Refuse to train with LoRA where peft is not installed.
-
-    Raises:
-        UserError: it is not there, or too old.
-    """
-    try:
-        found = importlib.metadata.version("peft")
-    except importlib.metadata.PackageNotFoundError:
-        found = "none"
-    if found == "none" or Version(found) < Version(OLDEST_PEFT):
-        raise UserError(
-            f"lora_r: needs peft {OLDEST_PEFT} or newer (here: {found}); pip install "
-            f"'peft>={OLDEST_PEFT}', or set lora_r to 0"
-        )
+def check_peft() -> None:
+    """Raises UserError where peft is not installed, or too old."""
+    check_installed("lora_r", "peft", OLDEST_PEFT, "set lora_r to 0")
 
 
 def scale(config: TrainConfig) -> float:

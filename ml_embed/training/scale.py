@@ -79,11 +79,10 @@ class Model:
     config: TrainConfig
 
     @classmethod
-    def of(cls, size: str, lora: bool = False) -> "Model":
+    def of(cls, size: str, **changes: Any) -> "Model":
         paths = ("model_path", "experiment_id", "output_dir", "tb_dir", "cache_dir")
         given: dict[str, Any] = dict.fromkeys((*paths, "train_data_path"), size)
-        nested = {"r": RANK, "max_seq_length": LONGEST, "lora_r": LORA_RANK if lora else 0}
-        return cls(size, parse_config(given | nested))
+        return cls(size, parse_config(given | {"r": RANK, "max_seq_length": LONGEST} | changes))
 
     @property
     def backbone(self) -> Qwen3Config:
@@ -95,8 +94,7 @@ class Model:
 
     def always_gib(self, layout: Layout) -> float:
         """What one process holds whatever the batch."""
-        frozen = self.config.lora_r > 0
-        return sum(fixed_bytes(self.parameters, layout, True, frozen).values()) / GIB
+        return sum(fixed_bytes(self.config, self.parameters, layout, True).values()) / GIB
 
     def tokens_at_once(self, layout: Layout, gpu: Gpu, checkpointing: bool) -> int:
         """Tokens whose activations fit beside it; 0 if nothing does."""
@@ -165,7 +163,7 @@ def tables(gpu_name: str, gpu: Gpu, corpus: Corpus, share_of_peak: float) -> Ite
 def needs_on_gpus(
     config: TrainConfig, backbone: Qwen3Config, resolved: Resolved
 ) -> list[dict[str, Any]]:
-    """What a run needs on H100s, one dict for each number of them and each engine."""
+    """What a run needs on H100s: a dict for each number of them and engine that it may have."""
     parameters = Parameters.of(config, backbone, len(resolved.exits))
     average = resolved.mean_tokens_per_step / resolved.world_size
     tokens = TokensPerStep(average, resolved.most_tokens_per_step)
@@ -173,7 +171,8 @@ def needs_on_gpus(
     flops, gpu = Flops.of(config, backbone, length=average / texts), GPUS["H100"]
     needs = []
     for count in GPU_COUNTS:
-        for engine in engines_for(count):
+        engines = engines_for(count)
+        for engine in engines[:1] if config.optimizer == "adamw_8bit" else engines:
             layout = Layout.of(engine, count)
             memory = estimate_memory(config, backbone, parameters, tokens, True, layout)
             step = Step.of(config, flops, parameters, average, layout, True)
@@ -228,19 +227,21 @@ def _plain_parameters(model: Model) -> int:
 
 
 def memory_table(gpu_name: str, gpu: Gpu) -> Table:
-    columns: dict[str, tuple[bool, EngineName, int]] = {
-        "one GPU": (False, "copies", 1),
-        f"one GPU, LoRA {LORA_RANK}": (True, "copies", 1),
-        "ZeRO-2 on 8": (False, "zero2", 8),
-        "FSDP2 on 8, HSDP": (False, "fsdp2", 8),
-        "FSDP2 on 64": (False, "fsdp2", 64),
-        f"FSDP2 on 8, LoRA {LORA_RANK}": (True, "fsdp2", 8),
+    lora, eight_bit = {"lora_r": LORA_RANK}, {"optimizer": "adamw_8bit"}
+    columns: dict[str, tuple[dict[str, Any], EngineName, int]] = {
+        "one GPU": ({}, "copies", 1),
+        "one GPU, adamw_8bit": (eight_bit, "copies", 1),
+        f"one GPU, LoRA {LORA_RANK}": (lora, "copies", 1),
+        "ZeRO-2 on 8": ({}, "zero2", 8),
+        "FSDP2 on 8, HSDP": ({}, "fsdp2", 8),
+        "FSDP2 on 64": ({}, "fsdp2", 64),
+        f"FSDP2 on 8, LoRA {LORA_RANK}": (lora, "fsdp2", 8),
     }
     rows = []
     for size in SIZES:
         cells = [
-            _memory_cell(Model.of(size, lora), Layout.of(engine, gpus), gpu)
-            for lora, engine, gpus in columns.values()
+            _memory_cell(Model.of(size, **changes), Layout.of(engine, gpus), gpu)
+            for changes, engine, gpus in columns.values()
         ]
         rows.append([size, *cells])
     title = (
@@ -258,11 +259,11 @@ def _memory_cell(model: Model, layout: Layout, gpu: Gpu) -> str:
 
 def hours_table(gpu_name: str, gpu: Gpu, corpus: Corpus, share_of_peak: float) -> Table:
     rows = []
-    for lora in (False, True):
+    for lora_r in (0, LORA_RANK):
         for size in SIZES:
-            model = Model.of(size, lora)
+            model = Model.of(size, lora_r=lora_r)
             cells = [_hours_cell(model, count, gpu, corpus, share_of_peak) for count in GPU_COUNTS]
-            rows.append([f"train {size}" + f", LoRA {LORA_RANK}" * lora, *cells])
+            rows.append([f"train {size}" + f", LoRA {lora_r}" * (lora_r > 0), *cells])
     tokens = corpus.documents * corpus.document_tokens
     for size in SIZES:
         model = Model.of(size)

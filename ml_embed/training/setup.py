@@ -24,7 +24,7 @@ from ml_embed.prepare.tokenizer import end_token
 from ml_embed.training.accelerator import compute_dtype, make_engine
 from ml_embed.training.agreement import agree_on_state
 from ml_embed.training.best import Best
-from ml_embed.training.build import build_encoder, build_optimizer, build_teacher
+from ml_embed.training.build import build_encoder, build_teacher
 from ml_embed.training.checkpoint import (
     KEPT_STATES,
     drop_newer,
@@ -34,6 +34,7 @@ from ml_embed.training.checkpoint import (
 )
 from ml_embed.training.inputs import Inputs
 from ml_embed.training.metrics_log import MetricsLog, Window
+from ml_embed.training.optimizer import build_optimizer
 from ml_embed.training.resolve import Resolved, loss_spec, make_schedule, make_validation
 from ml_embed.training.resume import (
     check_unchanged,

@@ -259,13 +259,13 @@ class Launch:
         return "\n".join(path.read_text(errors="replace") for path in self.outputs if path.exists())
 
 
-def run_each(configs: list[str]) -> int:
+def run_each(configs: list[str], flags: Sequence[str] = ()) -> int:
     """run.py's main for one config after another, in the same processes; see `launch_each`."""
     from run import main
 
     codes = []
     for config in configs:
-        codes.append(main(["--config", config]))
+        codes.append(main(["--config", config, *flags]))
         AcceleratorState._reset_state(reset_partial_state=True)
         if os.environ.get("NEXT_PORTS"):  # the next run makes a process group of its own
             port, _, rest = os.environ["NEXT_PORTS"].partition(" ")

@@ -165,7 +165,7 @@ def test_weights_gradients_and_moments_are_counted_exactly(inputs, name, layout,
     config, _ = load_config(path)
     backbone = Qwen3Config.from_pretrained(inputs.folder / "backbone")
     exits = 3
-    estimate = fixed_bytes(Parameters.of(config, backbone, exits), layout, False, config.lora_r > 0)
+    estimate = fixed_bytes(config, Parameters.of(config, backbone, exits), layout, False)
     assert len(held) == layout.processes
     for kind in held[0]:
         assert sum(own[kind] for own in held) == layout.processes * estimate[kind], kind
@@ -176,7 +176,7 @@ def test_engines_share_what_they_say():
     parameters = Parameters.of(config, Qwen3Config(**SHAPE, num_hidden_layers=4), 1)
 
     def held(engine, processes):
-        return fixed_bytes(parameters, Layout.of(engine, processes), True, False)
+        return fixed_bytes(config, parameters, Layout.of(engine, processes), True)
 
     assert held("copies", 64) == held("copies", 1)
     assert held("fsdp2", 64)["weights"] * 64 == 4 * parameters.held
