@@ -20,6 +20,7 @@ from ml_embed.data.packing import PackedSequences
 from ml_embed.errors import UserError
 from ml_embed.files.arrays import blocks
 from ml_embed.kernels.attention import ATTENTION_NAME, Kernel, register_packed_attention
+from ml_embed.kernels.checkpointing import checkpoint_in_place
 from ml_embed.kernels.compilation import compile_in_place
 from ml_embed.kernels.last_layer import read_last_tokens_only
 from ml_embed.kernels.rms_norm import fuse_norms
@@ -247,17 +248,13 @@ def _prepare_layers(
     register_packed_attention()
     backbone.set_attn_implementation(ATTENTION_NAME)
     read_last_tokens_only(backbone.layers[-1])
-    if gradient_checkpointing:
-        # transformers renamed the method after 5.3 and warns of the old name
-        enable = getattr(
-            backbone, "activation_checkpointing_enable", backbone.gradient_checkpointing_enable
-        )
-        enable({"use_reentrant": False})
     fuse_norms(backbone.layers)
     if compile_layers:
         # Not the last one: the hooks that narrow it split it into pieces, and compiled it is slower
         # (by 5 to 10 % of a step).
         compile_in_place(backbone.layers[:-1])
+    if gradient_checkpointing:
+        checkpoint_in_place(backbone.layers)
 
 
 def check_supported(config: Any) -> None:

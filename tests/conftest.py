@@ -48,11 +48,11 @@ def compiled_graphs(monkeypatch) -> list[torch.fx.GraphModule]:
         graphs.append(graph)
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
-    in_place = torch.nn.Module.compile
+    compiled = torch.compile
     monkeypatch.setattr(
-        torch.nn.Module,
+        torch,
         "compile",
-        lambda m, **options: in_place(m, **{"backend": backend} | options),
+        lambda function, **options: compiled(function, **{"backend": backend} | options),
     )
     torch._dynamo.reset()
     return graphs

@@ -18,13 +18,19 @@ from ml_embed.model import MatryoshkaEncoder
 EXITS = (1, 2)
 
 
-def test_compiled_layers_give_the_same_and_are_compiled_once(world, compiled_graphs):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers_give_the_same_and_are_compiled_once(world, compiled_graphs, checkpointing):
     generator = torch.Generator().manual_seed(1)
     sequences = [
         torch.randint(0, 384, (length,), generator=generator) for length in (1, 3, 3, 3, 7, 12)
     ]
     plain, compiled = (
-        MatryoshkaEncoder(AutoModel.from_pretrained(world.backbone), EXITS, compile_layers=choice)
+        MatryoshkaEncoder(
+            AutoModel.from_pretrained(world.backbone),
+            EXITS,
+            gradient_checkpointing=checkpointing,
+            compile_layers=choice,
+        ).train()
         for choice in (False, True)
     )
     assert plain.state_dict().keys() == compiled.state_dict().keys()
@@ -44,7 +50,7 @@ def test_compiled_layers_give_the_same_and_are_compiled_once(world, compiled_gra
 
 def test_layers_are_compiled_once_for_any_number_of_texts(compiled_graphs, monkeypatch):
     """One class of layer is compiled once, not once per layer, and never for another batch."""
-    counted, in_place = [], torch.nn.Module.compile
+    counted, compiled = [], torch.compile
 
     def count(graph, inputs):
         counted.append(graph)
@@ -52,7 +58,7 @@ def test_layers_are_compiled_once_for_any_number_of_texts(compiled_graphs, monke
 
     # differentiating every graph takes long, and is the other test's
     monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda m, **options: in_place(m, backend=count, **options)
+        torch, "compile", lambda function, **options: compiled(function, backend=count, **options)
     )
     config = Qwen3Config(
         vocab_size=64,

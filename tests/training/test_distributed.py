@@ -104,7 +104,12 @@ def sharded_run_dirs(inputs, run_dirs):
     for how, (processes, main) in SHARDED.items():
         batch = GLOBAL_BATCH // processes
         configs = [
-            inputs.config(f"{case}-{how}", train_batch_size=batch, **CASES[case])
+            inputs.config(
+                f"{case}-{how}",
+                train_batch_size=batch,
+                gradient_checkpointing=case == "in_chunks",  # which changes nothing, here neither
+                **CASES[case],
+            )
             for case in ("everything", "in_chunks")
         ]
         launch = launch_each(inputs.folder / "printed" / how, configs, processes, main)
