@@ -107,18 +107,22 @@ def measure_costs(
     timed = [texts[int(i * step)] for i in range(min(len(texts), MOST_TEXTS))]
     pairs = sorted({(cut.rank, cut.depth) for cut in cuts})
     bar = tqdm(pairs, desc="measuring", unit=" cuts", disable=None if progress else True)
-    found = tuple(_in_new_process(path, rank, depth, chosen, timed) for rank, depth in bar)
-    return Costs(str(folder), chosen, torch.get_num_threads(), len(timed), found)
-
-
-def _in_new_process(folder: Path, rank: int, depth: int, device: str, texts: Sequence[str]) -> Cost:
-    # Forked from a process that has imported the libraries and done nothing else, so that a new
-    # one starts at once and its memory is its own.
-    context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])
     threads = torch.get_num_threads()
+    # A process that has imported the libraries and does nothing forks those that measure: they
+    # start at once, and what they hold beyond it is the model's.
+    with ProcessPoolExecutor(1, get_context("spawn")) as host:
+        found = tuple(
+            host.submit(_in_new_process, path, rank, depth, chosen, timed, threads).result()
+            for rank, depth in bar
+        )
+    return Costs(str(folder), chosen, threads, len(timed), found)
+
+
+def _in_new_process(
+    folder: Path, rank: int, depth: int, device: str, texts: Sequence[str], threads: int
+) -> Cost:
     try:
-        with ProcessPoolExecutor(1, context) as pool:
+        with ProcessPoolExecutor(1, get_context("fork")) as pool:
             return pool.submit(_measure, folder, rank, depth, device, texts, threads).result()
     except BrokenProcessPool:
         raise UserError(

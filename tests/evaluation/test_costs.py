@@ -1,7 +1,9 @@
 """What cuts cost here, and the choice among them that keeps within limits."""
 
 import json
+import os
 import shlex
+import signal
 
 import pytest
 from helpers.in_process import train
@@ -9,7 +11,8 @@ from helpers.tiny_models import make_tokenizer
 from transformers import Qwen3Config, Qwen3Model
 
 from ml_embed.commands import choose_cut, export, report
-from ml_embed.evaluation.costs import measure_costs
+from ml_embed.errors import UserError
+from ml_embed.evaluation import costs
 from ml_embed.evaluation.cube import evaluate_cube
 from ml_embed.model_folders.cut import Cut
 from ml_embed.model_folders.read import ModelFolder
@@ -200,7 +203,16 @@ def test_memory_is_that_of_the_weights(tmp_path):
         folder = tmp_path / str(rows)
         Qwen3Model(config).save_pretrained(folder)
         make_tokenizer().save_pretrained(folder)
-        costs = measure_costs(folder, [Cut(0, 1, 64)], ["a text"], "cpu", progress=False)
-        needed[rows] = costs.cuts[0].memory
+        needed[rows] = costs._in_new_process(folder, 0, 1, "cpu", ["a text"], 1).memory
     table = 100_000 * 64 * 4
     assert 0.9 * table < needed[101_000] - needed[1_000] < 2.2 * table
+
+
+def test_a_process_that_is_killed_is_a_message(tmp_path, monkeypatch):
+    monkeypatch.setattr(costs, "_measure", killed)
+    with pytest.raises(UserError, match=r"depth 3, rank 16 was killed; where memory is short"):
+        costs._in_new_process(tmp_path, 16, 3, "cpu", ["a"], 1)
+
+
+def killed(*given):
+    os.kill(os.getpid(), signal.SIGKILL)
