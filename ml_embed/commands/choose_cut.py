@@ -3,7 +3,7 @@
 Quality is taken from an evaluation. For each of its ranks and depths a new process encodes texts,
 one at a time. That gives the latency (median over texts) and the memory (the most that was held
 beyond what importing this package takes). The numbers are written to costs.json beside the
-evaluation, and the run's page shows them (scripts/report.py).
+evaluation, where the next call finds them, and the run's page shows them (scripts/report.py).
 """
 
 import argparse
@@ -21,6 +21,7 @@ from ml_embed.notices import bars_wanted, parse_command
 from ml_embed.reports.tables import MEANING
 
 if TYPE_CHECKING:
+    from ml_embed.evaluation.costs import Costs
     from ml_embed.reports.choices import CubePoint
 
 UNITS = {
@@ -60,6 +61,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--metric", choices=list(MEANING), default="ndcg@10", help="of quality (%(default)s)"
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default the first GPU, else the CPU)")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="measure again what was measured before"
+    )
     add_verify_flag(parser)
     return parse_command(parser, arguments)
 
@@ -68,31 +72,43 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     limits = {name: amount(name, getattr(args, name)) for name in UNITS}
-    from ml_embed.evaluation.costs import COSTS_FILE, measure_costs
-    from ml_embed.files.atomic import write_json
-    from ml_embed.model_folders.seal import verify_model
     from ml_embed.reports.choices import best_choices, choices_table, cube_points, read_evaluation
 
-    folder = args.evaluation if args.evaluation.is_dir() else args.evaluation.parent
-    file = folder / "evaluation.json" if args.evaluation == folder else args.evaluation
+    file = args.evaluation / "evaluation.json" if args.evaluation.is_dir() else args.evaluation
     result = read_evaluation(file, args.metric)
-    wanted = [point.cut for point in cube_points(result, args.metric) if is_wanted(point.cut, args)]
-    if not wanted:
-        raise UserError(f"{file} has no cut of the --rank, --depth and --dim that are given")
-    check_writable(folder, "--evaluation")
-    texts = read_texts(args.texts)
-    if args.verify:
-        verify_model(args.model)
-    costs = measure_costs(args.model, wanted, texts, args.device, bars_wanted())
-    points = [point for point in cube_points(result, args.metric, costs) if point.cut in wanted]
-    if any(point.cost is None for point in points):
-        raise UserError(f"{file} is an evaluation of another model than {args.model}")
-    write_json(folder / COSTS_FILE, costs.to_json())
+    evaluated = [point for point in cube_points(result, args.metric) if is_wanted(point.cut, args)]
+    costs = measure(args, file, evaluated)
+    points = [p for p in cube_points(result, args.metric, costs) if is_wanted(p.cut, args)]
     fitting = within(points, limits["memory"], limits["latency"])
     print(f"{args.metric}: {MEANING[args.metric]}; mean over the test sets of {file}")
     print(f"latency and memory: {costs.texts} texts, one at a time, on {costs.device}\n")
     print(f"{choices_table(fitting)}\n\nthe best of them:")
     print(export_command(args.model, best_choices(fitting)[0]))
+
+
+def measure(args: argparse.Namespace, file: Path, evaluated: Sequence["CubePoint"]) -> "Costs":
+    """What evaluated cuts cost, measured where costs.json beside the evaluation does not say it."""
+    from ml_embed.evaluation.costs import COSTS_FILE, Costs, measure_costs
+    from ml_embed.files.atomic import write_json
+    from ml_embed.files.model_source import find_model_folder
+    from ml_embed.model_folders.read import ModelFolder
+    from ml_embed.model_folders.seal import verify_model
+    from ml_embed.model_folders.sizes import parameters_of
+
+    if not evaluated:
+        raise UserError(f"{file} has no cut of the --rank, --depth and --dim that are given")
+    check_writable(file.parent, "--evaluation")
+    texts = read_texts(args.texts)
+    if args.verify:
+        verify_model(args.model)
+    config = ModelFolder.open(find_model_folder(args.model)).config
+    if any(parameters_of(config, point.cut) != point.parameters for point in evaluated):
+        raise UserError(f"{file} is an evaluation of another model than {args.model}")
+    place, cuts = file.with_name(COSTS_FILE), [point.cut for point in evaluated]
+    known = Costs.load(place) if place.is_file() and not args.overwrite else None
+    costs = measure_costs(args.model, cuts, texts, args.device, known, bars_wanted())
+    write_json(place, costs.to_json())
+    return costs
 
 
 def is_wanted(cut: Cut, args: argparse.Namespace) -> bool:

@@ -19,11 +19,14 @@ import transformers
 from tqdm import tqdm
 
 from ml_embed.errors import UserError
+from ml_embed.files.digests import value_digest
 from ml_embed.files.json_file import read_json
+from ml_embed.files.model_identity import model_identity
 from ml_embed.files.model_source import find_model_folder
 from ml_embed.inference.embedder import Embedder
 from ml_embed.inference.encoding import choose_device
 from ml_embed.model_folders.cut import Cut, table_name
+from ml_embed.notices import notice
 
 COSTS_FILE = "costs.json"
 MOST_TEXTS = 64
@@ -60,6 +63,8 @@ class Costs:
     """of the CPU"""
     texts: int
     """that were timed, one at a time"""
+    made_of: str
+    """digest of the model, the texts, device and threads"""
     cuts: tuple[Cost, ...]
 
     def of(self, cut: Cut, parameters: int) -> Cost | None:
@@ -74,7 +79,7 @@ class Costs:
     @classmethod
     def load(cls, path: Path) -> "Costs":
         """Raises UserError for what `to_json` did not give."""
-        remedy = "measure again with scripts/choose_cut.py"
+        remedy = "measure again with scripts/choose_cut.py --overwrite"
         values = read_json(path, remedy)
         try:
             return cls(**values | {"cuts": tuple(Cost(**cost) for cost in values["cuts"])})
@@ -87,6 +92,7 @@ def measure_costs(
     cuts: Iterable[Cut],
     texts: Sequence[str],
     device: str | None = None,
+    known: Costs | None = None,
     progress: bool = True,
 ) -> Costs:
     """Time and memory of the ranks and depths of cuts, one after another, each in a new process.
@@ -96,6 +102,8 @@ def measure_costs(
         cuts: trained or not.
         texts: what is encoded, one text at a time, without a prompt.
         device: None is the first GPU if there is one, else the CPU.
+        known: what was measured before; if it was of the same model and texts and on such a device,
+            its cuts are not measured again.
         progress: a bar on stderr, on terminals.
     Raises:
         UserError: there is no text, or the model cannot be read.
@@ -105,17 +113,22 @@ def measure_costs(
     path, chosen = find_model_folder(folder), str(choose_device(device))
     step = max(1, len(texts) / MOST_TEXTS)
     timed = [texts[int(i * step)] for i in range(min(len(texts), MOST_TEXTS))]
-    pairs = sorted({(cut.rank, cut.depth) for cut in cuts})
-    bar = tqdm(pairs, desc="measuring", unit=" cuts", disable=None if progress else True)
     threads = torch.get_num_threads()
+    made_of = value_digest([model_identity(path), chosen, threads, timed])
+    kept = known.cuts if known is not None and known.made_of == made_of else ()
+    if kept:
+        notice(f"{len(kept)} cuts were measured before; --overwrite measures them again")
+    pairs = sorted({(c.rank, c.depth) for c in cuts} - {(cost.rank, cost.depth) for cost in kept})
+    bar = tqdm(pairs, desc="measuring", unit=" cuts", disable=None if progress and pairs else True)
     # A process that has imported the libraries and does nothing forks those that measure: they
     # start at once, and what they hold beyond it is the model's.
     with ProcessPoolExecutor(1, get_context("spawn")) as host:
-        found = tuple(
+        found = [
             host.submit(_in_new_process, path, rank, depth, chosen, timed, threads).result()
             for rank, depth in bar
-        )
-    return Costs(str(folder), chosen, threads, len(timed), found)
+        ]
+    measured = sorted((*kept, *found), key=lambda cost: (cost.rank, cost.depth))
+    return Costs(str(folder), chosen, threads, len(timed), made_of, tuple(measured))
 
 
 def _in_new_process(

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 
 import pytest
@@ -37,37 +38,40 @@ def write(folder, result):
     (folder / "evaluation.json").write_text(json.dumps({"model": result, "baseline": None}))
 
 
-def choose(run_dir, capsys, *flags):
-    model = run_dir / "step_2"
-    code = choose_cut.main(["--model", str(model), "--evaluation", str(run_dir), *flags])
+@pytest.fixture(scope="module")
+def measured(run_dir):
+    """costs.json, of two texts."""
+    (run_dir / "texts.txt").write_text("a text\n\nanother, longer one of some words\n")
+    assert choose_cut.main(flags_for(run_dir)) == 0
+    return json.loads((run_dir / "costs.json").read_text())
+
+
+def flags_for(run_dir, *more):
+    texts, model = str(run_dir / "texts.txt"), str(run_dir / "step_2")
+    flags = ["--model", model, "--evaluation", str(run_dir), "--texts", texts, "--device", "cpu"]
+    return [*flags, *SIZES, *more]
+
+
+def choose(run_dir, capsys, *more):
+    capsys.readouterr()
+    code = choose_cut.main(flags_for(run_dir, *more))
     return code, capsys.readouterr()
 
 
-@pytest.fixture(scope="module")
-def measured(run_dir, tmp_path_factory):
-    """Lines that were printed, without limits, and costs.json."""
-    texts = tmp_path_factory.mktemp("texts") / "texts.txt"
-    texts.write_text("a text\n\nanother, longer one of some words\n")
-    flags = [*SIZES, "--texts", str(texts), "--device", "cpu"]
-    with pytest.MonkeyPatch.context() as patch:
-        printed = []
-        patch.setattr("builtins.print", lambda *text: printed.append(*text))
-        assert (
-            choose_cut.main(
-                ["--model", str(run_dir / "step_2"), "--evaluation", str(run_dir), *flags]
-            )
-            == 0
-        )
-    return "\n".join(printed).splitlines(), json.loads((run_dir / "costs.json").read_text())
+@pytest.fixture
+def asked(monkeypatch):
+    """The (rank, depth) pairs that each call would measure; none is."""
+    asked = []
+    monkeypatch.setattr(costs, "tqdm", lambda pairs, **_: asked.append(pairs) or [])
+    return asked
 
 
 def test_each_rank_and_depth_is_measured_once(run_dir, measured):
-    costs = measured[1]
-    assert (costs["texts"], costs["device"]) == (2, "cpu"), "blank lines are no texts"
+    assert (measured["texts"], measured["device"]) == (2, "cpu"), "blank lines are no texts"
     config = ModelFolder.open(run_dir / "step_2").config
-    pairs = [(cost["rank"], cost["depth"]) for cost in costs["cuts"]]
+    pairs = [(cost["rank"], cost["depth"]) for cost in measured["cuts"]]
     assert pairs == [(16, 1), (16, 2), (32, 1), (32, 2)]
-    for cost in costs["cuts"]:
+    for cost in measured["cuts"]:
         assert cost["parameters"] == parameters_of(config, Cut(cost["rank"], cost["depth"], 64))
         assert 0 < cost["latency"] <= cost["slowest"] < 5
         assert 1e5 < cost["memory"] < 1e9
@@ -92,8 +96,11 @@ def fronts(rows, fits):
     }
 
 
-def test_the_front_is_what_no_other_cut_beats(run_dir, measured, tmp_path, capsys, monkeypatch):
-    lines, _ = measured
+def test_the_front_is_what_no_other_cut_beats(
+    run_dir, measured, asked, tmp_path, capsys, monkeypatch
+):
+    lines = choose(run_dir, capsys)[1].out.splitlines()
+    assert asked == [[]], "everything was measured before"
     rows = json.loads((run_dir / "evaluation.json").read_text())["model"]["rows"]
     named = [line.partition("  ")[0] for line in lines if line.startswith("depth ")]
     assert set(named) == fronts(rows, lambda row: True)
@@ -110,27 +117,18 @@ def test_the_front_is_what_no_other_cut_beats(run_dir, measured, tmp_path, capsy
     assert [exported[axis] for axis in ("rank", "depth", "dim")] == list(chosen.values())
 
 
-def within(costs, monkeypatch, run_dir, capsys, *limits):
-    """What is chosen where the same costs are measured again."""
-    from ml_embed.evaluation.costs import Costs
-
-    again = Costs.load(run_dir / "costs.json")
-    monkeypatch.setattr("ml_embed.evaluation.costs.measure_costs", lambda *given: again)
-    return choose(run_dir, capsys, *SIZES, *limits)
-
-
-def test_limits_leave_out_what_needs_more(run_dir, measured, monkeypatch, capsys):
-    costs = {(cost["rank"], cost["depth"]): cost for cost in measured[1]["cuts"]}
+def test_limits_leave_out_what_needs_more(run_dir, measured, asked, capsys):
+    of = {(cost["rank"], cost["depth"]): cost for cost in measured["cuts"]}
     rows = json.loads((run_dir / "evaluation.json").read_text())["model"]["rows"]
-    latency = 0.9999 * max(cost["latency"] for cost in costs.values())
+    latency = 0.9999 * max(cost["latency"] for cost in of.values())
 
     given = ["--latency", f"{1e6 * latency:.6f} us", "--memory", "1GiB"]
-    code, said = within(costs, monkeypatch, run_dir, capsys, *given)
+    code, said = choose(run_dir, capsys, *given)
     assert code == 0, said.err
     named = {line.partition("  ")[0] for line in said.out.splitlines() if line[:6] == "depth "}
-    assert named == fronts(rows, lambda row: costs[row["rank"], row["depth"]]["latency"] <= latency)
-    smallest = min(cost["memory"] for cost in costs.values())
-    code, said = within(costs, monkeypatch, run_dir, capsys, "--memory", "9kB")
+    assert named == fronts(rows, lambda row: of[row["rank"], row["depth"]]["latency"] <= latency)
+    smallest = min(cost["memory"] for cost in of.values())
+    code, said = choose(run_dir, capsys, "--memory", "9kB")
     assert code == 2
     assert f"the smallest needs {smallest / 1e6:,.0f} MB" in said.err
 
@@ -152,23 +150,34 @@ def test_mistakes(run_dir, capsys, given, message):
     assert message in said.err
 
 
-def test_evaluations_of_other_models_are_refused(run_dir, measured, tmp_path, monkeypatch, capsys):
+def test_evaluations_of_other_models_are_refused(run_dir, measured, asked, tmp_path, capsys):
     result = json.loads((run_dir / "evaluation.json").read_text())["model"]
     for row in result["rows"]:
         row["parameters"] += 1
     write(tmp_path, result)
-    flags = ["--evaluation", str(tmp_path)]
-    code, said = within(measured[1], monkeypatch, run_dir, capsys, *flags)
+    (tmp_path / "costs.json").write_text(json.dumps(measured))
+    code, said = choose(run_dir, capsys, "--evaluation", str(tmp_path))
     assert code == 2
     assert "is an evaluation of another model than" in said.err
-    assert not (tmp_path / "costs.json").exists()
+    assert not asked, "it is told before anything is measured"
+
+
+def test_only_what_is_missing_is_measured(run_dir, measured, asked, tmp_path):
+    known = costs.Costs.load(run_dir / "costs.json")
+    cuts = [Cut(rank, depth, 8) for rank in (8, 16) for depth in (1, 2)]
+    texts = ["a text", "another, longer one of some words"]
+    other = shutil.copytree(run_dir / "step_2", tmp_path / "other")
+    (other / "sentence_bert_config.json").write_text('{"max_seq_length": 9}')
+    for model, given in ((run_dir / "step_2", texts), (run_dir / "step_2", ["b"]), (other, texts)):
+        costs.measure_costs(model, cuts, given, "cpu", known, progress=False)
+    every = [(8, 1), (8, 2), (16, 1), (16, 2)]
+    assert asked == [every[:2], every, every], "other texts and other models are measured anew"
 
 
 def test_the_page_shows_what_was_measured(run_dir, measured, tmp_path, capsys):
-    costs = measured[1]
     page = tmp_path / "page.html"
     assert report.main([str(run_dir), "--output", str(page)]) == 0
-    for cost in costs["cuts"]:
+    for cost in measured["cuts"]:
         facts = f"{1000 * cost['latency']:.3g} ms latency, {cost['memory'] / 1e6:,.0f} MB memory"
         assert f"depth {cost['depth']}, dim 8, rank {cost['rank']}: " in page.read_text()
         assert facts in page.read_text()
@@ -176,7 +185,7 @@ def test_the_page_shows_what_was_measured(run_dir, measured, tmp_path, capsys):
     for row in damaged["rows"]:
         row["parameters"] += 1
     write(tmp_path, damaged)
-    (tmp_path / "costs.json").write_text(json.dumps(costs))
+    (tmp_path / "costs.json").write_text(json.dumps(measured))
     capsys.readouterr()
     flags = ["--evaluation", str(tmp_path), "--output", str(page)]
     assert report.main([str(run_dir), *flags]) == 0
@@ -184,7 +193,7 @@ def test_the_page_shows_what_was_measured(run_dir, measured, tmp_path, capsys):
     assert "ms latency" not in page.read_text()
     (tmp_path / "costs.json").write_text("{}")
     assert report.main([str(run_dir), *flags]) == 2
-    assert "measure again with scripts/choose_cut.py" in capsys.readouterr().err
+    assert "measure again with scripts/choose_cut.py --overwrite" in capsys.readouterr().err
 
 
 @pytest.mark.alone
