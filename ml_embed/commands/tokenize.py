@@ -1,6 +1,7 @@
 """Turn raw contrastive data, or anybody's pairs and labelled texts, into token ids for training."""
 
 import argparse
+from typing import Any
 
 from ml_embed.errors import exit_on_user_error
 from ml_embed.files.paths import home_path
@@ -106,7 +107,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 @exit_on_user_error
 def main(arguments: list[str] | None = None) -> int:
     options = vars(parse_arguments(arguments))
-    from ml_embed.config import load_config  # after parsing: --help answers at once
+    from ml_embed.distributed.launch import launched  # after parsing: --help answers at once
+
+    with launched("cpu"):
+        tokenize(options)
+    return 0
+
+
+def tokenize(options: dict[str, Any]) -> None:
+    """This process's part of the work; the first one prints the result."""
+    from ml_embed.config import load_config
+    from ml_embed.distributed.collectives import compute_on_main_process, process_index
     from ml_embed.prepare.own_data import ImportOptions, raw_folder
     from ml_embed.prepare.records import Reading
     from ml_embed.prepare.summary import say_what_is_missing
@@ -120,7 +131,9 @@ def main(arguments: list[str] | None = None) -> int:
     delimiter = options.pop("delimiter")
     reading = Reading(options.pop("encoding"), "\t" if delimiter == r"\t" else delimiter)
     how = ImportOptions(reading, options.pop("both_directions"), options["skip_bad_rows"])
-    folder = raw_folder(**origin, **kept, progress=progress, options=how)
+    folder = compute_on_main_process(
+        lambda: raw_folder(**origin, **kept, progress=progress, options=how)
+    )
     settings = TokenizeOptions(
         input=folder.path, passed_over=folder.passed_over, datasets=datasets, **options
     )
@@ -129,6 +142,8 @@ def main(arguments: list[str] | None = None) -> int:
     rows, documents, tokens = (
         sum(getattr(entry, key) for entry in entries) for key in ("rows", "documents", "tokens")
     )
+    if process_index() > 0:
+        return
     say_what_is_missing(manifest)
     queries = sum(entry.queries or 0 for entry in entries)
     named = f" of {queries:,} named queries" if queries else ""
@@ -136,4 +151,3 @@ def main(arguments: list[str] | None = None) -> int:
         f"{options['output']}: {len(entries)} datasets, {rows:,} rows{named}, {documents:,} "
         f"documents, {tokens:,} tokens"
     )
-    return 0

@@ -136,6 +136,13 @@ def leads_its_machine() -> bool:
     return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
+def usable_cores() -> int:
+    """Cores that this process may use, as far as the system says."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class Rows:
     """A file of rows that all processes fill together, block by block, without a header.

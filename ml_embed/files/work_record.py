@@ -5,6 +5,9 @@ of them are made. Until then a journal beside it, `NAME.partial.jsonl`, gets a l
 that happens, so that an item costs the same however many there are; `finish` writes the journal's
 outcome to `NAME.json` and removes it.
 
+Processes that work on the same folder `note_done` what they made, each in a file of its own; the
+one that holds the record takes it over.
+
 While items are only added, an older `NAME.json` stays: what it says remains true. It is set aside
 as `NAME.partial.json` before one of its items is made again.
 """
@@ -28,6 +31,14 @@ Finished = tuple[dict[str, Any], dict[str, Entry]]
 def journal_of(path: Path) -> Path:
     """The journal of unfinished work whose outcome will be the JSON file `path`."""
     return path.with_name(f"{path.stem}.partial.jsonl")
+
+
+def note_done(path: Path, process: int, name: str, entry: Entry) -> None:
+    """Note that an item is made, on a process that does not hold the record `path` itself."""
+    with path.with_name(f"{path.stem}.partial-{process}.jsonl").open("a") as file:
+        file.write(json.dumps({"done": name, "entry": entry}) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 class WorkRecord:
@@ -67,12 +78,14 @@ class WorkRecord:
         self._finished: set[str] = set()  # items that `path` names
         self._journal_bytes = 0  # of its whole lines
         self._unwritten: list[dict[str, Any]] = []  # lines that the next `begin` writes
+        self._taken_over: list[Path] = []  # files whose lines are among them
         try:
             former = self._read_former(read)
         except UserError:
             if not overwrite:
                 raise
             self._journal_bytes = 0
+            self._unwritten = []
             self.replace_all()
             return
         if self._journal_bytes == 0:
@@ -119,6 +132,13 @@ class WorkRecord:
         self._note({"done": name, "entry": entry})
         self.write()
 
+    def take_over(self) -> None:
+        """Add what other processes `note_done`."""
+        for path in sorted(self.path.parent.glob(f"{self.path.stem}.partial-*.jsonl")):
+            self._taken_over.append(path)
+            for line in self._read_lines(path)[0]:
+                self._note(line)
+
     def write(self) -> None:
         """Bring the journal up to date, also to claim a folder before the first `begin`."""
         text = "".join(json.dumps(line) + "\n" for line in self._unwritten).encode()
@@ -131,6 +151,8 @@ class WorkRecord:
             sync_folder(self._journal.parent)
         self._journal_bytes += len(text)
         self._unwritten = []
+        for path in self._taken_over:
+            path.unlink(missing_ok=True)
         if self.path.exists() and (self.replaced is not None or self.unfinished & self._finished):
             self.path.replace(self._set_aside)
             sync_folder(self.path.parent)
@@ -143,8 +165,8 @@ class WorkRecord:
         """Write the finished record, unless nothing happened since the last one."""
         if self._journal_bytes or self.replaced is not None or not self.path.exists():
             write_json(self.path, content, sort_keys)
-        self._journal.unlink(missing_ok=True)
-        self._set_aside.unlink(missing_ok=True)
+        for path in (self._journal, self._set_aside, *self._taken_over):
+            path.unlink(missing_ok=True)
 
     def _known(self) -> set[str]:
         return {*self.entries, *self.unfinished, *(self.replaced or ())}
@@ -171,7 +193,7 @@ class WorkRecord:
 
     def _read_former(self, read: Callable[[Path], Finished]) -> dict[str, Any] | None:
         """Take over what was done; the settings that it was done with, None if there is nothing."""
-        lines = self._read_journal()
+        lines, self._journal_bytes = self._read_lines(self._journal)
         settings = None
         if not any("settings" in line and "replaced" in line for line in lines):
             for path in (self.path, self._set_aside):
@@ -182,17 +204,17 @@ class WorkRecord:
         for line in lines:
             settings = line.get("settings", settings)
             self._apply(line)
+        self.take_over()
         return settings
 
-    def _read_journal(self) -> list[dict[str, Any]]:
-        """Its whole lines: after a power cut the last one may be torn."""
+    def _read_lines(self, path: Path) -> tuple[list[dict[str, Any]], int]:
+        """Its whole lines, and their bytes: after a power cut the last one may be torn."""
         try:
-            content = self._journal.read_bytes() if self._journal.exists() else b""
+            content = path.read_bytes() if path.exists() else b""
             whole = content[: content.rfind(b"\n") + 1]
             lines = [parse_json(line) for line in whole.splitlines()]
             if not all(isinstance(line, dict) for line in lines):
                 raise ValueError("a line is no object")
         except (OSError, ValueError) as error:
-            raise UserError(f"{self._journal} is damaged ({error}). {self._remedy}") from error
-        self._journal_bytes = len(whole)
-        return lines
+            raise UserError(f"{path} is damaged ({error}). {self._remedy}") from error
+        return lines, len(whole)

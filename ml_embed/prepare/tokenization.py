@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import AcquireReturnProxy
 from tokenizers import Encoding
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -27,12 +26,19 @@ from transformers import PreTrainedTokenizerBase
 from ml_embed.config import DatasetConfig, Task, check_dataset_names, match_settings
 from ml_embed.data.manifest import MANIFEST, DatasetEntry, Manifest
 from ml_embed.data.sources import CORPUS_SUFFIX, QUERY_SUFFIX
+from ml_embed.distributed.agreement import check_agreement
+from ml_embed.distributed.collectives import (
+    compute_on_all_processes,
+    compute_on_main_process,
+    process_index,
+)
+from ml_embed.distributed.shares import usable_cores, work_through
+from ml_embed.distributed.sole_launch import sole_launch_into
 from ml_embed.errors import UserError
 from ml_embed.files.atomic import disk_errors_are_user_errors, partial_path
 from ml_embed.files.digests import digests_of, file_digest, sealed
-from ml_embed.files.locks import lock_folder
 from ml_embed.files.model_source import find_tokenizer_folder
-from ml_embed.files.work_record import Finished, WorkRecord
+from ml_embed.files.work_record import Finished, WorkRecord, note_done
 from ml_embed.notices import notice
 from ml_embed.prepare.numbering import TextNumbers, text_digest
 from ml_embed.prepare.prompts import Prompts
@@ -81,7 +87,7 @@ class TokenizeOptions:
     max_samples: int = 80_000
     """rows kept of each dataset, a seeded random choice in file order; 0 = all"""
     num_workers: int | None = None
-    """threads that tokenize; None = all cores this process may use"""
+    """threads that tokenize; None = all cores, divided among the processes of a launch"""
     seed: int = 42
     overwrite: bool = False
     """make everything anew instead of refusing; after an interruption, go on with that"""
@@ -189,6 +195,8 @@ class _Job:
 def tokenize_folder(options: TokenizeOptions, progress: bool = True) -> Manifest:
     """Tokenize every dataset of a raw folder; continues what an interrupted run left.
 
+    The processes of a launch take one dataset after another.
+
     Args:
         options: see there.
         progress: bars on stderr.
@@ -199,33 +207,63 @@ def tokenize_folder(options: TokenizeOptions, progress: bool = True) -> Manifest
             folder that holds something else than a part of the same result.
     """
     options.check()
-    jobs = _make_jobs(options)
+    jobs = compute_on_main_process(lambda: _make_jobs(options))
     _use_threads(options.num_workers)
-    tokenizer = load_tokenizer(find_tokenizer_folder(options.tokenizer))
+    tokenizer = compute_on_all_processes(
+        lambda: load_tokenizer(find_tokenizer_folder(options.tokenizer))
+    )
     text_tokenizer = TextTokenizer(tokenizer, options.max_seq_length)
     _check_room(jobs, text_tokenizer)
-    with _exclusive(options.output):
-        record = _open_record(tokenizer, options)
-        _check_former(record, jobs, options.output)
-        todo = _unfinished(jobs, record, options.output)
-        if len(todo) < len(jobs):
-            notice(f"{len(jobs) - len(todo)} of {len(jobs)} datasets are complete already")
-        remedy = "Then run the same command again: it continues."
-        with disk_errors_are_user_errors(options.output, remedy):
-            for job in tqdm(todo, unit=" file", desc="files", disable=not progress):
-                record.begin(job.raw.name)
-                entry = _tokenize_job(job, text_tokenizer, options, progress)
-                record.record(job.raw.name, entry.to_json())
-            for name in record.gone(jobs):
-                for path in token_paths(options.output, name).values():
-                    path.unlink(missing_ok=True)
-                    partial_path(path).unlink(missing_ok=True)
-            others = files_passed_over(options.input, [job.raw for job in jobs.values()])
-            passed_over = sorted({*options.passed_over, *others})
-            further = {"datasets": record.entries, "passed_over": passed_over or None}
-            manifest = Manifest.from_json({**record.settings, **further})
-            record.finish(sealed(manifest.to_json()), sort_keys=True)
-            return manifest
+    check_agreement(lambda: _settings(tokenizer, options) | {"input": _sizes(jobs)})
+    remedy = "Then run the same command again: it continues."
+    with (
+        disk_errors_are_user_errors(options.output, remedy),
+        sole_launch_into(options.output, LOCK, "tokenizing into"),
+    ):
+        # the first process writes it; the others have a copy to read the settings in
+        record = compute_on_main_process(lambda: _open_record(tokenizer, jobs, options))
+        todo = compute_on_main_process(lambda: _begin(jobs, record, options.output))
+
+        def tokenize(job: _Job) -> None:
+            entry = _tokenize_job(job, text_tokenizer, options, progress).to_json()
+            if process_index() == 0:
+                record.record(job.raw.name, entry)
+            else:
+                note_done(record.path, process_index(), job.raw.name, entry)
+
+        with tqdm(total=len(todo), unit=" file", desc="files", disable=not progress) as bar:
+            work_through(todo, tokenize, bar)
+        return compute_on_main_process(lambda: _finish(jobs, record, options))
+
+
+def _sizes(jobs: Mapping[str, _Job]) -> dict[str, int]:
+    """The bytes of the raw files that this process sees."""
+    return {job.raw.path.name: job.raw.path.stat().st_size for job in jobs.values()}
+
+
+def _begin(jobs: Mapping[str, _Job], record: WorkRecord, folder: Path) -> list[_Job]:
+    """The datasets to tokenize, the largest first: who takes the last one keeps others waiting."""
+    todo = _unfinished(jobs, record, folder)
+    if len(todo) < len(jobs):
+        notice(f"{len(jobs) - len(todo)} of {len(jobs)} datasets are complete already")
+    for job in todo:
+        record.begin(job.raw.name)
+    return sorted(todo, key=lambda job: -job.raw.path.stat().st_size)
+
+
+def _finish(jobs: Mapping[str, _Job], record: WorkRecord, options: TokenizeOptions) -> Manifest:
+    """Write the manifest, and remove what does not belong to it."""
+    record.take_over()
+    for name in record.gone(jobs):
+        for path in token_paths(options.output, name).values():
+            path.unlink(missing_ok=True)
+            partial_path(path).unlink(missing_ok=True)
+    others = files_passed_over(options.input, [job.raw for job in jobs.values()])
+    passed_over = sorted({*options.passed_over, *others})
+    further = {"datasets": record.entries, "passed_over": passed_over or None}
+    manifest = Manifest.from_json({**record.settings, **further})
+    record.finish(sealed(manifest.to_json()), sort_keys=True)
+    return manifest
 
 
 def _make_jobs(options: TokenizeOptions) -> dict[str, _Job]:
@@ -258,9 +296,9 @@ def _check_room(jobs: Mapping[str, _Job], text_tokenizer: TextTokenizer) -> None
                 )
 
 
-def _open_record(tokenizer: PreTrainedTokenizerBase, options: TokenizeOptions) -> WorkRecord:
-    """The record of the output folder, which `overwrite` makes anew unless that was interrupted."""
-    settings = Manifest(
+def _settings(tokenizer: PreTrainedTokenizerBase, options: TokenizeOptions) -> dict[str, Any]:
+    """What all datasets depend on, as the manifest says it."""
+    return Manifest(
         eos_id=end_token(tokenizer),
         pad_id=tokenizer.pad_token_id,
         vocab_size=max(tokenizer.get_vocab().values()) + 1,
@@ -269,10 +307,17 @@ def _open_record(tokenizer: PreTrainedTokenizerBase, options: TokenizeOptions) -
         max_samples=options.max_samples,
         seed=options.seed,
     ).settings()
-    path, overwrite = options.output / MANIFEST, options.overwrite
-    record = WorkRecord(path, settings, _read_finished, overwrite, REDO)
-    if overwrite and record.replaced is None:
+
+
+def _open_record(
+    tokenizer: PreTrainedTokenizerBase, jobs: Mapping[str, _Job], options: TokenizeOptions
+) -> WorkRecord:
+    """The record of the output folder, which `overwrite` makes anew unless that was interrupted."""
+    path, settings = options.output / MANIFEST, _settings(tokenizer, options)
+    record = WorkRecord(path, settings, _read_finished, options.overwrite, REDO)
+    if options.overwrite and record.replaced is None:
         record.replace_all()
+    _check_former(record, jobs, options.output)
     return record
 
 
@@ -472,8 +517,11 @@ def _write_block(
 def _use_threads(num_workers: int | None) -> None:
     """Set how many threads the tokenizers library uses; its first batch fixes the number.
 
-    By itself it takes the cores that affinity and container limits leave.
+    By itself it takes the cores that affinity and container limits leave; the processes of a
+    launch on one machine divide them.
     """
+    if num_workers is None and (local := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > 1:
+        num_workers = max(1, usable_cores() // local)
     if num_workers is not None:
         os.environ["RAYON_NUM_THREADS"] = str(num_workers)
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
@@ -493,10 +541,3 @@ def _in_background(
 
     threading.Thread(target=run, daemon=True).start()
     return result
-
-
-def _exclusive(folder: Path) -> AcquireReturnProxy:
-    """Make the folder and hold its lock, so that two runs never write the same files."""
-    with disk_errors_are_user_errors(folder, "Choose another --output."):
-        folder.mkdir(parents=True, exist_ok=True)
-        return lock_folder(folder / LOCK, "tokenizing into")

@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ml_embed.distributed.collectives import compute_on_main_process, world_size
-from ml_embed.distributed.shares import Rows
+from ml_embed.distributed.shares import Rows, usable_cores
 from ml_embed.errors import UserError
 from ml_embed.files.arrays import blocks
 from ml_embed.files.atomic import atomic_file
@@ -166,7 +165,7 @@ def use_all_cores() -> None:
     import faiss
 
     if world_size() > 1:
-        faiss.omp_set_num_threads(len(psutil.Process().cpu_affinity()))
+        faiss.omp_set_num_threads(usable_cores())
 
 
 def sample_queries(queries: int) -> np.ndarray:

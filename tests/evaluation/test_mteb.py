@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,7 +14,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pytest
 from helpers.tiny_models import DIMS, LAYERS, PROMPTS, RANK, make_tokenizer, write_model
-from helpers.tiny_runs import Launch
+from helpers.tiny_runs import Launch, dying, victim
 
 import ml_embed.evaluation.mteb
 from ml_embed import Embedder
@@ -365,19 +364,11 @@ def test_texts_are_encoded_once_per_rank_and_nothing_is_computed_twice(
 
 
 def main_of_a_sample(arguments: list[str]) -> int:
-    """The command on a task of our own, in blocks of a few texts; process VICTIM dies after two."""
+    """The command on a task of our own, in blocks of a few texts; the victim dies."""
     ml_embed.evaluation.mteb.find_tasks = lambda *_: [SampleRetrieval()]
     cube.BLOCK = 4
-    if (victim := os.environ.get("VICTIM")) is not None:
-        write, calls = Rows._write, iter(range(1000))
-
-        def write_or_die(*block):
-            if os.environ["RANK"] == victim and next(calls) == 2:
-                os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(0.1 * (os.environ["RANK"] != victim))
-            write(*block)
-
-        Rows._write = write_or_die
+    if "VICTIM" in os.environ:
+        Rows._write = dying(Rows._write)
     return script.main(arguments)
 
 
@@ -386,7 +377,7 @@ def test_the_processes_of_a_launch_encode_together(folder, evaluated, tmp_path):
     """Also what a launch left that lost a process. The tasks run on the first one."""
     cuts = ["--rank", "16", "--depth", "1", "3", "--dim", "8", "64"]
     flags = ["--model", folder, "--output", tmp_path / "out", "--tasks", "SampleRetrieval", *cuts]
-    broken = Launch(tmp_path / "1", flags, 2, main=main_of_a_sample, environment={"VICTIM": "1"})
+    broken = Launch(tmp_path / "1", flags, 2, main=main_of_a_sample, environment=victim(tmp_path))
     assert broken.wait() == [2, -signal.SIGKILL], broken.printed()
     kept = list((tmp_path / "out" / ".vectors").glob("*.vectors"))
     assert len(kept) == 1

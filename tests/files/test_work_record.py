@@ -8,7 +8,7 @@ import pytest
 
 from ml_embed.errors import UserError
 from ml_embed.files.atomic import atomic_file
-from ml_embed.files.work_record import WorkRecord, journal_of
+from ml_embed.files.work_record import WorkRecord, journal_of, note_done
 
 NAMES = ("a", "b", "c")
 
@@ -125,6 +125,38 @@ def test_one_more_item_costs_a_line_and_leaves_the_finished_record_in_place(tmp_
     record.record("one more", {})
     assert (tmp_path / "record.json").stat().st_ino == before
     assert len(journal_of(tmp_path / "record.json").read_bytes()) < 100
+
+
+def test_what_other_processes_made_is_taken_over(tmp_path):
+    """At the end, or where nobody came to that, by the next work; a torn line does not count."""
+    for interrupted in (False, True):
+        folder = tmp_path / str(interrupted)
+        folder.mkdir()
+        record = opened(folder, {})
+        for name in NAMES:
+            record.begin(name)
+        for process, name in enumerate(NAMES):
+            (folder / name).write_text(f"{name} {{}}")
+            note_done(record.path, process, name, {"of": name})
+        if interrupted:
+            torn = folder / "record.partial-2.jsonl"
+            torn.write_bytes(torn.read_bytes()[:-3])
+            assert work(folder, {}) == ["c"]
+        else:
+            record.take_over()
+            record.finish({"settings": {}, "items": record.entries})
+        assert read(folder / "record.json") == ({}, {name: {"of": name} for name in NAMES})
+        assert {path.name for path in folder.iterdir()} == {*NAMES, "record.json"}
+
+
+def test_what_another_process_made_long_ago_does_not_hide_that_it_is_made_again(tmp_path):
+    record = opened(tmp_path, {})
+    record.begin("a")
+    note_done(record.path, 1, "a", {"of": "a"})
+    again = opened(tmp_path, {})
+    assert again.entries == {"a": {"of": "a"}}
+    again.begin("a")
+    assert opened(tmp_path, {}).unfinished == {"a"}
 
 
 def test_a_torn_line_is_as_if_it_had_not_been_written(tmp_path):

@@ -9,6 +9,7 @@ import functools
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -167,7 +168,11 @@ def fork_server():
     """A multiprocessing context whose server has imported what a run needs."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["ml_embed.training.setup", "ml_embed.training.loop", __name__, "torch._dynamo", "peft"]
+        [
+            *("ml_embed.training.setup", "ml_embed.training.loop", __name__, "torch._dynamo"),
+            *("peft", "ml_embed.recipe.mining", "ml_embed.recipe.teacher"),
+            "ml_embed.evaluation.cube",
+        ]
     )
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), before or ""])
@@ -356,3 +361,24 @@ def wait_for_lines(path: Path, count: int, launch: Launch | Path, seconds: float
 
 def printed_by(launch: Launch | Path) -> str:
     return launch.printed() if isinstance(launch, Launch) else launch.read_text()
+
+
+def victim(folder: Path) -> dict[str, str]:
+    """The environment of a launch whose second process dies in its second piece (`dying`)."""
+    return {"VICTIM": "1", "DEAD": str(folder / "dead")}
+
+
+def dying(work: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that does a piece of work; the victim dies in it, for which the others wait."""
+    is_victim, dead = os.environ["RANK"] == os.environ["VICTIM"], Path(os.environ["DEAD"])
+    calls = iter(range(1000))
+
+    def work_or_die(*piece):
+        if is_victim and next(calls) == 1:
+            dead.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        while not is_victim and not dead.exists():
+            time.sleep(0.01)
+        work(*piece)
+
+    return work_or_die

@@ -503,7 +503,8 @@ def test_an_interrupted_overwrite_with_other_data_makes_that_anew(
     with pytest.raises(UserError, match="'a' made from another file"):
         tokenize_folder(replace(changed, overwrite=False), progress=False)
     tokenize_folder(changed, progress=False)
-    assert made == ["a", "b", "a", "b", "c"]
+    assert made[:2] == ["a", "b"]
+    assert sorted(made[2:]) == ["a", "b", "c"]
     tokenize_folder(replace(changed, output=tmp_path / "whole"), progress=False)
     assert contents(tmp_path / "tokens") == contents(tmp_path / "whole")
 
