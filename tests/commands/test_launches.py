@@ -1,14 +1,16 @@
 """Long commands under a launcher: the files of one process, whatever number did the work."""
 
 import importlib.util
+import json
 import os
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
+from helpers.machines import kill_machine, launch_on, two_machines
 from helpers.tiny_models import make_tokenizer, write_model
-from helpers.tiny_runs import Launch, dying, victim
+from helpers.tiny_runs import Launch, dying, victim, wait_for_lines
 
 from ml_embed.commands import embed_teacher, evaluate, mine, tokenize
 from ml_embed.distributed.shares import Rows
@@ -105,8 +107,40 @@ def test_what_a_launch_leaves_that_loses_a_process_another_ends_as_one_process_w
     assert "another process of this run has ended or does not answer" in broken.printed()
     notes = [path.name for path in (tmp_path / "many").rglob("*") if path.is_file()]
     assert any(name.endswith(("done-1", "partial-1.jsonl")) for name in notes), notes
-    again = run(tmp_path / "2", command, many, 3)
+    machines = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}  # each has one process
+    again = run(tmp_path / "2", command, many, 3, **machines)
     assert again.wait() == [0, 0, 0], again.printed()
     assert files_of(tmp_path / "many") == files_of(tmp_path / "one")
     said = [path.read_text() for path in again.outputs]
     assert [result in text for text in said] == [True, False, False], "only the first one tells it"
+
+
+@pytest.fixture
+def machines():
+    with two_machines() as machines:
+        yield machines
+
+
+@pytest.mark.slow
+def test_two_machines_tokenize_into_one_folder(machines, world, tmp_path):
+    """The second one is killed when it has made a dataset; both start again."""
+    (tmp_path / "raw").mkdir()
+    for number in range(12):
+        rows = [{"query": f"{i} {number}", "passage": f"text {i} " * 8} for i in range(4000)]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "raw" / f"set_{number}.jsonl").write_text(lines)
+    flags = ["--input", tmp_path / "raw", "--tokenizer", world.backbone, "--output"]
+    assert tokenize.main([str(flag) for flag in [*flags, tmp_path / "one"]]) == 0
+    outputs, script = [tmp_path / "first", tmp_path / "second"], "tokenize_data_qwen.py"
+    with launch_on(machines, script, [*flags, tmp_path / "many"], outputs) as launchers:
+        wait_for_lines(tmp_path / "many" / "manifest.partial-1.jsonl", 1, outputs[1])
+        kill_machine(launchers[1])
+        assert launchers[0].wait(60) == 1, "what accelerate makes of any failure"
+    said = outputs[0].read_text()  # at its next word to the other, or after 30 seconds of silence
+    assert "has ended or does not answer" in said or "machine 1 (counted from 0) has not" in said
+    assert "what is done is kept" in said
+    assert not (tmp_path / "many" / "manifest.json").exists()
+    with launch_on(machines, script, [*flags, tmp_path / "many"], outputs) as launchers:
+        assert [launcher.wait(120) for launcher in launchers] == [0, 0], outputs[0].read_text()
+    assert "datasets are complete already" in outputs[0].read_text()
+    assert files_of(tmp_path / "many") == files_of(tmp_path / "one")

@@ -1,20 +1,12 @@
 """Two machines: launched by `accelerate launch` with their own ranks and addresses, and what
-happens when one dies.
-
-Where the test may (as root), a machine is a network namespace and a veth pair joins the two; else
-both are on loopback.
-"""
+happens when one dies."""
 
 import os
 import signal
-import subprocess
-import sys
 import time
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers.machines import kill_machine, launch_on, two_machines
 from helpers.tiny_runs import (
     Inputs,
     Launch,
@@ -37,73 +29,10 @@ def inputs(tmp_path_factory) -> Inputs:
     return Inputs.write(tmp_path_factory.mktemp("machines") / "inputs")
 
 
-@dataclass(frozen=True)
-class Machine:
-    prefix: list[str]
-    """put before a command, it runs on this machine"""
-    address: str
-
-
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True)
-
-
 @pytest.fixture
 def machines():
-    tag = f"mle{os.getpid() % 10000}"
-    names, addresses = (f"{tag}a", f"{tag}b"), ("10.213.77.1", "10.213.77.2")
-    try:
-        for name in names:
-            ip("netns", "add", name)
-        ip(
-            "link",
-            "add",
-            f"{tag}0",
-            "netns",
-            names[0],
-            "type",
-            "veth",
-            "peer",
-            "name",
-            f"{tag}1",
-            "netns",
-            names[1],
-        )
-        for number, (name, address) in enumerate(zip(names, addresses, strict=True)):
-            ip("-n", name, "addr", "add", f"{address}/24", "dev", f"{tag}{number}")
-            for device in ("lo", f"{tag}{number}"):
-                ip("-n", name, "link", "set", device, "up")
-        yield [
-            Machine(["ip", "netns", "exec", n], a) for n, a in zip(names, addresses, strict=True)
-        ]
-    except (OSError, subprocess.CalledProcessError):
-        yield [Machine([], "127.0.0.1")] * 2
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
-
-
-def launch(
-    machine: Machine, rank: int, first: Machine, port: int, config: Path, output: Path
-) -> subprocess.Popen:
-    command = [*machine.prefix, sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(ROOT / "configs" / "accelerate_cpu.yaml")]
-    command += ["--num_machines", "2", "--num_processes", "2", "--machine_rank", str(rank)]
-    command += ["--main_process_ip", first.address, "--main_process_port", str(port)]
-    command += [str(ROOT / "run.py"), "--config", str(config)]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    with output.open("wb") as file:
-        return subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
-
-
-def kill_machine(launcher: subprocess.Popen) -> None:
-    """SIGKILL a launcher and all that it started."""
-    children = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(launcher.pid)], capture_output=True, text=True
-    )
-    for pid in [launcher.pid, *map(int, children.stdout.split())]:
-        os.kill(pid, signal.SIGKILL)
-    launcher.wait()
+    with two_machines() as machines:
+        yield machines
 
 
 @pytest.mark.alone
@@ -111,24 +40,14 @@ def test_two_launches_are_one_run_and_neither_outlives_the_other(inputs, machine
     """The second machine is killed in mid-run; the first ends with a message; continued, the run
     ends bit-equal."""
     run(inputs, config_of(inputs, "unbroken", train_batch_size=2, train_steps=40), processes=2)
-    config, port = (
-        config_of(inputs, "two_machines", train_batch_size=2, train_steps=40),
-        free_port(),
-    )
+    config = config_of(inputs, "two_machines", train_batch_size=2, train_steps=40)
     outputs = [tmp_path / "first", tmp_path / "second"]
-    launchers = [
-        launch(m, rank, machines[0], port, config, outputs[rank]) for rank, m in enumerate(machines)
-    ]
-    try:
+    with launch_on(machines, "run.py", ["--config", config], outputs) as launchers:
         wait_for_lines(inputs.run_dir("two_machines") / "metrics.jsonl", 5, outputs[0])
         kill_machine(launchers[1])
         killed = time.monotonic()
         assert launchers[0].wait(60) == 1, "what accelerate makes of any failure"
         assert time.monotonic() - killed < 60
-    finally:
-        for launcher in launchers:
-            if launcher.poll() is None:
-                kill_machine(launcher)
     assert (
         "error: another process of this run has ended or does not answer" in outputs[0].read_text()
     )
