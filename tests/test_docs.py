@@ -137,7 +137,7 @@ class Reader:
     def follow(self, command: str) -> None:
         words = shlex.split(made_smaller(re.sub(f"^{PREFIX}", "", command)))
         if words[:2] == ["accelerate", "launch"]:
-            script = words.index("run.py")
+            script = next(i for i, word in enumerate(words) if word.endswith(".py"))
             check_launch(words[2:script])
             words = ["python", *words[script:]]
         if tuple(words) in self._done or command == INSTALLED_ALREADY:

@@ -32,8 +32,8 @@ def launched(device: str | None) -> Iterator[None]:
         device: what the user asked to compute on; None is a GPU of its own for each process, or the
             CPU where there is none.
     Raises:
-        UserError: the processes do not run the same code, one of them has ended, or `device` is
-            one GPU for all.
+        UserError: the processes do not run the same code, one of them has ended, `device` is one
+            GPU for all, or the launch asks for DeepSpeed.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
@@ -42,6 +42,11 @@ def launched(device: str | None) -> Iterator[None]:
         raise UserError(
             f"--device {device} would put all processes of this launch on one device; leave it "
             "out, and each takes a GPU of its own, or give cpu"
+        )
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise UserError(
+            "this launch asks for DeepSpeed, which is for training; take another accelerate "
+            "config, e.g. configs/accelerate_config.yaml"
         )
     with lost_peers_are_user_errors(AGAIN), heartbeat(AGAIN) as all_have_met:
         choose_gloo_interface()

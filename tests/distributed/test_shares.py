@@ -196,7 +196,14 @@ def test_processes_that_do_not_share_the_folder_are_told(tmp_path):
     assert not list(folders[0].glob(".launch-*"))
 
 
-def test_one_gpu_for_all_processes_is_refused(tmp_path):
-    run = launch(tmp_path, main_in_folders, tmp_path, tmp_path, DEVICE="cuda:1")
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"DEVICE": "cuda:1"}, "--device cuda:1 would put all processes of this launch on one"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "this launch asks for DeepSpeed, which is for tra"),
+    ],
+)
+def test_launches_that_these_commands_cannot_use_are_refused(tmp_path, environment, message):
+    run = launch(tmp_path, main_in_folders, tmp_path, tmp_path, **environment)
     assert run.wait() == [2, 2], run.printed()
-    assert "--device cuda:1 would put all processes of this launch on one device" in run.printed()
+    assert message in run.printed()
