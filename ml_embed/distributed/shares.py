@@ -5,6 +5,7 @@ work that was interrupted is continued by any number of them.
 """
 
 import contextlib
+import math
 import os
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,7 @@ from ml_embed.distributed.collectives import (
 )
 from ml_embed.errors import UserError
 from ml_embed.files.arrays import blocks
-from ml_embed.files.atomic import write_json
+from ml_embed.files.atomic import sync_folder, write_json
 from ml_embed.files.digests import seal_is_broken, sealed, value_digest
 from ml_embed.files.json_file import parse_json
 
@@ -145,7 +146,7 @@ def usable_cores() -> int:
 
 @dataclass(frozen=True)
 class Rows:
-    """A file of rows that all processes fill together, block by block, without a header.
+    """A file of rows that all processes fill together, block by block.
 
     Which blocks are done stands beside it: in a journal of each process while they work, and in one
     record of all from the next beginning on. A block counts when its rows are on the disk.
@@ -161,6 +162,8 @@ class Rows:
     which a file system of several machines might write back whole."""
     made_of: Any
     """JSON; rows that were made of something else are made anew"""
+    head: bytes = b""
+    """what stands before the rows; of a whole number of pages, for the same reason"""
 
     def fill(
         self,
@@ -202,7 +205,7 @@ class Rows:
         """The rows, memory-mapped, read-only."""
         if 0 in self.shape:  # mmap takes no empty range
             return np.empty(self.shape, self.dtype)
-        return np.memmap(self.path, self.dtype, "r", shape=self.shape)
+        return np.memmap(self.path, self.dtype, "r", len(self.head), self.shape)
 
     def forget(self) -> None:
         """Remove what says which blocks are done, where nobody needs to know it any more."""
@@ -222,10 +225,17 @@ class Rows:
 
     def _open(self) -> list[slice]:
         """Make the file as long as it will be, and one record of what is done; the other blocks."""
-        form = value_digest([self.made_of, np.dtype(self.dtype).str, list(self.shape), self.block])
+        dtype = np.dtype(self.dtype)
+        form = value_digest([self.made_of, dtype.str, self.shape, self.block, len(self.head)])
         done = self._done(form)
+        if not done:
+            self.forget()  # before what it speaks of is gone
+            sync_folder(self.path.parent)
         with self.path.open("ab") as file:
-            file.truncate(int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize)
+            if not done:
+                file.truncate(0)
+                file.write(self.head)
+            file.truncate(len(self.head) + math.prod(self.shape) * dtype.itemsize)
         write_json(self._record, sealed({"form": form, "done": sorted(done)}))
         for journal in self._journals():
             journal.unlink()
@@ -259,7 +269,7 @@ class Rows:
         # Opened for writing alone: what is read back might be written back, over others' rows.
         with os.fdopen(os.open(self.path, os.O_WRONLY), "wb") as file:
             for plane in range(len(made)):
-                file.seek((plane * total + rows.start) * row_bytes)
+                file.seek(len(self.head) + (plane * total + rows.start) * row_bytes)
                 file.write(made[plane].data.cast("B"))
             file.flush()
             os.fsync(file.fileno())

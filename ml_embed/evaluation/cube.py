@@ -25,7 +25,7 @@ from ml_embed.distributed.sole_launch import sole_launch_into
 from ml_embed.errors import UserError
 from ml_embed.evaluation.data import TestSet, behind_prompts, read_test_sets
 from ml_embed.evaluation.metrics import chance_metrics, metrics_of_ranks
-from ml_embed.files.digests import value_digest
+from ml_embed.files.digests import texts_digest, value_digest
 from ml_embed.files.model_identity import model_identity
 from ml_embed.files.model_source import find_model_folder
 from ml_embed.inference.encoding import (
@@ -206,7 +206,7 @@ def _evaluate(
     )
     token_ids = model.text_tokenizer(texts.texts)
     fixed = [_fixed_columns(test_set) for test_set in test_sets]
-    made_of = {"files": model_identity(model.folder.path), "texts": value_digest(texts.texts)}
+    made_of = {"files": model_identity(model.folder.path), "texts": texts_digest(texts.texts)}
     check_agreement(lambda: made_of)
 
     def measure(piece: tuple[int, int, np.ndarray]) -> list[dict[str, Any]]:

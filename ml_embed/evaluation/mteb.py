@@ -26,7 +26,7 @@ from ml_embed.distributed.sole_launch import sole_launch_into
 from ml_embed.errors import UserError, one_line
 from ml_embed.evaluation.cube import CubeModel, encode_all_exits
 from ml_embed.files.atomic import write_json
-from ml_embed.files.digests import value_digest
+from ml_embed.files.digests import texts_digest, value_digest
 from ml_embed.files.model_identity import model_identity
 from ml_embed.files.paths import home_path
 from ml_embed.model_folders.cut import Cut, choose_cube, whole_cut
@@ -434,7 +434,7 @@ class _Vectors:
         self._revision = revision
         self._batch_tokens = batch_tokens
         self._progress = progress
-        self._known: dict[str, np.ndarray] = {}
+        self._known: dict[tuple[int, str], np.ndarray] = {}
 
     def encode(self, request: _Request) -> np.ndarray:
         """(E, N, longest dim), memory-mapped. A collective."""
@@ -446,7 +446,7 @@ class _Vectors:
             len(texts),
             request.rank,
             self._folder,
-            [self._revision, value_digest(texts)],
+            [self._revision, texts_digest(texts)],
             self._batch_tokens,
             self._progress,
         )
@@ -456,7 +456,7 @@ class _Vectors:
         place = self._model.cube.depths.index(cut.depth)
 
         def vectors(texts: list[str]) -> np.ndarray:
-            key = value_digest([cut.rank, texts])
+            key = cut.rank, texts_digest(texts)
             if key not in self._known:
                 self._known[key] = self.ask(_Request(cut.rank, texts))
             leading = torch.from_numpy(np.array(self._known[key][place, :, : cut.dim]))

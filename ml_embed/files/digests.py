@@ -80,6 +80,15 @@ class TextsDigest:
         return value_digest([self._lengths.hexdigest(), self._tokens.hexdigest()])
 
 
+def texts_digest(texts: Iterable[str]) -> str:
+    """The xxh3_128 of texts in their order; one after another, because there may be millions."""
+    digest = xxhash.xxh3_128()
+    for text in texts:
+        encoded = text.encode("utf-8", "surrogatepass")
+        digest.update(len(encoded).to_bytes(8, "little") + encoded)
+    return digest.hexdigest()
+
+
 def bytes_digest(content: bytes) -> str:
     """The xxh3_128 of bytes."""
     return xxhash.xxh3_128_hexdigest(content)

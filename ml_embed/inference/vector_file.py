@@ -1,14 +1,21 @@
 """Vectors written into a .npy file, for more of them than fit in memory."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ml_embed.distributed.collectives import compute_on_main_process
+from ml_embed.distributed.shares import Rows
+from ml_embed.distributed.sole_launch import sole_launch_into
 from ml_embed.errors import UserError
-from ml_embed.files.atomic import atomic_file
+from ml_embed.files.atomic import atomic_file, partial_path, sync_folder
 from ml_embed.files.paths import check_writable
+
+BLOCK = 2048  # texts between two writes to disk (see `Rows.block`)
+HEAD_BYTES = 4096
 
 
 def check_vector_file(path: Path, overwrite: bool) -> None:
@@ -57,3 +64,54 @@ def _write(path: Path, windows: Iterable[np.ndarray], dim: int) -> int:
 def _write_header(file: Any, rows: int, dim: int) -> None:
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False}
     np.lib.format.write_array_header_1_0(file, header | {"shape": (rows, dim)})
+
+
+def encode_into_file(
+    path: Path,
+    texts: Callable[[], Iterable[str]],
+    encode: Callable[[list[str]], np.ndarray],
+    dim: int,
+    made_of: Any,
+    progress: bool = True,
+) -> int:
+    """Write the vectors of texts that can be read again; an interrupted call is continued.
+
+    The processes of a launch encode together. The file appears whole or not at all. A collective.
+
+    Args:
+        path: of the .npy file.
+        texts: gives them from the first on, each time it is called.
+        encode: n texts -> (n, dim) float32 vectors.
+        made_of: JSON that tells the texts, the model and how it is used from others.
+        progress: a bar on stderr, of the first process.
+    Returns:
+        the number of texts.
+    """
+    with sole_launch_into(path.parent, f".{path.name}.lock", f"encoding {path.name} in"):
+        count = compute_on_main_process(lambda: sum(1 for _ in texts()))
+        head = _head(count, dim)
+        file = Rows(partial_path(path), np.float32, (count, dim), BLOCK, made_of, head)
+        reader, position = iter(texts()), 0
+
+        def make(start: int, stop: int) -> np.ndarray:
+            nonlocal position
+            next(islice(reader, start - position, start - position), None)  # blocks of others
+            position = stop
+            return encode(list(islice(reader, stop - start)))
+
+        file.fill(make, "encoding", progress)
+
+        def finish() -> None:
+            file.path.replace(path)
+            sync_folder(path.parent)
+            file.forget()
+
+        compute_on_main_process(finish)
+    return count
+
+
+def _head(rows: int, dim: int) -> bytes:
+    """A .npy file's header, filled up to a page (see `Rows`)."""
+    header = {"descr": "<f4", "fortran_order": False, "shape": (rows, dim)}
+    text = str(header).encode().ljust(HEAD_BYTES - 11) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text

@@ -371,7 +371,8 @@ def _remove_unused(folder: TeacherVectors) -> None:
         for entry in folder.datasets.values()
         for file in (entry.query_vectors, entry.document_vectors)
     }
-    for path in folder.folder.glob(f"*{VECTORS_SUFFIX}*"):
-        if path.name not in used:
-            path.unlink()
+    for ending in ("", ".done*"):  # also what is noted of unfinished ones
+        for path in folder.folder.glob(f"*{VECTORS_SUFFIX}{ending}"):
+            if path.name not in used:
+                path.unlink()
     shutil.rmtree(folder.folder / OWN_CACHE, ignore_errors=True)
