@@ -199,7 +199,9 @@ class Rows:
             disable=not progress or process_index() > 0,
         ) as bar:
             work_through(todo, fill_block, bar, takes_part)
-        return self.mapped()
+        rows = self.mapped()
+        gather_objects(None)  # from here on one of them may rename or remove the file
+        return rows
 
     def mapped(self) -> np.ndarray:
         """The rows, memory-mapped, read-only."""

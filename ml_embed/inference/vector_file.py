@@ -1,5 +1,6 @@
 """Vectors written into a .npy file, for more of them than fit in memory."""
 
+import shutil
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
@@ -87,10 +88,11 @@ def encode_into_file(
     Returns:
         the number of texts.
     """
-    with sole_launch_into(path.parent, f".{path.name}.lock", f"encoding {path.name} in"):
-        count = compute_on_main_process(lambda: sum(1 for _ in texts()))
-        head = _head(count, dim)
-        file = Rows(partial_path(path), np.float32, (count, dim), BLOCK, made_of, head)
+    count = compute_on_main_process(lambda: sum(1 for _ in texts()))
+    work = partial_path(path.with_name(f"{path.name}.rows"))
+    with sole_launch_into(work, ".lock", "encoding in"):
+        head, shape = _head(count, dim), (count, dim)
+        file = Rows(work / path.name, np.float32, shape, BLOCK, made_of, head)
         reader, position = iter(texts()), 0
 
         def make(start: int, stop: int) -> np.ndarray:
@@ -104,7 +106,7 @@ def encode_into_file(
         def finish() -> None:
             file.path.replace(path)
             sync_folder(path.parent)
-            file.forget()
+            shutil.rmtree(work)
 
         compute_on_main_process(finish)
     return count

@@ -12,9 +12,10 @@ from helpers.machines import kill_machine, launch_on, two_machines
 from helpers.tiny_models import make_tokenizer, write_model
 from helpers.tiny_runs import Launch, dying, victim, wait_for_lines
 
-from ml_embed.commands import embed_teacher, evaluate, mine, tokenize
+from ml_embed.commands import embed_teacher, encode, evaluate, mine, tokenize
 from ml_embed.distributed.shares import Rows
 from ml_embed.evaluation import cube
+from ml_embed.inference import vector_file
 from ml_embed.prepare import tokenization
 from ml_embed.recipe import ann, mining, teacher
 
@@ -23,6 +24,7 @@ COMMANDS = {
     "embed_teacher": embed_teacher,
     "mine": mine,
     "evaluate": evaluate,
+    "encode": encode,
 }
 
 
@@ -49,13 +51,11 @@ def arguments_of(command: str, world, raw: Path, model: Path, output: Path) -> l
         "embed_teacher": ["--data", str(world.tokenized), "--tokenizer", backbone],
         "mine": [*mining, *(["--search", "ann"] if importlib.util.find_spec("faiss") else [])],
         "evaluate": ["--data", str(world.raw), "--baseline", backbone],
+        "encode": ["--input", str(world.raw / "facts.parquet"), "--column", "query"],
     }[command]
-    return [
-        "--output",
-        str(output),
-        *given,
-        *([] if command == "tokenize" else ["--model", str(model)]),
-    ]
+    output = output / "vectors.npy" if command == "encode" else output
+    reads = [] if command == "tokenize" else ["--model", str(model)]
+    return ["--output", str(output), *reads, *given]
 
 
 SMALL = [
@@ -63,6 +63,7 @@ SMALL = [
     (mining, "QUERY_BLOCK", 8),
     (teacher, "BLOCK", 8),
     (cube, "BLOCK", 8),
+    (vector_file, "BLOCK", 4),
     (ann, "FEWEST_DOCUMENTS", 28),  # one of the datasets has fewer, and is searched exactly
 ]
 """What makes many pieces of tiny work."""
