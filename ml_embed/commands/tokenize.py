@@ -90,7 +90,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         ),
     )
     parser.add_argument(
-        "--num-workers", type=int, default=None, help="tokenizing threads (default: all cores)"
+        "--num-workers",
+        type=int,
+        default=None,
+        help="tokenizing threads (default: all cores; of a launch, its share of them)",
     )
     parser.add_argument("--seed", type=int, default=42, help="of all random choices (default: 42)")
     parser.add_argument(

@@ -50,8 +50,8 @@ def work_through(
         bar: of the first process; it is moved by the pieces that all have begun.
         takes_part: False on a process that leaves the work to the others.
     Raises:
-        UserError: `work` raised one somewhere; on all processes alike. Pieces that nobody had begun
-            are left.
+        UserError: `work` raised one somewhere, or met an error of a disk; on all processes alike.
+            Pieces that nobody had begun are left.
     """
     numbers = _Numbers(len(pieces))
 
@@ -61,7 +61,7 @@ def work_through(
                 if bar is not None:
                     bar.update(number - bar.n)
                 work(pieces[number])
-        except UserError:
+        except Exception:
             numbers.stop()
             raise
 

@@ -18,6 +18,7 @@ from ml_embed.files.atomic import disk_errors_are_user_errors
 from ml_embed.files.locks import lock_folder, take_lock
 
 ENDS_WITHIN_SECONDS = 60  # a launch that was told to stop saves first, and its launcher gives it 30
+MARK = ".launch-"  # the beginning of a file's name, which says that this is the folder of a launch
 SEEN_WITHIN_SECONDS = 10.0  # by other machines: a shared file system may be late to tell
 
 
@@ -43,12 +44,14 @@ def sole_launch_into(folder: Path, lock: str, doing: str) -> Iterator[None]:
         UserError: another process holds it, the folder cannot be written, or the processes do not
             see the same folder; on all processes alike.
     """
-    mark = compute_on_main_process(lambda: folder / f".launch-{uuid.uuid4().hex}")
+    mark = compute_on_main_process(lambda: folder / f"{MARK}{uuid.uuid4().hex}")
 
     def take() -> AcquireReturnProxy:
         with disk_errors_are_user_errors(folder, "Choose another --output."):
             folder.mkdir(parents=True, exist_ok=True)
             held = lock_folder(folder / lock, doing)
+            for left in folder.glob(f"{MARK}*"):  # by a launch that was killed
+                left.unlink()
             if world_size() > 1:
                 mark.touch()
             return held

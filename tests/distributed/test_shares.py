@@ -1,6 +1,7 @@
 """Work that processes share: each piece once, the result that of one process, continued by any
 number of them."""
 
+import errno
 import itertools
 import json
 import os
@@ -122,12 +123,13 @@ def interrupt() -> np.ndarray:
 
 @exit_on_user_error
 def main_with_a_mistake(arguments: list[str]) -> int:
-    """The piece 3 is a mistake; each process counts what it did."""
+    """The piece 3 is a mistake, or meets a full disk; each process counts what it did."""
     folder, done = Path(arguments[0]), []
 
     def work(piece: int) -> None:
         if piece == 3:
-            raise UserError("piece 3 is no good")
+            full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "piece 3")
+            raise full if "FULL" in os.environ else UserError("piece 3 is no good")
         time.sleep(0.02)
         done.append(piece)
 
@@ -139,11 +141,17 @@ def main_with_a_mistake(arguments: list[str]) -> int:
     return 0
 
 
-def test_a_mistake_on_one_process_ends_all_without_the_rest_of_the_work(tmp_path):
-    run = launch(tmp_path, main_with_a_mistake, tmp_path)
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [({}, "piece 3 is no good"), ({"FULL": "1"}, "No space left on device: 'piece 3'")],
+)
+def test_a_mistake_on_one_process_ends_all_without_the_rest_of_the_work(
+    tmp_path, environment, message
+):
+    run = launch(tmp_path, main_with_a_mistake, tmp_path, **environment)
     assert run.wait() == [2, 2], run.printed()
     for path in run.outputs:
-        assert path.read_text().count("piece 3 is no good") == 1
+        assert path.read_text().count(message) == 1
     assert sum(int((tmp_path / str(process)).read_text()) for process in (0, 1)) < 100
     assert "Traceback" not in run.printed()
 
@@ -190,10 +198,13 @@ def main_in_folders(arguments: list[str]) -> int:
 def test_processes_that_do_not_share_the_folder_are_told(tmp_path):
     folders = [tmp_path / "one", tmp_path / "other"]
     folders[1].mkdir()
+    (folders[1] / ".launch-of_a_killed_one").touch()
     run = launch(tmp_path, main_in_folders, *folders)
     assert run.wait() == [2, 2], run.printed()
     assert f"{folders[1]} is not the folder that the first process" in run.printed()
     assert not list(folders[0].glob(".launch-*"))
+    with sole_launch_into(folders[1], ".lock", "filling"):
+        assert [path.name for path in folders[1].iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,9 @@ import pytest
 from filelock import Timeout
 
 from ml_embed.data.store import open_store
-from ml_embed.distributed.sole_launch import sole_launch
+from ml_embed.distributed.sole_launch import sole_launch, sole_launch_into
 from ml_embed.errors import UserError
 from ml_embed.files.locks import lock_folder, take_lock
-from ml_embed.prepare.tokenization import _exclusive
 
 
 @pytest.fixture(params=["ENOLCK", "ENOTSUP"])
@@ -112,8 +111,11 @@ def test_a_lock_that_cannot_be_had_is_not_taken_for_one_that_is_held(
         pass
     with pytest.raises(UserError, match=f"{os.strerror(code)}.* set cache_dir"):
         open_store(tmp_path, tmp_path / "cache", progress=False)
-    with pytest.raises(UserError, match=f"{os.strerror(code)}.* Choose another --output"):
-        _exclusive(tmp_path / "output")
+    with (
+        pytest.raises(UserError, match=f"{os.strerror(code)}.* Choose another --output"),
+        sole_launch_into(tmp_path / "output", ".lock", "tokenizing into"),
+    ):
+        pass
 
 
 def write_released(folder) -> None:
