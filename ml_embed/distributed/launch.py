@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from datetime import timedelta
+from importlib import metadata
 
 import torch
 from accelerate import PartialState
@@ -53,10 +54,19 @@ def launched(device: str | None) -> Iterator[None]:
         with meeting(_PATIENCE) as timeout:
             PartialState(cpu=not _uses_gpus(device), backend="gloo", timeout=timeout)
         all_have_met()
-        check_agreement(software)
+        check_agreement(lambda: {**software(), **_versions()})
         yield
         gather_objects(None)  # whose machine had left before would be taken for dead
         PartialState().destroy_process_group()
+
+
+def _versions() -> dict[str, str]:
+    """Of further libraries that decide what files hold, where they are installed."""
+    found = {}
+    for name in ("tokenizers", "pyarrow", "sentence-transformers", "faiss-cpu"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def _uses_gpus(device: str | None) -> bool:

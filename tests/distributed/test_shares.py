@@ -185,8 +185,10 @@ def test_work_for_one_process_of_each_machine(tmp_path):
 
 @exit_on_user_error
 def main_in_folders(arguments: list[str]) -> int:
-    from ml_embed.distributed import sole_launch
+    from ml_embed.distributed import launch, sole_launch
 
+    if os.environ["RANK"] == os.environ.get("OLD"):
+        launch.metadata.version = lambda name: "0.1"
     sole_launch.SEEN_WITHIN_SECONDS = 0.5
     device = os.environ.get("DEVICE", "cpu")
     folder = Path(arguments[int(os.environ["RANK"])])
@@ -212,6 +214,7 @@ def test_processes_that_do_not_share_the_folder_are_told(tmp_path):
     [
         ({"DEVICE": "cuda:1"}, "--device cuda:1 would put all processes of this launch on one"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "this launch asks for DeepSpeed, which is for tra"),
+        ({"OLD": "1"}, '" on process 0, "0.1" on process 1'),
     ],
 )
 def test_launches_that_these_commands_cannot_use_are_refused(tmp_path, environment, message):
