@@ -8,7 +8,7 @@ import contextlib
 import math
 import os
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,8 +27,9 @@ from ml_embed.distributed.collectives import (
 from ml_embed.errors import UserError
 from ml_embed.files.arrays import blocks
 from ml_embed.files.atomic import sync_folder, write_json
-from ml_embed.files.digests import seal_is_broken, sealed, value_digest
+from ml_embed.files.digests import bytes_digest, seal_is_broken, sealed, value_digest
 from ml_embed.files.json_file import parse_json
+from ml_embed.notices import warn
 
 Piece = TypeVar("Piece")
 Request = TypeVar("Request")
@@ -149,7 +150,8 @@ class Rows:
     """A file of rows that all processes fill together, block by block.
 
     Which blocks are done stands beside it: in a journal of each process while they work, and in one
-    record of all from the next beginning on. A block counts when its rows are on the disk.
+    record of all from the next beginning on. A block counts when its rows are on the disk, as long
+    as they have the digest that they were written with.
     """
 
     path: Path
@@ -185,9 +187,9 @@ class Rows:
         journal = self._journal(process_index())
 
         def fill_block(rows: slice) -> None:
-            self._write(rows, make(rows.start, rows.stop))
+            digest = self._write(rows, make(rows.start, rows.stop))
             with journal.open("a") as file:
-                file.write(f"{rows.start // self.block}\n")
+                file.write(f"{rows.start // self.block} {digest}\n")
                 file.flush()
                 os.fsync(file.fileno())
 
@@ -238,32 +240,52 @@ class Rows:
                 file.truncate(0)
                 file.write(self.head)
             file.truncate(len(self.head) + math.prod(self.shape) * dtype.itemsize)
-        write_json(self._record, sealed({"form": form, "done": sorted(done)}))
+        todo = [
+            rows for rows in blocks(self.shape[-2], self.block) if not self._is_done(rows, done)
+        ]
+        for rows in todo:
+            done.pop(self._number(rows), None)
+        write_json(self._record, sealed({"form": form, "done": done}))
         for journal in self._journals():
             journal.unlink()
-        every = blocks(self.shape[-2], self.block)
-        return [block for block in every if block.start // self.block not in done]
+        return todo
 
-    def _done(self, form: str) -> set[int]:
-        """Numbers of the blocks that are on the disk, if they are of this form."""
+    def _number(self, rows: slice) -> str:
+        """What a block is called in records."""
+        return str(rows.start // self.block)
+
+    def _is_done(self, rows: slice, done: Mapping[str, str]) -> bool:
+        """Whether a block's rows are on the disk as they were written. A warning if they differ."""
+        wanted = done.get(self._number(rows))
+        if wanted is None:
+            return False
+        if bytes_digest(np.ascontiguousarray(self.mapped()[..., rows, :]).tobytes()) == wanted:
+            return True
+        warn(f"{self.path}: rows {rows.start} to {rows.stop} are damaged; they are made anew")
+        return False
+
+    def _done(self, form: str) -> dict[str, str]:
+        """Digests of the blocks that are on the disk, by number, if they are of this form."""
         if not (self.path.exists() and self._record.exists()):
-            return set()
+            return {}
         try:
             record = parse_json(self._record.read_bytes())
             if seal_is_broken(record):
                 raise ValueError("it has changed since it was written")
             if record["form"] != form:
-                return set()
+                return {}
             # the last line of a process that was killed may be torn
             texts = [path.read_text().rpartition("\n")[0] for path in self._journals()]
-            return {*record["done"], *(int(line) for text in texts for line in text.split())}
+            lines = [line.split(" ") for text in texts for line in text.splitlines()]
+            return record["done"] | {str(int(number)): digest for number, digest in lines}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{self._record} or a file {self._journal(0).name[:-1]}* beside it is damaged "
                 f"({error}); remove these to make {self.path.name} anew"
             ) from None
 
-    def _write(self, rows: slice, made: np.ndarray) -> None:
+    def _write(self, rows: slice, made: np.ndarray) -> str:
+        """The digest of a block that is then on the disk."""
         *planes, total, width = self.shape
         assert made.shape == (*planes, rows.stop - rows.start, width), made.shape
         row_bytes = np.dtype(self.dtype).itemsize * width
@@ -275,3 +297,4 @@ class Rows:
                 file.write(made[plane].data.cast("B"))
             file.flush()
             os.fsync(file.fileno())
+        return bytes_digest(made.tobytes())

@@ -1,9 +1,9 @@
 """Digests of content: tell files, folders and settings apart by what they hold.
 
-The one digest of files that are written here is xxh3_128, hexadecimal. Names, sizes and dates of
-files decide nothing, but that a file is not read again as long as they stay as they are:
-`digests_of` remembers what it has read. `--verify` reads all the same, so that damage of the disk
-itself is met.
+The one digest of files that are written here is xxh3_128, hexadecimal. (Of raw data a manifest
+notes the SHA-256, which hubs say of their files.) Names, sizes and dates of files decide nothing,
+but that a file is not read again as long as they stay as they are: `digests_of` remembers what it
+has read. `--verify` reads all the same, so that damage of the disk itself is met.
 """
 
 import argparse

@@ -4,6 +4,7 @@ number of them."""
 import errno
 import itertools
 import json
+import math
 import os
 import signal
 import time
@@ -86,7 +87,8 @@ def test_what_a_dead_process_left_is_continued_by_another_number_of_processes(tm
     assert len(journals) == 2
     with journals[0].open("a") as file:
         file.write("9")  # torn: nobody wrote block 9 or one of the nineties
-    done = {int(line) for path in journals for line in path.read_text().split("\n")[:-1]}
+    lines = [line for path in journals for line in path.read_text().split("\n")[:-1]]
+    done = {int(line.split()[0]) for line in lines}
     assert 4 <= len(done) < 11
     blocks: list[int] = []
     np.testing.assert_array_equal(filled(tmp_path, blocks), content(0, SHAPE[1]))
@@ -94,6 +96,21 @@ def test_what_a_dead_process_left_is_continued_by_another_number_of_processes(tm
     blocks.clear()
     filled(tmp_path, blocks)
     assert blocks == []
+
+
+def test_half_made_rows_that_were_damaged_are_made_anew(tmp_path, caplog):
+    """A flipped bit of what was done would otherwise stay, without a word."""
+    with pytest.raises(KeyboardInterrupt):
+        filled(tmp_path, [], lambda a, b: interrupt() if a >= 20 else content(a, b))
+    path = tmp_path / "rows.bin"
+    damaged = bytearray(path.read_bytes())
+    size = content(0, SHAPE[1]).nbytes // math.prod(SHAPE[:-1])  # of a row of one plane
+    damaged[9 * size + 1] ^= 1 << 3
+    path.write_bytes(damaged)
+    blocks: list[int] = []
+    np.testing.assert_array_equal(filled(tmp_path, blocks), content(0, SHAPE[1]))
+    assert blocks == [8, *range(20, SHAPE[1], 4)]
+    assert "rows.bin: rows 8 to 12 are damaged; they are made anew" in caplog.text
 
 
 def test_rows_of_something_else_are_made_anew(tmp_path):
