@@ -18,19 +18,13 @@ from ml_embed.model import MatryoshkaEncoder
 EXITS = (1, 2)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_layers_give_the_same_and_are_compiled_once(world, compiled_graphs, checkpointing):
+def test_compiled_layers_give_the_same_and_are_compiled_once(world, compiled_graphs):
     generator = torch.Generator().manual_seed(1)
     sequences = [
         torch.randint(0, 384, (length,), generator=generator) for length in (1, 3, 3, 3, 7, 12)
     ]
     plain, compiled = (
-        MatryoshkaEncoder(
-            AutoModel.from_pretrained(world.backbone),
-            EXITS,
-            gradient_checkpointing=checkpointing,
-            compile_layers=choice,
-        ).train()
+        MatryoshkaEncoder(AutoModel.from_pretrained(world.backbone), EXITS, compile_layers=choice)
         for choice in (False, True)
     )
     assert plain.state_dict().keys() == compiled.state_dict().keys()
@@ -48,18 +42,38 @@ def test_compiled_layers_give_the_same_and_are_compiled_once(world, compiled_gra
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=2e-5)
 
 
-def test_layers_are_compiled_once_for_any_number_of_texts(compiled_graphs, monkeypatch):
-    """One class of layer is compiled once, not once per layer, and never for another batch."""
-    counted, compiled = [], torch.compile
+@pytest.fixture
+def counted(compiled_graphs, monkeypatch) -> list[torch.fx.GraphModule]:
+    """The graphs that are made; differentiating them takes long, and is another test's."""
+    graphs, compiled = [], torch.compile
 
     def count(graph, inputs):
-        counted.append(graph)
+        graphs.append(graph)
         return graph.forward
 
-    # differentiating every graph takes long, and is the other test's
     monkeypatch.setattr(
         torch, "compile", lambda function, **options: compiled(function, backend=count, **options)
     )
+    return graphs
+
+
+def test_layers_that_are_checkpointed_are_compiled_too(world, counted):
+    gradients = []
+    for choice in (False, True):
+        encoder = MatryoshkaEncoder(
+            AutoModel.from_pretrained(world.backbone),
+            EXITS,
+            gradient_checkpointing=True,
+            compile_layers=choice,
+        ).train()
+        random_loss(encode(encoder, [torch.arange(length) for length in (3, 7)])).backward()
+        gradients.append([parameter.grad for parameter in encoder.parameters()])
+    assert counted
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=2e-5)
+
+
+def test_layers_are_compiled_once_for_any_number_of_texts(counted):
+    """One class of layer is compiled once, not once per layer, and never for another batch."""
     config = Qwen3Config(
         vocab_size=64,
         hidden_size=32,
