@@ -167,7 +167,8 @@ def needs_on_gpus(
     parameters = Parameters.of(config, backbone, len(resolved.exits))
     average = resolved.mean_tokens_per_step / resolved.world_size
     tokens = TokensPerStep(average, resolved.most_tokens_per_step)
-    texts = config.train_batch_size * (2 + max(plan.num_negatives for plan in resolved.datasets))
+    samples = config.samples_per_process(resolved.world_size)
+    texts = samples * (2 + max(plan.num_negatives for plan in resolved.datasets))
     flops, gpu = Flops.of(config, backbone, length=average / texts), GPUS["H100"]
     needs = []
     for count in GPU_COUNTS:
