@@ -15,7 +15,7 @@ FLOORS = (
     ("benchmarks",),
     ("training", "reports"),
     ("recipe", "evaluation"),
-    ("inference",),
+    ("inference", "sentence_transformers"),
     ("model_folders",),
     ("model",),
     ("prepare", "kernels", "losses"),

@@ -38,12 +38,7 @@ Texts are read up to {max_seq_length} tokens.{datasets}
 
 ## Use
 
-```python
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("FOLDER_OR_NAME")
-vectors = model.encode(["a text", "another one"])
-```
+{use}
 
 Every size above can be cut without training, with ML-Embed:
 
@@ -63,27 +58,49 @@ The first components of a vector are a vector too: **normalise again after trunc
 {prompts}
 """
 
+USE = """```python
+from sentence_transformers import SentenceTransformer
 
-def write_card(folder: Path, config: Qwen3Config, record: ModelRecord) -> None:
-    """Write the model card of a folder."""
+model = SentenceTransformer("FOLDER_OR_NAME")
+vectors = model.encode(["a text", "another one"])
+```"""
+USE_OF_FACTORS = """This folder holds the factors of the token table and not the table itself.
+So **only ML-Embed reads it**:
+
+```python
+from ml_embed.sentence_transformers import load
+
+model = load("FOLDER_OR_NAME")  # a SentenceTransformer
+vectors = model.encode(["a text", "another one"])
+```
+
+For other programs, `scripts/export_model.py --model FOLDER_OR_NAME --output NEW_FOLDER` writes a
+folder with the table."""
+
+
+def write_card(
+    folder: Path, config: Qwen3Config, record: ModelRecord, with_table: bool = True
+) -> None:
+    """Write the model card of a folder, which has its token table or only the factors."""
     origin = record.origin
     data = ModelCardData(
         base_model=origin.base_model,
         datasets=[name for name in origin.datasets if "/" in name] or None,
         language=list(origin.languages) or None,
-        library_name=LIBRARY,
+        library_name=LIBRARY if with_table else "ml-embed",
         license=origin.license,
         pipeline_tag=TASK,
         tags=TAGS,
     )
-    text = f"---\n{data.to_yaml()}\n---\n\n{_body(config, record)}"
+    text = f"---\n{data.to_yaml()}\n---\n\n{_body(config, record, with_table)}"
     (folder / CARD_FILE).write_text(text, encoding="utf-8")
 
 
-def _body(config: Qwen3Config, record: ModelRecord) -> str:
+def _body(config: Qwen3Config, record: ModelRecord, with_table: bool) -> str:
     origin, ranks = record.origin, record.ranks
     names = ", ".join(origin.datasets)
     return BODY.format(
+        use=USE if with_table else USE_OF_FACTORS,
         title=(origin.base_model or "Text embeddings").split("/")[-1],
         base=f", trained from {origin.base_model}" if origin.base_model else "",
         parameters=parameters_of(config, whole_cut(record, config)),

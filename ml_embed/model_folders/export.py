@@ -31,6 +31,7 @@ def export_model(
     allow_untrained: bool = False,
     overwrite: bool = False,
     frequencies: str | Path | None = None,
+    factors_only: bool = False,
 ) -> Cut:
     """Write the part of a model that is wanted as a model folder of its own.
 
@@ -48,6 +49,7 @@ def export_model(
         overwrite: replace a model folder at `output`.
         frequencies: folder of tokenized data; the factors are first turned so that smaller ranks
             are the best ones for tokens as frequent as there. None leaves them as they are.
+        factors_only: write a folder without the token table, which this project alone reads.
 
     Returns:
         what was written.
@@ -66,10 +68,12 @@ def export_model(
         )
     folder = ModelFolder.open(path)
     cut = choose_cut(folder.record, folder.config, depth, dim, rank, allow_untrained)
+    if factors_only and not folder.record.ranks:
+        raise UserError(f"{model} has a whole token table and no factors; leave factors_only out")
     if frequencies is not None and not folder.record.ranks:
         raise UserError(f"{folder.path} has a whole token table: there are no factors to turn")
     turned_by = None if frequencies is None else token_share(folder, Path(frequencies))
-    write_cut(folder, cut, output, dtype, turned_by)
+    write_cut(folder, cut, output, dtype, turned_by, with_table=not factors_only)
     return cut
 
 
@@ -79,10 +83,12 @@ def write_cut(
     output: Path,
     dtype: torch.dtype | None = None,
     turned_by: Tensor | None = None,
+    with_table: bool = True,
 ) -> None:
     """Write a part of a model, or of a plain backbone, as a model folder of its own.
 
     `turned_by` is the (V,) share of each token that the factors are turned for; None = not.
+    `with_table` is as in `save_model_folder`.
     """
     left = cut_record(folder.record, cut)
     dtype = dtype or stored_dtype(folder.config)
@@ -93,7 +99,7 @@ def write_cut(
         state = turned_state(state, turned_by)
         state |= {A: state[A][:, : cut.rank].contiguous(), B: state[B][: cut.rank].contiguous()}
     with atomic_folder(output) as new:
-        save_model_folder(new, state, encoder.config, folder.tokenizer, left)
+        save_model_folder(new, state, encoder.config, folder.tokenizer, left, with_table)
 
 
 def token_share(folder: ModelFolder, data: Path) -> Tensor:

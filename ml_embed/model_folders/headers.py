@@ -13,6 +13,7 @@ from transformers import Qwen3Config
 
 from ml_embed.errors import UserError
 from ml_embed.model_folders.foreign import DAMAGED
+from ml_embed.model_folders.record import weights_folder
 from ml_embed.model_folders.sizes import matrix_shapes
 
 NUMBERS = ("F64", "F32", "F16", "BF16")
@@ -80,7 +81,7 @@ def check_backbone(folder: Path, config: Qwen3Config) -> None:
         UserError: config.json says other sizes or more layers, or a tensor holds no numbers.
     """
     deepest, shapes = 0, matrix_shapes(config)
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(weights_folder(folder).glob("*.safetensors")):
         for name, header in headers(path).items():
             if found := _LAYER.fullmatch(name):
                 deepest = max(deepest, int(found[1]) + 1)

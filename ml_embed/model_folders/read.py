@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3Model
 
 from ml_embed.errors import UserError, one_line
+from ml_embed.files.arrays import blocks
 from ml_embed.kernels.attention import Kernel
-from ml_embed.model import MatryoshkaEncoder, check_supported
+from ml_embed.model import ROWS_AT_ONCE, MatryoshkaEncoder, check_supported
 from ml_embed.model_folders.checks import check_config, check_tokenizer, is_finite
 from ml_embed.model_folders.foreign import MODULES_FILE, check_weight_map
 from ml_embed.model_folders.headers import check_backbone, check_exit_norms, check_factors
@@ -26,9 +27,13 @@ from ml_embed.model_folders.modules import foreign_modules
 from ml_embed.model_folders.record import (
     EXIT_NORMS_FILE,
     FACTORS_FILE,
+    INDEX,
     RECORD_FILE,
+    TABLE,
+    WHOLE,
     ModelRecord,
     nested_file,
+    weights_folder,
 )
 from ml_embed.model_folders.seal import check_seal, stale
 from ml_embed.prepare.tokenizer import appends_end_token, load_tokenizer
@@ -48,9 +53,6 @@ WEIGHT_ERRORS = (OSError, ValueError, TypeError, LookupError, RuntimeError, Safe
 """What weights raise that are missing, damaged, or do not fit config.json."""
 CHECKED_ROWS = 256
 """First rows of a table that are compared with its factors."""
-TABLE = "embed_tokens.weight"
-WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-"""Where a backbone's weights are: in one file, or else in those that an index names."""
 UNREAD_TENSORS = ("lm_head.", "score.", "qa_outputs.", "rotary_emb.inv_freq")
 """Parts of names: heads above the decoder, and constants that are computed."""
 
@@ -155,6 +157,7 @@ def load_backbone(
         UserError: weights are missing, damaged, not finite, do not fit the config, or are not
             safetensors.
     """
+    _check_has_table(folder)
     try:
         kind = Qwen3Model if with_table else _WithoutTable
         loaded: Any = kind.from_pretrained(  # a pair, because of output_loading_info
@@ -213,6 +216,7 @@ def map_table(folder: Path, config: Qwen3Config) -> Tensor:
     Raises:
         UserError: it is not there, damaged, not finite, or not of the size that `config` says.
     """
+    _check_has_table(folder)
     path, name = _stored(folder, TABLE)
     try:
         with safe_open(path, "pt") as file:
@@ -228,6 +232,14 @@ def map_table(folder: Path, config: Qwen3Config) -> Tensor:
             f"{config.vocab_size} x {config.hidden_size}; correct config.json"
         )
     return _finite(path, name, table)
+
+
+def _check_has_table(folder: Path) -> None:
+    if weights_folder(folder) != folder:
+        raise UserError(
+            f"{folder} holds its token factors only; write it with its token table first: "
+            f"scripts/export_model.py --model {folder} --output NEW_FOLDER"
+        )
 
 
 def _finite(path: Path, name: str, tensor: Tensor) -> Tensor:
@@ -273,31 +285,46 @@ def load_encoder(
         exits: layers to read vectors at; None is the last one kept.
         kernel, dtype: as in MatryoshkaEncoder; weights are held in `dtype`.
     """
-    config, record = copy.deepcopy(folder.config), folder.record
+    record = folder.record
+    backbone, factors = load_cut(folder, depth, rank, dtype)
+    exits = (backbone.config.num_hidden_layers,) if exits is None else exits
+    encoder = MatryoshkaEncoder(backbone, exits, factors, record.norm_sharing, kernel)
+    if record.norm_sharing == "per_layer":
+        encoder.norms.to(dtype)
+        norms = read_exit_norms(folder.path, dtype)
+        for layer, norm in zip(encoder.exits, encoder.norms, strict=True):
+            norm.get_parameter("weight").data.copy_(nearest_norm(norms, layer))
+    return encoder.eval()
+
+
+def load_cut(
+    folder: ModelFolder,
+    depth: int | None = None,
+    rank: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Qwen3Model, tuple[Tensor, Tensor] | None]:
+    """The first layers of a model, and the leading components of its token factors.
+
+    Args: as in `load_encoder`.
+    Returns:
+        the backbone, with the final norm of the whole model; and A (V, rank), B (rank, H), or None
+        where the backbone has its whole table instead.
+    """
+    config = copy.deepcopy(folder.config)
     depth = config.num_hidden_layers if depth is None else depth
     assert 1 <= depth <= config.num_hidden_layers, depth
     config.num_hidden_layers = depth
     assert config.layer_types is not None  # Qwen3Config fills it in
     config.layer_types = config.layer_types[:depth]
-    if record.ranks:
+    if folder.record.ranks:
         backbone = _load_layers(folder.path, config, dtype)
-        factors = read_factors(folder.path, rank or None, dtype)
-    else:
-        stored = folder.config.num_hidden_layers
-        backbone, factors = load_backbone(folder.path, config, dtype, stored), None
-    exits = (depth,) if exits is None else exits
-    encoder = MatryoshkaEncoder(backbone, exits, factors, record.norm_sharing, kernel)
-    if record.norm_sharing == "per_layer":
-        encoder.norms.to(dtype)
-        _fill_exit_norms(encoder, read_exit_norms(folder.path, dtype))
-    return encoder.eval()
+        return backbone, read_factors(folder.path, rank or None, dtype)
+    return load_backbone(folder.path, config, dtype, folder.config.num_hidden_layers), None
 
 
-def _fill_exit_norms(encoder: MatryoshkaEncoder, norms: dict[int, Tensor]) -> None:
-    """An exit that was not trained borrows the norm of the nearest deeper one that was."""
-    for layer, norm in zip(encoder.exits, encoder.norms, strict=True):
-        nearest = min(trained for trained in norms if trained >= layer)
-        norm.get_parameter("weight").data.copy_(norms[nearest])
+def nearest_norm(norms: dict[int, Tensor], layer: int) -> Tensor:
+    """An exit's norm; one that was not trained borrows that of the nearest deeper one that was."""
+    return norms[min(trained for trained in norms if trained >= layer)]
 
 
 def _load_layers(folder: Path, config: Qwen3Config, dtype: torch.dtype) -> Qwen3Model:
@@ -329,6 +356,7 @@ def _load_layers(folder: Path, config: Qwen3Config, dtype: torch.dtype) -> Qwen3
 
 def _files_of(folder: Path, names: Iterable[str]) -> dict[Path, list[str]]:
     """Each safetensors file, one or shards with an index, with the tensors that it holds."""
+    folder = weights_folder(folder)
     whole, index = folder / WHOLE, folder / INDEX
     if whole.is_file() or not index.is_file():
         return {whole: list(names)}
@@ -350,14 +378,25 @@ def _weights_files(folder: Path) -> list[Path]:
 def read_factors(
     folder: Path, rank: int | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """The token factors A (V, rank) and B (rank, H); no more than `rank` components are read."""
+    """The token factors A (V, rank) and B (rank, H); of smaller ranks than the file's in memory.
+
+    Those are copied a block of rows at a time, the file mapped anew for each: else the pages of all
+    ranks, which lie between those of one, stay in memory with the mapping.
+    """
     path = nested_file(folder, FACTORS_FILE)
     try:
         with safe_open(path, "pt") as file:
-            A, B = file.get_slice("A")[:, :rank], file.get_slice("B")[:rank]
+            B = _finite(path, "B", file.get_slice("B")[:rank].to(dtype).clone())
+            rows, columns = file.get_slice("A").get_shape()
+            if len(B) == columns:
+                return _finite(path, "A", file.get_tensor("A")).to(dtype), B
+        A = torch.empty(rows, len(B), dtype=dtype)
+        for block in blocks(rows, ROWS_AT_ONCE):
+            with safe_open(path, "pt") as file:
+                A[block] = _finite(path, "A", file.get_slice("A")[block, :rank])
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({error}); copy the model folder again") from None
-    return _finite(path, "A", A).to(dtype), _finite(path, "B", B).to(dtype)
+    return A, B
 
 
 def _check_beginning(folder: Path) -> None:

@@ -22,6 +22,10 @@ NESTED = "nested"
 FACTORS_FILE = f"{NESTED}/embedding_factors.safetensors"
 EXIT_NORMS_FILE = f"{NESTED}/exit_norms.safetensors"
 
+TABLE = "embed_tokens.weight"
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""Where a backbone's weights are: in one file, or else in those that an index names."""
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -115,6 +119,14 @@ def nested_file(folder: Path, file: str) -> Path:
     """A file of `nested/`; in folders of format 1 it stands at the top level."""
     former = folder / Path(file).name
     return former if former.is_file() else folder / file
+
+
+def weights_folder(folder: Path) -> Path:
+    """Where the layers' weights are: in `nested/` if the folder has no token table beside them."""
+    for place in (folder, folder / NESTED):
+        if (place / WHOLE).is_file() or (place / INDEX).is_file():
+            return place
+    return folder
 
 
 def _read(path: Path) -> ModelRecord:

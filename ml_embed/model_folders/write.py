@@ -20,7 +20,13 @@ from ml_embed.files.atomic import MAX_SHARD_SIZE, give_usual_permissions, write_
 from ml_embed.model_folders.card import write_card
 from ml_embed.model_folders.checks import is_finite
 from ml_embed.model_folders.modules import Modules, write_modules
-from ml_embed.model_folders.record import EXIT_NORMS_FILE, FACTORS_FILE, NESTED, ModelRecord
+from ml_embed.model_folders.record import (
+    EXIT_NORMS_FILE,
+    FACTORS_FILE,
+    NESTED,
+    TABLE,
+    ModelRecord,
+)
 from ml_embed.model_folders.seal import seal
 from ml_embed.prepare.tokenizer import append_eos_template, end_token
 
@@ -35,6 +41,7 @@ def save_model_folder(
     config: Qwen3Config,
     tokenizer: PreTrainedTokenizerBase,
     record: ModelRecord,
+    with_table: bool = True,
 ) -> None:
     """Write a complete model folder into an empty or new `folder`.
 
@@ -44,14 +51,19 @@ def save_model_folder(
         config: the backbone's config; its number of layers is the model's depth.
         tokenizer: the backbone's; a copy that appends the end token by itself is saved.
         record: what was trained; everybody gets vectors of the longest of its dims.
+        with_table: False leaves the token table out, where there are factors. Then the layers lie
+            in `nested/` too, so that no other program takes them for a whole model.
     Raises:
         NotFiniteError: a weight has NaN or infinity; nothing was written.
     """
-    plain = backbone_state(state, record)
-    # the table is the product of A and B, and may be infinite where they are not
-    check_finite({**state, "the token table": plain["embed_tokens.weight"]})
-    folder.mkdir(parents=True, exist_ok=True)
-    save_torch_state_dict(plain, folder, max_shard_size=MAX_SHARD_SIZE)
+    assert with_table or record.ranks
+    plain = backbone_state(state, record, with_table)
+    check_finite(state)
+    if with_table:  # the product of A and B may be infinite where they are not
+        check_finite({"the token table": plain[TABLE]})
+    place = folder if with_table else folder / NESTED
+    place.mkdir(parents=True, exist_ok=True)
+    save_torch_state_dict(plain, place, max_shard_size=MAX_SHARD_SIZE)
     _save_nested(folder, state, record)
     backbone = copy.deepcopy(config)
     # Readers load the weights in this dtype, so it is theirs; the backbone's may have been another.
@@ -71,7 +83,7 @@ def save_model_folder(
     length, name = record.max_seq_length, record.default_prompt_name
     modules = Modules(record.dims[0], length, record.prompts, name)
     write_modules(folder, config.hidden_size, modules)
-    write_card(folder, config, record)
+    write_card(folder, config, record, with_table)
     seal(folder, record)
     give_usual_permissions(folder)
 
@@ -136,19 +148,20 @@ def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     write_json(path, values)
 
 
-def backbone_state(state: Mapping[str, Tensor], record: ModelRecord) -> dict[str, Tensor]:
-    """The encoder's state under Qwen3Model's names, its token table multiplied out."""
+def backbone_state(
+    state: Mapping[str, Tensor], record: ModelRecord, with_table: bool = True
+) -> dict[str, Tensor]:
+    """The encoder's state under Qwen3Model's names, its token table multiplied out or left out."""
     plain = {
         name.removeprefix("backbone."): tensor.contiguous()
         for name, tensor in state.items()
         if name.startswith("backbone.")
     }
-    if record.ranks:
-        plain["embed_tokens.weight"] = (
-            state["embedding.A"].float() @ state["embedding.B"].float()
-        ).to(state["embedding.A"].dtype)
-    else:
-        plain["embed_tokens.weight"] = state["embedding.weight"]
+    if not record.ranks:
+        plain[TABLE] = state["embedding.weight"]
+    elif with_table:
+        A, B = state["embedding.A"], state["embedding.B"]
+        plain[TABLE] = (A.float() @ B.float()).to(A.dtype)
     deepest = 0 if record.norm_sharing == "shared" else len(record.exits) - 1
     plain["norm.weight"] = state[f"norms.{deepest}.weight"]
     return plain
