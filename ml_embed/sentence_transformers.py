@@ -23,10 +23,14 @@ from transformers import PreTrainedTokenizerBase, Qwen3Model
 from ml_embed.errors import UserError
 from ml_embed.files.model_source import find_model_folder
 from ml_embed.files.paths import home_path
-from ml_embed.model import FactorizedEmbedding
 from ml_embed.model_folders.cut import choose_cut
 from ml_embed.model_folders.export import cut_record
-from ml_embed.model_folders.read import ModelFolder, load_cut, nearest_norm, read_exit_norms
+from ml_embed.model_folders.read import (
+    ModelFolder,
+    load_for_transformers,
+    nearest_norm,
+    read_exit_norms,
+)
 from ml_embed.model_folders.record import NESTED, RECORD_FILE, TABLE
 from ml_embed.model_folders.write import save_model_folder
 
@@ -92,16 +96,12 @@ class NestedSentenceTransformer(SentenceTransformer):
         """What `load` does; sentence-transformers' trainer reads its checkpoints by this, too."""
         source = ModelFolder.open(find_model_folder(folder))
         cut = choose_cut(source.record, source.config, depth, dim, rank, allow_untrained)
-        backbone, factors = load_cut(source, cut.depth, cut.rank, dtype)
-        if factors is not None:
-            backbone.register_module("embed_tokens", FactorizedEmbedding(*factors))
+        backbone = load_for_transformers(source, cut.depth, cut.rank, dtype)
         self._record = cut_record(source.record, cut)
         self._shallow_norms: dict[int, Tensor] = {}
         if self._record.norm_sharing == "per_layer":
-            trained = read_exit_norms(source.path, dtype)
-            norms = {layer: nearest_norm(trained, layer) for layer in self._record.exits}
-            backbone.norm.weight.data.copy_(norms.pop(cut.depth))
-            self._shallow_norms = norms
+            norms = read_exit_norms(source.path, dtype)
+            self._shallow_norms = {n: nearest_norm(norms, n) for n in self._record.exits[:-1]}
         transformer = NestedTransformer(backbone, source.tokenizer, self._record.max_seq_length)
         pooling = Pooling(backbone.config.hidden_size, pooling_mode="lasttoken")
         super().__init__(

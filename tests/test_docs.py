@@ -48,6 +48,8 @@ PREFIX = r"(?:[A-Z_]+=\S+ )*"
 # Commands that would measure for minutes: their arguments are parsed here, and tests/benchmarks,
 # tests/training/test_resume.py and a machine with a GPU run the rest.
 ONLY_PARSED = re.compile(r"scripts/(bench_|compare_|check_gpu)\w*\.py|tests/faults/storm\.py")
+# Of export_model.py; they need extras and take long: tests/forms and tests/clients run them.
+FORMS = {"--onnx", "--gguf"}
 INSTALLED_ALREADY = "pip install -c constraints.txt -e ."
 TINY = [
     "checkpointing_steps=0",
@@ -72,6 +74,7 @@ SMALLER = {
     "--dim 256": "--dim 16",
     "--factorize 128": "--factorize 32",
     "depth=8, dim=256, rank=128": "depth=1, dim=16, rank=32",
+    "rank=128, dim=256": "rank=32, dim=16",
     "0.6B-3d-ml/epoch_2": "0.6B-3d-ml/step_2",
     "stage-1/epoch_1": "stage-1/step_2",
     "--preset 160M": "--layers 1 --hidden-size 32 --intermediate-size 48",
@@ -156,7 +159,7 @@ class Reader:
             assert self._run(words[1], words[2:]) == 0, command
 
     def _run(self, script: str, arguments: list[str]) -> int | None:
-        if ONLY_PARSED.fullmatch(script):
+        if ONLY_PARSED.fullmatch(script) or FORMS & set(arguments):
             return self._parse(script, arguments)
         if script == "run.py":
             return run_training(arguments)

@@ -14,7 +14,7 @@ FLOORS = (
     ("commands",),
     ("benchmarks",),
     ("training", "reports"),
-    ("recipe", "evaluation"),
+    ("recipe", "evaluation", "forms"),
     ("inference", "sentence_transformers"),
     ("model_folders",),
     ("model",),

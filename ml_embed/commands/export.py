@@ -1,15 +1,16 @@
 """Cut a trained model to a rank, a depth and a vector length, as a model folder of its own.
 
 No training is needed. The folder loads in sentence-transformers, transformers and servers like the
-one it came from.
+one it came from. --onnx, --gguf and --static write it in the form of other programs instead.
 """
 
 import argparse
 import json
+from typing import Any
 
-from ml_embed.errors import exit_on_user_error
+from ml_embed.errors import UserError, exit_on_user_error
 from ml_embed.files.digests import add_verify_flag
-from ml_embed.files.paths import home_path
+from ml_embed.files.paths import check_model_output, home_path
 from ml_embed.model_folders.cut import add_cut_flags, add_flag
 from ml_embed.notices import parse_command
 
@@ -43,6 +44,31 @@ def main(arguments: list[str] | None = None) -> None:
         help="turn the token factors first, so that smaller ranks are the best ones for tokens as "
         "frequent as in this folder of tokenized data",
     )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument(
+        "--factors-only",
+        action="store_true",
+        help="leave the token table out; only ML-Embed reads such a folder",
+    )
+    form.add_argument(
+        "--onnx", action="store_true", help="a graph for onnxruntime, FastEmbed, transformers.js"
+    )
+    form.add_argument("--gguf", action="store_true", help="one file for llama.cpp")
+    parser.add_argument(
+        "--int8", action="store_true", help="with --onnx: hold the weights in 8 bits"
+    )
+    parser.add_argument(
+        "--texts",
+        type=home_path,
+        metavar="RAW",
+        help="with --int8: raw data, best with a column `language`, on whose texts the loss is "
+        "measured (default the embedded corpus in 375 languages)",
+    )
+    parser.add_argument(
+        "--allow-loss",
+        action="store_true",
+        help="with --int8: write the model though a text's cosine falls below 0.99",
+    )
     parser.add_argument(
         "--allow-untrained", action="store_true", help="take values that were not trained"
     )
@@ -52,24 +78,67 @@ def main(arguments: list[str] | None = None) -> None:
     add_verify_flag(parser)
     args = parse_command(parser, arguments)
 
+    _check_together(args)
+    if args.verify:
+        from ml_embed.model_folders.seal import verify_model
+
+        verify_model(args.model)
+    report = _export_form(args) if args.onnx or args.gguf else _export_folder(args)
+    print(json.dumps({"output": str(args.output)} | report))
+
+
+def _check_together(args: argparse.Namespace) -> None:
+    """Raise UserError for flags that belong to others."""
+    if args.int8 and not args.onnx:
+        raise UserError("--int8 is a form of --onnx; add that, or leave --int8 out")
+    for flag in ("texts", "allow_loss"):
+        if getattr(args, flag) and not args.int8:
+            raise UserError(f"--{flag.replace('_', '-')} belongs to --int8; leave it out")
+    for flag, forms in (("dtype", ["onnx"]), ("refactor", ["onnx", "gguf"])):
+        if getattr(args, flag) and any(getattr(args, form) for form in forms):
+            raise UserError(
+                f"--{flag} does not go with this form; write a model folder with it first, and "
+                "give that as --model"
+            )
+
+
+def _export_folder(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from ml_embed.model_folders.export import export_model
-    from ml_embed.model_folders.seal import verify_model
 
-    if args.verify:
-        verify_model(args.model)
-    dtype = getattr(torch, args.dtype) if args.dtype else None
     cut = export_model(
         args.model,
         args.output,
         args.depth,
         args.dim,
         args.rank,
-        dtype,
+        getattr(torch, args.dtype) if args.dtype else None,
         args.allow_untrained,
         args.overwrite,
         args.refactor,
+        args.factors_only,
     )
-    weights = sum(file.stat().st_size for file in args.output.glob("*.safetensors"))
-    print(json.dumps({"output": str(args.output), **vars(cut), "bytes_of_weights": weights}))
+    from ml_embed.model_folders.record import weights_folder
+
+    weights = sum(file.stat().st_size for file in weights_folder(args.output).glob("*.safetensors"))
+    return vars(cut) | {"bytes_of_weights": weights}
+
+
+def _export_form(args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from ml_embed.forms.gguf import export_gguf
+    from ml_embed.forms.onnx import Int8, export_onnx
+    from ml_embed.model_folders.export import open_part
+
+    check_model_output(args.output, args.overwrite, home_path(args.model))
+    part = open_part(args.model, args.depth, args.dim, args.rank, args.allow_untrained)
+    if args.gguf:
+        dtype = getattr(torch, args.dtype) if args.dtype else None
+        report = export_gguf(part, args.output, dtype)
+    else:
+        report = export_onnx(
+            part, args.output, Int8(args.texts, args.allow_loss) if args.int8 else None
+        )
+    return vars(part.cut) | report

@@ -16,6 +16,8 @@ from ml_embed.model_folders.sizes import parameters_of
 
 CARD_FILE = "README.md"
 LIBRARY = "sentence-transformers"
+OWN_LIBRARIES = (LIBRARY, "ml-embed")
+"""Those that take a prompt by its name."""
 TASK = "sentence-similarity"
 _LANGUAGE_CODE = re.compile(r"[A-Za-z]{2,3}(?![A-Za-z])")
 """The hub knows languages (ISO 639), not their countries or scripts: pt of pt_BR."""
@@ -40,31 +42,30 @@ Texts are read up to {max_seq_length} tokens.{datasets}
 
 {use}
 
-Every size above can be cut without training, with ML-Embed:
-
-```python
-from ml_embed import Embedder
-
-model = Embedder.from_pretrained("FOLDER_OR_NAME", dim={dim}, depth={depth}{rank})
-vectors = model.encode(["a text", "another one"])
-```
-
-The first components of a vector are a vector too: **normalise again after truncating**.
-`truncate_dim` of sentence-transformers cuts after the normalisation, so give
-`normalize_embeddings=True` with it.
+The first components of a vector are a vector too: **normalise again after truncating**.{truncate}
 
 ## Prompts
 
 {prompts}
 """
 
-USE = """```python
+CUTS = """Every size above can be cut without training, with ML-Embed:
+
+```python
+from ml_embed import Embedder
+
+model = Embedder.from_pretrained("FOLDER_OR_NAME", dim={dim}, depth={depth}{rank})
+vectors = model.encode(["a text", "another one"])
+```"""
+USE = f"""```python
 from sentence_transformers import SentenceTransformer
 
 model = SentenceTransformer("FOLDER_OR_NAME")
 vectors = model.encode(["a text", "another one"])
-```"""
-USE_OF_FACTORS = """This folder holds the factors of the token table and not the table itself.
+```
+
+{CUTS}"""
+USE_OF_FACTORS = f"""This folder holds the factors of the token table and not the table itself.
 So **only ML-Embed reads it**:
 
 ```python
@@ -75,32 +76,53 @@ vectors = model.encode(["a text", "another one"])
 ```
 
 For other programs, `scripts/export_model.py --model FOLDER_OR_NAME --output NEW_FOLDER` writes a
-folder with the table."""
+folder with the table.
+
+{CUTS}"""
+TRUNCATE = """
+`truncate_dim` of sentence-transformers cuts after the normalisation, so give
+`normalize_embeddings=True` with it."""
 
 
 def write_card(
-    folder: Path, config: Qwen3Config, record: ModelRecord, with_table: bool = True
+    folder: Path,
+    config: Qwen3Config,
+    record: ModelRecord,
+    use: str = USE,
+    library: str = LIBRARY,
 ) -> None:
-    """Write the model card of a folder, which has its token table or only the factors."""
+    """Write the model card of a folder.
+
+    Args:
+        folder: where to write.
+        config, record: of the model.
+        use: how it is used; names of sizes in braces are filled in (`CUTS`).
+        library: the hub's name of the program that reads it.
+    """
     origin = record.origin
     data = ModelCardData(
         base_model=origin.base_model,
         datasets=[name for name in origin.datasets if "/" in name] or None,
         language=list(origin.languages) or None,
-        library_name=LIBRARY if with_table else "ml-embed",
+        library_name=library,
         license=origin.license,
         pipeline_tag=TASK,
         tags=TAGS,
     )
-    text = f"---\n{data.to_yaml()}\n---\n\n{_body(config, record, with_table)}"
+    text = f"---\n{data.to_yaml()}\n---\n\n{_body(config, record, use, library)}"
     (folder / CARD_FILE).write_text(text, encoding="utf-8")
 
 
-def _body(config: Qwen3Config, record: ModelRecord, with_table: bool) -> str:
+def _body(config: Qwen3Config, record: ModelRecord, use: str, library: str) -> str:
     origin, ranks = record.origin, record.ranks
     names = ", ".join(origin.datasets)
     return BODY.format(
-        use=USE if with_table else USE_OF_FACTORS,
+        use=use.format(
+            dim=min(record.dims),
+            depth=min(record.exits),
+            rank=f", rank={min(ranks)}" if ranks else "",
+        ),
+        truncate=TRUNCATE if library == LIBRARY else "",
         title=(origin.base_model or "Text embeddings").split("/")[-1],
         base=f", trained from {origin.base_model}" if origin.base_model else "",
         parameters=parameters_of(config, whole_cut(record, config)),
@@ -110,10 +132,7 @@ def _body(config: Qwen3Config, record: ModelRecord, with_table: bool) -> str:
         ranks=_listed(ranks) if ranks else "none: the table is whole",
         max_seq_length=record.max_seq_length,
         datasets=f" Trained on: {names}." if names else "",
-        dim=min(record.dims),
-        depth=min(record.exits),
-        rank=f", rank={min(ranks)}" if ranks else "",
-        prompts=_prompts(record),
+        prompts=_prompts(record, library),
     )
 
 
@@ -121,10 +140,12 @@ def _listed(sizes: tuple[int, ...]) -> str:
     return ", ".join(map(str, sorted(sizes)))
 
 
-def _prompts(record: ModelRecord) -> str:
+def _prompts(record: ModelRecord, library: str) -> str:
     if not any(record.prompts.values()):
         return "None: texts are encoded as they are."
     lines = [f"- `{name}`: `{text!r}`" for name, text in record.prompts.items() if text]
+    if library not in OWN_LIBRARIES:
+        return "\n".join([*lines, "", "Put one in front of each text yourself."])
     default = record.default_prompt_name
     unnamed = f"`{default}` is put before texts" if default else "no prompt is put before texts"
     return "\n".join([*lines, "", f"Choose one with `prompt_name`; without it {unnamed}."])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -60,6 +61,42 @@ def export_model(
     """
     output = home_path(output)
     check_model_output(output, overwrite, home_path(model))
+    part = open_part(model, depth, dim, rank, allow_untrained)
+    if factors_only and not part.folder.record.ranks:
+        raise UserError(f"{model} has a whole token table and no factors; leave factors_only out")
+    if frequencies is not None and not part.folder.record.ranks:
+        raise UserError(f"{part.folder.path} has a whole token table: there are no factors to turn")
+    turned_by = None if frequencies is None else token_share(part.folder, Path(frequencies))
+    write_cut(part.folder, part.cut, output, dtype, turned_by, with_table=not factors_only)
+    return part.cut
+
+
+@dataclass(frozen=True)
+class Part:
+    """A trained model folder, and the cut of it that is wanted."""
+
+    folder: ModelFolder
+    cut: Cut
+
+    @property
+    def record(self) -> ModelRecord:
+        """What is left of the folder's record."""
+        return cut_record(self.folder.record, self.cut)
+
+
+def open_part(
+    model: str | Path,
+    depth: int | None = None,
+    dim: int | None = None,
+    rank: int | None = None,
+    allow_untrained: bool = False,
+) -> Part:
+    """Open a trained model folder to write a part of it.
+
+    Args: as in `export_model`.
+    Raises:
+        UserError: `model` is not a trained model folder, or a value was not trained.
+    """
     path = find_model_folder(model)
     if not (path / RECORD_FILE).is_file():
         raise UserError(
@@ -67,14 +104,7 @@ def export_model(
             "training"
         )
     folder = ModelFolder.open(path)
-    cut = choose_cut(folder.record, folder.config, depth, dim, rank, allow_untrained)
-    if factors_only and not folder.record.ranks:
-        raise UserError(f"{model} has a whole token table and no factors; leave factors_only out")
-    if frequencies is not None and not folder.record.ranks:
-        raise UserError(f"{folder.path} has a whole token table: there are no factors to turn")
-    turned_by = None if frequencies is None else token_share(folder, Path(frequencies))
-    write_cut(folder, cut, output, dtype, turned_by, with_table=not factors_only)
-    return cut
+    return Part(folder, choose_cut(folder.record, folder.config, depth, dim, rank, allow_untrained))
 
 
 def write_cut(

@@ -19,7 +19,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3
 from ml_embed.errors import UserError, one_line
 from ml_embed.files.arrays import blocks
 from ml_embed.kernels.attention import Kernel
-from ml_embed.model import ROWS_AT_ONCE, MatryoshkaEncoder, check_supported
+from ml_embed.model import ROWS_AT_ONCE, FactorizedEmbedding, MatryoshkaEncoder, check_supported
 from ml_embed.model_folders.checks import check_config, check_tokenizer, is_finite
 from ml_embed.model_folders.foreign import MODULES_FILE, check_weight_map
 from ml_embed.model_folders.headers import check_backbone, check_exit_norms, check_factors
@@ -320,6 +320,22 @@ def load_cut(
         backbone = _load_layers(folder.path, config, dtype)
         return backbone, read_factors(folder.path, rank or None, dtype)
     return load_backbone(folder.path, config, dtype, folder.config.num_hidden_layers), None
+
+
+def load_for_transformers(
+    folder: ModelFolder, depth: int, rank: int, dtype: torch.dtype = torch.float32
+) -> Qwen3Model:
+    """A cut as transformers' own model: its exit's norm is the final one, its table the factors.
+
+    Args: as in `load_encoder`.
+    """
+    backbone, factors = load_cut(folder, depth, rank, dtype)
+    if factors is not None:
+        backbone.register_module("embed_tokens", FactorizedEmbedding(*factors))
+    if folder.record.norm_sharing == "per_layer":
+        norm = nearest_norm(read_exit_norms(folder.path, dtype), depth)
+        backbone.norm.get_parameter("weight").data.copy_(norm)
+    return backbone.eval()
 
 
 def nearest_norm(norms: dict[int, Tensor], layer: int) -> Tensor:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3Model
 
 from ml_embed.errors import UserError
 from ml_embed.files.atomic import MAX_SHARD_SIZE, give_usual_permissions, write_json
-from ml_embed.model_folders.card import write_card
+from ml_embed.model_folders.card import USE_OF_FACTORS, write_card
 from ml_embed.model_folders.checks import is_finite
 from ml_embed.model_folders.modules import Modules, write_modules
 from ml_embed.model_folders.record import (
@@ -65,9 +66,29 @@ def save_model_folder(
     place.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(plain, place, max_shard_size=MAX_SHARD_SIZE)
     _save_nested(folder, state, record)
+    save_settings(folder, config, tokenizer, record, plain["norm.weight"].dtype)
+    length, name = record.max_seq_length, record.default_prompt_name
+    modules = Modules(record.dims[0], length, record.prompts, name)
+    write_modules(folder, config.hidden_size, modules)
+    if with_table:
+        write_card(folder, config, record)
+    else:
+        write_card(folder, config, record, USE_OF_FACTORS, "ml-embed")
+    seal(folder, record)
+    give_usual_permissions(folder)
+
+
+def save_settings(
+    folder: Path,
+    config: Qwen3Config,
+    tokenizer: PreTrainedTokenizerBase,
+    record: ModelRecord,
+    dtype: torch.dtype,
+) -> None:
+    """Write config.json and the tokenizer of a model whose weights have a dtype."""
     backbone = copy.deepcopy(config)
     # Readers load the weights in this dtype, so it is theirs; the backbone's may have been another.
-    backbone.dtype = plain["norm.weight"].dtype
+    backbone.dtype = dtype
     # The name by which embedding servers know this layout of files.
     backbone.architectures = ["Qwen3ForCausalLM"]
     backbone.tie_word_embeddings = True
@@ -80,12 +101,6 @@ def save_model_folder(
     append_eos_template(tokenizer)
     tokenizer.model_max_length = record.max_seq_length
     save_tokenizer(folder, tokenizer)
-    length, name = record.max_seq_length, record.default_prompt_name
-    modules = Modules(record.dims[0], length, record.prompts, name)
-    write_modules(folder, config.hidden_size, modules)
-    write_card(folder, config, record, with_table)
-    seal(folder, record)
-    give_usual_permissions(folder)
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:

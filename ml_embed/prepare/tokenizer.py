@@ -219,6 +219,15 @@ def _can_be_cut(description: dict[str, Any]) -> bool:
       with a line end, and then an earlier alternative has matched it whole.
     - The model (BPE) sees each piece alone, if it has no random part (dropout).
     """
+    return (
+        splits_as_qwen(description)
+        and not description["model"].get("dropout")
+        and not any(_looks_beside(token) for token in description["added_tokens"])
+    )
+
+
+def splits_as_qwen(description: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json normalises texts and cuts them into pieces as Qwen's does."""
     steps = (description["pre_tokenizer"] or {}).get("pretokenizers", [])
     pattern = [step.get("pattern") for step in steps]
     return (
@@ -227,8 +236,6 @@ def _can_be_cut(description: dict[str, Any]) -> bool:
         and (pattern[0], steps[0]["behavior"], steps[0]["invert"])
         == ({"Regex": QWEN_SPLIT_PATTERN}, "Isolated", False)
         and not (steps[1]["use_regex"] or steps[1]["add_prefix_space"])
-        and not description["model"].get("dropout")
-        and not any(_looks_beside(token) for token in description["added_tokens"])
     )
 
 

@@ -1,0 +1,1 @@
+"""A trained model, or a cut of it, in the forms of other programs: ONNX, GGUF, static vectors."""
