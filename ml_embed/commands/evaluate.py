@@ -113,9 +113,10 @@ def write(args: argparse.Namespace, result: Numbers, baseline: Numbers | None) -
     """Write and print the results."""
     from ml_embed.files.atomic import write_json
     from ml_embed.reports.plots import plot_cube
-    from ml_embed.reports.tables import cube_tables, test_set_table
+    from ml_embed.reports.tables import cube_tables, precision_table, test_set_table
 
-    print(f"{test_set_table(result, baseline, args.metric)}\n\n{cube_tables(result, args.metric)}")
+    print(test_set_table(result, baseline, args.metric))
+    print(f"\n{cube_tables(result, args.metric)}\n\n{precision_table(result, args.metric)}")
     numbers = {"model": result, "baseline": baseline}
     try:
         args.output.mkdir(parents=True, exist_ok=True)

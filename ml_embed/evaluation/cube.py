@@ -25,6 +25,7 @@ from ml_embed.distributed.sole_launch import sole_launch_into
 from ml_embed.errors import UserError
 from ml_embed.evaluation.data import TestSet, behind_prompts, read_test_sets
 from ml_embed.evaluation.metrics import chance_metrics, metrics_of_ranks
+from ml_embed.evaluation.precisions import precision_rows
 from ml_embed.files.digests import texts_digest, value_digest
 from ml_embed.files.model_identity import model_identity
 from ml_embed.files.model_source import find_model_folder
@@ -150,7 +151,8 @@ def evaluate_cube(
         JSON-able: "model", "data", "device", "dtype", "prompts", "texts", "tokens", and "rows", one
         object for each test set and cut: rank, depth, dim, trained, dataset, split, queries,
         candidates (mean), recall@1, mrr@10, ndcg@10, chance (the same metrics of a random order),
-        parameters and bytes_per_vector.
+        parameters and bytes_per_vector; and "precisions", the same of vectors in fewer bits at the
+        largest rank and depth (`precision_rows`).
 
     Raises:
         UserError: the model or the data cannot be read, or a size is not one that the model has.
@@ -220,6 +222,8 @@ def _evaluate(
                 ranks = test_set.ranks(unit)
                 found = {RANKS: ranks.tolist()} if per_query else {}
                 rows.append(sizes | columns | metrics_of_ranks(ranks) | found)
+            if (rank, depth) == (model.cube.ranks[-1], model.cube.depths[-1]):
+                rows += precision_rows(unit, sizes, test_sets)
         return rows
 
     rows: list[dict[str, Any]] = []
@@ -248,7 +252,8 @@ def _evaluate(
         "prompts": prompts,
         "texts": len(token_ids),
         "tokens": sum(map(len, token_ids)),
-        "rows": rows,
+        "rows": [row for row in rows if "precision" not in row],
+        "precisions": [row for row in rows if "precision" in row],
     }
 
 

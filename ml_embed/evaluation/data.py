@@ -66,14 +66,20 @@ class CandidateSet:
         """(Q,) how many documents each query chooses among."""
         return (self.candidates >= 0).sum(1).numpy()
 
-    def ranks(self, vectors: Tensor) -> Tensor:
-        """(Q,) rank of each query's passage, given the unit vectors (texts, D) of all texts."""
+    def ranks(self, vectors: Tensor, queries_vectors: Tensor | None = None) -> Tensor:
+        """(Q,) rank of each query's passage.
+
+        Args:
+            vectors: (texts, D) unit vectors of all texts.
+            queries_vectors: the same for texts as queries; None is `vectors`.
+        """
+        asking = vectors if queries_vectors is None else queries_vectors
         ranks = []
         for rows in torch.arange(len(self.queries)).split(
             max(1, GATHERED_VECTORS // self.candidates.shape[1])
         ):
             numbers = self.candidates[rows].to(vectors.device)
-            queries = vectors[self.queries[rows].to(vectors.device)]
+            queries = asking[self.queries[rows].to(vectors.device)]
             scores = torch.einsum("qd,qcd->qc", queries, vectors[numbers.clamp(min=0)])
             scores = scores.masked_fill(numbers < 0, -torch.inf)
             ranks.append(ranks_of_scores(scores.cpu(), self.positive[rows]))
@@ -98,11 +104,11 @@ class CorpusSet:
             self.excluded[:, 0].numpy(), minlength=len(self.queries)
         )
 
-    def ranks(self, vectors: Tensor) -> Tensor:
-        """(Q,) rank of each query's passage, given the unit vectors (texts, D) of all texts."""
-        queries, documents = (
-            vectors[numbers.to(vectors.device)] for numbers in (self.queries, self.corpus)
-        )
+    def ranks(self, vectors: Tensor, queries_vectors: Tensor | None = None) -> Tensor:
+        """As `CandidateSet.ranks`."""
+        asking = vectors if queries_vectors is None else queries_vectors
+        queries = asking[self.queries.to(vectors.device)]
+        documents = vectors[self.corpus.to(vectors.device)]
         return ranks_of_positives(queries, documents, self.positive, excluded=self.excluded)
 
 

@@ -6,6 +6,7 @@ Letters: E exits, N texts, D vector length.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,7 +30,8 @@ from ml_embed.files.atomic import write_json
 from ml_embed.files.digests import texts_digest, value_digest
 from ml_embed.files.model_identity import model_identity
 from ml_embed.files.paths import home_path
-from ml_embed.model_folders.cut import Cut, choose_cube, whole_cut
+from ml_embed.inference.embedder import Embedder
+from ml_embed.model_folders.cut import Cut, choose_cube, choose_cut, whole_cut
 from ml_embed.model_folders.sizes import embedding_parameters
 
 if TYPE_CHECKING:
@@ -215,6 +217,42 @@ def evaluate_mteb(
         return conduct(run, vectors.encode)
 
 
+def model(
+    folder: str | Path,
+    rank: int | None = None,
+    depth: int | None = None,
+    dim: int | None = None,
+    device: str | None = None,
+    allow_untrained: bool = False,
+) -> "CutEncoder":
+    """A cut as a model for `mteb.evaluate`, with its ModelMeta and the folder's prompts.
+
+    `evaluate_mteb` is faster for several cuts: it encodes each text once per rank.
+
+    Args:
+        folder: a model folder, a plain backbone, or the name of one on the hub.
+        rank, depth, dim: None is the largest that was trained.
+        device: None is the first GPU if there is one, else the CPU.
+        allow_untrained: take values that were not trained.
+    Raises:
+        UserError: mteb is missing, the model cannot be read, or a value was not trained.
+    """
+    require_mteb()
+    source = CubeModel.open(folder, device=device)
+    record, config = source.folder.record, source.folder.config
+    cut = choose_cut(record, config, depth, dim, rank, allow_untrained)
+    sizes = vars(cut) | {"rank": cut.rank or None}
+    embedder = Embedder.from_pretrained(
+        source.folder.path, **sizes, device=device, allow_untrained=True
+    )
+    prompts = TaskPrompts(record.prompts, {})
+    return CutEncoder(
+        functools.partial(embedder.encode, prompt=""),
+        prompts,
+        _meta(source, prompts, _revision(source, prompts), cut),
+    )
+
+
 def _open_model(
     folder: str | Path,
     ranks: Sequence[int] | None,
@@ -336,30 +374,36 @@ class _MtebRun:
         mteb.evaluate(encoder, task, cache=self.cache, co2_tracker=False, show_progress_bar=False)
 
     def _meta(self, cut: Cut) -> "ModelMeta":
-        """mteb keeps results by this name, revision and cut."""
-        from mteb.models import ModelMeta
-        from mteb.models.model_meta import ScoringFunction
+        return _meta(self.model, self.prompts, self.revision, cut, self.name)
 
-        path, folder = home_path(self.model.name).resolve(), self.model.folder
-        record, whole = folder.record, whole_cut(folder.record, folder.config)
-        known = {
-            "name": self.name or f"{path.parent.name or 'local'}/{path.name}",
-            "revision": self.revision,
-            "n_parameters": self.model.describe(cut)["parameters"],
-            "n_embedding_parameters": embedding_parameters(folder.config, cut.rank),
-            "max_tokens": record.max_seq_length,
-            "embed_dim": cut.dim,
-            "license": record.origin.license,
-            "adapted_from": record.origin.base_model,
-            "training_datasets": set(record.origin.datasets) or None,
-            "open_weights": True,
-            "framework": ["PyTorch", "Sentence Transformers"],
-            "similarity_fn_name": ScoringFunction.COSINE,
-            "use_instructions": any({**self.prompts.folder, **self.prompts.given}.values()),
-            # of the whole model none, so that its results lie where a leaderboard looks for them
-            "experiment_kwargs": None if cut == whole else vars(cut),
-        }
-        return ModelMeta.create_empty(known)
+
+def _meta(
+    model: CubeModel, prompts: TaskPrompts, revision: str, cut: Cut, name: str | None = None
+) -> "ModelMeta":
+    """mteb keeps results by this name, revision and cut; a name of None is the folder's."""
+    from mteb.models import ModelMeta
+    from mteb.models.model_meta import ScoringFunction
+
+    path, folder = home_path(model.name).resolve(), model.folder
+    record, whole = folder.record, whole_cut(folder.record, folder.config)
+    known = {
+        "name": name or f"{path.parent.name or 'local'}/{path.name}",
+        "revision": revision,
+        "n_parameters": model.describe(cut)["parameters"],
+        "n_embedding_parameters": embedding_parameters(folder.config, cut.rank),
+        "max_tokens": record.max_seq_length,
+        "embed_dim": cut.dim,
+        "license": record.origin.license,
+        "adapted_from": record.origin.base_model,
+        "training_datasets": set(record.origin.datasets) or None,
+        "open_weights": True,
+        "framework": ["PyTorch", "Sentence Transformers"],
+        "similarity_fn_name": ScoringFunction.COSINE,
+        "use_instructions": any({**prompts.folder, **prompts.given}.values()),
+        # of the whole model none, so that its results lie where a leaderboard looks for them
+        "experiment_kwargs": None if cut == whole else vars(cut),
+    }
+    return ModelMeta.create_empty(known)
 
 
 def by_language(

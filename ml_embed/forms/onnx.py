@@ -16,7 +16,7 @@ from ml_embed.model_folders.card import write_card
 from ml_embed.model_folders.export import Part
 from ml_embed.model_folders.read import load_for_transformers
 from ml_embed.model_folders.write import save_settings
-from ml_embed.prepare.tokenizer import TextTokenizer
+from ml_embed.prepare.tokenizer import TextTokenizer, end_token
 
 WHOLE, INT8 = "onnx/model.onnx", "onnx/model_int8.onnx"
 """Where transformers.js looks for a graph, and for one in 8 bits (`dtype: "int8"`)."""
@@ -62,7 +62,7 @@ def export_onnx(part: Part, output: Path, int8: Int8 | None = None) -> dict[str,
     source, cut, record = part.folder, part.cut, part.record
     backbone = load_for_transformers(source, cut.depth, cut.rank)
     config, file = backbone.config, INT8 if int8 else WHOLE
-    graph = graph_of(backbone, cut.dim, int8=int8 is not None)
+    graph = graph_of(backbone, cut.dim, end_token(source.tokenizer), int8=int8 is not None)
     del backbone
     with atomic_folder(output) as new:
         save_graph(graph, new / file)

@@ -35,15 +35,19 @@ LEVELS = 127
 class Graph(nn.Module):
     """What is exported: transformers' layers between the token factors and the pooling."""
 
-    def __init__(self, backbone: Qwen3Model, dim: int):
+    def __init__(self, backbone: Qwen3Model, dim: int, end: int):
         super().__init__()
         self.embedding = backbone.get_input_embeddings()
         self.backbone = backbone
         self.dim = dim
+        self.end = end
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, S) ids and mask, padded on either side -> (B, D) unit vectors."""
         place = torch.arange(input_ids.shape[1], device=input_ids.device)
+        last = (place * attention_mask).argmax(1, keepdim=True)  # (B, 1)
+        # transformers.js cuts a long text behind its end token; here it gets that back.
+        input_ids = torch.where(place == last, self.end, input_ids)
         earlier = place <= place.unsqueeze(1)  # (S, S)
         # A filler sees itself: rows without any 1 would become NaN.
         itself = place == place.unsqueeze(1)
@@ -54,8 +58,7 @@ class Graph(nn.Module):
             position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
             use_cache=False,
         ).last_hidden_state  # (B, S, H)
-        last = (place * attention_mask).argmax(1)[:, None, None]
-        pooled = hidden.gather(1, last.expand(-1, 1, hidden.shape[2])).squeeze(1)
+        pooled = hidden.gather(1, last.unsqueeze(2).expand(-1, 1, hidden.shape[2])).squeeze(1)
         return F.normalize(pooled[:, : self.dim], dim=-1)
 
 
@@ -89,15 +92,16 @@ def require_onnx() -> None:
             raise UserError(f"{name} is not installed; pip install 'ml-embed[onnx]'")
 
 
-def graph_of(backbone: Qwen3Model, dim: int, int8: bool = False) -> "ModelProto":
+def graph_of(backbone: Qwen3Model, dim: int, end: int, int8: bool = False) -> "ModelProto":
     """Trace a cut model.
 
     Args:
         backbone: from `load_for_transformers`; it is changed and used, not copied.
         dim: D.
+        end: id of the end token.
         int8: hold all matrices and the token table in 8 bits, and compute in float32.
     """
-    graph = Graph(backbone, dim).eval()
+    graph = Graph(backbone, dim, end).eval()
     if int8 and isinstance(graph.embedding, FactorizedEmbedding):
         graph.embedding = Int8Table(graph.embedding.A.detach(), graph.embedding.B.detach())
     elif int8:
@@ -134,11 +138,15 @@ def _trace(graph: Graph) -> "ModelProto":
 def _in_8_bits(model: "ModelProto") -> "ModelProto":
     """Matrices in blocks of 8 bits, by onnxruntime's own quantization of weights."""
     logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.WARNING)
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-
-    quantizer = MatMulNBitsQuantizer(
-        model, bits=8, block_size=32, is_symmetric=True, op_types_to_quantize=("MatMul",)
+    from onnxruntime.quantization.matmul_nbits_quantizer import (
+        DefaultWeightOnlyQuantConfig,
+        MatMulNBitsQuantizer,
     )
+
+    blocks = DefaultWeightOnlyQuantConfig(
+        bits=8, block_size=32, is_symmetric=True, op_types_to_quantize=("MatMul",)
+    )
+    quantizer = MatMulNBitsQuantizer(model, algo_config=blocks)
     quantizer.process()
     return quantizer.model.model
 

@@ -522,3 +522,17 @@ def test_without_mteb_there_is_a_line_to_install_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'ml-embed\[mteb\]'"):
         require_mteb()
+
+
+def test_a_cut_is_a_model_for_mteb(evaluated, folder):
+    import mteb
+
+    cut = ml_embed.evaluation.mteb.model(folder, rank=16, depth=1, dim=8, device="cpu")
+    found = mteb.evaluate(cut, SampleRetrieval(), cache=None, co2_tracker=False)
+    expected = scores(evaluated[0], "SampleRetrieval")[16, 1, 8]
+    assert found.task_results[0].get_score() == pytest.approx(expected, abs=1e-6)
+    meta = cut.mteb_model_meta
+    assert (meta.embed_dim, meta.max_tokens) == (8, 48)
+    assert meta.revision == evaluated[0]["revision"]
+    with pytest.raises(UserError, match="dim 9 was not trained"):
+        ml_embed.evaluation.mteb.model(folder, dim=9)

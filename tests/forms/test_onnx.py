@@ -58,6 +58,17 @@ def test_vectors_are_the_embedders(checkpoint, exported, side):
     assert [one.name for one in graph.get_outputs()] == ["sentence_embedding"]
 
 
+def test_a_text_cut_behind_its_end_token_gets_it_back(checkpoint, exported):
+    """transformers.js cuts so."""
+    model = Embedder.from_pretrained(checkpoint, **CUT)
+    text = " ".join(TEXTS) * 3
+    ids = load_tokenizer(checkpoint)(text).input_ids[: model.max_seq_length]
+    assert len(ids) == model.max_seq_length
+    inputs = {"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), np.int64)}
+    (vectors,) = session(exported / "cut").run(None, inputs)
+    np.testing.assert_allclose(vectors, model.encode([text]), atol=1e-5)
+
+
 def test_the_whole_table_is_not_in_it(exported):
     import onnx
 
