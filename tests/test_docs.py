@@ -49,7 +49,7 @@ PREFIX = r"(?:[A-Z_]+=\S+ )*"
 # tests/training/test_resume.py and a machine with a GPU run the rest.
 ONLY_PARSED = re.compile(r"scripts/(bench_|compare_|check_gpu)\w*\.py|tests/faults/storm\.py")
 # Of export_model.py; they need extras and take long: tests/forms and tests/clients run them.
-FORMS = {"--onnx", "--gguf"}
+FORMS = {"--onnx", "--gguf", "--static"}
 INSTALLED_ALREADY = "pip install -c constraints.txt -e ."
 TINY = [
     "checkpointing_steps=0",

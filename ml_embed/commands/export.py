@@ -54,6 +54,9 @@ def main(arguments: list[str] | None = None) -> None:
         "--onnx", action="store_true", help="a graph for onnxruntime, FastEmbed, transformers.js"
     )
     form.add_argument("--gguf", action="store_true", help="one file for llama.cpp")
+    form.add_argument(
+        "--static", action="store_true", help="the token table alone, for model2vec; no layers"
+    )
     parser.add_argument(
         "--int8", action="store_true", help="with --onnx: hold the weights in 8 bits"
     )
@@ -83,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
         from ml_embed.model_folders.seal import verify_model
 
         verify_model(args.model)
-    report = _export_form(args) if args.onnx or args.gguf else _export_folder(args)
+    report = _export_form(args) if args.onnx or args.gguf or args.static else _export_folder(args)
     print(json.dumps({"output": str(args.output)} | report))
 
 
@@ -94,11 +97,15 @@ def _check_together(args: argparse.Namespace) -> None:
     for flag in ("texts", "allow_loss"):
         if getattr(args, flag) and not args.int8:
             raise UserError(f"--{flag.replace('_', '-')} belongs to --int8; leave it out")
-    for flag, forms in (("dtype", ["onnx"]), ("refactor", ["onnx", "gguf"])):
+    for flag, forms in (
+        ("dtype", ["onnx", "static"]),
+        ("refactor", ["onnx", "gguf", "static"]),
+        ("depth", ["static"]),
+    ):
         if getattr(args, flag) and any(getattr(args, form) for form in forms):
             raise UserError(
-                f"--{flag} does not go with this form; write a model folder with it first, and "
-                "give that as --model"
+                f"--{flag} does not go with this form; leave it out, or write a model folder with "
+                "it first and give that as --model"
             )
 
 
@@ -130,6 +137,7 @@ def _export_form(args: argparse.Namespace) -> dict[str, Any]:
 
     from ml_embed.forms.gguf import export_gguf
     from ml_embed.forms.onnx import Int8, export_onnx
+    from ml_embed.forms.static import export_static
     from ml_embed.model_folders.export import open_part
 
     check_model_output(args.output, args.overwrite, home_path(args.model))
@@ -137,8 +145,11 @@ def _export_form(args: argparse.Namespace) -> dict[str, Any]:
     if args.gguf:
         dtype = getattr(torch, args.dtype) if args.dtype else None
         report = export_gguf(part, args.output, dtype)
+    elif args.static:
+        report = export_static(part, args.output)
     else:
         report = export_onnx(
             part, args.output, Int8(args.texts, args.allow_loss) if args.int8 else None
         )
-    return vars(part.cut) | report
+    sizes = vars(part.cut) | ({"depth": 0} if args.static else {})
+    return sizes | report

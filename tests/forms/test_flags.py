@@ -12,6 +12,7 @@ from helpers.scripts import load_script
         (["--gguf", "--allow-loss"], "--allow-loss belongs to --int8"),
         (["--onnx", "--dtype", "bfloat16"], "--dtype does not go with this form"),
         (["--gguf", "--refactor", "x"], "--refactor does not go with this form"),
+        (["--static", "--depth", "1"], "--depth does not go with this form"),
     ],
 )
 def test_flags_of_another_form_are_refused(checkpoint, tmp_path, capsys, flags, said):
@@ -29,7 +30,7 @@ def test_one_form_at_a_time(checkpoint, tmp_path, capsys):
     assert "not allowed with" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("form", ["--onnx", "--gguf"])
+@pytest.mark.parametrize("form", ["--onnx", "--gguf", "--static"])
 def test_what_stands_there_is_not_lost(checkpoint, tmp_path, capsys, form):
     (tmp_path / "thesis.txt").write_text("precious")
     arguments = ["--model", str(checkpoint), "--output", str(tmp_path), form, "--overwrite"]

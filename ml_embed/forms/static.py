@@ -1,0 +1,80 @@
+"""Writing the token table as a static model of model2vec: a text is the mean of its tokens.
+
+No layer is run, and it was never trained to be that. Needs the extra `static`, which is imported
+where it is used.
+
+Letters: V vocabulary, D vector length.
+"""
+
+import copy
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ml_embed.errors import UserError
+from ml_embed.files.atomic import atomic_folder
+from ml_embed.model import FactorizedEmbedding
+from ml_embed.model_folders.card import write_card
+from ml_embed.model_folders.export import Part
+from ml_embed.model_folders.read import load_for_transformers
+
+USE = """A static model: the vector of a text is the mean of its tokens' rows of the token table,
+cut to {length} and normalised. Texts are read whole. No layer is run, and
+it was not trained so; measure it before use.
+
+```python
+from model2vec import StaticModel
+
+model = StaticModel.from_pretrained("FOLDER_OR_NAME")
+vectors = model.encode(["a text", "another one"])
+```
+
+sentence-transformers reads it too."""
+
+
+def export_static(part: Part, output: Path) -> dict[str, Any]:
+    """Write a folder that model2vec and sentence-transformers read.
+
+    Args:
+        part: what to write, from `open_part`; its depth counts for nothing.
+        output: the new folder, checked already; it appears whole or not at all.
+    Returns:
+        for the command's JSON line.
+    Raises:
+        UserError: the extra is missing, or the tokenizer leaves out ids.
+    """
+    if importlib.util.find_spec("model2vec") is None:
+        raise UserError("model2vec is not installed; pip install 'ml-embed[static]'")
+    from model2vec import StaticModel
+
+    source, cut, record = part.folder, part.cut, part.record
+    tokenizer = copy.deepcopy(source.tokenizer.backend_tokenizer)
+    if max(tokenizer.get_vocab().values()) != tokenizer.get_vocab_size() - 1:
+        raise UserError(f"the tokenizer of {source.path} leaves out ids, which model2vec cannot")
+    backbone = load_for_transformers(source, 1, cut.rank)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    # The table may have more rows than the tokenizer has tokens, model2vec's may not.
+    tokens = tokenizer.get_vocab_size()
+    model = StaticModel(
+        _rows(backbone.get_input_embeddings(), cut.dim)[:tokens].numpy(),
+        tokenizer,
+        {"normalize": True},
+        normalize=True,
+        max_length=None,  # model2vec guesses from characters where to cut
+    )
+    with atomic_folder(output) as new:
+        model.save_pretrained(new)
+        write_card(new, backbone.config, record, USE.replace("{length}", str(cut.dim)), "model2vec")
+        size = sum(file.stat().st_size for file in new.glob("*.safetensors"))
+    return {"bytes_of_weights": size}
+
+
+@torch.no_grad()
+def _rows(embedding: Any, dim: int) -> torch.Tensor:
+    """(V, D) leading components of the token table."""
+    if isinstance(embedding, FactorizedEmbedding):
+        return embedding.A @ embedding.B[:, :dim]
+    return embedding.weight[:, :dim].contiguous()
