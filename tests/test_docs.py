@@ -47,7 +47,9 @@ FOLDERS = ("configs", "scripts", "tests", "ml_embed")
 PREFIX = r"(?:[A-Z_]+=\S+ )*"
 # Commands that would measure for minutes: their arguments are parsed here, and tests/benchmarks,
 # tests/training/test_resume.py and a machine with a GPU run the rest.
-ONLY_PARSED = re.compile(r"scripts/(bench_|compare_|check_gpu)\w*\.py|tests/faults/storm\.py")
+ONLY_PARSED = re.compile(
+    r"scripts/(bench_|compare_|check_gpu)\w*\.py|tests/(faults/storm|clients/run)\.py"
+)
 # Of export_model.py; they need extras and take long: tests/forms and tests/clients run them.
 FORMS = {"--onnx", "--gguf", "--static"}
 INSTALLED_ALREADY = "pip install -c constraints.txt -e ."

@@ -55,14 +55,14 @@ class Client:
 
 CLIENTS = (
     Client(
-        "sentence-transformers 5 with transformers 4",
+        "sentence-transformers, transformers 4.57",
         "folder",
         (TORCH, "transformers==4.57.6", "sentence-transformers==5.1.2"),
         "with_sentence_transformers.py",
         1e-5,
     ),
     Client(
-        "sentence-transformers with transformers 5",
+        "sentence-transformers, transformers 5",
         "folder",
         (TORCH, "transformers>=5.3", "sentence-transformers>=6"),
         "with_sentence_transformers.py",
@@ -76,7 +76,6 @@ CLIENTS = (
         1e-5,
     ),
     Client("infinity", "folder", (TORCH, "infinity-emb[torch]"), "with_infinity.py", 1e-5),
-    Client("vLLM", "folder", ("vllm",), "with_vllm.py", 1e-3),
     Client("onnxruntime", "--onnx", ("onnxruntime", "tokenizers"), "with_onnxruntime.py", 1e-5),
     Client("FastEmbed", "--onnx", ("fastembed",), "with_fastembed.py", 1e-5),
     Client(
@@ -163,7 +162,7 @@ def written(form: str, work: Path) -> Path:
 
 
 def environment(client: Client, work: Path) -> Path:
-    return work / "environments" / client.name.replace(" ", "-")
+    return work / "environments" / client.name.replace(", ", "-").replace(" ", "-")
 
 
 def interpreter(client: Client, work: Path) -> list[str]:

@@ -18,7 +18,8 @@ async def _encode(folder, texts):
         dtype="float32",
         bettertransformer=False,
     )
-    async with AsyncEmbeddingEngine.from_args(arguments) as engine:
+    engine = AsyncEmbeddingEngine.from_args(arguments)
+    async with engine:
         vectors, _ = await engine.embed(sentences=texts)
     return vectors
 
