@@ -51,14 +51,14 @@ def factorize_table(
         largest component positive.
     """
     assert 1 <= rank <= min(table.shape), (rank, table.shape)
-    _, vectors = torch.linalg.eigh(_products(table, token_share))  # ascending; (H, H) columns
+    _, vectors = torch.linalg.eigh(row_products(table, token_share))  # ascending; (H, H) columns
     basis = vectors.flip(1)[:, :rank].T  # (r, H)
     basis = basis * _signs(basis)
     dtype = torch.promote_types(table.dtype, torch.float32)
     return rows_times(table, basis.T, dtype), basis.to(dtype)
 
 
-def turn_factors(A: Tensor, B: Tensor, token_share: Tensor) -> tuple[Tensor, Tensor]:
+def turn_factors(A: Tensor, B: Tensor, token_share: Tensor | None) -> tuple[Tensor, Tensor]:
     """The factors of the table A B whose leading components are its best ones at every rank.
 
     They are those of `factorize_table(A B, r, token_share)`, found in r x r: with B^T = Q R, rows
@@ -67,13 +67,13 @@ def turn_factors(A: Tensor, B: Tensor, token_share: Tensor) -> tuple[Tensor, Ten
 
     Args:
         A, B: (V, r) and (r, H).
-        token_share: p, (V,), non-negative: the share of each token in the data.
+        token_share: p, as in `factorize_table`.
     Returns:
-        G (r, r) and C (r, H), so that A G and C are the turned factors: A G C = A B. The signs are
-        those of `factorize_table`.
+        G (r, r) and C (r, H), so that A G and C are the turned factors: A G C = A B; with r > H,
+        (r, H) and (H, H). The signs are those of `factorize_table`.
     """
     Q, R = torch.linalg.qr(B.double().T)  # (H, r), (r, r)
-    _, vectors = torch.linalg.eigh(R @ _products(A, token_share) @ R.T)  # ascending eigenvalues
+    _, vectors = torch.linalg.eigh(R @ row_products(A, token_share) @ R.T)  # ascending eigenvalues
     W = vectors.flip(1)
     C = W.T @ Q.T
     sign = _signs(C)
@@ -88,7 +88,7 @@ def rows_times(table: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return product
 
 
-def _products(table: Tensor, token_share: Tensor | None) -> Tensor:
+def row_products(table: Tensor, token_share: Tensor | None = None) -> Tensor:
     """sum_x p(x) E_x^T E_x of a table (V, X): (X, X) float64; p as in `factorize_table`."""
     size = table.shape[1]
     products = torch.zeros(size, size, dtype=torch.float64, device=table.device)

@@ -77,6 +77,7 @@ SMALLER = {
     "--factorize 128": "--factorize 32",
     "depth=8, dim=256, rank=128": "depth=1, dim=16, rank=32",
     "rank=128, dim=256": "rank=32, dim=16",
+    "0.6B-3d-ml/epoch_1": "distilled/step_2",
     "0.6B-3d-ml/epoch_2": "0.6B-3d-ml/step_2",
     "stage-1/epoch_1": "stage-1/step_2",
     "--preset 160M": "--layers 1 --hidden-size 32 --intermediate-size 48",

@@ -20,6 +20,7 @@ FILES = (
     "evaluate",
     "evaluate_mteb",
     "choose_cut",
+    "average_checkpoints",
     "export",
     "encode",
     "compare_dedicated",

@@ -42,6 +42,18 @@ class Origin:
 
 
 @dataclass(frozen=True)
+class AveragedModel:
+    """One of the models that a model is the mean of."""
+
+    model: str
+    """as it was given: a folder, or a name on the hub"""
+    weight: float
+    """its share of the mean"""
+    digest: str
+    """of its content"""
+
+
+@dataclass(frozen=True)
 class ModelRecord:
     """What was trained."""
 
@@ -61,6 +73,8 @@ class ModelRecord:
     default_prompt_name: str | None = None
     """of the prompt that texts get for which none is asked; None is no prompt"""
     origin: Origin = Origin()
+    averaged: tuple[AveragedModel, ...] = ()
+    """the models that this one is the mean of; empty for one that was trained"""
     format_version: int = FORMAT_VERSION
     digests: dict[str, str] = field(default_factory=dict, compare=False)
     """file or setting -> digest of its content when the folder was written (`seal.py`)"""
@@ -143,7 +157,10 @@ def _read(path: Path) -> ModelRecord:
             "ml-embed"
         )
     try:
-        values = _known(ModelRecord, values) | {"origin": _origin(values)}
+        values = _known(ModelRecord, values) | {
+            "origin": Origin(**_known(Origin, values.get("origin", {}))),
+            "averaged": _averaged(values.get("averaged", [])),
+        }
         record = ModelRecord(**values | {"format_version": FORMAT_VERSION})
         problem = _problem(record)
     except (TypeError, AttributeError) as error:
@@ -182,8 +199,8 @@ def _problem(record: ModelRecord) -> str | None:
     return None
 
 
-def _origin(values: dict[str, Any]) -> Origin:
-    return Origin(**_known(Origin, values.get("origin", {})))
+def _averaged(parts: list[dict[str, Any]]) -> tuple[AveragedModel, ...]:
+    return tuple(AveragedModel(**_known(AveragedModel, part)) for part in parts)
 
 
 def _known(record: type, values: dict[str, Any]) -> dict[str, Any]:

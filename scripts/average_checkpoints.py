@@ -1,0 +1,12 @@
+"""Average the weights of several checkpoints into one model folder."""
+
+import sys
+from pathlib import Path
+
+# works from a clone that is not installed, too
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ml_embed.commands.average_checkpoints import main
+
+if __name__ == "__main__":
+    sys.exit(main())
