@@ -191,6 +191,10 @@ class TrainConfig:
     false_negative_margin: float | None = _key(None, low=0, high=2)
     """negatives whose cosine to the query exceeds the positive's by more than this are masked as
     well, in part over the next quarter of it (at least 0.005); null = off"""
+    in_batch_negatives: Literal["positives", "all"] = "positives"
+    """documents that the in-batch loss of retrieval compares a query with: "positives" are the
+    passages of the global batch, "all" also its hard negatives, the sample's own among them, each
+    document once (so is everything else that compares in the batch)"""
     datasets: dict[str, DatasetConfig] = dataclasses.field(default_factory=dict)
     """settings per dataset, under its name or a shell-style pattern such as "sts_*"; an exact name
     goes before patterns, an earlier pattern before a later one"""

@@ -74,14 +74,17 @@ def in_batch_loss(
     masked: list[dict[int, float]],
     dims,
     temperature: float,
+    targets: list[int] | None = None,
 ) -> Tensor:
-    """Mean over samples, sum over dims, of CE(positive among all positives), of which `masked` says
-    how much of each the sample leaves out."""
+    """Mean over samples, sum over dims, of CE(positive among all passages), of which `masked` says
+    how much of each the sample leaves out; `targets` are the positives' places, by default 0, 1, …
+    """
+    targets = targets or list(range(len(queries)))
     total = torch.zeros(())
     for dim, weight in dims:
         for i, query in enumerate(queries):
             logits = [cosine(query, passage, dim) / temperature for passage in passages]
-            total = total + weight * cross_entropy(logits, i, masked[i]) / len(queries)
+            total = total + weight * cross_entropy(logits, targets[i], masked[i]) / len(queries)
     return total
 
 
@@ -179,13 +182,15 @@ def objective(
     counts: dict[str, float] | None = None,
     exit_weights: Sequence[float] | None = None,
     from_itself: float = 0.0,
+    all_negatives: bool = False,
 ) -> Tensor:
     """The whole loss of a global batch: mean over exits of (hard + in-batch) or similarity, plus
     `from_itself` times the self-distillation.
 
     `samples`: (query ids, passage document, negative documents) each; `documents`: ids of every
     document; `right`: the right answers of each sample, by default those that the samples say;
-    `counts` takes how many logits were left out by document and by margin.
+    `all_negatives`: the in-batch loss looks at every document of the batch, once; `counts` takes
+    how many logits were left out by document and by margin.
     """
     dims = dims_and_weights(model.config.hidden_size, use_mrl)
 
@@ -195,6 +200,16 @@ def objective(
     queries = [encode(query) for query, _, _ in samples]
     passages = [encode(documents[passage]) for _, passage, _ in samples]
     negatives = [[encode(documents[n]) for n in own] for _, _, own in samples]
+    pool = [(document, passages[j]) for j, (_, document, _) in enumerate(samples)]
+    targets = list(range(len(samples)))
+    if all_negatives:
+        pool += [
+            (document, vectors)
+            for (_, _, own), theirs in zip(samples, negatives, strict=True)
+            for document, vectors in zip(own, theirs, strict=True)
+        ]
+        pool = list(dict(pool).items())
+        targets = [[document for document, _ in pool].index(own) for _, own, _ in samples]
     deepest = max(exits)
     negatives_out, passages_out, by_document, by_margin = [], [], 0, 0.0
     right = right_documents(samples) if right is None else right
@@ -206,9 +221,11 @@ def objective(
         )
         parts = [(same, near, negatives_out)]
         if task == "retrieval":
-            others = {j for j, (_, other, _) in enumerate(samples) if j != i and other in right[i]}
+            others = {
+                j for j, (other, _) in enumerate(pool) if j != targets[i] and other in right[i]
+            }
             near = masked_by_margin(
-                query, positive, [v[deepest] for v in passages], margin, temperature
+                query, positive, [v[deepest] for _, v in pool], margin, temperature
             )
             parts.append((others if mask else set(), near, passages_out))
         for same, near, out in parts:
@@ -228,15 +245,18 @@ def objective(
         if any(own for _, _, own in samples):
             total = total + weight * hard_loss(q, p, n, dims, temperature, negatives_out)
         if task == "retrieval":
-            total = total + weight * in_batch_loss(q, p, passages_out, dims, temperature)
+            others = [v[layer] for _, v in pool]
+            total = total + weight * in_batch_loss(
+                q, others, passages_out, dims, temperature, targets
+            )
         for i, (_, own_passage, own_negatives) in enumerate(samples if from_itself else []):
             choices = {own_passage: (passages[i], 1.0)}  # document -> vectors, share that counts
             for place, document in enumerate(own_negatives):
                 share = 1 - negatives_out[i].get(place, 0.0)
                 choices.setdefault(document, (negatives[i][place], share))
-            for j, (_, document, _) in enumerate(samples if task == "retrieval" else []):
+            for j, (document, vectors) in enumerate(pool if task == "retrieval" else []):
                 share = 1 - passages_out[i].get(j, 0.0)
-                choices.setdefault(document, (passages[j], share))
+                choices.setdefault(document, (vectors, share))
             best = choice(queries[i], choices.values(), deepest, dims[0][0], temperature)
             best = [value.detach() for value in best]
             for dim, dim_weight in dims:

@@ -77,17 +77,20 @@ class ContrastiveBatch:
     fillers: the weights of a mean over all negatives"""
     gathered_rows: Tensor
     """(n,) which of the W R rows that the processes gather are no fillers, in the global order"""
+    in_batch_documents: Tensor | None
+    """(n',) which of the W R (1 + K) candidates that the processes gather are the documents of the
+    in-batch losses, each document once; None = the passages of the n rows, then n' is n"""
     target: Tensor
-    """(R,) where each sample's passage stands among those n"""
+    """(R,) where each sample's passage stands among those n'"""
     excluded_passages: Tensor | None
-    """(R, n) bool: passages of other rows that the data pairs with the sample's query; None if none
-    is"""
+    """(R, n') bool: documents of other rows that the data pairs with the sample's query; None if
+    none is"""
     query_numbers: Tensor
     """(R,) which rows ask the same (`TokenizedDataset.query_numbers`)"""
     passage_documents: Tensor
     """(R,) document number of each passage"""
     global_documents: Tensor
-    """(n,) the same of the global batch"""
+    """(n',) the same of the documents of the in-batch losses"""
     negative_documents: Tensor
     """(R, K) document number of each negative, -1 where a sample has fewer than K"""
     scores: Tensor | None

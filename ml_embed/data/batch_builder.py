@@ -101,6 +101,9 @@ class BatchBuilder:
     mask_false_negatives: bool
     process: int
     processes: int
+    all_negatives: bool = False
+    """the in-batch losses of retrieval look at all documents of the global batch, not at passages
+    alone"""
 
     def build(
         self, dataset: TokenizedDataset, plan: DatasetPlan, rows: np.ndarray, epoch: int
@@ -122,12 +125,24 @@ class BatchBuilder:
         own = self.own_rows(rows)  # (S, R)
         documents = dataset.passage_documents[own]  # (S, R)
         negatives = self._draw(dataset, plan, own, epoch)  # (S, R, K), -1 for none
+        most = (negatives >= 0).sum(axis=2).max(axis=1).tolist()  # K of each batch alone
+        drawn = None
+        if self.all_negatives and plan.task == "retrieval":
+            drawn = self._draw(dataset, plan, rows, epoch)  # (S, n, K)
+            most = (drawn >= 0).sum(axis=2).max(axis=1).tolist()  # the same on every process
+            width = drawn.shape[2] - negatives.shape[2]
+            negatives = np.pad(negatives, ((0, 0), (0, 0), (0, width)), constant_values=-1)
         texts = self._texts(dataset, own, documents, negatives)
         excluded = self._excluded_candidates(dataset, own, negatives)
         weights = self._negative_weights(dataset, plan, rows, negatives >= 0)
         num_tokens = texts.tokens[:, self._is_real(rows.shape[1])].sum(axis=1).tolist()
         gathered_rows, sample_weights, target = self._same_in_every_step(rows.shape[1])
-        most = (negatives >= 0).sum(axis=2).max(axis=1).tolist()  # K of each batch alone
+        in_batch = [
+            _InBatch(None, dataset.passage_documents[rows[s]], target.numpy())
+            if drawn is None
+            else self._each_document_once(dataset, rows[s], drawn[s, :, :k], gathered_rows.numpy())
+            for s, k in enumerate(most)
+        ]
         return [
             ContrastiveBatch(
                 dataset=plan.name,
@@ -138,17 +153,18 @@ class BatchBuilder:
                 negatives=torch.from_numpy(texts.negatives[s, :, :k]),
                 excluded_candidates=torch.from_numpy(excluded[s, :, : 1 + k]),
                 negative_weights=torch.from_numpy(weights[s, :, :k]),
-                excluded_passages=self._excluded_passages(dataset, plan, rows[s]),
+                excluded_passages=self._excluded_passages(dataset, plan, rows[s], in_batch[s]),
                 query_numbers=torch.from_numpy(dataset.query_numbers[own[s]]),
                 passage_documents=torch.from_numpy(documents[s]),
-                global_documents=torch.from_numpy(dataset.passage_documents[rows[s]]),
+                global_documents=torch.from_numpy(in_batch[s].documents),
                 negative_documents=torch.from_numpy(negatives[s, :, :k]),
                 scores=_scores(dataset, plan, rows[s]),
                 num_tokens=num_tokens[s],
                 num_encoded_tokens=len(texts.packed[s].input_ids),
                 gathered_rows=gathered_rows,
+                in_batch_documents=in_batch[s].gathered,
                 sample_weights=sample_weights,
-                target=target,
+                target=torch.from_numpy(in_batch[s].target),
             )
             for s, k in enumerate(most)
         ]
@@ -257,29 +273,59 @@ class BatchBuilder:
             excluded[..., 1:] |= dataset.are_right(queries[..., None], negatives)
         return excluded
 
+    def _each_document_once(
+        self,
+        dataset: TokenizedDataset,
+        rows: np.ndarray,
+        negatives: np.ndarray,
+        gathered_rows: np.ndarray,
+    ) -> "_InBatch":
+        """All documents of a global batch `rows` (n,), whose drawn negatives are (n, K)."""
+        candidates = np.column_stack([dataset.passage_documents[rows], negatives])  # (n, 1 + K)
+        width = candidates.shape[1]
+        place = gathered_rows[:, None] * width + np.arange(width)
+        present = candidates >= 0
+        documents, first = np.unique(candidates[present], return_index=True)
+        own = candidates[self._share(len(rows)), 0]
+        target = np.zeros(self._rows_per_process(len(rows)), np.int64)
+        target[: len(own)] = np.searchsorted(documents, own)
+        return _InBatch(torch.from_numpy(place[present][first]), documents, target)
+
     def _excluded_passages(
-        self, dataset: TokenizedDataset, plan: DatasetPlan, rows: np.ndarray
+        self, dataset: TokenizedDataset, plan: DatasetPlan, rows: np.ndarray, in_batch: "_InBatch"
     ) -> Tensor | None:
-        """(R, n): other rows' passages that are right answers to a row's query; None without any.
+        """(R, n'): other rows' documents that are right answers to a row's query; None without any.
 
         `rows` are those of the global batch, (n,). Documents are compared, not texts. Only
-        retrieval has a loss that looks at other rows' passages.
+        retrieval has a loss that looks at other rows' documents.
         """
         if plan.task != "retrieval" or not self.mask_false_negatives:
             return None
         n, share = len(rows), self._share(len(rows))
-        documents, queries = dataset.passage_documents[rows], dataset.query_numbers[rows]
+        documents, queries = in_batch.documents, dataset.query_numbers[rows]
         several = dataset.right_answers(queries) > 1
-        if not (several.any() or len(set(documents.tolist())) < n):
+        if not (several.any() or len(set(documents.tolist())) < len(documents)):
             return None
-        right = documents[share, None] == documents[None, :]
+        right = dataset.passage_documents[rows[share], None] == documents[None, :]
         own = np.flatnonzero(several[share])
         right[own] = dataset.are_right(queries[share][own, None], documents[None, :])
-        right[np.arange(len(right)), share.start + np.arange(len(right))] = False
+        right[np.arange(len(right)), in_batch.target[: len(right)]] = False
         if not right.any():
             return None
         fillers = self._rows_per_process(n) - len(right)
         return torch.from_numpy(np.pad(right, ((0, fillers), (0, 0))))
+
+
+@dataclass(frozen=True)
+class _InBatch:
+    """The documents that the in-batch losses of a step look at."""
+
+    gathered: Tensor | None
+    """`ContrastiveBatch.in_batch_documents`"""
+    documents: np.ndarray
+    """(n',) their numbers"""
+    target: np.ndarray
+    """(R,) where each row's passage stands among them; 0 for fillers"""
 
 
 def _scores(dataset: TokenizedDataset, plan: DatasetPlan, rows: np.ndarray) -> Tensor | None:

@@ -7,7 +7,7 @@ to the query than the positive is, by more than the margin.
 The margin has an edge, in which a document is masked in part: cosines differ in their last digits
 with the number of processes, and a threshold would turn that into another loss.
 
-Letters: R rows of this process, K negatives, n passages of the global batch, H hidden size.
+Letters: R rows of this process, K negatives, n documents of the in-batch loss, H hidden size.
 """
 
 from dataclasses import dataclass, replace
@@ -64,7 +64,7 @@ def mask_false_negatives(
     Args:
         query: (R, H), of the deepest exit.
         candidates: (R, 1 + K, H), of the deepest exit, the positive first.
-        passages: (n, H) of the global batch, of the deepest exit; None without an in-batch loss.
+        passages: (n, H) of the in-batch loss, of the deepest exit; None without an in-batch loss.
         batch: holds the masks by document.
         margin: also mask documents whose cosine is above the positive's by more than this;
             None = off.

@@ -255,7 +255,7 @@ def in_batch_loss(
     sample_weights: Tensor,
     spec: MatryoshkaSpec,
 ) -> Tensor:
-    """Cross-entropy of the positive among all positives of the global batch, no hard negatives.
+    """Cross-entropy of the positive among the documents of the in-batch loss.
 
     Args:
         query: (E, B, H).

@@ -1,7 +1,7 @@
 """The whole training objective of one batch, from the vectors of its texts.
 
-Letters: E exits, N texts, R rows of this process, K negatives, n rows of the global batch, H hidden
-size; E' and H' are a teacher's.
+Letters: E exits, N texts, R rows of this process, K negatives, n rows of the global batch, n' the
+documents of its in-batch losses, H hidden size; E' and H' are a teacher's.
 """
 
 from dataclasses import dataclass
@@ -63,7 +63,7 @@ class _Student:
     candidates: Tensor
     """(E, R, 1 + K, H)"""
     passages: Tensor | None
-    """(E, n, H), of the global batch; None where no loss looks at other rows' passages"""
+    """(E, n', H), the documents of the in-batch losses; None where no loss looks at other rows'"""
 
     @property
     def nothing(self) -> Tensor:
@@ -113,11 +113,12 @@ class Objective:
         self, vectors: Tensor, batch: ContrastiveBatch, teacher: PartVectors | None
     ) -> _Student:
         parts = PartVectors.of_texts(vectors, batch)
-        # One collective for all exits, and only where some loss looks at other rows' passages.
+        # One collective for all exits, and only where some loss looks at other rows' documents.
         similarities = teacher is not None and self.kd_loss == "similarity"
         gathered = batch.task == "retrieval" or similarities
-        passages = _of_all_processes(parts.passage, batch) if gathered else None
-        return _Student(parts, parts.candidates(), passages)
+        candidates = parts.candidates()
+        passages = _in_batch_documents(candidates, batch) if gathered else None
+        return _Student(parts, candidates, passages)
 
     def _mask(self, student: _Student, batch: ContrastiveBatch) -> MaskedLogits:
         passages = student.passages if batch.task == "retrieval" else None
@@ -187,6 +188,17 @@ def _of_all_processes(rows: Tensor, batch: ContrastiveBatch) -> Tensor:
     return gathered.transpose(0, 1)
 
 
+def _in_batch_documents(candidates: Tensor, batch: ContrastiveBatch) -> Tensor:
+    """Own candidates (E, R, 1 + K, H) of each process -> (E, n', H): what in-batch losses look at.
+
+    K is the same on all processes where others' negatives are among them.
+    """
+    if batch.in_batch_documents is None:
+        return _of_all_processes(candidates[:, :, 0], batch)
+    gathered = gather_rows(candidates.movedim(0, 2)).flatten(0, 1)  # (W R (1 + K), E, H)
+    return gathered.index_select(0, batch.in_batch_documents).transpose(0, 1)
+
+
 def _vector_distillation(
     student: PartVectors, teacher: PartVectors, batch: ContrastiveBatch, spec: MatryoshkaSpec
 ) -> Tensor:
@@ -221,8 +233,8 @@ def _similarity_distillation(
     """Squared differences of cosines, so that a teacher's width does not matter.
 
     With s the student's cosines, t those of the teacher's deepest exit and whole vectors, for a
-    sample i with its positive and k_i negatives as candidates c, and the n positives p of the
-    global batch:
+    sample i with its positive and k_i negatives as candidates c, and the n documents p of the
+    in-batch losses (the positives of the global batch):
 
         1/n sum_i [ 1/(1 + k_i) sum_c (s(q_i, c) - t(q_i, c))^2
                     + 1/n sum_j (s(q_i, p_j) - t(q_i, p_j))^2 ]
@@ -235,7 +247,7 @@ def _similarity_distillation(
     teacher_query = normalize(teacher.query[-1].float(), dim=-1)  # (R, H')
     own = normalize(teacher.candidates()[-1].float(), dim=-1)  # (R, 1 + K, H')
     wanted = (own @ teacher_query.unsqueeze(2)).squeeze(2)  # (R, 1 + K)
-    teacher_passages = _of_all_processes(own[None, :, 0], batch)[0]  # (n, H')
+    teacher_passages = _in_batch_documents(own[None], batch)[0]  # (n', H')
 
     present = torch.ones_like(wanted)  # (R, 1 + K)
     present[:, 1:] = batch.negative_weights > 0

@@ -184,6 +184,7 @@ def make_loader(config: TrainConfig, accelerator: Accelerator, inputs: Inputs) -
         mask_false_negatives=config.mask_false_negatives,
         process=accelerator.process_index,
         processes=accelerator.num_processes,
+        all_negatives=config.in_batch_negatives == "all",
     )
     schedule = make_schedule(resolved.datasets, store, resolved.global_batch_size, config)
     validation = None

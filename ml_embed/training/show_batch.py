@@ -31,8 +31,9 @@ def _lines(step: int, batch: ContrastiveBatch, tokenizer: PreTrainedTokenizerBas
             yield f"     negative  {texts[batch.negatives[row, place]]}{masked}"
         if batch.scores is not None:
             yield f"     score     {batch.scores[row]:g}"
-        if batch.excluded_passages is not None and (out := _numbers(batch.excluded_passages[row])):
-            yield f"     masked    the passages of {out}, which are right answers too"
+        if batch.excluded_passages is not None and batch.excluded_passages[row].any():
+            out = _rows(batch, batch.excluded_passages[row])
+            yield f"     masked    the documents of {out}, which are right answers too"
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> str:
@@ -41,6 +42,9 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> str:
     return text.replace("\n", "\\n").replace("\r", "\\r")
 
 
-def _numbers(mask: Tensor) -> str:
-    """The rows of a mask, counted from 1: "2, 5"."""
-    return ", ".join(str(number + 1) for number in mask.nonzero().flatten().tolist())
+def _rows(batch: ContrastiveBatch, mask: Tensor) -> str:
+    """The rows, counted from 1, of those in-batch documents that a mask names: "2, 5"."""
+    places = mask.nonzero().flatten()
+    if batch.in_batch_documents is not None:
+        places = batch.in_batch_documents[places] // (1 + batch.negatives.shape[1])
+    return ", ".join(str(row + 1) for row in sorted(set(places.tolist())))

@@ -31,6 +31,12 @@ CASES = {
         "kd_weight": 5.0,
         "max_tokens_per_forward": 40,
     },
+    "all_documents": {
+        "in_batch_negatives": "all",
+        "valid_fraction": 0.3,
+        "max_tokens_per_forward": 40,
+        "self_distillation": 0.5,
+    },
     "no_negatives": {
         "num_hard_neg": 0,
         "num_hard_neg_clustering": 0,

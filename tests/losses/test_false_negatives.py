@@ -29,11 +29,11 @@ def store(world, tmp_path_factory):
     return open_store(world.tokenized, tmp_path_factory.mktemp("cache"), progress=False)
 
 
-def batch_of(world, store, name: str, mask: bool, rows: int = ROWS):
+def batch_of(world, store, name: str, mask: bool, rows: int = ROWS, all_negatives: bool = False):
     """The first rows with all their negatives, so that nothing is drawn."""
     config = parse_config(world.config(datasets={"*": {"num_hard_neg": 10}}, valid_fraction=0))
     dataset, eos = store.datasets[name], AutoTokenizer.from_pretrained(world.backbone).eos_token_id
-    builder = BatchBuilder(0, MAX_LENGTH, eos, mask_false_negatives=mask, process=0, processes=1)
+    builder = BatchBuilder(0, MAX_LENGTH, eos, mask, 0, 1, all_negatives)
     plan = plan_dataset(dataset, config, task="clustering" if name == "topics" else "retrieval")
     return builder.build(dataset, plan, np.arange(rows), epoch=0), eos
 
@@ -98,6 +98,29 @@ def test_exits_learn_from_the_deepest(
     )
 
 
+@pytest.mark.parametrize(("margin", "weight"), [(None, 0.0), (0.05, 0.7)])
+@pytest.mark.parametrize("mask", [True, False])
+def test_negatives_of_all_samples_are_in_the_batch(
+    world, tmp_path, monkeypatch, mask, margin, weight
+):
+    """Each document once, where it occurs several times, is somebody's negative and a right answer
+    of another, or is a sample's own passage."""
+    data = with_shared_queries(world, tmp_path / "shared", None)
+    store = open_store(data.tokenized, tmp_path / "cache", progress=False)
+    batch, eos = batch_of(data, store, "facts", mask, all_negatives=True)
+    samples, _ = dataset_rows(data, "facts")
+    used = [document for _, own, others in samples[:ROWS] for document in (own, *others)]
+    assert len(set(used)) < len(used)
+    assert len(batch.in_batch_documents) == len(set(used)) > ROWS
+    right = right_documents(samples)[:ROWS]
+    own = {(i, d) for i, (_, _, others) in enumerate(samples[:ROWS]) for d in others}
+    assert any((i, d) not in own for i in range(ROWS) for d in right[i] & {d for _, d in own})
+    counts = assert_like_naive(
+        data, monkeypatch, "facts", batch, eos, mask, margin, right, None, weight, True
+    )
+    assert (counts["masked_by_document"] > 0) == mask
+
+
 def assert_like_naive(
     world,
     monkeypatch,
@@ -109,6 +132,7 @@ def assert_like_naive(
     right=None,
     exit_weights=None,
     from_itself=0.0,
+    all_negatives=False,
 ):
     """Values and every gradient of the objective; returns what the naive version leaves out."""
     samples, documents = dataset_rows(world, name)
@@ -129,6 +153,7 @@ def assert_like_naive(
         counts=counts,
         exit_weights=exit_weights,
         from_itself=from_itself,
+        all_negatives=all_negatives,
     )
     expected.backward()
     references = {key: parameter.grad for key, parameter in naive.named_parameters()}

@@ -35,7 +35,7 @@ from ml_embed.model_folders.record import RECORD_FILE, ModelRecord
 from ml_embed.recipe.teacher import TeacherOptions, embed_teacher
 from ml_embed.training import accelerator as run_accelerator
 
-LAUNCHES = {1: CASES, 2: CASES, 4: ["everything", "in_chunks"]}
+LAUNCHES = {1: CASES, 2: CASES, 4: ["everything", "in_chunks", "all_documents"]}
 
 
 @pytest.fixture(scope="module")

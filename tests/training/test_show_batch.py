@@ -56,7 +56,7 @@ def test_texts_prompts_negatives_scores_and_masks_are_shown(world, tokenized, tm
                 assert re.search(rf"negative  {negative}<\|[a-z_]+\|>{re.escape(masked)}\n", row)
             others = {"light moon": "bread music", "bread music": "light moon"}
             other = others.get(own["passage"])
-            said = f"masked    the passages of {numbers[other]}, which" if other else ""
+            said = f"masked    the documents of {numbers[other]}, which" if other else ""
             assert said in row
             assert ("     masked " in row) == bool(other)
 
