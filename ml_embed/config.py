@@ -16,7 +16,7 @@ import math
 import textwrap
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -32,7 +32,9 @@ clustering and classification (of two labels) with its own negatives only. Simil
 pairs of the global batch by their scores."""
 TASKS: tuple[Task, ...] = get_args(Task)
 
-DistillationLoss = Literal["vectors", "similarity"]
+DistillationLoss = Literal["vectors", "similarity", "kl", "margin_mse"]
+SCORE_LOSSES: Collection[DistillationLoss] = ("kl", "margin_mse")
+"""What is distilled of scores that stand in the data, without a teacher's vectors."""
 PATH_SUFFIXES = ("_path", "_dir")
 """Keys with these endings are paths; a `~` in them is the home folder."""
 WRITTEN_FOLDERS = ("output_dir", "tb_dir", "cache_dir")
@@ -213,7 +215,9 @@ class TrainConfig:
     none"""
     kd_loss: DistillationLoss = "vectors"
     """what is distilled: "vectors" are the teacher's own, "similarity" the cosines between them
-    (then the teacher may have any width)"""
+    (then the teacher may have any width); the scores of a sample's candidates that
+    stand in the data (pos_score, neg_scores) need no teacher here: "kl" teaches their softmax,
+    "margin_mse" their margins, to cosines divided by temperature"""
     kd_weight: float = _key(1.0, low=0)
     """weight of the distillation loss in the total loss; 0 = it does not count"""
     self_distillation: float = _key(0.0, low=0)
@@ -296,6 +300,12 @@ class TrainConfig:
                 f"but global_batch_size is {wanted}; leave one of the two out"
             )
         return share
+
+    @property
+    def is_taught(self) -> bool:
+        """Whether there is a distillation loss."""
+        given = self.teacher_model_path or self.teacher_vectors_path
+        return given is not None or self.kd_loss in SCORE_LOSSES
 
     @property
     def run_dir(self) -> Path:
@@ -426,8 +436,14 @@ def _check_together(config: TrainConfig) -> list[str]:
         problems.append(
             "teacher_model_path and teacher_vectors_path are both given; keep one of them"
         )
+    given = config.teacher_model_path or config.teacher_vectors_path
+    if config.kd_loss in SCORE_LOSSES and given is not None:
+        problems.append(
+            f"kd_loss: {config.kd_loss!r} learns from scores in the data, but a teacher is given; "
+            "remove teacher_model_path and teacher_vectors_path, or choose another kd_loss"
+        )
     if (
-        config.kd_loss != "vectors"
+        config.kd_loss == "similarity"
         and config.teacher_model_path is None
         and config.teacher_vectors_path is None
     ):

@@ -355,6 +355,51 @@ def similarity(
     return total / len(samples) / len(exits)
 
 
+def by_scores(
+    model: Qwen3Model,
+    samples: list[tuple[Sequence[int], int, list[int]]],
+    scores: list[list[float]],
+    documents: list[Sequence[int]],
+    *,
+    kind: str,
+    exits: Sequence[int],
+    use_mrl: bool,
+    temperature: float,
+    max_length: int,
+    eos_id: int,
+) -> Tensor:
+    """Mean over exits, sum over dims. "kl": the mean over samples of the KL divergence of the
+    softmax of cosines / temperature from the softmax of a teacher's scores. "margin_mse": the mean
+    over all negatives of the squared difference of margins, dims' weights divided by their sum.
+
+    `scores`: of each sample's passage, then of its negatives.
+    """
+    dims = dims_and_weights(model.config.hidden_size, use_mrl)
+
+    def encode(ids: Sequence[int]) -> dict[int, Tensor]:
+        return exit_vectors(model, cut(ids, max_length, eos_id), exits)
+
+    total = torch.zeros(())
+    count = sum(len(own) for _, _, own in samples)
+    for (query, passage, negatives), taught in zip(samples, scores, strict=True):
+        asked = encode(query)
+        candidates = [encode(documents[number]) for number in (passage, *negatives)]
+        wanted = torch.tensor(taught)
+        for layer in exits:
+            for dim, weight in dims:
+                logits = torch.stack(
+                    [cosine(asked[layer], c[layer], dim) / temperature for c in candidates]
+                )
+                if kind == "kl":
+                    p, q = wanted.exp() / wanted.exp().sum(), logits.exp() / logits.exp().sum()
+                    total = total + weight * (p * (p / q).log()).sum() / len(samples)
+                for own, other in zip(logits[1:], wanted[1:], strict=True):
+                    if kind == "margin_mse":
+                        error = (logits[0] - own - (wanted[0] - other)) ** 2 / count
+                        total = total + weight / sum(w for _, w in dims) * error
+    return total / len(exits)
+
+
 def naive_metrics(scores: list[list[float]], positive: list[int]) -> dict[str, float]:
     """Sort each row; no ties."""
     reciprocal = gain = first = 0.0

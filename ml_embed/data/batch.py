@@ -95,6 +95,9 @@ class ContrastiveBatch:
     """(R, K) document number of each negative, -1 where a sample has fewer than K"""
     scores: Tensor | None
     """(n,) float32 graded similarity of the global batch's pairs; None for other tasks"""
+    teacher_scores: Tensor | None
+    """(R, 1 + K) float32 stored scores of a teacher, the passage first; any finite number where a
+    sample has no negative; None if the data has none"""
     num_tokens: int
     """tokens of this process's queries, passages and negatives"""
     num_encoded_tokens: int

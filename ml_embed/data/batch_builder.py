@@ -124,14 +124,15 @@ class BatchBuilder:
         """
         own = self.own_rows(rows)  # (S, R)
         documents = dataset.passage_documents[own]  # (S, R)
-        negatives = self._draw(dataset, plan, own, epoch)  # (S, R, K), -1 for none
-        most = (negatives >= 0).sum(axis=2).max(axis=1).tolist()  # K of each batch alone
+        places = self._draw(dataset, plan, own, epoch)  # (S, R, K), -1 for none
+        most = (places >= 0).sum(axis=2).max(axis=1).tolist()  # K of each batch alone
         drawn = None
         if self.all_negatives and plan.task == "retrieval":
-            drawn = self._draw(dataset, plan, rows, epoch)  # (S, n, K)
+            drawn = _documents(dataset, self._draw(dataset, plan, rows, epoch))  # (S, n, K)
             most = (drawn >= 0).sum(axis=2).max(axis=1).tolist()  # the same on every process
-            width = drawn.shape[2] - negatives.shape[2]
-            negatives = np.pad(negatives, ((0, 0), (0, 0), (0, width)), constant_values=-1)
+            width = drawn.shape[2] - places.shape[2]
+            places = np.pad(places, ((0, 0), (0, 0), (0, width)), constant_values=-1)
+        negatives = _documents(dataset, places)
         texts = self._texts(dataset, own, documents, negatives)
         excluded = self._excluded_candidates(dataset, own, negatives)
         weights = self._negative_weights(dataset, plan, rows, negatives >= 0)
@@ -159,6 +160,7 @@ class BatchBuilder:
                 global_documents=torch.from_numpy(in_batch[s].documents),
                 negative_documents=torch.from_numpy(negatives[s, :, :k]),
                 scores=_scores(dataset, plan, rows[s]),
+                teacher_scores=_teacher_scores(dataset, own[s], places[s, :, :k]),
                 num_tokens=num_tokens[s],
                 num_encoded_tokens=len(texts.packed[s].input_ids),
                 gathered_rows=gathered_rows,
@@ -191,16 +193,12 @@ class BatchBuilder:
     def _draw(
         self, dataset: TokenizedDataset, plan: DatasetPlan, own: np.ndarray, epoch: int
     ) -> np.ndarray:
-        """(S, R, K) documents of each own row's negatives, -1 for none."""
+        """(S, R, K) places of each row's drawn negatives among the dataset's, -1 for none."""
         rows = own.ravel()
         key = key_hash(self.seed, "negatives", plan.name, epoch)
         places = draw_negatives(_negative_counts(dataset, rows), rows, plan.num_negatives, key)
-        drawn = places >= 0
-        documents = np.full(places.shape, -1)
-        documents[drawn] = dataset.negative_documents[
-            (dataset.negative_offsets[rows][:, None] + places)[drawn]
-        ]
-        return documents.reshape(*own.shape, -1)
+        first = dataset.negative_offsets[rows][:, None]
+        return np.where(places >= 0, first + places, -1).reshape(*own.shape, -1)
 
     def _texts(
         self,
@@ -333,6 +331,27 @@ def _scores(dataset: TokenizedDataset, plan: DatasetPlan, rows: np.ndarray) -> T
         return None
     assert dataset.scores is not None
     return torch.from_numpy(dataset.scores[rows])
+
+
+def _documents(dataset: TokenizedDataset, places: np.ndarray) -> np.ndarray:
+    """The documents at some places among a dataset's negatives, -1 for none."""
+    drawn = places >= 0
+    documents = np.full(places.shape, -1)
+    documents[drawn] = dataset.negative_documents[places[drawn]]
+    return documents
+
+
+def _teacher_scores(
+    dataset: TokenizedDataset, rows: np.ndarray, places: np.ndarray
+) -> Tensor | None:
+    """(R, 1 + K) of rows (R,) and of their negatives at `places` (R, K); 0 for none."""
+    if dataset.passage_scores is None or dataset.negative_scores is None:
+        return None
+    scores = np.zeros((len(rows), 1 + places.shape[1]), np.float32)
+    scores[:, 0] = dataset.passage_scores[rows]
+    drawn = places >= 0
+    scores[:, 1:][drawn] = dataset.negative_scores[places[drawn]]
+    return torch.from_numpy(np.nan_to_num(scores))
 
 
 def _negative_counts(dataset: TokenizedDataset, rows: np.ndarray) -> np.ndarray:

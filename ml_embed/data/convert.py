@@ -31,7 +31,7 @@ from ml_embed.files.parquet import (
     row_of_value,
 )
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 INDEX = "index.json"
 ARRAYS: dict[str, type[np.number]] = {
     "query_tokens": np.int32,
@@ -48,6 +48,8 @@ ARRAYS: dict[str, type[np.number]] = {
     "positive_offsets": np.int64,
     "positive_documents": np.int64,
     "scores": np.float32,
+    "passage_scores": np.float32,
+    "negative_scores": np.float32,
     "token_counts": np.int64,
 }
 """The array files and their types. Offsets start at 0 in each dataset or corpus, and there is one
@@ -155,15 +157,43 @@ class Block:
         hashes[named] = scramble(hash_strings(ids.drop_null()))
         return hashes
 
-    def scores(self) -> np.ndarray:
+    def scores(self, column: str) -> np.ndarray:
         """(rows,) float32: NaN where a row has none; (0,) if there is no such column."""
-        if "score" not in self.rows.schema.names:
+        if column not in self.rows.schema.names:
             return np.empty(0, np.float32)
-        scores = self.rows.column("score")
-        kind = scores.type
+        return self._numbers(self.rows.column(column), column)
+
+    def negative_scores(self, lengths: np.ndarray) -> np.ndarray:
+        """(total negatives,) float32: NaN where a row has none; (0,) if there is no such column.
+
+        `lengths` says how many negatives each row has.
+        """
+        if "neg_scores" not in self.rows.schema.names:
+            return np.empty(0, np.float32)
+        lists = self.rows.column("neg_scores")
+        if pa.types.is_null(lists.type):
+            return np.full(lengths.sum(), np.nan, np.float32)
+        if not (pa.types.is_list(lists.type) or pa.types.is_large_list(lists.type)):
+            kind = lists.type
+            raise UserError(f"{self.path}: column 'neg_scores' is {kind}; it must hold lists.")
+        given = lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+        has_some = lists.is_valid().to_numpy(zero_copy_only=False)
+        if (wrong := has_some & (given != lengths)).any():
+            at = first_true(wrong)
+            raise UserError(
+                f"{self.path}: 'neg_scores' has {given[at]} numbers in row {self.first_row + at}, "
+                f"which has {lengths[at]} negatives."
+            )
+        scores = np.full(lengths.sum(), np.nan, np.float32)
+        scores[np.repeat(has_some, lengths)] = self._numbers(lists.flatten(), "neg_scores")
+        return scores
+
+    def _numbers(self, values: pa.Array, column: str) -> np.ndarray:
+        """float32, NaN for null."""
+        kind = values.type
         if not (pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)):
-            raise UserError(f"{self.path}: column 'score' is {kind}; it must hold numbers.")
-        return scores.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
+            raise UserError(f"{self.path}: column {column!r} is {kind}; it must hold numbers.")
+        return values.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
 
 
 class ArrayWriter:
@@ -296,7 +326,8 @@ def _convert_queries(
         query_end = _append_texts(writer, "query", queries, query_end)
         hashes.append(block.query_hashes(queries))
         digest.add(queries.lengths, queries.values)
-        writer.files["scores"].append(block.scores())
+        writer.files["scores"].append(block.scores("score"))
+        writer.files["passage_scores"].append(block.scores("pos_score"))
         counts.add(queries.values)
         if corpus.ids is None:
             passages, negatives = _numbered_documents(block, corpus.num_documents, corpus_path)
@@ -304,6 +335,7 @@ def _convert_queries(
             passages, negatives = _named_documents(block, negative_columns, corpus.ids, corpus_path)
         writer.files["passage_documents"].append(passages)
         writer.files["negative_documents"].append(negatives.values)
+        writer.files["negative_scores"].append(block.negative_scores(negatives.lengths))
         negative_end = writer.append_offsets("negative_offsets", negatives.lengths, negative_end)
         used[passages] = True
         used[negatives.values] = True
@@ -332,7 +364,8 @@ def _blocks(path: Path, columns: list[str], bar: tqdm) -> Iterator[Block]:
 def _optional_columns(path: Path) -> list[str]:
     """Those of the columns that training uses where they are there."""
     with open_parquet(path) as file:
-        return [name for name in ("query_id", "score") if name in file.schema_arrow.names]
+        known = ("query_id", "score", "pos_score", "neg_scores")
+        return [name for name in known if name in file.schema_arrow.names]
 
 
 def _append_positives(writer: ArrayWriter, hashes: np.ndarray, passages: np.ndarray) -> None:

@@ -63,8 +63,12 @@ class TokenizedDataset:
         """(distinct pairs of a query and its passage,) int64."""
         self.document_hashes = arrays["document_hashes"]
         """(documents,) uint64, equal for equal tokens."""
-        self.scores = arrays["scores"] if len(arrays["scores"]) else None
+        self.scores = _or_none(arrays["scores"])
         """(rows,) float32 graded similarity of each pair, NaN for none; None without any."""
+        self.passage_scores = _or_none(arrays["passage_scores"])
+        """(rows,) float32 a teacher's score of each pair, NaN for none; None without any."""
+        self.negative_scores = _or_none(arrays["negative_scores"])
+        """(total negatives,) float32 the same of each of `negative_documents`."""
         self.query_tokens = arrays["query_tokens"]
         """(tokens of all queries,) int32, in the order of the rows."""
         self.document_tokens = arrays["document_tokens"]
@@ -83,6 +87,16 @@ class TokenizedDataset:
     def is_scored(self) -> bool:
         """Whether every row has a score."""
         return self.scores is not None and not np.isnan(self.scores).any()
+
+    @cached_property
+    def unscored_rows(self) -> int:
+        """How many rows have negatives, but no teacher's scores of all their candidates."""
+        counts = np.diff(self.negative_offsets)
+        if self.passage_scores is None or self.negative_scores is None:
+            return int((counts > 0).sum())
+        row = np.repeat(np.arange(len(counts)), counts)
+        without = np.bincount(row[~np.isfinite(self.negative_scores)], minlength=len(counts)) > 0
+        return int(((counts > 0) & (without | ~np.isfinite(self.passage_scores))).sum())
 
     @property
     def num_documents(self) -> int:
@@ -142,6 +156,10 @@ class TokenizedDataset:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen_dataset, (self._store_folder, self.name)
+
+
+def _or_none(array: np.ndarray) -> np.ndarray | None:
+    return array if len(array) else None
 
 
 _BOTH_ENDS = np.arange(2)  # a text lies between its offset and the next one

@@ -337,6 +337,60 @@ def candidate_similarity_loss(
     return mean_over_exits(losses, spec)
 
 
+def score_divergence_loss(
+    query: Tensor,
+    candidates: Tensor,
+    scores: Tensor,
+    absent: Tensor,
+    sample_weights: Tensor,
+    spec: MatryoshkaSpec,
+) -> Tensor:
+    """How far the choice among a sample's own candidates is from a teacher's, by stored scores.
+
+    Args:
+        query: (E, B, H).
+        candidates: (E, B, C, H), the positive first.
+        scores: (B, C), the teacher's logits.
+        absent: (B, C) bool, true where a sample has no candidate.
+        sample_weights: (B,).
+    Returns:
+        scalar: mean over exits of
+        sum_n c_n sum_i w_i KL(softmax(scores_i) || softmax(cos_n(q_i, c_i) / tau)).
+    """
+    wanted = scores.masked_fill(absent, NEVER).log_softmax(-1)
+    logits = masked_logits(_cosines(query, candidates, spec) / spec.temperature, absent)
+    own = logits.clamp_min(NEVER).log_softmax(-1)  # (D, E, B, C)
+    divergence = (wanted.exp() * (wanted - own)).sum(-1)
+    return mean_over_exits(_sum_over_dims(divergence @ sample_weights, spec), spec)
+
+
+def margin_loss(
+    query: Tensor,
+    candidates: Tensor,
+    scores: Tensor,
+    negative_weights: Tensor,
+    spec: MatryoshkaSpec,
+) -> Tensor:
+    """How far the margins of the positive over each negative are from a teacher's (MarginMSE).
+
+    Source: arXiv 2010.02666.
+
+    Args:
+        query: (E, B, H).
+        candidates: (E, B, 1 + K, H), the positive first.
+        scores: (B, 1 + K), the teacher's logits.
+        negative_weights: (B, K), 0 where there is no negative.
+    Returns:
+        scalar: mean over exits of sum_n c_n / (sum_n c_n) sum_ij w_ij (m_n(i, j) - t_i0 + t_ij)^2,
+        where m_n(i, j) = (cos_n(q_i, c_i0) - cos_n(q_i, c_ij)) / tau.
+    """
+    logits = _cosines(query, candidates, spec) / spec.temperature  # (D, E, B, 1 + K)
+    margins, wanted = (x[..., :1] - x[..., 1:] for x in (logits, scores))
+    error = negative_weights * (margins - wanted).square()
+    losses = _sum_over_dims(error.flatten(2).sum(2), spec) / sum(spec.weights)
+    return mean_over_exits(losses, spec)
+
+
 def in_batch_similarity_loss(
     query: Tensor,
     passages: Tensor,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ml_embed.config import DistillationLoss
+from ml_embed.config import SCORE_LOSSES, DistillationLoss
 from ml_embed.data.batch import ContrastiveBatch, PartVectors
 from ml_embed.distributed.collectives import gather_rows
 from ml_embed.losses.false_negatives import (
@@ -27,7 +27,9 @@ from ml_embed.losses.nested import (
     hard_loss,
     in_batch_loss,
     in_batch_similarity_loss,
+    margin_loss,
     pair_cosines,
+    score_divergence_loss,
     self_distillation_loss,
 )
 
@@ -77,7 +79,8 @@ class Objective:
 
     spec: MatryoshkaSpec
     kd_loss: DistillationLoss = "vectors"
-    """what is learned from a teacher: `_vector_distillation` or `_similarity_distillation`"""
+    """what is learned from a teacher: `_vector_distillation` or `_similarity_distillation` of its
+    vectors, or "kl" or "margin_mse" of its stored scores (`_score_distillation`)"""
     kd_weight: float = 1.0
     self_distillation: float = 0.0
     """weight of what exits and dims learn from the deepest exit's whole vectors; 0 = off"""
@@ -98,7 +101,9 @@ class Objective:
         masked = self._mask(student, batch)
         hard, in_batch = self._hard(student, batch, masked), self._in_batch(student, batch, masked)
         similarity = self._similarity(student, batch)
-        if teacher is None:
+        if self.kd_loss in SCORE_LOSSES:
+            distillation = self._score_distillation(student, batch)
+        elif teacher is None:
             distillation = student.nothing
         elif self.kd_loss == "similarity":
             distillation = _similarity_distillation(student, teacher, batch, self.spec)
@@ -153,6 +158,22 @@ class Objective:
             masked.passages,
             batch.sample_weights,
             self.spec,
+        )
+
+    def _score_distillation(self, student: _Student, batch: ContrastiveBatch) -> Tensor:
+        """Candidates that the contrastive losses mask take part: a teacher knows how near they are.
+
+        0 for samples without negatives.
+        """
+        query, candidates, scores = student.parts.query, student.candidates, batch.teacher_scores
+        if candidates.shape[2] == 1:
+            return student.nothing
+        assert scores is not None  # checked before the run
+        if self.kd_loss == "margin_mse":
+            return margin_loss(query, candidates, scores, batch.negative_weights, self.spec)
+        absent = torch.nn.functional.pad(batch.negative_documents < 0, (1, 0))
+        return score_divergence_loss(
+            query, candidates, scores, absent, batch.sample_weights, self.spec
         )
 
     def _from_itself(

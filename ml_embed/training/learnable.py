@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ml_embed.config import TrainConfig
+from ml_embed.config import SCORE_LOSSES, TrainConfig
 from ml_embed.data.schedule import DatasetPlan
 from ml_embed.data.store import Store, TokenizedDataset
 from ml_embed.errors import UserError
@@ -19,7 +19,9 @@ def check_losses(
     """
     for plan in plans:
         check_scores(plan, store.datasets[plan.name])
-    if (config.teacher_model_path or config.teacher_vectors_path) and config.kd_weight:
+    if config.kd_loss in SCORE_LOSSES:
+        _check_teacher_scores(config, plans, store)
+    elif config.is_taught and config.kd_weight:
         return
     reasons = {
         plan.name: reason
@@ -32,6 +34,27 @@ def check_losses(
         raise UserError(f"no dataset has a loss, so nothing would be trained:\n{listing}\n{remedy}")
     if reasons:
         warn(f"no batch of these datasets has a loss:\n{listing}\n{remedy}")
+
+
+def _check_teacher_scores(
+    config: TrainConfig, plans: tuple[DatasetPlan, ...], store: Store
+) -> None:
+    """Raise UserError for datasets whose negatives are trained on, but not all scored."""
+    missing = {
+        plan.name: rows
+        for plan in plans
+        if plan.num_negatives and (rows := store.datasets[plan.name].unscored_rows)
+    }
+    if missing:
+        listing = "\n".join(
+            f"  - {name}: {rows:,} of {store.datasets[name].num_rows:,} rows"
+            for name, rows in missing.items()
+        )
+        raise UserError(
+            f"kd_loss: {config.kd_loss!r} needs pos_score and neg_scores in every row with "
+            f"negatives; they are missing in:\n{listing}\nScore the raw data with a teacher and "
+            "tokenize it again, or give these datasets num_hard_neg 0"
+        )
 
 
 def check_held_out(config: TrainConfig, plans: tuple[DatasetPlan, ...], store: Store) -> None:

@@ -215,7 +215,7 @@ def _metrics_log(config: TrainConfig, accelerator: Accelerator, start: _Start) -
         config.run_dir / "metrics.jsonl",
         accelerator,
         optional={
-            "distillation_loss": bool(config.teacher_model_path or config.teacher_vectors_path),
+            "distillation_loss": config.is_taught,
             "self_distillation_loss": config.self_distillation > 0,
             "masked_by_margin": config.false_negative_margin is not None,
         },
