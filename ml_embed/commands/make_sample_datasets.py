@@ -1,4 +1,4 @@
-"""Make raw training data and evaluation sets of the embedded corpus.
+"""Make raw training data and evaluation sets of an embedded corpus.
 
 See ml_embed/sample_data/README.md. Prints one JSON object: what chance and trivial cues achieve on
 each evaluation split.
@@ -13,7 +13,11 @@ from ml_embed.files.paths import check_writable, home_path
 from ml_embed.notices import parse_command
 from ml_embed.sample_data.cues import cue_accuracy
 from ml_embed.sample_data.datasets import TASKS, build_datasets
+from ml_embed.sample_data.names import DATASET, NamesPlan, build_names
 from ml_embed.sample_data.plan import Plan
+
+SIZES = {"udhr": (50, 6000), "names": (None, 60_000)}
+"""Corpus -> languages (None is all) and rows, where none are given."""
 
 
 def language_count(value: str) -> int | None:
@@ -24,6 +28,13 @@ def language_count(value: str) -> int | None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--corpus",
+        choices=list(SIZES),
+        default="udhr",
+        help="the Declaration of Human Rights, or names of territories and languages "
+        "(default %(default)s)",
     )
     parser.add_argument(
         "--output",
@@ -42,15 +53,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--languages",
         type=language_count,
-        default=50,
+        default=argparse.SUPPRESS,
         metavar="N|all",
-        help="training languages (default %(default)s)",
+        help="training languages (default 50; of names all 40)",
     )
     parser.add_argument(
         "--rows",
         type=int,
-        default=6000,
-        help="for retrieval; half for clustering, a third for direction (default 6000)",
+        default=argparse.SUPPRESS,
+        help="for retrieval; of udhr half for clustering, a third for direction (default 6000; of "
+        "names 60000)",
     )
     parser.add_argument(
         "--eval-rows",
@@ -67,31 +79,50 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_command(parser, arguments)
     check_writable(args.output)
     check_writable(args.eval_output, "--eval-output")
-    plan = build_datasets(
-        args.output,
-        args.eval_output,
-        args.languages,
-        args.seed,
-        args.rows,
-        args.eval_rows,
-        args.overwrite,
-    )
-    print(json.dumps(summary(plan, args.eval_output)))
+    languages, rows = SIZES[args.corpus]
+    sizes = {
+        "languages": getattr(args, "languages", languages),
+        "seed": args.seed,
+        "rows": getattr(args, "rows", rows),
+        "eval_rows": args.eval_rows,
+        "overwrite": args.overwrite,
+    }
+    if args.corpus == "udhr":
+        plan = build_datasets(args.output, args.eval_output, **sizes)
+        print(json.dumps(summary(plan, args.eval_output)))
+    else:
+        of_names = build_names(args.output, args.eval_output, **sizes)
+        print(json.dumps(names_summary(of_names, args.eval_output)))
 
 
 def summary(plan: Plan, eval_dir: Path) -> dict[str, object]:
     """What was made, and what trivial cues achieve on each evaluation split."""
-    import pyarrow.parquet as pq
-
+    lengths = plan.declaration_lengths()
     return {
         "training_languages": len(plan.training_languages),
         "unseen_languages": len(plan.unseen_languages),
         "unseen_articles": plan.unseen_articles,
         "cues": {
-            name: cue_accuracy(
-                pq.read_table(eval_dir / f"{name}.parquet").to_pylist(),
-                plan.declaration_lengths() if task == "retrieval" else None,
-            )
+            name: cue_accuracy(_rows(eval_dir, name), lengths if task == "retrieval" else None)
             for name, task in TASKS.items()
         },
     }
+
+
+def names_summary(plan: NamesPlan, eval_dir: Path) -> dict[str, object]:
+    """What was made, how many names are alike, and what trivial cues achieve on each split."""
+    equal, total = plan.count_equal()
+    return {
+        "training_languages": len(plan.names),
+        "training_meanings": len(plan.training_meanings),
+        "unseen_meanings": len(plan.unseen_meanings),
+        "left_out_as_equal": equal,
+        "names_in_two_languages": total,
+        "cues": {DATASET: cue_accuracy(_rows(eval_dir, DATASET))},
+    }
+
+
+def _rows(eval_dir: Path, name: str) -> list[dict]:
+    import pyarrow.parquet as pq
+
+    return pq.read_table(eval_dir / f"{name}.parquet").to_pylist()

@@ -55,14 +55,14 @@ def build_datasets(
     that are one inside the other.
     """
     output_dir, eval_dir = Path(output_dir), Path(eval_dir)
-    _check_folders(output_dir, eval_dir, overwrite)
+    check_folders(output_dir, eval_dir, overwrite)
     if rows < 6 or eval_rows < 1:
         raise UserError(f"rows {rows} must be at least 6 and eval_rows {eval_rows} at least 1")
     plan = plan_datasets(languages, seed)
     training: dict[str, Iterable[Row]] = {
-        RETRIEVAL: retrieval_rows(plan, _rng("train", RETRIEVAL, seed), rows),
-        CLUSTERING: clustering_rows(plan, _rng("train", CLUSTERING, seed), rows // 2),
-        DIRECTION: direction_rows(plan, _rng("train", DIRECTION, seed), rows // 3),
+        RETRIEVAL: retrieval_rows(plan, generator_of("train", RETRIEVAL, seed), rows),
+        CLUSTERING: clustering_rows(plan, generator_of("train", CLUSTERING, seed), rows // 2),
+        DIRECTION: direction_rows(plan, generator_of("train", DIRECTION, seed), rows // 3),
     }
     evaluation: dict[str, Callable[[Plan, random.Random, int], Iterator[Row]]] = {
         RETRIEVAL: retrieval_cases,
@@ -70,9 +70,12 @@ def build_datasets(
         DIRECTION: direction_cases,
     }
     for name, dataset in training.items():
-        _write(list(dataset), output_dir / f"{name}.parquet")
+        write_rows(list(dataset), output_dir / f"{name}.parquet")
     for name, cases in evaluation.items():
-        _write(list(cases(plan, _rng("eval", name, seed), eval_rows)), eval_dir / f"{name}.parquet")
+        write_rows(
+            list(cases(plan, generator_of("eval", name, seed), eval_rows)),
+            eval_dir / f"{name}.parquet",
+        )
     return plan
 
 
@@ -80,9 +83,7 @@ def retrieval_rows(plan: Plan, rng: random.Random, count: int) -> Iterator[Row]:
     """An article in one language; the same in another; all other training articles in that other
     language."""
     articles = plan.training_articles
-    for (source, target), article in _sample_product(
-        rng, plan.pairs(unseen=False), articles, count
-    ):
+    for (source, target), article in sample_product(rng, plan.pairs(unseen=False), articles, count):
         others = [plan.text(target, other) for other in articles if other != article]
         yield {
             "query": plan.text(source, article),
@@ -99,7 +100,7 @@ def clustering_rows(plan: Plan, rng: random.Random, count: int) -> Iterator[Row]
     """
     articles = plan.training_articles
     article_pairs = [(a, b) for a in articles for b in articles if a != b]
-    for code, (article, other) in _sample_product(
+    for code, (article, other) in sample_product(
         rng, plan.training_languages, article_pairs, count
     ):
         strangers = [stranger for stranger in plan.training_languages if stranger != code]
@@ -139,7 +140,7 @@ def retrieval_cases(plan: Plan, rng: random.Random, count: int) -> Iterator[Row]
     }
     for split, (pairs, blocks) in splits.items():
         places = [(article, block) for block in blocks for article in block]
-        for (source, target), (article, block) in _sample_product(rng, pairs, places, count):
+        for (source, target), (article, block) in sample_product(rng, pairs, places, count):
             query, passage = plan.text(source, article), plan.text(target, article)
             candidates = [plan.text(target, number) for number in rng.sample(block, len(block))]
             yield _case(split, query, passage, candidates, source, target, article)
@@ -153,7 +154,7 @@ def clustering_cases(plan: Plan, rng: random.Random, count: int) -> Iterator[Row
     }
     for split, (codes, articles) in splits.items():
         article_pairs = [(a, b) for a in articles for b in articles if a != b]
-        for code, (article, other) in _sample_product(rng, codes, article_pairs, count):
+        for code, (article, other) in sample_product(rng, codes, article_pairs, count):
             choices = [
                 code,
                 *rng.sample([stranger for stranger in codes if stranger != code], BLOCK_SIZE - 1),
@@ -229,7 +230,7 @@ def _span(text: str, rng: random.Random) -> str:
     return " ".join(whole if len(whole) > 1 else words).strip()
 
 
-def _sample_product(
+def sample_product(
     rng: random.Random, first: Sequence, second: Sequence, count: int
 ) -> Iterator[tuple]:
     """Up to `count` distinct elements of the product of two sequences, in random order."""
@@ -238,12 +239,13 @@ def _sample_product(
         yield first[index // len(second)], second[index % len(second)]
 
 
-def _rng(part: str, name: str, seed: int) -> random.Random:
+def generator_of(part: str, name: str, seed: int) -> random.Random:
     """A generator of its own for every file, so that one file's rows do not depend on another's."""
     return random.Random(f"{part} {name} {seed}")
 
 
-def _check_folders(output_dir: Path, eval_dir: Path, overwrite: bool) -> None:
+def check_folders(output_dir: Path, eval_dir: Path, overwrite: bool) -> None:
+    """Raises UserError for folders that hold something or are one inside the other."""
     output, evaluation = output_dir.resolve(), eval_dir.resolve()
     if output.is_relative_to(evaluation) or evaluation.is_relative_to(output):
         raise UserError(
@@ -259,7 +261,8 @@ def _check_folders(output_dir: Path, eval_dir: Path, overwrite: bool) -> None:
             )
 
 
-def _write(rows: list[Row], file: Path) -> None:
+def write_rows(rows: list[Row], file: Path) -> None:
+    """Write a dataset as parquet."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

