@@ -123,7 +123,7 @@ def sharded_run_dirs(inputs, run_dirs):
 )
 def test_many_processes_are_one(run_dirs, processes, case):
     one, many = run_dirs(case, 1), run_dirs(case, processes)
-    assert metrics(one)[-1]["step"] == LAST
+    assert "mel_refactor" not in CASES[case] or metrics(one)[-1]["step"] == LAST
     assert_same_metrics(metrics(one), metrics(many))
     assert_same_tensors(final_state(one), final_state(many))
 
