@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
-extras=plot,sentence-transformers,lora,adamw-8bit,ann,mteb,onnx,gguf,static,dev
+extras=plot,sentence-transformers,lora,adamw-8bit,ann,bm25,mteb,onnx,gguf,static,dev
 
 versions=tested
 slow="not slow and "

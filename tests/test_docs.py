@@ -81,6 +81,7 @@ SMALLER = {
     "stage-1/epoch_1": "stage-1/step_2",
     "--preset 160M": "--layers 1 --hidden-size 32 --intermediate-size 48",
     "--languages 50": "--languages 8 --rows 60 --eval-rows 12",
+    "--corpus names --output": "--corpus names --languages 5 --rows 60 --eval-rows 12 --output",
 }
 
 

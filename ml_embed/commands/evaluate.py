@@ -24,6 +24,8 @@ from ml_embed.reports.tables import MEANING
 JSON_FILE, PICTURE_FILE = "evaluation.json", "evaluation.png"
 Numbers = dict[str, Any]
 """What `evaluate_cube` returns."""
+BM25 = "bm25"
+"""The baseline that is no model; a folder of this name is ./bm25."""
 WORK = ".vectors"
 """Folder in --output for the vectors, while it runs."""
 
@@ -47,8 +49,11 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument(
         "--baseline",
-        metavar="DIR_OR_NAME",
-        help="a model to compare with, e.g. the backbone before training",
+        nargs="+",
+        default=[],
+        metavar="DIR_OR_NAME|bm25",
+        help="what to compare with: a model, e.g. the backbone before training; bm25, which "
+        "compares words and, on its own, pieces of 3 to 5 characters; or both",
     )
     add_cut_flags(parser, many=True, default="all trained")
     parser.add_argument(
@@ -75,6 +80,10 @@ def main(arguments: list[str] | None = None) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    models = [name for name in args.baseline if name != BM25]
+    if len(models) > 1:
+        raise UserError(f"--baseline names {len(models)} models; name one at most, and {BM25}")
+    args.bm25, args.baseline = len(models) < len(args.baseline), next(iter(models), None)
     check_writable(args.output)
     from ml_embed.distributed.launch import launched
 
@@ -86,9 +95,12 @@ def evaluate(args: argparse.Namespace) -> None:
     """This process's part of the work; the first one writes and prints the results."""
     from ml_embed.distributed.collectives import compute_on_main_process, process_index
     from ml_embed.evaluation.cube import evaluate_baseline, evaluate_cube
+    from ml_embed.evaluation.lexical import evaluate_bm25, require_bm25s
     from ml_embed.files.atomic import disk_errors_are_user_errors
     from ml_embed.model_folders.seal import verify_model
 
+    if args.bm25:
+        require_bm25s()
     for model in filter(None, (args.model, args.baseline)) if args.verify else ():
         verify_model(model)
     work = args.output / WORK
@@ -106,18 +118,22 @@ def evaluate(args: argparse.Namespace) -> None:
             baseline = evaluate_baseline(args.baseline, args.data, result, **options)
         compute_on_main_process(lambda: shutil.rmtree(work, ignore_errors=True))
     if process_index() == 0:
-        write(args, result, baseline)
+        write(
+            args, result, baseline, evaluate_bm25(args.data, args.max_queries) if args.bm25 else {}
+        )
 
 
-def write(args: argparse.Namespace, result: Numbers, baseline: Numbers | None) -> None:
+def write(
+    args: argparse.Namespace, result: Numbers, baseline: Numbers | None, bm25: Numbers
+) -> None:
     """Write and print the results."""
     from ml_embed.files.atomic import write_json
     from ml_embed.reports.plots import plot_cube
     from ml_embed.reports.tables import cube_tables, precision_table, test_set_table
 
-    print(test_set_table(result, baseline, args.metric))
+    print(test_set_table(result, baseline, args.metric, bm25))
     print(f"\n{cube_tables(result, args.metric)}\n\n{precision_table(result, args.metric)}")
-    numbers = {"model": result, "baseline": baseline}
+    numbers = {"model": result, "baseline": baseline, "bm25": bm25 or None}
     try:
         args.output.mkdir(parents=True, exist_ok=True)
         write_json(args.output / JSON_FILE, numbers)

@@ -23,6 +23,7 @@ FILES = (
     "average_checkpoints",
     "export",
     "encode",
+    "search",
     "compare_dedicated",
     "compare_mel_init",
     "check_gpu",

@@ -56,8 +56,16 @@ def mean_chance(result: Result, metric: str) -> float:
     return mean_metric([row["chance"] for row in rows_of_cut(result, largest_cut(result))], metric)
 
 
-def test_set_table(result: Result, baseline: Result | None, metric: str) -> str:
-    """One line per test set: chance, the baseline if there is one, and the least cut model."""
+def test_set_table(
+    result: Result,
+    baseline: Result | None,
+    metric: str,
+    others: Mapping[str, list[dict[str, Any]]],
+) -> str:
+    """One line per test set: chance, baselines if there are any, and the least cut model.
+
+    `others`: name of a baseline that has no cuts -> a row per test set.
+    """
     whole = largest_cut(result)
     after = rows_of_cut(result, whole)
     columns = {
@@ -66,6 +74,8 @@ def test_set_table(result: Result, baseline: Result | None, metric: str) -> str:
         "chance": _with_mean([row["chance"][metric] for row in after]),
     }
     header = f"{metric}: {MEANING[metric]}.\nafter = {result['model']} ({whole})"
+    for name, rows in others.items():
+        columns[name] = _with_mean([row[metric] for row in rows])
     if baseline is not None:
         cut = largest_cut(baseline)
         columns["before"] = _with_mean([row[metric] for row in rows_of_cut(baseline, cut)])

@@ -208,7 +208,7 @@ def test_a_plain_baseline_is_read_at_the_same_depths(folders):
     assert {(row["rank"], row["depth"], row["dim"]) for row in baseline["rows"]} == {
         (0, depth, dim) for depth in EXITS for dim in DIMS
     }
-    table = table_of_test_sets(result, baseline, "recall@1").splitlines()
+    table = table_of_test_sets(result, baseline, "recall@1", {}).splitlines()
     assert table[-1].split()[0] == "mean"
     assert [float(value) for value in table[-1].split()[1:]] == pytest.approx(
         [
