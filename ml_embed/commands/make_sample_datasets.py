@@ -8,12 +8,13 @@ import argparse
 import json
 from pathlib import Path
 
-from ml_embed.errors import exit_on_user_error
+from ml_embed.errors import UserError, exit_on_user_error
 from ml_embed.files.paths import check_writable, home_path
 from ml_embed.notices import parse_command
 from ml_embed.sample_data.cues import cue_accuracy
 from ml_embed.sample_data.datasets import TASKS, build_datasets
 from ml_embed.sample_data.names import DATASET, NamesPlan, build_names
+from ml_embed.sample_data.names_source import KINDS
 from ml_embed.sample_data.plan import Plan
 
 SIZES = {"udhr": (50, 6000), "names": (None, 60_000)}
@@ -35,6 +36,11 @@ def main(arguments: list[str] | None = None) -> None:
         default="udhr",
         help="the Declaration of Human Rights, or names of territories and languages "
         "(default %(default)s)",
+    )
+    parser.add_argument(
+        "--kind",
+        choices=list(KINDS.values()),
+        help="of names: only those of this kind (default all)",
     )
     parser.add_argument(
         "--output",
@@ -88,10 +94,12 @@ def main(arguments: list[str] | None = None) -> None:
         "overwrite": args.overwrite,
     }
     if args.corpus == "udhr":
+        if args.kind:
+            raise UserError("--kind is of names; add --corpus names, or leave it out")
         plan = build_datasets(args.output, args.eval_output, **sizes)
         print(json.dumps(summary(plan, args.eval_output)))
     else:
-        of_names = build_names(args.output, args.eval_output, **sizes)
+        of_names = build_names(args.output, args.eval_output, **sizes, kind=args.kind)
         print(json.dumps(names_summary(of_names, args.eval_output)))
 
 

@@ -89,13 +89,15 @@ def load_names() -> pa.Table:
     return pq.read_table(NAMES_FILE)
 
 
-def plan_names(languages: int | None = None, seed: int = 0) -> NamesPlan:
+def plan_names(languages: int | None = None, seed: int = 0, kind: str | None = None) -> NamesPlan:
     """Take the first `languages` (None is all), and choose by `seed` what is held out.
 
-    Raises UserError if there are not that many languages.
+    `kind` takes only meanings of it. Raises UserError if there are not that many languages.
     """
     names: dict[str, dict[Meaning, str]] = {}
     for row in load_names().to_pylist():
+        if kind not in (None, row["kind"]):
+            continue
         names.setdefault(row["language"], {})[Meaning(row["kind"], row["code"])] = row["name"]
     count = len(names) if languages is None else languages
     if not MIN_LANGUAGES <= count <= len(names):
@@ -131,10 +133,11 @@ def build_names(
     rows: int = 60_000,
     eval_rows: int = 400,
     overwrite: bool = False,
+    kind: str | None = None,
 ) -> NamesPlan:
     """Write the raw training dataset `names` to `output_dir`, its evaluation set to `eval_dir`.
 
-    Training: up to `rows` rows, with 7 negatives each.
+    Training: up to `rows` rows, with 7 negatives each; `kind` takes only names of that kind.
     Evaluation: up to `eval_rows` rows a split, with columns split, query, passage, candidates (list
         of strings, the passage among them), position (of the passage there), query_language,
         passage_language, kind and code. The same arguments give the same bytes.
@@ -145,7 +148,7 @@ def build_names(
     check_folders(output_dir, eval_dir, overwrite)
     if rows < 1 or eval_rows < 1:
         raise UserError(f"rows {rows} and eval_rows {eval_rows} must be at least 1")
-    plan = plan_names(languages, seed)
+    plan = plan_names(languages, seed, kind)
     training = name_rows(plan, generator_of("train", DATASET, seed), rows)
     evaluation = name_cases(plan, generator_of("eval", DATASET, seed), eval_rows)
     write_rows(list(training), output_dir / f"{DATASET}.parquet")

@@ -149,6 +149,10 @@ def test_counts_seeds_and_the_command(tmp_path, capsys):
     assert said["training_languages"] == 5
     assert said["names_in_two_languages"] == 10 * 728
     assert all(cue["length"] < 0.1 for cue in said["cues"]["names"].values())
+    assert {meaning.kind for meaning in plan_names(5, kind="territory").meanings} == {"territory"}
+    folders = ["--output", str(tmp_path / "of"), "--eval-output", str(tmp_path / "of eval")]
+    assert main([*folders, "--kind", "territory"]) == 2
+    assert "--kind is of names; add --corpus names" in capsys.readouterr().err
     for wrong in (4, 41):
         with pytest.raises(UserError, match="5 to 40"):
             plan_names(wrong)
