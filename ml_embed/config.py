@@ -428,8 +428,15 @@ def _check_together(config: TrainConfig) -> list[str]:
             problems.append(
                 f"{key} is given but {flag} is false; set {flag} to true or remove {key}"
             )
-        if isinstance(weights, tuple) and not any(weights):
-            problems.append(f"{key}: all of {list(weights)} are 0; one at least must count")
+        if isinstance(weights, tuple) and not 0 < sum(weights) < math.inf:
+            problems.append(f"{key}: the sum of {list(weights)} must be more than 0, and finite")
+    if config.mll_prior_weight != 1 and config.mll_weights != "last":
+        problems.append("mll_prior_weight needs mll_weights 'last'; set that or remove it")
+    taught = config.teacher_model_path or config.teacher_vectors_path
+    if taught and isinstance(config.mll_weights, tuple) and config.mll_weights[-1] == 0:
+        problems.append(
+            "mll_weights: the last layer's exit learns from the teacher; it must count more than 0"
+        )
     if config.mel_init == "frequency" and config.r == 0:
         problems.append("mel_init: 'frequency' needs factors; set r > 0 or remove mel_init")
     if config.teacher_model_path is not None and config.teacher_vectors_path is not None:
@@ -517,9 +524,7 @@ def _parse_value(
         (item, _) = typing.get_args(hint)
         if isinstance(value, list | tuple):
             if not value and item is not str:
-                problems.append(
-                    f"{key}: the list is empty; name at least one {_TYPE_NAMES[item]}, or give null"
-                )
+                problems.append(f"{key}: the list is empty; name at least one {_TYPE_NAMES[item]}")
             items = [
                 _parse_scalar(v, item, field, f"{key}[{i}]", problems) for i, v in enumerate(value)
             ]

@@ -4,11 +4,13 @@ A model alone is the first layers of the same start, with token factors of one r
 and a loss on the leading components alone. Data, order, steps and seed are those of the nested run.
 """
 
+import contextlib
 import functools
+import itertools
 import re
 import shutil
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,13 @@ from ml_embed.config import parse_config
 from ml_embed.distributed.collectives import compute_on_main_process
 from ml_embed.errors import UserError
 from ml_embed.evaluation.cube import RANKS, evaluate_cube
+from ml_embed.evaluation.data import read_test_sets
 from ml_embed.evaluation.intervals import Interval, bootstrap, difference, interaction
 from ml_embed.evaluation.metrics import values_of_ranks
 from ml_embed.files.atomic import write_json
+from ml_embed.files.digests import value_digest
 from ml_embed.files.locks import take_lock
+from ml_embed.files.model_identity import model_identity
 from ml_embed.files.model_source import find_model_folder
 from ml_embed.files.paths import numbered_folders
 from ml_embed.model_folders.cut import Cut, whole_cut
@@ -68,6 +73,13 @@ class Comparison:
     def models(self) -> list["Model"]:
         """The nested one, then those alone."""
         return [self.nested, *(Model(self, cut) for cut in self.cuts)]
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Held by one process of a launch at a time; they have not met yet."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        with take_lock(self.output / ".lock", -1):
+            yield
 
     @functools.cached_property
     def start(self) -> ModelFolder:
@@ -118,10 +130,9 @@ class Model:
         whole = whole_cut(start.record, start.config)
         if self.alone.depth == whole.depth:
             return start.path
-        folder = self.comparison.output / "starts" / f"depth_{self.alone.depth}"
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # All processes of a launch come here.
-        with take_lock(folder.parent / ".lock", -1):
+        content = value_digest(model_identity(start.path))[:8]
+        folder = self.comparison.output / "starts" / f"depth_{self.alone.depth}_{content}"
+        with self.comparison.alone():
             if not folder.exists():
                 write_cut(start, Cut(whole.rank, self.alone.depth, whole.dim), folder)
         return folder
@@ -161,7 +172,8 @@ def check(comparison: Comparison) -> None:
     """Refuse what cannot be compared, before anything is trained.
 
     Raises:
-        UserError: a config that a run would refuse, or a cut that the nested run does not have.
+        UserError: a config that a run would refuse, a cut that the nested run does not have, or
+            evaluation data that cannot be read.
     """
     backbone = comparison.start.config
     first = comparison.seeds[0], comparison.learning_rates[0]
@@ -175,7 +187,14 @@ def check(comparison: Comparison) -> None:
                     f"{size}; its whole is {largest.rank}:{largest.depth}:{largest.dim}"
                 )
     for model in comparison.models:
-        parse_config(model.config(*first))
+        names = []
+        for seed, rate in itertools.product(comparison.seeds, comparison.learning_rates):
+            parse_config(model.config(seed, rate))
+            names.append(model.name(seed, rate))
+        if len(set(names)) < len(names):
+            raise UserError("--learning-rates: two are alike in their first six digits; give one")
+    for data in {comparison.data, comparison.tuning}:
+        read_test_sets(data, comparison.max_queries)
 
 
 def train_all(comparison: Comparison, train: Train) -> int:
@@ -184,8 +203,10 @@ def train_all(comparison: Comparison, train: Train) -> int:
         for seed in comparison.seeds:
             for rate in comparison.learning_rates:
                 path = comparison.output / "configs" / f"{model.name(seed, rate)}.json"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_json(path, model.config(seed, rate))
+                config = model.config(seed, rate)
+                with comparison.alone():
+                    path.parent.mkdir(exist_ok=True)
+                    write_json(path, config)
                 if code := train(path):
                     return code
     return 0

@@ -41,7 +41,8 @@ def test_models_alone_are_trained_for_their_cut_alone(world, compared):
     assert dict(zip(resolved["dims"], resolved["dim_weights"], strict=True)) == {64: 0, 8: 1}
     for same in ("total_steps", "datasets", "global_batch_size"):
         assert resolved[same] == nested[same]
-    start = load_file(output / "starts/depth_1/model.safetensors")
+    (folder,) = (output / "starts").glob("depth_1_*")
+    start = load_file(folder / "model.safetensors")
     whole = load_file(world.backbone / "model.safetensors")
     for key, tensor in start.items():
         torch.testing.assert_close(tensor, whole[key].float())
@@ -103,6 +104,23 @@ def test_a_model_alone_gives_short_vectors(compared):
     folder = output / "runs/rank_16_depth_1_dim_8_seed_0_lr_0.001/step_2"
     model = Embedder.from_pretrained(folder, dim=8, device="cpu")
     assert model.encode("a text").shape == (8,)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--learning-rates", "1e-3", "-1"], "learning_rate: -1.0 must be greater than 0"),
+        (["--seeds", "0", "-5"], "seed: -5 must be at least 0"),
+        (["--learning-rates", "1e-3", "1.0000001e-3"], "two are alike"),
+        (["--tuning-data", "nowhere"], "evaluation data nowhere does not exist"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_trained(world, tmp_path, capsys, more, message):
+    config = world.write_config(tmp_path / "config.json", "mine")
+    given = ["--config", str(config), "--data", str(world.raw), "--output", str(tmp_path / "out")]
+    assert compare_dedicated.main([*given, "--cuts", "32:2:8", *more]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out/runs").exists()
 
 
 @pytest.mark.parametrize(

@@ -351,7 +351,7 @@ def test_an_interrupted_approximate_search_goes_on(letters, tmp_path, monkeypatc
     def stops_at_the_second_block_of_codes(file, rows, made):
         if file.path.name == "codes.bin" and rows.start:
             raise KeyboardInterrupt
-        write(file, rows, made)
+        return write(file, rows, made)
 
     def mine(folder, nprobe):
         return mine_folder(
@@ -382,7 +382,7 @@ def test_an_interrupted_approximate_search_goes_on(letters, tmp_path, monkeypatc
 
     def writes_no_codes(file, rows, made):
         assert file.path.name != "codes.bin", "the index serves other settings of the search, too"
-        write(file, rows, made)
+        return write(file, rows, made)
 
     with monkeypatch.context() as patch:
         patch.setattr(Rows, "_write", writes_no_codes)
