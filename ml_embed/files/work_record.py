@@ -78,7 +78,7 @@ class WorkRecord:
         self._finished: set[str] = set()  # items that `path` names
         self._journal_bytes = 0  # of its whole lines
         self._unwritten: list[dict[str, Any]] = []  # lines that the next `begin` writes
-        self._taken_over: list[Path] = []  # files whose lines are among them
+        self._taken_over: list[Path] = []  # notes of other processes that it removes
         try:
             former = self._read_former(read)
         except UserError:
@@ -86,6 +86,7 @@ class WorkRecord:
                 raise
             self._journal_bytes = 0
             self._unwritten = []
+            self._taken_over = self._notes()  # unread: to be removed
             self.replace_all()
             return
         if self._journal_bytes == 0:
@@ -134,7 +135,7 @@ class WorkRecord:
 
     def take_over(self) -> None:
         """Add what other processes `note_done`."""
-        for path in sorted(self.path.parent.glob(f"{self.path.stem}.partial-*.jsonl")):
+        for path in self._notes():
             self._taken_over.append(path)
             for line in self._read_lines(path)[0]:
                 self._note(line)
@@ -153,6 +154,7 @@ class WorkRecord:
         self._unwritten = []
         for path in self._taken_over:
             path.unlink(missing_ok=True)
+        self._taken_over = []  # others may write files of the same names again
         if self.path.exists() and (self.replaced is not None or self.unfinished & self._finished):
             self.path.replace(self._set_aside)
             sync_folder(self.path.parent)
@@ -167,6 +169,10 @@ class WorkRecord:
             write_json(self.path, content, sort_keys)
         for path in (self._journal, self._set_aside, *self._taken_over):
             path.unlink(missing_ok=True)
+
+    def _notes(self) -> list[Path]:
+        """Files that other processes made by `note_done`."""
+        return sorted(self.path.parent.glob(f"{self.path.stem}.partial-*.jsonl"))
 
     def _known(self) -> set[str]:
         return {*self.entries, *self.unfinished, *(self.replaced or ())}

@@ -254,6 +254,11 @@ def _begin(jobs: Mapping[str, _Job], record: WorkRecord, folder: Path) -> list[_
 def _finish(jobs: Mapping[str, _Job], record: WorkRecord, options: TokenizeOptions) -> Manifest:
     """Write the manifest, and remove what does not belong to it."""
     record.take_over()
+    if missing := sorted(jobs.keys() - record.entries.keys()):
+        raise UserError(
+            f"{options.output}: no process noted there that it made {', '.join(missing)}. Is it "
+            "the same folder on all machines? Then run the same command again: it continues."
+        )
     for name in record.gone(jobs):
         for path in token_paths(options.output, name).values():
             path.unlink(missing_ok=True)

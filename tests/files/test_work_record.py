@@ -159,6 +159,29 @@ def test_what_another_process_made_long_ago_does_not_hide_that_it_is_made_again(
     assert opened(tmp_path, {}).unfinished == {"a"}
 
 
+def test_notes_that_come_after_others_were_taken_over_are_kept(tmp_path):
+    record = opened(tmp_path, {})
+    note_done(record.path, 1, "a", {"of": "a"})
+    record.take_over()
+    record.begin("c")
+    note_done(record.path, 1, "b", {"of": "b"})
+    record.record("c", {"of": "c"})
+    record.take_over()
+    assert record.entries == {name: {"of": name} for name in NAMES}
+
+
+@pytest.mark.parametrize("damaged", ["record.partial.jsonl", "record.partial-0.jsonl"])
+def test_notes_beside_a_damaged_record_are_not_taken_for_what_is_made_again(tmp_path, damaged):
+    note_done(tmp_path / "record.json", 1, "a", {"of": "long ago"})
+    (tmp_path / damaged).write_text("{\n")
+    record = opened(tmp_path, {}, overwrite=True)
+    record.begin("a")
+    record.record("a", {"of": "a"})
+    record.take_over()
+    assert record.entries == {"a": {"of": "a"}}
+    assert [path.name for path in tmp_path.iterdir()] == ["record.partial.jsonl"]
+
+
 def test_a_torn_line_is_as_if_it_had_not_been_written(tmp_path):
     record = opened(tmp_path, {})
     record.begin("a")

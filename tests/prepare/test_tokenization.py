@@ -546,6 +546,16 @@ def test_full_disk_is_a_user_error_and_leaves_no_half_written_file(
     assert contents(tmp_path / "tokens").keys() == {"manifest.partial.jsonl"}
 
 
+def test_a_dataset_that_nobody_noted_as_made_is_not_left_out(
+    tokenizer_folder, tmp_path, monkeypatch
+):
+    write_raw(tmp_path / "raw")
+    monkeypatch.setattr(tokenization, "work_through", lambda *_: None)
+    with pytest.raises(UserError, match="no process noted there that it made"):
+        tokenize_folder(options(tokenizer_folder, tmp_path), progress=False)
+    assert not (tmp_path / "tokens" / "manifest.json").exists()
+
+
 def test_two_runs_into_one_folder_are_refused(tokenizer_folder, tmp_path):
     write_raw(tmp_path / "raw", "a")
     (tmp_path / "tokens").mkdir()
