@@ -11,7 +11,7 @@ from ml_embed.errors import UserError
 from ml_embed.files.digests import only_differing
 from ml_embed.files.json_file import parse_json
 from ml_embed.files.model_identity import model_identity
-from ml_embed.files.paths import home_path, numbered_folders
+from ml_embed.files.paths import home_path
 from ml_embed.training.best import Best
 from ml_embed.training.checkpoint import STATE_FILE, find_state
 from ml_embed.training.inputs import Inputs
@@ -130,18 +130,30 @@ def continuation_notice(
 def what_is_left(config: TrainConfig) -> str | None:
     """How far a run has come that is to be continued; None if it has reached its end.
 
-    By its newest state, which is saved last of all: at the last step, where `patience` ends the
-    run, and after a signal.
+    By its newest whole state, which is saved last of all: at the last step, where `patience` ends
+    the run, and after a signal.
+
+    Raises:
+        UserError: there are states, and all are damaged.
     """
-    states = numbered_folders(config.run_dir / "resume")
-    if not states:
+    newest = find_state(config.run_dir / "resume")
+    if newest is None:
         return f"{config.run_dir} has done no step that is saved"
-    step, newest = states[-1]
-    last = parse_json((config.run_dir / "resolved.json").read_bytes())["total_steps"]
-    saved = parse_json((newest / STATE_FILE).read_bytes()).get("best")
-    if step >= last or Best.continued(config.keep_best, saved).is_over(config.patience):
+    state = parse_json((newest / STATE_FILE).read_bytes())
+    step, last = state["step"], _last_step(config.run_dir)
+    best = Best.continued(config.keep_best, state.get("best"))
+    if best.is_over(config.patience) or (last is not None and step >= last):
         return None
-    return f"{config.run_dir} has done {step} of {last} steps; continue with --resume auto"
+    done = f"{step} steps" if last is None else f"{step} of {last} steps"
+    return f"{config.run_dir} has done {done}; continue with --resume auto"
+
+
+def _last_step(run_dir: Path) -> int | None:
+    """The last step of a run; None where a crash left no whole record of it, which is made anew."""
+    try:
+        return parse_json((run_dir / "resolved.json").read_bytes())["total_steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def state_to_resume(run_dir: Path, resume: str) -> Path | None:

@@ -7,7 +7,10 @@ import pytest
 from helpers.in_process import train
 from helpers.tiny_runs import Inputs, config_of, metrics, run
 
+from ml_embed.config import parse_config
+from ml_embed.files.atomic import write_checksums
 from ml_embed.training.best import Best
+from ml_embed.training.resume import what_is_left
 
 KEY = "Avg/retrieval/ndcg@10"
 EVERY_STEP = {"validation_steps": 1, "checkpointing_steps": 1, "valid_fraction": 0.4}
@@ -65,6 +68,29 @@ def test_a_run_without_gains_ends_and_stays_ended(world, tmp_path, capsys):
     code, longer = train(world, tmp_path, arguments=["--resume", "auto"], **settings)
     assert code == 0
     assert max(line["step"] for line in longer) == 5
+
+
+def test_what_a_crash_left_of_a_run_is_to_be_continued(tmp_path):
+    """Torn or missing files, that is: the newest whole state counts."""
+    config = parse_config(
+        dict.fromkeys(("model_path", "experiment_id", "tb_dir", "cache_dir"), "x")
+        | {"output_dir": str(tmp_path), "train_data_path": "x"}
+    )
+    states, resolved = config.run_dir / "resume", config.run_dir / "resolved.json"
+    assert "no step that is saved" in what_is_left(config)
+    for step in (2, 3):
+        (states / f"step_{step}").mkdir(parents=True)
+        (states / f"step_{step}" / "state.json").write_text(json.dumps({"step": step}))
+        write_checksums(states / f"step_{step}")
+    assert "has done 3 steps" in what_is_left(config)
+    resolved.write_text('{"total_st')
+    assert "has done 3 steps" in what_is_left(config)
+    resolved.write_text('{"total_steps": 3}')
+    assert what_is_left(config) is None
+    (states / "step_3" / "state.json").write_text("{")
+    assert "has done 2 of 3 steps" in what_is_left(config)
+    (states / "step_3" / "state.json").unlink()
+    assert "has done 2 of 3 steps" in what_is_left(config)
 
 
 def test_it_is_exact_in_a_continued_run_of_two_processes(tmp_path):
