@@ -107,13 +107,14 @@ def test_a_run_of_two_machines_is_stopped_and_queued_again(tmp_path):
 @pytest.mark.parametrize(
     ("told", "code", "done", "ends_with", "notes"),
     [
-        (True, "", 75, 0, ["a process saves", "requeue 7"]),
-        (True, "", 0, 1, ["a process saves"]),  # it was at its end
-        (True, "", 2, 1, ["a process saves"]),  # the config cannot be read
-        (False, "3", 75, 1, []),  # it failed by itself
+        (signal.SIGUSR1, "", 75, 0, ["a process saves", "requeue 7"]),
+        (signal.SIGUSR1, "", 0, 1, ["a process saves"]),  # it was at its end
+        (signal.SIGUSR1, "", 2, 1, ["a process saves"]),  # the config cannot be read
+        (signal.SIGTERM, "", 75, 1, ["a process saves"]),  # it was cancelled
+        (None, "3", 75, 1, []),  # it failed by itself
     ],
 )
-def test_only_a_run_that_was_told_to_stop_is_queued_again(
+def test_only_a_run_whose_time_is_over_is_queued_again(
     tmp_path, told, code, done, ends_with, notes
 ):
     """And the signal reaches the launcher's processes, not the launcher."""
@@ -125,6 +126,6 @@ def test_only_a_run_that_was_told_to_stop_is_queued_again(
         started = slurm.said.with_name("said.started")
         while not started.exists():
             assert job.poll() is None, slurm.printed.read_text()
-        job.send_signal(signal.SIGUSR1)
+        job.send_signal(told)
     assert job.wait(20) == ends_with, slurm.printed.read_text()
     assert slurm.notes() == notes
