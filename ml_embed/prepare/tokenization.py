@@ -236,9 +236,10 @@ def tokenize_folder(options: TokenizeOptions, progress: bool = True) -> Manifest
         return compute_on_main_process(lambda: _finish(jobs, record, options))
 
 
-def _sizes(jobs: Mapping[str, _Job]) -> dict[str, int]:
-    """The bytes of the raw files that this process sees."""
-    return {job.raw.path.name: job.raw.path.stat().st_size for job in jobs.values()}
+def _sizes(jobs: Mapping[str, _Job]) -> dict[str, int | None]:
+    """The bytes of the raw files that this process sees; None for one that it does not."""
+    paths = [job.raw.path for job in jobs.values()]
+    return {path.name: path.stat().st_size if path.is_file() else None for path in paths}
 
 
 def _begin(jobs: Mapping[str, _Job], record: WorkRecord, folder: Path) -> list[_Job]:

@@ -281,12 +281,19 @@ def _mine_dataset(
     if todo is not None:
         rows, searched = read_rows(dataset), dict[str, Any]()
         if todo.task not in NOT_MINED:
-            check_agreement(lambda: {dataset.path.name: describe_source(dataset.path)})
+            check_agreement(lambda: _source_here(dataset.path))
             compute_on_main_process(lambda: work.mkdir(exist_ok=True))
             made_of = record.settings | {"source": todo.source}
             rows, searched = _Mining(model, options, work, made_of, progress).run(todo)
         compute_on_main_process(lambda: _write(todo, record, output, rows, searched))
     compute_on_main_process(lambda: shutil.rmtree(work, ignore_errors=True))
+
+
+def _source_here(path: Path) -> dict[str, Any]:
+    """What a raw file is on this machine, which may not be the first process's."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist there; give a folder that all machines share")
+    return {path.name: describe_source(path)}
 
 
 def _look_at(dataset: RawDataset, record: WorkRecord, output: Path) -> _Todo | None:

@@ -556,6 +556,13 @@ def test_a_dataset_that_nobody_noted_as_made_is_not_left_out(
     assert not (tmp_path / "tokens" / "manifest.json").exists()
 
 
+def test_a_raw_file_that_only_some_machines_have_is_a_difference_between_them(tmp_path):
+    here, gone = (RawDataset(name, tmp_path / f"{name}.jsonl") for name in ("here", "gone"))
+    here.path.write_text("{}")
+    jobs = {raw.name: tokenization._Job(raw, None, "retrieval", {}) for raw in (here, gone)}
+    assert tokenization._sizes(jobs) == {"here.jsonl": 2, "gone.jsonl": None}
+
+
 def test_two_runs_into_one_folder_are_refused(tokenizer_folder, tmp_path):
     write_raw(tmp_path / "raw", "a")
     (tmp_path / "tokens").mkdir()

@@ -509,6 +509,11 @@ def test_folders_that_hold_something_else_are_not_mixed_with(raw, tmp_path):
         mine_folder(WordModel(), raw, raw, Filter(), progress=False)
 
 
+def test_a_raw_file_that_a_machine_does_not_have_is_named_with_the_remedy(tmp_path):
+    with pytest.raises(UserError, match=r"a\.jsonl .*; give a folder that all machines share"):
+        mining._source_here(tmp_path / "a.jsonl")
+
+
 def test_another_model_of_the_same_name_is_refused_and_a_damaged_file_made_again(raw, tmp_path):
     rule = Filter(count=2)
     mine_folder(WordModel(), raw, tmp_path, rule, progress=False)
