@@ -106,7 +106,7 @@ def encode_into_file(
         def finish() -> None:
             file.path.replace(path)
             sync_folder(path.parent)
-            shutil.rmtree(work)
+            shutil.rmtree(work, ignore_errors=True)  # NFS keeps the lock, which is open, in it
 
         compute_on_main_process(finish)
     return count

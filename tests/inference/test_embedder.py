@@ -1,9 +1,12 @@
 """Inference against transformers and sentence-transformers, on tiny random models."""
 
+import errno
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -29,6 +32,7 @@ from ml_embed.errors import UserError
 from ml_embed.inference import embedder
 from ml_embed.inference.embedder import Embedder
 from ml_embed.inference.text_models import load_text_model
+from ml_embed.inference.vector_file import encode_into_file
 from ml_embed.model_folders.read import ModelFolder, load_encoder
 
 
@@ -378,3 +382,12 @@ def test_another_process_gives_the_same_vectors(shared, monkeypatch):
     expected = model.encode(TEXTS, prompt_name="query", batch_size=2)
     elsewhere = model.encode(iter(TEXTS), prompt_name="query", batch_size=2, devices="cpu")
     assert_equal_vectors(elsewhere, expected)
+
+
+def test_a_file_of_vectors_is_whole_where_its_work_folder_cannot_be_removed(tmp_path, monkeypatch):
+    """NFS keeps a file that is open, such as the lock, under another name in its folder."""
+    monkeypatch.setattr(os, "rmdir", Mock(side_effect=OSError(errno.ENOTEMPTY, "not empty")))
+    path = tmp_path / "vectors.npy"
+    texts, vectors = ["a", "b"], np.ones((2, 3), np.float32)
+    encode_into_file(path, lambda: texts, lambda _: vectors, 3, "texts", progress=False)
+    np.testing.assert_array_equal(np.load(path), vectors)
