@@ -4,7 +4,6 @@ Which process does a piece does not change what it makes. So the result is that 
 work that was interrupted is continued by any number of them.
 """
 
-import contextlib
 import math
 import os
 import uuid
@@ -24,7 +23,7 @@ from ml_embed.distributed.collectives import (
     process_index,
     world_size,
 )
-from ml_embed.errors import UserError
+from ml_embed.errors import UserError, message_for_user
 from ml_embed.files.arrays import blocks
 from ml_embed.files.atomic import sync_folder, write_json
 from ml_embed.files.digests import bytes_digest, seal_is_broken, sealed, value_digest
@@ -105,8 +104,11 @@ def conduct(
         done, content = compute_on_main_process(lambda: (True, run(ask)))
         if done:
             return content
-        with contextlib.suppress(UserError):  # the first process has it too, and will say so
+        try:
             serve(content)
+        except Exception as error:
+            if message_for_user(error) is None:
+                raise  # else the first process has it too, and will say so
 
 
 class _Numbers:

@@ -9,11 +9,13 @@ import os
 import signal
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from helpers.tiny_runs import Launch
 
+from ml_embed.distributed import shares
 from ml_embed.distributed.collectives import gather_objects, process_index, world_size
 from ml_embed.distributed.launch import launched
 from ml_embed.distributed.shares import Rows, leads_its_machine, work_through
@@ -75,6 +77,20 @@ def test_each_block_is_made_once_by_some_process(tmp_path):
     assert sorted(itertools.chain(*made)) == list(range(0, SHAPE[1], 4))
     assert (tmp_path / "rows.bin").read_bytes() == content(0, SHAPE[1]).tobytes()
     assert not list(tmp_path.glob(".launch-*"))
+
+
+def test_a_process_whose_disk_is_full_waits_for_what_the_first_says_of_it(monkeypatch):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "vectors")
+    for error, is_ours in ((full, False), (UserError("no good"), False), (KeyError("bug"), True)):
+        said = iter([(False, "a request"), (True, "outcome")])
+        monkeypatch.setattr(shares, "compute_on_main_process", lambda _, said=said: next(said))
+        serve = Mock(side_effect=error)
+        if is_ours:
+            with pytest.raises(KeyError):
+                shares.conduct(Mock(), serve)
+        else:
+            assert shares.conduct(Mock(), serve) == "outcome"
+        serve.assert_called_once_with("a request")
 
 
 def test_what_a_dead_process_left_is_continued_by_another_number_of_processes(tmp_path):
