@@ -3,6 +3,7 @@
 One model for `run.py --dry-run` and `scripts/estimate_scale.py`. Bytes of weights, gradients and
 moments, FLOPs, and the activations of a token are compared with what the CPU really holds and does
 (`tests/training/test_cost.py`). What else it takes is a guess until it was measured on GPUs.
+A teacher that runs beside the student is not counted.
 
 Letters: H hidden size, L decoder layers, S tokens of a text, W processes.
 """
