@@ -10,6 +10,7 @@ Letters: B texts of a batch, S their longest length, V vocabulary, r rank, H hid
 length.
 """
 
+import copy
 import dataclasses
 import tempfile
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ from ml_embed.model_folders.read import (
 )
 from ml_embed.model_folders.record import NESTED, RECORD_FILE, TABLE
 from ml_embed.model_folders.write import save_model_folder
+from ml_embed.prepare.tokenizer import append_eos_template
 
 try:
     from sentence_transformers import SentenceTransformer
@@ -102,7 +104,9 @@ class NestedSentenceTransformer(SentenceTransformer):
         if self._record.norm_sharing == "per_layer":
             norms = read_exit_norms(source.path, dtype)
             self._shallow_norms = {n: nearest_norm(norms, n) for n in self._record.exits[:-1]}
-        transformer = NestedTransformer(backbone, source.tokenizer, self._record.max_seq_length)
+        tokenizer = copy.deepcopy(source.tokenizer)
+        append_eos_template(tokenizer)  # a plain backbone's appends none by itself
+        transformer = NestedTransformer(backbone, tokenizer, self._record.max_seq_length)
         pooling = Pooling(backbone.config.hidden_size, pooling_mode="lasttoken")
         super().__init__(
             modules=[transformer, pooling, CutVectors(cut.dim), Normalize()],

@@ -15,6 +15,7 @@ from helpers.tiny_models import (
     TEXTS,
     assert_equal_vectors,
     make_tokenizer,
+    random_backbone,
     write_model,
 )
 from packaging.version import Version
@@ -81,6 +82,16 @@ def test_a_whole_table_loads_too(tmp_path):
     found = load(whole, depth=1, dim=8, device="cpu").encode(TEXTS)
     expected = Embedder.from_pretrained(whole, depth=1, dim=8).encode(TEXTS)
     np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_a_plain_backbone_gets_its_end_token(tmp_path):
+    """Its tokenizer appends none by itself; long texts are cut in front of it."""
+    tokenizer = make_tokenizer()
+    random_backbone(tokenizer).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    texts = [*SPOKEN, " ".join(SPOKEN * 4)]
+    expected = Embedder.from_pretrained(tmp_path, device="cpu").encode(texts)
+    assert_equal_vectors(load(tmp_path, device="cpu").encode(texts), expected)
 
 
 def train_on(model, output, saves=False):
