@@ -19,10 +19,12 @@ from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3Model
 from ml_embed.errors import UserError
 from ml_embed.files.atomic import atomic_folder
 from ml_embed.model import FactorizedEmbedding
-from ml_embed.model_folders.card import write_card
+from ml_embed.model_folders.card import Form, write_card
+from ml_embed.model_folders.cut import Cut
 from ml_embed.model_folders.export import Part, stored_dtype
 from ml_embed.model_folders.read import load_for_transformers
 from ml_embed.model_folders.record import TABLE
+from ml_embed.model_folders.sizes import parameters_of
 from ml_embed.model_folders.write import save_settings
 from ml_embed.prepare.tokenizer import end_token, splits_as_qwen
 
@@ -52,12 +54,12 @@ def export_gguf(part: Part, output: Path, dtype: torch.dtype | None = None) -> d
     Args:
         part: what to write, from `open_part`.
         output: the new folder, checked already; it appears whole or not at all.
-        dtype: of the matrices; None is the model's.
+        dtype: of the matrices; None is the model's; float64 becomes float32.
     Returns:
         for the command's JSON line.
     Raises:
-        UserError: the extra is missing, or the tokenizer or the positions are of a kind that this
-            file does not say.
+        UserError: the extra is missing, the tokenizer or the positions are of a kind that this
+            file does not say, or the layers have biases.
     """
     if importlib.util.find_spec("gguf") is None:
         raise UserError("gguf is not installed; pip install 'ml-embed[gguf]'")
@@ -65,6 +67,7 @@ def export_gguf(part: Part, output: Path, dtype: torch.dtype | None = None) -> d
     _check(source.path, source.config, source.tokenizer)
     backbone = load_for_transformers(source, cut.depth, cut.rank)
     dtype = dtype or stored_dtype(source.config)
+    dtype = dtype if dtype in TYPES else torch.float32
     config = backbone.config
     with atomic_folder(output) as new:
         from gguf import GGUFWriter
@@ -78,15 +81,19 @@ def export_gguf(part: Part, output: Path, dtype: torch.dtype | None = None) -> d
         writer.write_tensors_to_file()
         writer.close()
         save_settings(new, config, source.tokenizer, record, dtype)
-        write_card(new, config, record, _use(part, config.hidden_size), "gguf")
+        write_card(new, record, _form(part, config))
         size = (new / FILE).stat().st_size
     return {"file": FILE, "bytes_of_weights": size}
 
 
-def _use(part: Part, hidden: int) -> str:
-    cut = CUT.format(dim=part.cut.dim) if part.cut.dim < hidden else ""
+def _form(part: Part, config: Qwen3Config) -> Form:
+    """The whole vector and the whole table, whatever the cut."""
+    hidden, cut = config.hidden_size, part.cut
+    shorter = CUT.format(dim=cut.dim) if cut.dim < hidden else ""
     length = part.record.max_seq_length
-    return USE.format(file=FILE, hidden=hidden, cut=cut, max_seq_length=length)
+    use = USE.format(file=FILE, hidden=hidden, cut=shorter, max_seq_length=length)
+    parameters = parameters_of(config, Cut(0, cut.depth, cut.dim))
+    return Form("gguf", use, parameters, hidden, "the last token's hidden state, normalised")
 
 
 def _check(folder: Path, config: Qwen3Config, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -96,6 +103,11 @@ def _check(folder: Path, config: Qwen3Config, tokenizer: PreTrainedTokenizerBase
         raise UserError(
             f"the tokenizer of {folder} does not cut texts into pieces as Qwen's does, which is "
             "what --gguf writes; convert this model with llama.cpp's own convert_hf_to_gguf.py"
+        )
+    if config.attention_bias:
+        raise UserError(
+            f"config.json of {folder}: attention_bias is true, and llama.cpp reads no biases of a "
+            "Qwen3 model; --onnx writes them"
         )
     kind = (config.rope_parameters or {}).get("rope_type", "default")
     if kind != "default":

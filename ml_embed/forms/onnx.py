@@ -12,9 +12,10 @@ from ml_embed.forms.loss import SMALLEST_COSINE, Loss, measure_loss, texts_by_la
 from ml_embed.forms.onnx_graph import graph_of, require_onnx, save_graph
 from ml_embed.forms.onnx_session import OnnxModel
 from ml_embed.inference.embedder import Embedder
-from ml_embed.model_folders.card import write_card
+from ml_embed.model_folders.card import Form, write_card
 from ml_embed.model_folders.export import Part
 from ml_embed.model_folders.read import load_for_transformers
+from ml_embed.model_folders.sizes import parameters_of
 from ml_embed.model_folders.write import save_settings
 from ml_embed.prepare.tokenizer import TextTokenizer, end_token
 
@@ -30,7 +31,7 @@ from transformers import AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("FOLDER_OR_NAME")  # appends the end token by itself
 session = onnxruntime.InferenceSession("FOLDER_OR_NAME/{file}")
 batch = tokenizer(["a text", "another one"], padding=True, truncation=True, return_tensors="np")
-inputs = {{name: batch[name] for name in ("input_ids", "attention_mask")}}
+inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
 vectors = session.run(["sentence_embedding"], inputs)[0]
 ```"""
 
@@ -77,7 +78,8 @@ def export_onnx(part: Part, output: Path, int8: Int8 | None = None) -> dict[str,
             write_json(new / "int8.json", loss.to_json())
             use += "\n\n" + loss.sentence()
             report |= loss.to_json()
-        write_card(new, config, record, use, "onnx")
+        parameters = parameters_of(config, cut)
+        write_card(new, record, Form("onnx", use, parameters, cut.dim))
         report["bytes_of_weights"] = sum(f.stat().st_size for f in (new / "onnx").iterdir())
     return report
 

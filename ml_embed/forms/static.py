@@ -14,15 +14,13 @@ from typing import Any
 import torch
 
 from ml_embed.errors import UserError
-from ml_embed.files.atomic import atomic_folder
+from ml_embed.files.atomic import atomic_folder, give_usual_permissions
 from ml_embed.model import FactorizedEmbedding
-from ml_embed.model_folders.card import write_card
+from ml_embed.model_folders.card import Form, write_card
 from ml_embed.model_folders.export import Part
 from ml_embed.model_folders.read import load_for_transformers
 
-USE = """A static model: the vector of a text is the mean of its tokens' rows of the token table,
-cut to {length} and normalised. Texts are read whole. No layer is run, and
-it was not trained so; measure it before use.
+USE = """No layer is run, and it was not trained so: measure it before use.
 
 ```python
 from model2vec import StaticModel
@@ -32,6 +30,8 @@ vectors = model.encode(["a text", "another one"])
 ```
 
 sentence-transformers reads it too."""
+
+VECTORS = "the mean of a text's rows of the token table, cut to this length and normalised"
 
 
 def export_static(part: Part, output: Path) -> dict[str, Any]:
@@ -61,13 +61,16 @@ def export_static(part: Part, output: Path) -> dict[str, Any]:
     model = StaticModel(
         _rows(backbone.get_input_embeddings(), cut.dim)[:tokens].numpy(),
         tokenizer,
-        {"normalize": True},
+        # The type is what tells a folder of ours from any other, see `check_model_output`.
+        {"model_type": "model2vec", "normalize": True},
         normalize=True,
         max_length=None,  # model2vec guesses from characters where to cut
     )
     with atomic_folder(output) as new:
         model.save_pretrained(new)
-        write_card(new, backbone.config, record, USE.replace("{length}", str(cut.dim)), "model2vec")
+        give_usual_permissions(new)
+        form = Form("model2vec", USE, tokens * cut.dim, cut.dim, VECTORS, has_layers=False)
+        write_card(new, record, form)
         size = sum(file.stat().st_size for file in new.glob("*.safetensors"))
     return {"bytes_of_weights": size}
 

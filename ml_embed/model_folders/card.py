@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -25,18 +25,17 @@ TAGS = [LIBRARY, TASK, "feature-extraction", "ml-embed", "matryoshka"]
 
 BODY = """# {title}
 
-A nested text-embedding model made with ML-Embed, {parameters:,} parameters{base}. It gives
-vectors of {length} components: the last token's hidden state, cut to this length and normalised.
+A {kind} text-embedding model made with ML-Embed, {parameters:,} parameters{base}. It gives
+vectors of {length} components: {vectors}.
 
 ## Sizes trained
 
 | axis | trained |
 |---|---|
 | vector length | {dims} |
-| layers | {exits} |
-| rank of the token table | {ranks} |
+{exits}| rank of the token table | {ranks} |
 
-Texts are read up to {max_seq_length} tokens.{datasets}
+{read}{datasets}
 
 ## Use
 
@@ -84,55 +83,70 @@ TRUNCATE = """
 `normalize_embeddings=True` with it."""
 
 
-def write_card(
-    folder: Path,
-    config: Qwen3Config,
-    record: ModelRecord,
-    use: str = USE,
-    library: str = LIBRARY,
-) -> None:
-    """Write the model card of a folder.
+@dataclass(frozen=True)
+class Form:
+    """What a card says of the form that a model is written in."""
 
-    Args:
-        folder: where to write.
-        config, record: of the model.
-        use: how it is used; names of sizes in braces are filled in (`CUTS`).
-        library: the hub's name of the program that reads it.
-    """
+    library: str
+    """the hub's name of the program that reads it"""
+    use: str
+    """how it is used"""
+    parameters: int
+    length: int
+    """components of the vectors that the program gives"""
+    vectors: str = "the last token's hidden state, cut to this length and normalised"
+    """what they are"""
+    has_layers: bool = True
+    """False is the token table alone, which reads texts of any length"""
+
+
+def own_form(config: Qwen3Config, record: ModelRecord, with_table: bool) -> Form:
+    """A model folder, with the token table or without."""
+    use = (USE if with_table else USE_OF_FACTORS).format(
+        dim=min(record.dims),
+        depth=min(record.exits),
+        rank=f", rank={min(record.ranks)}" if record.ranks else "",
+    )
+    parameters = parameters_of(config, whole_cut(record, config))
+    return Form(LIBRARY if with_table else "ml-embed", use, parameters, record.dims[0])
+
+
+def write_card(folder: Path, record: ModelRecord, form: Form) -> None:
+    """Write the model card of a folder that holds a model in a form."""
     origin = record.origin
     data = ModelCardData(
         base_model=origin.base_model,
         datasets=[name for name in origin.datasets if "/" in name] or None,
         language=list(origin.languages) or None,
-        library_name=library,
+        library_name=form.library,
         license=origin.license,
         pipeline_tag=TASK,
         tags=TAGS,
     )
-    text = f"---\n{data.to_yaml()}\n---\n\n{_body(config, record, use, library)}"
+    text = f"---\n{data.to_yaml()}\n---\n\n{_body(record, form)}"
     (folder / CARD_FILE).write_text(text, encoding="utf-8")
 
 
-def _body(config: Qwen3Config, record: ModelRecord, use: str, library: str) -> str:
+def _body(record: ModelRecord, form: Form) -> str:
     origin, ranks = record.origin, record.ranks
     names = ", ".join(origin.datasets)
     return BODY.format(
-        use=use.format(
-            dim=min(record.dims),
-            depth=min(record.exits),
-            rank=f", rank={min(ranks)}" if ranks else "",
-        ),
-        truncate=TRUNCATE if library == LIBRARY else "",
+        use=form.use,
+        truncate=TRUNCATE if form.library == LIBRARY else "",
+        kind="nested" if form.has_layers else "static",
         title=(origin.base_model or "Text embeddings").split("/")[-1],
         base=f", trained from {origin.base_model}" if origin.base_model else "",
-        parameters=parameters_of(config, whole_cut(record, config)),
-        length=record.dims[0],
+        parameters=form.parameters,
+        length=form.length,
+        vectors=form.vectors,
         dims=_listed(record.dims),
-        exits=_listed(record.exits),
+        exits=f"| layers | {_listed(record.exits)} |\n" if form.has_layers else "",
         ranks=_listed(ranks) if ranks else "none: the table is whole",
-        max_seq_length=record.max_seq_length,
+        read=f"Texts are read up to {record.max_seq_length} tokens."
+        if form.has_layers
+        else "Texts are read whole.",
         datasets=f" Trained on: {names}." if names else "",
-        prompts=_prompts(record, library),
+        prompts=_prompts(record, form.library),
     )
 
 

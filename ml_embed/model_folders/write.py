@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3Model
 
 from ml_embed.errors import UserError
 from ml_embed.files.atomic import MAX_SHARD_SIZE, give_usual_permissions, write_json
-from ml_embed.model_folders.card import USE_OF_FACTORS, write_card
+from ml_embed.model_folders.card import own_form, write_card
 from ml_embed.model_folders.checks import is_finite
 from ml_embed.model_folders.modules import Modules, write_modules
 from ml_embed.model_folders.record import (
@@ -70,10 +70,7 @@ def save_model_folder(
     length, name = record.max_seq_length, record.default_prompt_name
     modules = Modules(record.dims[0], length, record.prompts, name)
     write_modules(folder, config.hidden_size, modules)
-    if with_table:
-        write_card(folder, config, record)
-    else:
-        write_card(folder, config, record, USE_OF_FACTORS, "ml-embed")
+    write_card(folder, record, own_form(config, record, with_table))
     seal(folder, record)
     give_usual_permissions(folder)
 

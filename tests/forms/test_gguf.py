@@ -53,6 +53,9 @@ def test_it_holds_the_weights_of_the_cut(checkpoint, tmp_path, capsys, cut):
     }.items():
         np.testing.assert_allclose(tensors[theirs].data, expected[ours].numpy(), atol=1e-6)
     card = (tmp_path / "g" / "README.md").read_text()
+    whole = sum(tensor.numel() for tensor in expected.values())
+    assert f"{whole:,} parameters" in card, "with the whole table"
+    assert f"vectors of {HIDDEN} components" in card
     assert f"gives {HIDDEN}\ncomponents" in card
     assert ("take the first 16 and normalise again" in card) == bool(cut)
 
@@ -77,6 +80,23 @@ def test_halves(checkpoint, tmp_path):
     _, tensors = read(tmp_path / "g/model.gguf")
     assert tensors["token_embd.weight"].tensor_type == gguf.GGMLQuantizationType.BF16
     assert tensors["output_norm.weight"].tensor_type == gguf.GGMLQuantizationType.F32
+
+
+def test_biases_are_refused(checkpoint, tmp_path):
+    """llama.cpp's qwen3 reads none."""
+    part = open_part(checkpoint)
+    part.folder.config.attention_bias = True
+    with pytest.raises(UserError, match="attention_bias"):
+        export_gguf(part, tmp_path / "g")
+
+
+def test_doubles_are_written_in_float32(checkpoint, tmp_path):
+    part = open_part(checkpoint)
+    part.folder.config.dtype = torch.float64
+    export_gguf(part, tmp_path / "g")
+    _, tensors = read(tmp_path / "g/model.gguf")
+    assert tensors["token_embd.weight"].tensor_type == gguf.GGMLQuantizationType.F32
+    assert json.loads((tmp_path / "g/config.json").read_text())["dtype"] == "float32"
 
 
 def test_another_split_into_pieces_is_refused(tmp_path):

@@ -8,6 +8,7 @@ from helpers.scripts import load_script
 from helpers.tiny_models import SPOKEN
 from safetensors.torch import load_file
 
+from ml_embed.files.atomic import umask
 from ml_embed.prepare.tokenizer import TextTokenizer, load_tokenizer
 
 model2vec = pytest.importorskip("model2vec")
@@ -25,4 +26,12 @@ def test_vectors_are_means_of_rows(checkpoint, tmp_path, capsys):
     means /= np.linalg.norm(means, axis=1, keepdims=True)
     found = model2vec.StaticModel.from_pretrained(str(tmp_path / "s")).encode(SPOKEN)
     np.testing.assert_allclose(found, means, atol=1e-5)
-    assert "was not trained so" in (tmp_path / "s/README.md").read_text()
+    card = (tmp_path / "s/README.md").read_text()
+    assert "was not trained so" in card
+    weights = load_file(tmp_path / "s/model.safetensors")["embeddings"]
+    assert f"{weights.numel():,} parameters" in card
+    for wrong in ("hidden state", "| layers |", "Texts are read up to"):
+        assert wrong not in card
+    assert (tmp_path / "s/model.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask()
+    assert load_script("export_model").main([*flags, "--overwrite"]) == 0
+    assert model2vec.StaticModel.from_pretrained(str(tmp_path / "s")).dim == 64

@@ -32,6 +32,7 @@ from ml_embed import Embedder
 from ml_embed.errors import UserError
 from ml_embed.model import MatryoshkaEncoder
 from ml_embed.model_folders.backbone import init_backbone
+from ml_embed.model_folders.card import Form, write_card
 from ml_embed.model_folders.export import export_model
 from ml_embed.model_folders.modules import POOLING_MODES
 from ml_embed.model_folders.record import ModelRecord, Origin
@@ -172,6 +173,9 @@ def test_the_model_card(folder, tmp_path):
         repr(PROMPTS["query"]),
     ):
         assert part in card.text, part
+    form = Form("onnx", "in {x} and }", 7, 64)  # names of languages are the user's
+    write_card(tmp_path, ModelRecord.load(folder), form)
+    assert form.use in (tmp_path / "README.md").read_text()
     origin = Origin("ada/base", "apache-2.0", ("de", "sw"), ("facts", "ada/questions"))
     write_plain(tmp_path / "known", origin=origin)
     export_model(tmp_path / "known", tmp_path / "cut", dim=64)
