@@ -53,8 +53,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--texts",
         type=home_path,
         metavar="FILE",
-        help="texts like those you will encode: a text per line (.txt), or rows with a column "
-        "`text` (default: articles of the embedded corpus)",
+        help="texts like those you will encode: a text per line (.txt), or rows (default: "
+        "articles of the embedded corpus)",
+    )
+    parser.add_argument(
+        "--column",
+        default="text",
+        help="of rows in --texts: which one holds the texts (default %(default)s)",
     )
     add_cut_flags(parser, many=True, default="all evaluated")
     parser.add_argument(
@@ -62,7 +67,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default the first GPU, else the CPU)")
     parser.add_argument(
-        "--overwrite", action="store_true", help="measure again what was measured before"
+        "--overwrite", action="store_true", help="measure these cuts again if they were before"
     )
     add_verify_flag(parser)
     return parse_command(parser, arguments)
@@ -88,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def measure(args: argparse.Namespace, file: Path, evaluated: Sequence["CubePoint"]) -> "Costs":
     """What evaluated cuts cost, measured where costs.json beside the evaluation does not say it."""
-    from ml_embed.evaluation.costs import COSTS_FILE, Costs, measure_costs
+    from ml_embed.evaluation.costs import COSTS_FILE, measure_costs
     from ml_embed.files.atomic import write_json
     from ml_embed.files.model_source import find_model_folder
     from ml_embed.model_folders.read import ModelFolder
@@ -98,17 +103,33 @@ def measure(args: argparse.Namespace, file: Path, evaluated: Sequence["CubePoint
     if not evaluated:
         raise UserError(f"{file} has no cut of the --rank, --depth and --dim that are given")
     check_writable(file.parent, "--evaluation")
-    texts = read_texts(args.texts)
+    texts = read_texts(args.texts, args.column)
     if args.verify:
         verify_model(args.model)
     config = ModelFolder.open(find_model_folder(args.model)).config
     if any(parameters_of(config, point.cut) != point.parameters for point in evaluated):
         raise UserError(f"{file} is an evaluation of another model than {args.model}")
     place, cuts = file.with_name(COSTS_FILE), [point.cut for point in evaluated]
-    known = Costs.load(place) if place.is_file() and not args.overwrite else None
-    costs = measure_costs(args.model, cuts, texts, args.device, known, bars_wanted())
+    known = known_costs(place, args.overwrite)
+    costs = measure_costs(
+        args.model, cuts, texts, args.device, known, bars_wanted(), again=args.overwrite
+    )
     write_json(place, costs.to_json())
     return costs
+
+
+def known_costs(place: Path, overwrite: bool) -> "Costs | None":
+    """What was measured before; with `overwrite` a damaged file counts as none."""
+    from ml_embed.evaluation.costs import Costs
+
+    if not place.is_file():
+        return None
+    try:
+        return Costs.load(place)
+    except UserError:
+        if overwrite:  # it is what the error advises
+            return None
+        raise
 
 
 def is_wanted(cut: Cut, args: argparse.Namespace) -> bool:
@@ -132,14 +153,14 @@ def amount(name: str, given: str | None) -> float:
         ) from None
 
 
-def read_texts(path: Path | None) -> list[str]:
+def read_texts(path: Path | None, column: str) -> list[str]:
     """Texts of a file that are not blank, or articles of the embedded corpus."""
     from ml_embed.prepare.records import column_texts
     from ml_embed.sample_data.corpus import load_articles
 
     if path is None:
         return load_articles()["text"].to_pylist()
-    return [text for text in column_texts(path, "text") if text.strip()]
+    return [text for text in column_texts(path, column) if text.strip()]
 
 
 def within(points: Sequence["CubePoint"], memory: float, latency: float) -> list["CubePoint"]:

@@ -94,6 +94,7 @@ def measure_costs(
     device: str | None = None,
     known: Costs | None = None,
     progress: bool = True,
+    again: bool = False,
 ) -> Costs:
     """Time and memory of the ranks and depths of cuts, one after another, each in a new process.
 
@@ -105,6 +106,7 @@ def measure_costs(
         known: what was measured before; if it was of the same model and texts and on such a device,
             its cuts are not measured again.
         progress: a bar on stderr, on terminals.
+        again: measure these cuts though they are known; others that are known stay.
     Raises:
         UserError: there is no text, or the model cannot be read.
     """
@@ -115,10 +117,15 @@ def measure_costs(
     timed = [texts[int(i * step)] for i in range(min(len(texts), MOST_TEXTS))]
     threads = torch.get_num_threads()
     made_of = value_digest([model_identity(path), chosen, threads, timed])
-    kept = known.cuts if known is not None and known.made_of == made_of else ()
-    if kept:
+    wanted = {(c.rank, c.depth) for c in cuts}
+    kept: tuple[Cost, ...] = ()
+    if known is not None and known.made_of == made_of:
+        kept = tuple(c for c in known.cuts if not again or (c.rank, c.depth) not in wanted)
+    elif known is not None and known.cuts:
+        notice(_why_dropped(known, chosen, threads))
+    if kept and not again:
         notice(f"{len(kept)} cuts were measured before; --overwrite measures them again")
-    pairs = sorted({(c.rank, c.depth) for c in cuts} - {(cost.rank, cost.depth) for cost in kept})
+    pairs = sorted(wanted - {(cost.rank, cost.depth) for cost in kept})
     bar = tqdm(pairs, desc="measuring", unit=" cuts", disable=None if progress and pairs else True)
     # A process that has imported the libraries and does nothing forks those that measure: they
     # start at once, and what they hold beyond it is the model's.
@@ -129,6 +136,20 @@ def measure_costs(
         ]
     measured = sorted((*kept, *found), key=lambda cost: (cost.rank, cost.depth))
     return Costs(str(folder), chosen, threads, len(timed), made_of, tuple(measured))
+
+
+def _why_dropped(known: Costs, device: str, threads: int) -> str:
+    """What makes the earlier measurements no match for those of now."""
+    if known.device != device:
+        why = f"on {known.device}, these are on {device}"
+    elif known.threads != threads:
+        why = f"with {known.threads} threads, these are with {threads}"
+    else:
+        why = "with other texts, or when the model was another one"
+    return (
+        f"the {len(known.cuts)} cuts in {COSTS_FILE} were measured {why}; they do not compare, and "
+        "are replaced"
+    )
 
 
 def _in_new_process(

@@ -121,7 +121,8 @@ def column_texts(path: Path, column: str, reading: Reading | None = None) -> Ite
     table = open_table(path, reading)
     if table.names and column not in table.names:
         raise UserError(
-            f"{path} has no column {column!r}; name one of {', '.join(map(repr, table.names))}"
+            f"{path} has no column {column!r}; name one of {', '.join(map(repr, table.names))} "
+            "with --column"
         )
     for record in table.read([column]):
         if isinstance(record.values, FaultyRow):

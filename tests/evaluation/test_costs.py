@@ -174,6 +174,28 @@ def test_only_what_is_missing_is_measured(run_dir, measured, asked, tmp_path):
     assert asked == [every[:2], every, every], "other texts and other models are measured anew"
 
 
+def test_a_column_of_another_name(tmp_path):
+    (tmp_path / "texts.csv").write_text("id,body\n1,a text\n")
+    flags = ["--model", "m", "--evaluation", "e", "--texts", str(tmp_path / "texts.csv")]
+    args = choose_cut.parse_arguments([*flags, "--column", "body"])
+    assert choose_cut.read_texts(args.texts, args.column) == ["a text"]
+    with pytest.raises(UserError, match="no column 'text'; name one of 'id', 'body' with --column"):
+        choose_cut.read_texts(tmp_path / "texts.csv", "text")
+
+
+def test_measurements_do_not_vanish_silently(run_dir, measured, asked, capsys):
+    """Other texts: all is measured anew, and that is said. --overwrite keeps what is not asked."""
+    before = costs.Costs.load(run_dir / "costs.json")
+    wanted, texts = [Cut(16, 1, 8)], ["a text", "another, longer one of some words"]
+    kept = costs.measure_costs(run_dir / "step_2", wanted, texts, "cpu", before, again=True)
+    assert [(cost.rank, cost.depth) for cost in kept.cuts] == [(16, 2), (32, 1), (32, 2)]
+    assert asked == [[(16, 1)]]
+    capsys.readouterr()
+    costs.measure_costs(run_dir / "step_2", wanted, ["other"], "cpu", before)
+    said = capsys.readouterr().err
+    assert "the 4 cuts in costs.json were measured with other texts" in said
+
+
 def test_the_page_shows_what_was_measured(run_dir, measured, tmp_path, capsys):
     page = tmp_path / "page.html"
     assert report.main([str(run_dir), "--output", str(page)]) == 0
