@@ -12,6 +12,7 @@ import argparse
 import json
 
 from ml_embed.errors import exit_on_user_error
+from ml_embed.files.digests import add_verify_flag
 from ml_embed.files.paths import home_path
 from ml_embed.notices import parse_command, warn
 
@@ -48,6 +49,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a model folder at --output"
     )
+    add_verify_flag(parser)
     return parse_command(parser, arguments)
 
 
@@ -58,6 +60,10 @@ def main(arguments: list[str] | None = None) -> None:
     from ml_embed.model_folders.importing import import_model
     from ml_embed.reports.tables import aligned, number_text
 
+    if args.verify:
+        from ml_embed.model_folders.seal import verify_model
+
+        verify_model(args.model)
     imported = import_model(
         args.model, args.output, args.factorize, args.frequencies, args.overwrite
     )

@@ -88,9 +88,10 @@ def import_model(
     else:
         _check_rank(factorize, table)
         factors = factorize_table(table, factorize, share)
+    factors = factors[0].to(dtype), factors[1].to(dtype)  # as they are written
     record = dataclasses.replace(record, ranks=default_ranks(factors[1].shape[0]))
     error, largest = errors_of(table, *factors, record.ranks, share)
-    state |= {A: factors[0].to(dtype), B: factors[1].to(dtype)}
+    state |= {A: factors[0], B: factors[1]}
     with atomic_folder(output) as new:
         save_model_folder(new, state, encoder.config, folder.tokenizer, record)
     return Imported(record, error, largest)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ml_embed.errors import UserError
 from ml_embed.files.model_identity import SETTINGS_FILES, model_identity
-from ml_embed.files.model_source import find_model_folder
+from ml_embed.files.model_source import find_released_folder
 from ml_embed.model_folders.record import (
     EXIT_NORMS_FILE,
     FACTORS_FILE,
@@ -55,7 +55,7 @@ def verify_model(name: str | Path) -> None:
     Raises:
         UserError: a file is missing or has changed, or there is no such folder.
     """
-    folder = find_model_folder(name)
+    folder = find_released_folder(name)  # import_model.py verifies those too
     record = ModelRecord.load(folder)
     if record is None or not record.digests:
         warn(f"--verify: {name} has no digests to compare with; only what it loads is checked")

@@ -77,8 +77,9 @@ def naive(folder, table, depth, dim):
 
 
 def test_a_released_model_has_all_its_cuts(released, factors, tmp_path, capsys):
-    code, out, err = run(capsys, "--model", released, "--output", tmp_path / "new")
+    code, out, err = run(capsys, "--model", released, "--output", tmp_path / "new", "--verify")
     assert code == 0, err
+    assert "has no digests to compare with" in err
     assert "another one" not in err
     printed = json.loads(out.splitlines()[-1])
     sizes = {"ranks": [64, 80], "depths": [1, 2, 3], "dims": [96, 64, 32, 16, 8]}
@@ -188,6 +189,11 @@ def test_a_plain_model_is_factorised(released, world, tmp_path, capsys, by_frequ
     assert (record.ranks, record.exits, record.dims) == ((64, 70), (3,), (96,))
     model = Embedder.from_pretrained(tmp_path / "new", rank=64, device="cpu")
     nested = load_file(tmp_path / "new" / "nested" / "embedding_factors.safetensors")
+    for rank in (64, 70):  # what is printed is of the factors that are written, not better ones
+        written = nested["A"][:, :rank].float() @ nested["B"][:rank].float()
+        away = (share.double().unsqueeze(1) * (table - written).square()).sum()
+        whole = weighted.square().sum()
+        assert lost[str(rank)] == pytest.approx(float(away / whole), rel=1e-6)
     cut = nested["A"][:, :64].float() @ nested["B"][:64].float()
     np.testing.assert_allclose(model.encode(TEXTS), naive(plain, cut, 3, 96), atol=2e-5)
 
