@@ -82,6 +82,7 @@ class Slurm:
         return self.said.read_text().splitlines() if self.said.exists() else []
 
 
+@pytest.mark.slow
 def test_a_run_of_two_machines_is_stopped_and_queued_again(tmp_path):
     inputs = Inputs.write(tmp_path / "inputs")
     settings = {"train_batch_size": 2, "train_steps": 60, "checkpointing_steps": 0}
