@@ -138,8 +138,9 @@ class BatchBuilder:
         weights = self._negative_weights(dataset, plan, rows, negatives >= 0)
         num_tokens = texts.tokens[:, self._is_real(rows.shape[1])].sum(axis=1).tolist()
         gathered_rows, sample_weights, target = self._same_in_every_step(rows.shape[1])
+        passages = dataset.passage_documents[rows]  # (S, n)
         in_batch = [
-            _InBatch(None, dataset.passage_documents[rows[s]], target.numpy())
+            _InBatch(None, passages[s], target.numpy())
             if drawn is None
             else self._each_document_once(dataset, rows[s], drawn[s, :, :k], gathered_rows.numpy())
             for s, k in enumerate(most)
