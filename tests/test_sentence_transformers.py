@@ -63,7 +63,7 @@ def test_its_vectors_are_the_embedders(folder, cut):
 
 
 def test_the_table_is_never_there(shared):
-    """Neither as a weight nor while it encodes: the largest tensor is A."""
+    """Not as a weight; `tests/inference/test_memory.py` measures the memory of encoding."""
     model = load(shared, rank=16, device="cpu")
     vocabulary = 448
     shapes = {tuple(parameter.shape) for parameter in model.parameters()}

@@ -75,7 +75,7 @@ class Comparison:
         return [self.nested, *(Model(self, cut) for cut in self.cuts)]
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
+    def one_at_a_time(self) -> Iterator[None]:
         """Held by one process of a launch at a time; they have not met yet."""
         self.output.mkdir(parents=True, exist_ok=True)
         with take_lock(self.output / ".lock", -1):
@@ -132,7 +132,7 @@ class Model:
             return start.path
         content = value_digest(model_identity(start.path))[:8]
         folder = self.comparison.output / "starts" / f"depth_{self.alone.depth}_{content}"
-        with self.comparison.alone():
+        with self.comparison.one_at_a_time():
             if not folder.exists():
                 write_cut(start, Cut(whole.rank, self.alone.depth, whole.dim), folder)
         return folder
@@ -204,7 +204,7 @@ def train_all(comparison: Comparison, train: Train) -> int:
             for rate in comparison.learning_rates:
                 path = comparison.output / "configs" / f"{model.name(seed, rate)}.json"
                 config = model.config(seed, rate)
-                with comparison.alone():
+                with comparison.one_at_a_time():
                     path.parent.mkdir(exist_ok=True)
                     write_json(path, config)
                 if code := train(path):

@@ -11,7 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
-from ml_embed.errors import exit_on_user_error
+from ml_embed.errors import UserError, exit_on_user_error
 from ml_embed.files.paths import check_writable, home_path
 from ml_embed.notices import parse_command
 
@@ -38,9 +38,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     import torch
 
-    from ml_embed.benchmarks.gpu_check import run_sections
+    from ml_embed.benchmarks.gpu_check import SECTIONS, run_sections
     from ml_embed.benchmarks.gpu_common import Setting
 
+    if unknown := [name for name in args.only if name not in SECTIONS]:
+        raise UserError(f"--only: no section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         print(json.dumps({"skipped": "no CUDA GPU"}))

@@ -7,7 +7,6 @@ are there are not trained again, and `accelerate launch` trains and evaluates on
 """
 
 import argparse
-import sys
 
 from ml_embed.errors import UserError, exit_on_user_error
 from ml_embed.files.paths import check_writable, home_path
@@ -53,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--tuning-data",
         type=home_path,
         metavar="PATH",
-        help="by which learning rates are chosen (default --data)",
+        help="by which learning rates are chosen; other queries than those of --data",
     )
     parser.add_argument("--output", type=home_path, required=True, metavar="DIR", help="for all")
     parser.add_argument(
@@ -68,6 +67,11 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_command(parser, arguments)
     if args.max_queries < 1:
         raise UserError(f"--max-queries is {args.max_queries}; it must be at least 1")
+    if len(set(args.learning_rates or ())) > 1 and args.tuning_data is None:
+        raise UserError(
+            "--learning-rates names several; choose by --tuning-data, which holds other queries "
+            "than --data"
+        )
     check_writable(args.output)
     return compare_and_write(args)
 
@@ -110,7 +114,3 @@ def compare_and_write(args: argparse.Namespace) -> int:
             print(f"no picture: {error}")
         print(f"all numbers: {files['json']}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

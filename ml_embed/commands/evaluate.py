@@ -93,16 +93,23 @@ def main(arguments: list[str] | None = None) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """This process's part of the work; the first one writes and prints the results."""
-    from ml_embed.distributed.collectives import compute_on_main_process, process_index
+    from ml_embed.distributed.collectives import (
+        compute_on_all_processes,
+        compute_on_main_process,
+        process_index,
+    )
     from ml_embed.evaluation.cube import evaluate_baseline, evaluate_cube
     from ml_embed.evaluation.lexical import evaluate_bm25, require_bm25s
     from ml_embed.files.atomic import disk_errors_are_user_errors
     from ml_embed.model_folders.seal import verify_model
 
-    if args.bm25:
-        require_bm25s()
-    for model in filter(None, (args.model, args.baseline)) if args.verify else ():
-        verify_model(model)
+    def check() -> None:
+        if args.bm25:
+            require_bm25s()
+        for model in filter(None, (args.model, args.baseline)) if args.verify else ():
+            verify_model(model)
+
+    compute_on_all_processes(check)
     work = args.output / WORK
     options = {
         "batch_tokens": args.batch_tokens,

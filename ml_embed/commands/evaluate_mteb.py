@@ -88,21 +88,26 @@ def main(arguments: list[str] | None = None) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """This process's part of the work; the first one prints the results."""
-    from ml_embed.distributed.collectives import process_index
+    from ml_embed.distributed.collectives import compute_on_all_processes, process_index
     from ml_embed.evaluation.mteb import SUMMARY_FILE, evaluate_mteb, find_tasks, text_tasks
     from ml_embed.files.atomic import disk_errors_are_user_errors
     from ml_embed.model_folders.seal import verify_model
     from ml_embed.reports.tables import language_tables, summary_table
 
-    if args.verify:
-        verify_model(args.model)
-    tasks = find_tasks(args.tasks, args.benchmark, args.languages)
-    if args.only_text:
+    def prepare() -> list:
+        if args.verify:
+            verify_model(args.model)
+        tasks = find_tasks(args.tasks, args.benchmark, args.languages)
+        if not args.only_text:
+            return tasks
         tasks, others = text_tasks(tasks)
         if others:
             notice(f"left out, since they are not of text alone: {', '.join(others)}")
         if not tasks:
             raise UserError("none of the tasks is of text alone")
+        return tasks
+
+    tasks = compute_on_all_processes(prepare)
     with disk_errors_are_user_errors(args.output, "Then run the same command again: it continues."):
         summary = evaluate_mteb(
             args.model,

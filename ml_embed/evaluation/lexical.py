@@ -52,7 +52,8 @@ def evaluate_bm25(
 ) -> dict[str, list[dict[str, Any]]]:
     """BM25's retrieval metrics on every test set of `data`, which it reads as `evaluate_cube` does.
 
-    Texts get no prompts. Documents that share nothing with a query tie.
+    Texts get no prompts. Documents that share nothing with a query tie. How often a piece occurs
+    is counted in the whole corpus, other right answers included.
 
     Returns:
         "bm25 words" and "bm25 characters" -> one JSON-able object for each test set: dataset,
@@ -75,30 +76,37 @@ def evaluate_bm25(
 def _ranks(test_set: TestSet, texts: Sequence[str], pieces: Pieces) -> np.ndarray:
     """(Q,) rank of each query's passage."""
 
-    @functools.lru_cache(maxsize=64)  # queries often share their candidates, in another order
+    @functools.lru_cache(maxsize=64)  # queries share a corpus, or candidates in another order
     def index(numbers: tuple[int, ...]) -> "_Index":
         return _Index([pieces(texts[number]) for number in numbers])
 
+    excluded = _excluded(test_set)
     ranks = []
     for row, query in enumerate(test_set.queries.tolist()):
-        numbers, positive = _documents(test_set, row)
+        numbers = _documents(test_set, row)
         order = np.argsort(numbers)
         scores = np.empty(len(numbers))
         scores[order] = index(tuple(numbers[order].tolist())).scores(pieces(texts[query]))
-        ranks.append(ranks_of_scores(scores[None], np.array([positive])).item())
+        scores[excluded[row]] = -np.inf
+        positive = test_set.positive[row : row + 1].numpy()
+        ranks.append(ranks_of_scores(scores[None], positive).item())
     return np.array(ranks)
 
 
-def _documents(test_set: TestSet, row: int) -> tuple[np.ndarray, int]:
-    """The numbers (C,) of the texts that compete for a query, and the place of the right one."""
+def _documents(test_set: TestSet, row: int) -> np.ndarray:
+    """The numbers (C,) of the texts that a query is compared with, in the test set's order."""
     if isinstance(test_set, CandidateSet):
         numbers = test_set.candidates[row].numpy()
-        return numbers[numbers >= 0], int(test_set.positive[row])
-    competes = np.ones(len(test_set.corpus), bool)
-    excluded = test_set.excluded
-    competes[excluded[excluded[:, 0] == row, 1].numpy()] = False
-    before = competes[: int(test_set.positive[row])]
-    return test_set.corpus.numpy()[competes], int(before.sum())
+        return numbers[numbers >= 0]  # what is missing stands last
+    return test_set.corpus.numpy()
+
+
+def _excluded(test_set: TestSet) -> list[list[int]]:
+    """Of each query, the places of documents that do not compete: other right answers."""
+    places: list[list[int]] = [[] for _ in range(len(test_set.queries))]
+    for row, place in () if isinstance(test_set, CandidateSet) else test_set.excluded.tolist():
+        places[row].append(place)
+    return places
 
 
 class _Index:

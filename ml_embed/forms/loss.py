@@ -76,6 +76,7 @@ def measure_loss(encode: Encode, exact: Encode, texts: dict[str, list[str]]) -> 
     everything = [text for own in texts.values() for text in own]
     cosines = (encode(everything) * exact(everything)).sum(1)  # (N,)
     ends = np.cumsum([len(own) for own in texts.values()])[:-1]
+    cosines = np.nan_to_num(cosines, nan=-1.0)  # a vector that is no number is all lost
     smallest = [float(own.min()) for own in np.split(cosines, ends)]
     ascending = sorted(zip(smallest, texts, strict=True))
     return Loss({language: cosine for cosine, language in ascending}, len(everything))

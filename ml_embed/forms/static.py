@@ -15,10 +15,10 @@ import torch
 
 from ml_embed.errors import UserError
 from ml_embed.files.atomic import atomic_folder, give_usual_permissions
-from ml_embed.model import FactorizedEmbedding
 from ml_embed.model_folders.card import Form, write_card
+from ml_embed.model_folders.cut import Cut
 from ml_embed.model_folders.export import Part
-from ml_embed.model_folders.read import load_for_transformers
+from ml_embed.model_folders.read import ModelFolder, map_table, read_factors
 
 USE = """No layer is run, and it was not trained so: measure it before use.
 
@@ -53,13 +53,12 @@ def export_static(part: Part, output: Path) -> dict[str, Any]:
     tokenizer = copy.deepcopy(source.tokenizer.backend_tokenizer)
     if max(tokenizer.get_vocab().values()) != tokenizer.get_vocab_size() - 1:
         raise UserError(f"the tokenizer of {source.path} leaves out ids, which model2vec cannot")
-    backbone = load_for_transformers(source, 1, cut.rank)
     tokenizer.no_padding()
     tokenizer.no_truncation()
     # The table may have more rows than the tokenizer has tokens, model2vec's may not.
     tokens = tokenizer.get_vocab_size()
     model = StaticModel(
-        _rows(backbone.get_input_embeddings(), cut.dim)[:tokens].numpy(),
+        _rows(source, cut)[:tokens].numpy(),
         tokenizer,
         # The type is what tells a folder of ours from any other, see `check_model_output`.
         {"model_type": "model2vec", "normalize": True},
@@ -75,9 +74,9 @@ def export_static(part: Part, output: Path) -> dict[str, Any]:
     return {"bytes_of_weights": size}
 
 
-@torch.no_grad()
-def _rows(embedding: Any, dim: int) -> torch.Tensor:
+def _rows(folder: ModelFolder, cut: Cut) -> torch.Tensor:
     """(V, D) leading components of the token table."""
-    if isinstance(embedding, FactorizedEmbedding):
-        return embedding.A @ embedding.B[:, :dim]
-    return embedding.weight[:, :dim].contiguous()
+    if folder.record.ranks:
+        A, B = read_factors(folder.path, cut.rank)
+        return A @ B[:, : cut.dim]
+    return map_table(folder.path, folder.config)[:, : cut.dim].float().contiguous()

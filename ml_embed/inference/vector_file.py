@@ -67,6 +67,13 @@ def _write_header(file: Any, rows: int, dim: int) -> None:
     np.lib.format.write_array_header_1_0(file, header | {"shape": (rows, dim)})
 
 
+def _count(texts: Iterable[str]) -> int:
+    count = sum(1 for _ in texts)
+    if not count:
+        raise UserError("there is no text to encode; the input is empty")
+    return count
+
+
 def encode_into_file(
     path: Path,
     texts: Callable[[], Iterable[str]],
@@ -87,8 +94,10 @@ def encode_into_file(
         progress: a bar on stderr, of the first process.
     Returns:
         the number of texts.
+    Raises:
+        UserError: there is none.
     """
-    count = compute_on_main_process(lambda: sum(1 for _ in texts()))
+    count = compute_on_main_process(lambda: _count(texts()))
     work = partial_path(path.with_name(f"{path.name}.rows"))
     with sole_launch_into(work, ".lock", "encoding in"):
         head, shape = _head(count, dim), (count, dim)

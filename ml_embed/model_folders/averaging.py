@@ -69,10 +69,14 @@ class Average:
             weights: of each, above 0; None counts all alike.
         Raises:
             UserError: a model cannot be read, or they are not of one kind; all that differs is
-                named.
+                named; or one is named twice.
         """
         shares = _shares(len(models), weights)
         folders = tuple(ModelFolder.open(find_model_folder(name)) for name in models)
+        if len({folder.path.resolve() for folder in folders}) < len(folders):
+            raise UserError(
+                "one checkpoint is named twice; name it once, with a larger one of the weights"
+            )
         _check_alike(folders)
         return cls(tuple(models), folders, shares)
 

@@ -21,7 +21,7 @@ OWN_LIBRARIES = (LIBRARY, "ml-embed")
 TASK = "sentence-similarity"
 _LANGUAGE_CODE = re.compile(r"[A-Za-z]{2,3}(?![A-Za-z])")
 """The hub knows languages (ISO 639), not their countries or scripts: pt of pt_BR."""
-TAGS = [LIBRARY, TASK, "feature-extraction", "ml-embed", "matryoshka"]
+TAGS = [TASK, "feature-extraction", "ml-embed", "matryoshka"]
 
 BODY = """# {title}
 
@@ -121,7 +121,7 @@ def write_card(folder: Path, record: ModelRecord, form: Form) -> None:
         library_name=form.library,
         license=origin.license,
         pipeline_tag=TASK,
-        tags=TAGS,
+        tags=list(dict.fromkeys([form.library, *TAGS])),
     )
     text = f"---\n{data.to_yaml()}\n---\n\n{_body(record, form)}"
     (folder / CARD_FILE).write_text(text, encoding="utf-8")

@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ml_embed.evaluation.intervals import RESAMPLES, SHARE
 from ml_embed.files.atomic import atomic_file
 from ml_embed.model_folders.cut import Cut
 from ml_embed.reports.page import page
@@ -14,10 +15,10 @@ from ml_embed.reports.plots import require_matplotlib
 from ml_embed.reports.tables import Result, aligned, number_text
 
 NOTE = (
-    "An interval holds 95 % of 10,000 resamples of the queries (paired bootstrap), within one "
-    "seed; where it holds 0, the two cannot be told apart by these queries. The interaction is "
-    "q(rank, depth, dim) - q(rank) q(depth) q(dim), q the share of the uncut quality that is kept: "
-    "0 says that the losses of the axes multiply."
+    f"An interval holds {SHARE:.0%} of {RESAMPLES:,} resamples of the queries (paired bootstrap), "
+    "within one seed; where it holds 0, the two cannot be told apart by these queries. The "
+    "interaction is q(rank, depth, dim) - q(rank) q(depth) q(dim), q the share of the uncut "
+    "quality that is kept: 0 says that the losses of the axes multiply."
 )
 
 

@@ -24,6 +24,7 @@ def compared(world, tmp_path_factory):
     config = world.write_config(folder / "config.json", "mine", train_steps=2, valid_fraction=0)
     arguments = ["--config", str(config), "--cuts", *CUTS, "--seeds", "0", "1"]
     arguments += ["--learning-rates", *RATES, "--data", str(world.raw / "facts.parquet")]
+    arguments += ["--tuning-data", str(world.raw / "topics.parquet")]
     arguments += ["--output", str(folder / "compared")]
     assert compare_dedicated.main(arguments) == 0
     return arguments, folder / "compared"
@@ -54,9 +55,9 @@ def test_the_numbers_are_those_of_the_folders(world, compared, capsys):
     result = json.loads((output / "comparison.json").read_text())
     assert result["seeds"] == [0, 1]
     row = next(row for row in result["rows"] if row["rank"] == 16)
-    data = world.raw / "facts.parquet"
+    data, tuning = world.raw / "facts.parquet", world.raw / "topics.parquet"
 
-    def values(run: str) -> np.ndarray:
+    def values(run: str, data=data) -> np.ndarray:
         folder = output / "runs" / run / "step_2"
         found = evaluate_cube(folder, data, [16], [1], [8], per_query=True, progress=False)
         return values_of_ranks(found["rows"][0]["ranks"])["recall@1"]
@@ -77,7 +78,10 @@ def test_the_numbers_are_those_of_the_folders(world, compared, capsys):
     rates = result["learning_rates"]["rank_16_depth_1_dim_8"]
     scores = {
         rate: np.mean(
-            [values(f"rank_16_depth_1_dim_8_seed_{seed}_lr_{rate}").mean() for seed in (0, 1)]
+            [
+                values(f"rank_16_depth_1_dim_8_seed_{seed}_lr_{rate}", tuning).mean()
+                for seed in (0, 1)
+            ]
         )
         for rate in ("0.001", "0.01")
     }
@@ -109,9 +113,13 @@ def test_a_model_alone_gives_short_vectors(compared):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--learning-rates", "1e-3", "-1"], "learning_rate: -1.0 must be greater than 0"),
+        (["--learning-rates", "1e-3", "1e-2"], "choose by --tuning-data"),
+        (["--learning-rates", "-1"], "learning_rate: -1.0 must be greater than 0"),
         (["--seeds", "0", "-5"], "seed: -5 must be at least 0"),
-        (["--learning-rates", "1e-3", "1.0000001e-3"], "two are alike"),
+        (
+            ["--learning-rates", "1e-3", "1.0000001e-3", "--tuning-data", "README.md"],
+            "two are alike",
+        ),
         (["--tuning-data", "nowhere"], "evaluation data nowhere does not exist"),
     ],
 )

@@ -20,6 +20,7 @@ from ml_embed.benchmarks.gpu_common import (
     share_of_data_sheet,
 )
 from ml_embed.benchmarks.training_setup import fast_contender
+from ml_embed.commands import check_gpu
 from ml_embed.errors import UserError
 
 CPU = torch.device("cpu")
@@ -69,6 +70,11 @@ def test_a_section_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, ca
     assert results(tmp_path) == expected
     gpu_check.run_sections(Setting(CPU, True, tmp_path), ["whole"], deadline=-1)
     assert "SKIPPED whole: deadline" in capsys.readouterr().out
+
+
+def test_a_section_that_is_not_there_is_a_mistake(tmp_path, capsys):
+    assert check_gpu.main(["--only", "kernel", "--out", str(tmp_path)]) == 2
+    assert "--only: no section 'kernel'; there are" in capsys.readouterr().err
 
 
 def test_a_benchmark_of_wrong_results_fails(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ code 1: a client's vectors differ. One that cannot be installed is shown as not 
 """
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
@@ -101,6 +102,10 @@ class NotRun(Exception):
     """Why a client could not be tried here."""
 
 
+class Failed(Exception):
+    """Why a client that was tried gave no vectors."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -121,7 +126,9 @@ def main(arguments: list[str] | None = None) -> int:
             row = compare(client, model, encode(client, work, model.prompts["query"]))
         except NotRun as reason:
             row = ["not run", str(reason), "", "", ""]
-        failed |= row[0] == "DIFFERS"
+        except Failed as reason:
+            row = ["FAILED", str(reason), "", "", ""]
+        failed |= row[0] in ("DIFFERS", "FAILED")
         rows.append([client.name, client.form, *row])
     header = ["client", "form", "result", "versions", "largest difference", "prompts", "dim"]
     print_table(header, rows)
@@ -142,7 +149,7 @@ def encode(client: Client, work: Path, prompt: str) -> dict[str, Any]:
         cwd=environment(client, work),
     )
     if done.returncode or not output.exists():
-        raise NotRun(f"it failed: {last_line(done.stderr)}")
+        raise Failed(last_line(done.stderr))
     return json.loads(output.read_text())
 
 
@@ -150,6 +157,7 @@ def texts_for(client: Client) -> list[str]:
     return [*SPOKEN, LONG] if client.truncates else SPOKEN
 
 
+@functools.cache
 def written(form: str, work: Path) -> Path:
     """The model's cut in a form, written once."""
     output = work / form.strip("-")
@@ -157,7 +165,7 @@ def written(form: str, work: Path) -> Path:
     flags = [] if form == "folder" else [form]
     target = ["--model", str(work / "model"), "--output", str(output), "--overwrite"]
     if export([*target, *cut, *flags]):
-        raise NotRun(f"export_model.py {form} says no; see above")
+        raise Failed(f"export_model.py {form} says no; see above")
     return output
 
 
@@ -205,7 +213,7 @@ def compare(client: Client, model: Embedder, found: dict[str, Any]) -> list[str]
     if found.get("queries") is not None:
         queries = np.asarray(found["queries"], np.float32)
         differences.append(np.abs(queries - model.encode_query(texts)).max())
-    worst = float(max(differences))
+    worst = float(np.max(differences))  # NaN stays, and is within nothing
     return [
         "same" if worst <= client.within else "DIFFERS",
         found["versions"],

@@ -41,6 +41,15 @@ def test_rows_are_the_texts_in_order(world, tmp_path, capsys, name):
     assert "exists already; give another path, or --overwrite" in said.err
 
 
+def test_no_text_is_a_mistake(world, tmp_path, capsys):
+    (tmp_path / "empty.txt").touch()
+    flags = ["--model", world.backbone, "--output", tmp_path / "v.npy"]
+    code, said = encode(capsys, *flags, "--input", tmp_path / "empty.txt")
+    assert code == 2
+    assert "there is no text to encode" in said.err
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -11,6 +11,7 @@ import pytest
 
 from ml_embed.commands.evaluate import main
 from ml_embed.errors import UserError
+from ml_embed.evaluation import lexical
 from ml_embed.evaluation.lexical import METHODS, evaluate_bm25, ngrams, words
 from ml_embed.evaluation.metrics import metrics_of_ranks
 
@@ -73,6 +74,34 @@ def test_metrics_are_those_of_the_formula(tmp_path, raw):
         [result] = found[method]
         expected = metrics_of_ranks(ranks)
         assert {name: result[name] for name in expected} == pytest.approx(expected)
+
+
+@needs_bm25s
+def test_other_right_answers_do_not_compete_and_the_corpus_is_read_once(tmp_path, monkeypatch):
+    rows = [
+        {"query": query, "passage": passage, "negatives": ["Nord Peru", "West Peru", "Chad"]}
+        for query in ("Peru", "Chad Nord")
+        for passage in (f"{query} {query}", f"{query} Süd")
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "names.parquet")
+    built, make = [], lexical._Index
+    monkeypatch.setattr(lexical, "_Index", lambda split: built.append(1) or make(split))
+    found = evaluate_bm25(tmp_path)
+    assert len(built) == len(METHODS)
+    corpus = list(
+        dict.fromkeys(text for row in rows for text in (row["passage"], *row["negatives"]))
+    )
+    for method, pieces in METHODS.items():
+        ranks = []
+        for row in rows:
+            scores = dict(zip(corpus, naive_bm25(row["query"], corpus, pieces), strict=True))
+            right = {other["passage"] for other in rows if other["query"] == row["query"]}
+            own = scores[row["passage"]]
+            others = [score for text, score in scores.items() if text not in right]
+            ties = sum(abs(score - own) <= 1e-6 for score in others)
+            ranks.append(1 + sum(score > own + 1e-6 for score in others) + ties / 2)
+        expected = metrics_of_ranks(ranks)
+        assert {name: found[method][0][name] for name in expected} == pytest.approx(expected)
 
 
 @needs_bm25s

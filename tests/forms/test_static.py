@@ -4,14 +4,24 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from helpers.scripts import load_script
-from helpers.tiny_models import SPOKEN
+from helpers.tiny_models import SPOKEN, make_tokenizer, write_model
 from safetensors.torch import load_file
 
 from ml_embed.files.atomic import umask
 from ml_embed.prepare.tokenizer import TextTokenizer, load_tokenizer
 
 model2vec = pytest.importorskip("model2vec")
+
+
+def test_a_whole_token_table_is_written_as_it_is(tmp_path):
+    whole = write_model(tmp_path / "whole", make_tokenizer(), factorized=False)
+    flags = ["--model", str(whole), "--output", str(tmp_path / "s"), "--static"]
+    assert load_script("export_model").main(flags) == 0
+    table = load_file(whole / "model.safetensors")["embed_tokens.weight"]
+    written = load_file(tmp_path / "s/model.safetensors")["embeddings"]
+    assert torch.equal(written, table[: len(written)])
 
 
 def test_vectors_are_means_of_rows(checkpoint, tmp_path, capsys):

@@ -22,10 +22,11 @@ from safetensors.torch import load_file, save_file
 
 from ml_embed import Embedder
 from ml_embed.data.store import open_store
+from ml_embed.errors import UserError
 from ml_embed.files.digests import value_digest
 from ml_embed.files.model_identity import model_identity
 from ml_embed.model import MatryoshkaEncoder, factorize_table
-from ml_embed.model_folders.averaging import mean_factors
+from ml_embed.model_folders.averaging import Average, mean_factors
 from ml_embed.model_folders.record import ModelRecord
 from ml_embed.model_folders.write import save_model_folder
 
@@ -262,3 +263,8 @@ def test_the_models_that_are_read_are_not_replaced(checkpoints, tmp_path, capsys
     code, _, err = average(capsys, checkpoints[0], output=tmp_path / "mean")
     assert code == 2
     assert "at least two" in err
+
+
+def test_one_checkpoint_named_twice_is_refused(nested):
+    with pytest.raises(UserError, match="named twice"):
+        Average.of([str(nested), str(nested)])
