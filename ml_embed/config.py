@@ -432,8 +432,8 @@ def _check_together(config: TrainConfig) -> list[str]:
             problems.append(f"{key}: the sum of {list(weights)} must be more than 0, and finite")
     if config.mll_prior_weight != 1 and config.mll_weights != "last":
         problems.append("mll_prior_weight needs mll_weights 'last'; set that or remove it")
-    taught = config.teacher_model_path or config.teacher_vectors_path
-    if taught and isinstance(config.mll_weights, tuple) and config.mll_weights[-1] == 0:
+    teacher = config.teacher_model_path or config.teacher_vectors_path
+    if teacher and isinstance(config.mll_weights, tuple) and config.mll_weights[-1] == 0:
         problems.append(
             "mll_weights: the last layer's exit learns from the teacher; it must count more than 0"
         )
@@ -443,17 +443,12 @@ def _check_together(config: TrainConfig) -> list[str]:
         problems.append(
             "teacher_model_path and teacher_vectors_path are both given; keep one of them"
         )
-    given = config.teacher_model_path or config.teacher_vectors_path
-    if config.kd_loss in SCORE_LOSSES and given is not None:
+    if config.kd_loss in SCORE_LOSSES and teacher:
         problems.append(
             f"kd_loss: {config.kd_loss!r} learns from scores in the data, but a teacher is given; "
             "remove teacher_model_path and teacher_vectors_path, or choose another kd_loss"
         )
-    if (
-        config.kd_loss == "similarity"
-        and config.teacher_model_path is None
-        and config.teacher_vectors_path is None
-    ):
+    if config.kd_loss == "similarity" and not teacher:
         problems.append(
             f"kd_loss: {config.kd_loss!r} needs a teacher; set teacher_model_path or "
             "teacher_vectors_path"

@@ -104,6 +104,8 @@ class BatchBuilder:
     all_negatives: bool = False
     """the in-batch losses of retrieval look at all documents of the global batch, not at passages
     alone"""
+    scored: bool = False
+    """the distillation learns from scores that the data hold"""
 
     def build(
         self, dataset: TokenizedDataset, plan: DatasetPlan, rows: np.ndarray, epoch: int
@@ -140,7 +142,7 @@ class BatchBuilder:
         gathered_rows, sample_weights, target = self._same_in_every_step(rows.shape[1])
         passages = dataset.passage_documents[rows]  # (S, n)
         in_batch = [
-            _InBatch(None, passages[s], target.numpy())
+            _InBatch(None, passages[s], target)
             if drawn is None
             else self._each_document_once(dataset, rows[s], drawn[s, :, :k], gathered_rows.numpy())
             for s, k in enumerate(most)
@@ -161,13 +163,13 @@ class BatchBuilder:
                 global_documents=torch.from_numpy(in_batch[s].documents),
                 negative_documents=torch.from_numpy(negatives[s, :, :k]),
                 scores=_scores(dataset, plan, rows[s]),
-                teacher_scores=_teacher_scores(dataset, own[s], places[s, :, :k]),
+                teacher_scores=self._teacher_scores(dataset, own[s], places[s, :, :k]),
                 num_tokens=num_tokens[s],
                 num_encoded_tokens=len(texts.packed[s].input_ids),
                 gathered_rows=gathered_rows,
                 in_batch_documents=in_batch[s].gathered,
                 sample_weights=sample_weights,
-                target=torch.from_numpy(in_batch[s].target),
+                target=in_batch[s].target,
             )
             for s, k in enumerate(most)
         ]
@@ -288,7 +290,8 @@ class BatchBuilder:
         own = candidates[self._share(len(rows)), 0]
         target = np.zeros(self._rows_per_process(len(rows)), np.int64)
         target[: len(own)] = np.searchsorted(documents, own)
-        return _InBatch(torch.from_numpy(place[present][first]), documents, target)
+        gathered = torch.from_numpy(place[present][first])
+        return _InBatch(gathered, documents, torch.from_numpy(target))
 
     def _excluded_passages(
         self, dataset: TokenizedDataset, plan: DatasetPlan, rows: np.ndarray, in_batch: "_InBatch"
@@ -308,11 +311,23 @@ class BatchBuilder:
         right = dataset.passage_documents[rows[share], None] == documents[None, :]
         own = np.flatnonzero(several[share])
         right[own] = dataset.are_right(queries[share][own, None], documents[None, :])
-        right[np.arange(len(right)), in_batch.target[: len(right)]] = False
+        right[np.arange(len(right)), in_batch.target[: len(right)].numpy()] = False
         if not right.any():
             return None
         fillers = self._rows_per_process(n) - len(right)
         return torch.from_numpy(np.pad(right, ((0, fillers), (0, 0))))
+
+    def _teacher_scores(
+        self, dataset: TokenizedDataset, rows: np.ndarray, places: np.ndarray
+    ) -> Tensor | None:
+        """(R, 1 + K) of rows (R,) and of their negatives at `places` (R, K); 0 for none."""
+        if not self.scored or dataset.passage_scores is None or dataset.negative_scores is None:
+            return None
+        scores = np.zeros((len(rows), 1 + places.shape[1]), np.float32)
+        scores[:, 0] = dataset.passage_scores[rows]
+        drawn = places >= 0
+        scores[:, 1:][drawn] = dataset.negative_scores[places[drawn]]
+        return torch.from_numpy(np.nan_to_num(scores))
 
 
 @dataclass(frozen=True)
@@ -323,7 +338,7 @@ class _InBatch:
     """`ContrastiveBatch.in_batch_documents`"""
     documents: np.ndarray
     """(n',) their numbers"""
-    target: np.ndarray
+    target: Tensor
     """(R,) where each row's passage stands among them; 0 for fillers"""
 
 
@@ -340,19 +355,6 @@ def _documents(dataset: TokenizedDataset, places: np.ndarray) -> np.ndarray:
     documents = np.full(places.shape, -1)
     documents[drawn] = dataset.negative_documents[places[drawn]]
     return documents
-
-
-def _teacher_scores(
-    dataset: TokenizedDataset, rows: np.ndarray, places: np.ndarray
-) -> Tensor | None:
-    """(R, 1 + K) of rows (R,) and of their negatives at `places` (R, K); 0 for none."""
-    if dataset.passage_scores is None or dataset.negative_scores is None:
-        return None
-    scores = np.zeros((len(rows), 1 + places.shape[1]), np.float32)
-    scores[:, 0] = dataset.passage_scores[rows]
-    drawn = places >= 0
-    scores[:, 1:][drawn] = dataset.negative_scores[places[drawn]]
-    return torch.from_numpy(np.nan_to_num(scores))
 
 
 def _negative_counts(dataset: TokenizedDataset, rows: np.ndarray) -> np.ndarray:

@@ -237,7 +237,8 @@ def task_of_raw(dataset: RawDataset) -> Task:
     Similarity if all rows have a score, else what the file says, else that of the name.
     """
     rows = read_rows(dataset, faults=Faults(str(dataset.path), skip=True))
-    if all(row.score is not None for row in rows):  # ends at the first that has none
+    scored = (row.score is not None for row in rows)
+    if next(scored, False) and all(scored):  # ends at the first that has none
         return "similarity"
     return task_in_file(dataset) or task_of(dataset.name)
 

@@ -32,6 +32,7 @@ from ml_embed.prepare.raw import (
     list_raw_datasets,
     read_row_batches,
     read_rows,
+    task_of_raw,
 )
 from ml_embed.prepare.tokenization import TokenizeOptions, select_rows, tokenize_folder
 from ml_embed.prepare.tokenizer import append_eos_template, fingerprint, load_tokenizer
@@ -845,3 +846,8 @@ def test_columns_that_are_not_read_are_said(tokenizer_folder, tmp_path, capsys, 
     said = capsys.readouterr().err
     assert f"own.{suffix}: the column 'negativms' is not read; did you mean 'negatives'?" in said
     assert f"own.{suffix}: columns that are not read: 'negativms', 'source'" in said
+
+
+def test_rows_that_are_all_bad_are_no_scored_pairs(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"query": "", "passage": "", "score": 1}\n')
+    assert task_of_raw(RawDataset("x", tmp_path / "x.jsonl")) == "retrieval"

@@ -62,7 +62,7 @@ def batch_of(
     dataset = open_store(scored, tmp_path / "cache", progress=False).datasets["facts"]
     eos = AutoTokenizer.from_pretrained(world.backbone).eos_token_id
     plan = plan_dataset(dataset, config, task=task)
-    builder = BatchBuilder(0, MAX_LENGTH, eos, True, *share, **options)
+    builder = BatchBuilder(0, MAX_LENGTH, eos, True, *share, scored=True, **options)
     return builder.build(dataset, plan, np.arange(rows), epoch=0), eos
 
 
