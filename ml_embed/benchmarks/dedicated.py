@@ -56,7 +56,7 @@ class Comparison:
     cuts: tuple[Cut, ...]
     seeds: tuple[int, ...]
     learning_rates: tuple[float, ...]
-    """each model takes the best of these"""
+    """each model takes the best of these at the first seed"""
     data: Path
     """evaluation data, for `read_test_sets`"""
     tuning: Path
@@ -197,19 +197,31 @@ def check(comparison: Comparison) -> None:
         read_test_sets(data, comparison.max_queries)
 
 
-def train_all(comparison: Comparison, train: Train) -> int:
-    """Train what is not trained yet; the exit code of the first run that did not end, or 0."""
+def train_all(comparison: Comparison, train: Train, progress: bool = True) -> int:
+    """Train what is not trained yet; the exit code of the first run that did not end, or 0.
+
+    Learning rates are compared at the first seed; the other seeds take the best. A collective.
+    """
+    first, *others = comparison.seeds
     for model in comparison.models:
-        for seed in comparison.seeds:
-            for rate in comparison.learning_rates:
-                path = comparison.output / "configs" / f"{model.name(seed, rate)}.json"
-                config = model.config(seed, rate)
-                with comparison.one_at_a_time():
-                    path.parent.mkdir(exist_ok=True)
-                    write_json(path, config)
-                if code := train(path):
-                    return code
+        for rate in comparison.learning_rates:
+            if code := _train_one(model, first, rate, train):
+                return code
+        best = best_rate(model, progress)["best"]
+        for seed in others:
+            if code := _train_one(model, seed, best, train):
+                return code
     return 0
+
+
+def _train_one(model: Model, seed: int, rate: float, train: Train) -> int:
+    comparison = model.comparison
+    path = comparison.output / "configs" / f"{model.name(seed, rate)}.json"
+    config = model.config(seed, rate)
+    with comparison.one_at_a_time():
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, config)
+    return train(path)
 
 
 def compare(comparison: Comparison, progress: bool = True) -> dict[str, Any]:
@@ -223,7 +235,7 @@ def compare(comparison: Comparison, progress: bool = True) -> dict[str, Any]:
         [value, low, high].
     """
     nested, *alone = comparison.models
-    rates = {model.label: _best_rate(model, progress) for model in comparison.models}
+    rates = {model.label: best_rate(model, progress) for model in comparison.models}
     by_seed: dict[Cut, list[dict[str, Any]]] = {cut: [] for cut in comparison.cuts}
     for seed in comparison.seeds:
         whole = _whole(nested.folder(seed, rates["nested"]["best"]))
@@ -242,16 +254,18 @@ def compare(comparison: Comparison, progress: bool = True) -> dict[str, Any]:
     }
 
 
-def _best_rate(model: Model, progress: bool) -> dict[str, Any]:
-    """Learning rate -> mean over seeds and cuts; and the "best" of them."""
-    rates, seeds = model.comparison.learning_rates, model.comparison.seeds
+def best_rate(model: Model, progress: bool) -> dict[str, Any]:
+    """Learning rate -> mean over cuts at the first seed; and the "best" of them. A collective."""
+    rates = model.comparison.learning_rates
     if len(rates) == 1:
         return {"best": rates[0]}
-    scores = {}
-    for rate in rates:
-        tuning = model.comparison.tuning
-        found = [_values(model, seed, rate, model.cuts, progress, tuning) for seed in seeds]
-        scores[rate] = statistics.fmean(_mean(values) for own in found for values in own.values())
+    seed, tuning = model.comparison.seeds[0], model.comparison.tuning
+    scores = {
+        rate: statistics.fmean(
+            map(_mean, _values(model, seed, rate, model.cuts, progress, tuning).values())
+        )
+        for rate in rates
+    }
     best = max(scores, key=scores.__getitem__)
     return {f"{rate:g}": score for rate, score in scores.items()} | {"best": best}
 

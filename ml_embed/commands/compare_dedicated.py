@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         type=float,
         nargs="+",
         metavar="RATE",
-        help="tried for each model, which takes its best (default the config's alone)",
+        help="tried for each model at the first seed; it takes its best (default the config's)",
     )
     parser.add_argument(
         "--data", type=home_path, required=True, metavar="PATH", help="as for scripts/evaluate.py"
@@ -98,7 +98,9 @@ def compare_and_write(args: argparse.Namespace) -> int:
     )
     dedicated.check(comparison)
     code = dedicated.train_all(
-        comparison, lambda path: train.main(["--config", str(path), "--resume", "auto"])
+        comparison,
+        lambda path: train.main(["--config", str(path), "--resume", "auto"]),
+        bars_wanted(),
     )
     if code:
         return code
