@@ -124,7 +124,7 @@ def run_on_this_process(
     agree_on_inputs(config, inputs, accelerator)
     if options.dry_run:
         if accelerator.is_local_main_process:
-            needs = needs_on_gpus(config, inputs.backbone_config, inputs.resolved)
+            needs = needs_on_gpus(config, inputs)
             print(json.dumps(inputs.resolved.to_json() | {"on_h100": needs}, indent=2))
         return 0
     if options.show_batch:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ml_embed.config import TrainConfig
 from ml_embed.kernels.attention import choose_kernel
 from ml_embed.kernels.compilation import check_compiler
-from ml_embed.model import MatryoshkaEncoder, default_exits, factorize_table
+from ml_embed.model import MatryoshkaEncoder, factorize_table
 from ml_embed.model_folders.read import (
     ModelFolder,
     load_backbone,
@@ -20,9 +20,9 @@ from ml_embed.model_folders.read import (
     read_exit_norms,
     read_factors,
 )
-from ml_embed.model_folders.record import RECORD_FILE, ModelRecord
+from ml_embed.model_folders.record import ModelRecord
 from ml_embed.training import lora
-from ml_embed.training.inputs import Inputs
+from ml_embed.training.inputs import Inputs, teacher_exits
 
 
 def build_encoder(
@@ -75,28 +75,16 @@ def _take_over_exit_norms(encoder: MatryoshkaEncoder, folder: Path) -> None:
 
 
 def build_teacher(
-    config: TrainConfig, device: torch.device, compute_dtype: torch.dtype
-) -> MatryoshkaEncoder | None:
-    """The distillation teacher, whole and without gradients; None without `teacher_model_path`.
+    config: TrainConfig, folder: ModelFolder, device: torch.device, compute_dtype: torch.dtype
+) -> MatryoshkaEncoder:
+    """The distillation teacher, whole and without gradients.
 
     It keeps its own full rank, whatever rank the student draws.
-
-    Raises:
-        UserError: the folder is no Qwen3 model.
     """
-    if config.teacher_model_path is None:
-        return None
-    folder = Path(config.teacher_model_path)
-    opened = ModelFolder.open(folder)
-    layers = opened.config.num_hidden_layers
-    exits: tuple[int, ...] = (layers,)
-    if config.use_mll and config.kd_loss == "vectors":  # similarities: of the deepest exit only
-        trained = (folder / RECORD_FILE).is_file()
-        exits = opened.record.exits if trained else default_exits(layers)
     teacher = load_encoder(
-        opened,
-        exits=exits,
-        kernel=choose_kernel(config.attention, device, compute_dtype, opened.config.head_dim),
+        folder,
+        exits=teacher_exits(config, folder),
+        kernel=choose_kernel(config.attention, device, compute_dtype, folder.config.head_dim),
         dtype=compute_dtype if device.type == "cuda" else torch.float32,
     )
     return teacher.to(device).requires_grad_(False)

@@ -3,7 +3,6 @@
 One model for `run.py --dry-run` and `scripts/estimate_scale.py`. Bytes of weights, gradients and
 moments, FLOPs, and the activations of a token are compared with what the CPU really holds and does
 (`tests/training/test_cost.py`). What else it takes is a guess until it was measured on GPUs.
-A teacher that runs beside the student is not counted.
 
 Letters: H hidden size, L decoder layers, S tokens of a text, W processes.
 """
@@ -82,6 +81,40 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """A model beside the student: whole on each process, without gradients.
+
+    On GPUs its weights have the type that it computes in. It encodes each text of a step once,
+    before the student does; of its activations only those of a layer are in memory, fewer than the
+    student's then take.
+    """
+
+    backbone: Qwen3Config
+    rank: int = 0
+    """r of its token factors; 0 = a whole table"""
+    norms: int = 1
+    """final norms: one, or one for each exit"""
+
+    @property
+    def parameters(self) -> int:
+        return _parameters(self.backbone, self.rank, self.norms)
+
+    def flops(self, length: float) -> float:
+        """Of one token, in texts of `length` tokens."""
+        return (
+            _matrix_flops(self.backbone)
+            + _attention_flops(self.backbone, length)
+            + (2 * self.rank * self.backbone.hidden_size)
+        )
+
+
+def _parameters(backbone: Qwen3Config, rank: int, norms: int) -> int:
+    """Of an encoder without adapters."""
+    layers = backbone.num_hidden_layers * layer_parameters(backbone)
+    return embedding_parameters(backbone, rank) + layers + norms * backbone.hidden_size
+
+
+@dataclass(frozen=True)
 class Parameters:
     """How many parameters there are."""
 
@@ -94,18 +127,30 @@ class Parameters:
     embedding: int
     layer: int
     """of one decoder layer, with its adapters"""
+    teacher: int
+    """of the model beside the student; 0 = none"""
 
     @classmethod
-    def of(cls, config: TrainConfig, backbone: Qwen3Config, exits: int) -> "Parameters":
+    def of(
+        cls,
+        config: TrainConfig,
+        backbone: Qwen3Config,
+        exits: int,
+        teacher: Teacher | None = None,
+    ) -> "Parameters":
         """Of a run whose model has so many exits."""
-        embedding = embedding_parameters(backbone, config.r)
-        norms = backbone.hidden_size * (exits if config.mll_norm == "per_layer" else 1)
         depth = backbone.num_hidden_layers
         layers = depth * layer_parameters(backbone)
         adapters = adapter_parameters(backbone, config.lora_r)
-        saved = embedding + layers + norms
-        trained = saved - layers + adapters if config.lora_r else saved
-        return cls(saved, trained, saved + adapters, embedding, (layers + adapters) // depth)
+        saved = _parameters(backbone, config.r, exits if config.mll_norm == "per_layer" else 1)
+        return cls(
+            saved=saved,
+            trained=saved - layers + adapters if config.lora_r else saved,
+            held=saved + adapters,
+            embedding=embedding_parameters(backbone, config.r),
+            layer=(layers + adapters) // depth,
+            teacher=teacher.parameters if teacher else 0,
+        )
 
 
 @dataclass(frozen=True)
@@ -170,6 +215,7 @@ def fixed_bytes(
         "gradients": 4 * trained / layout.gradients,
         "optimizer": moments,
         "passing": passing,
+        "teacher": width * parameters.teacher,
     }
 
 
@@ -208,19 +254,19 @@ class Flops:
     forward: float
     backward: float
     """with what gradient_checkpointing computes again: all but the last product of each layer"""
+    teacher: float = 0.0
+    """forward, of the model beside the student"""
 
     @classmethod
-    def of(cls, config: TrainConfig, backbone: Qwen3Config, length: float) -> "Flops":
-        """In texts of S = `length` tokens, of which attention sees S / 2 on average.
-
-        Of the last layer only keys and values are computed for every token. Losses are not counted.
-        """
-        shapes = matrix_shapes(backbone)
-        matrices = {name: 2 * outputs * inputs for name, (outputs, inputs) in shapes.items()}
-        layers = backbone.num_hidden_layers
-        whole = (layers - 1) * sum(matrices.values()) + matrices["k_proj"] + matrices["v_proj"]
-        heads = backbone.num_attention_heads * backbone.head_dim
-        attention = 2 * (layers - 1) * heads * length
+    def of(
+        cls,
+        config: TrainConfig,
+        backbone: Qwen3Config,
+        length: float,
+        teacher: Teacher | None = None,
+    ) -> "Flops":
+        """In texts of `length` tokens. Losses are not counted."""
+        whole, attention = _matrix_flops(backbone), _attention_flops(backbone, length)
         # the table's factors, and adapters
         beside = 2 * config.r * backbone.hidden_size + 2 * adapter_parameters(
             backbone, config.lora_r
@@ -229,8 +275,22 @@ class Flops:
         backward = (1 if config.lora_r else 2) * whole + 2 * (attention + beside)
         forward = whole + attention + beside
         if config.gradient_checkpointing:
-            backward += forward - (layers - 1) * matrices["down_proj"]
-        return cls(forward, backward)
+            outputs, inputs = matrix_shapes(backbone)["down_proj"]
+            backward += forward - (backbone.num_hidden_layers - 1) * 2 * outputs * inputs
+        return cls(forward, backward, teacher.flops(length) if teacher else 0.0)
+
+
+def _matrix_flops(backbone: Qwen3Config) -> float:
+    """A token's products with the layers' matrices; of the last layer, keys and values only."""
+    matrices = {name: 2 * math.prod(shape) for name, shape in matrix_shapes(backbone).items()}
+    last = matrices["k_proj"] + matrices["v_proj"]
+    return (backbone.num_hidden_layers - 1) * sum(matrices.values()) + last
+
+
+def _attention_flops(backbone: Qwen3Config, length: float) -> float:
+    """A token's scores and weighted sums in texts of S = `length` tokens: of S / 2 on average."""
+    heads = backbone.num_attention_heads * backbone.head_dim
+    return 2 * (backbone.num_hidden_layers - 1) * heads * length
 
 
 @dataclass(frozen=True)
@@ -256,7 +316,7 @@ class Step:
         """A step of so many tokens of the process, in chunks if the config says so."""
         chunks = math.ceil(tokens / _at_once(tokens, config))
         forward = flops.forward * (2 if chunks > 1 else 1)  # once without a graph
-        work = tokens * (forward + flops.backward)
+        work = tokens * (flops.teacher + forward + flops.backward)
         shared = _bytes_among(layout.processes, layout, parameters, chunks, half_precision)
         if layout.weights > 1 and layout.processes > layout.weights:  # hybrid: copies of shares
             own = _bytes_among(layout.weights, layout, parameters, chunks, half_precision)

@@ -12,13 +12,16 @@ from ml_embed.data.store import Store, open_store
 from ml_embed.data.teacher_vectors import KD_REMEDY, TeacherVectors, open_teacher_vectors
 from ml_embed.errors import UserError
 from ml_embed.files.model_source import find_model_folder
+from ml_embed.model import default_exits
 from ml_embed.model_folders.read import ModelFolder
+from ml_embed.model_folders.record import RECORD_FILE
 from ml_embed.model_folders.seal import verify_model
 from ml_embed.notices import warn
 from ml_embed.prepare.prompts import check_prompts
 from ml_embed.prepare.tokenizer import end_token, fingerprint
 from ml_embed.training import lora
 from ml_embed.training.best import check_metric
+from ml_embed.training.cost import Teacher
 from ml_embed.training.optimizer import check_optimizer
 from ml_embed.training.resolve import Resolved, resolve
 
@@ -34,6 +37,9 @@ class Inputs:
     """a teacher's vectors that were computed beforehand"""
     valid_store: Store | None
     """data of its own for validation"""
+    teacher: ModelFolder | None
+    """the teacher that runs beside the student"""
+    teacher_cost: Teacher | None
     resolved: Resolved
 
     @property
@@ -91,6 +97,7 @@ def open_inputs(
     valid_store = None
     if config.valid_data_path is not None:
         valid_store = _open_data(config, "valid_data_path", start.tokenizer, progress, verify)
+    teacher = None
     if config.teacher_model_path is not None:
         with errors_name_key("teacher_model_path"):
             teacher = ModelFolder.open(Path(config.teacher_model_path))
@@ -102,9 +109,29 @@ def open_inputs(
             teacher_vectors = open_teacher_vectors(
                 folder, store, start.config.hidden_size, config.kd_loss, cache_dir, verify
             )
-    resolved = resolve(config, start.config, store, world_size, valid_store, half_precision)
+    cost = None if teacher is None else _cost_of(teacher, config)
+    resolved = resolve(config, start.config, store, world_size, valid_store, half_precision, cost)
     check_metric(config.keep_best, resolved)
-    return Inputs(start, store, teacher_vectors, valid_store, resolved)
+    return Inputs(start, store, teacher_vectors, valid_store, teacher, cost, resolved)
+
+
+def _cost_of(teacher: ModelFolder, config: TrainConfig) -> Teacher:
+    record = teacher.record
+    per_exit = record.norm_sharing == "per_layer"
+    return Teacher(
+        teacher.config,
+        rank=record.ranks[-1] if record.ranks else 0,
+        norms=len(teacher_exits(config, teacher)) if per_exit else 1,
+    )
+
+
+def teacher_exits(config: TrainConfig, teacher: ModelFolder) -> tuple[int, ...]:
+    """The layers of a teacher whose vectors are learned from."""
+    layers = teacher.config.num_hidden_layers
+    if not config.use_mll or config.kd_loss != "vectors":  # similarities: of the deepest exit only
+        return (layers,)
+    trained = (teacher.path / RECORD_FILE).is_file()
+    return teacher.record.exits if trained else default_exits(layers)
 
 
 def _open_data(

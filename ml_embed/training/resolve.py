@@ -23,7 +23,7 @@ from ml_embed.model_folders.cut import Cube
 from ml_embed.model_folders.record import ModelRecord
 from ml_embed.model_folders.sizes import layer_parameters, matrix_shapes
 from ml_embed.notices import warn
-from ml_embed.training.cost import Parameters, TokensPerStep, estimate_memory
+from ml_embed.training.cost import Parameters, Teacher, TokensPerStep, estimate_memory
 from ml_embed.training.learnable import check_held_out, check_losses, check_scores
 
 
@@ -84,6 +84,7 @@ def resolve(
     world_size: int,
     valid_store: Store | None = None,
     half_precision: bool = False,
+    teacher: Teacher | None = None,
 ) -> Resolved:
     """Derive every number of a run.
 
@@ -94,6 +95,7 @@ def resolve(
         world_size: processes.
         valid_store: data of its own for validation.
         half_precision: forward passes compute in bfloat16.
+        teacher: that runs beside the student.
     Raises:
         UserError: what the config asks for does not fit the backbone or the data; all problems at
             once.
@@ -111,7 +113,7 @@ def resolve(
     samples = config.samples_per_process(world_size)
     global_batch = samples * world_size
     epoch_steps = make_schedule(plans, store, global_batch, config).steps_per_epoch
-    parameters = Parameters.of(config, backbone, len(sizes.exits))
+    parameters = Parameters.of(config, backbone, len(sizes.exits), teacher)
     check_losses(config, plans, store, global_batch)
     check_held_out(config, plans, store)
     for plan in valid_plans:

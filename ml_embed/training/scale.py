@@ -23,14 +23,17 @@ from ml_embed.training.cost import (
     Layout,
     Parameters,
     Step,
+    Teacher,
     TokensPerStep,
     activation_bytes,
     estimate_memory,
     fixed_bytes,
 )
-from ml_embed.training.resolve import Resolved
+from ml_embed.training.inputs import Inputs
 
 SIZES = ("0.6B", "1.7B", "4B", "8B", "14B")
+TEACHERS = {"0.6B": "1.7B", "1.7B": "4B"}
+"""student -> the teacher beside it, as published"""
 VOCABULARY = 151_936  # Qwen3's
 GPU_COUNTS = (1, 8, 64)
 LENGTHS = (512, 2_048, 8_192, 32_768)
@@ -77,20 +80,32 @@ class Model:
 
     size: str
     config: TrainConfig
+    teacher_size: str | None = None
 
     @classmethod
-    def of(cls, size: str, **changes: Any) -> "Model":
+    def of(cls, size: str, teacher: str | None = None, **changes: Any) -> "Model":
         paths = ("model_path", "experiment_id", "output_dir", "tb_dir", "cache_dir")
         given: dict[str, Any] = dict.fromkeys((*paths, "train_data_path"), size)
-        return cls(size, parse_config(given | {"r": RANK, "max_seq_length": LONGEST} | changes))
+        config = parse_config(given | {"r": RANK, "max_seq_length": LONGEST} | changes)
+        return cls(size, config, teacher)
+
+    @property
+    def name(self) -> str:
+        return self.size if self.teacher_size is None else f"{self.size} beside {self.teacher_size}"
 
     @property
     def backbone(self) -> Qwen3Config:
         return backbone_config(self.size, VOCABULARY, 0, None)
 
     @property
+    def teacher(self) -> Teacher | None:
+        if self.teacher_size is None:
+            return None
+        return Teacher(backbone_config(self.teacher_size, VOCABULARY, 0, None), RANK)
+
+    @property
     def parameters(self) -> Parameters:
-        return Parameters.of(self.config, self.backbone, exits=1)
+        return Parameters.of(self.config, self.backbone, exits=1, teacher=self.teacher)
 
     def always_gib(self, layout: Layout) -> float:
         """What one process holds whatever the batch."""
@@ -146,7 +161,7 @@ def _seconds(
         gradient_checkpointing=checkpointing,
         max_tokens_per_forward=0 if at_once >= STEP_TOKENS else at_once,
     )
-    flops = Flops.of(config, model.backbone, length)
+    flops = Flops.of(config, model.backbone, length, model.teacher)
     step = Step.of(config, flops, model.parameters, STEP_TOKENS, layout, True)
     return step.seconds(gpu, share_of_peak)
 
@@ -160,16 +175,15 @@ def tables(gpu_name: str, gpu: Gpu, corpus: Corpus, share_of_peak: float) -> Ite
     yield storage_table(corpus)
 
 
-def needs_on_gpus(
-    config: TrainConfig, backbone: Qwen3Config, resolved: Resolved
-) -> list[dict[str, Any]]:
+def needs_on_gpus(config: TrainConfig, inputs: Inputs) -> list[dict[str, Any]]:
     """What a run needs on H100s: a dict for each number of them and engine that it may have."""
-    parameters = Parameters.of(config, backbone, len(resolved.exits))
+    backbone, resolved, teacher = inputs.backbone_config, inputs.resolved, inputs.teacher_cost
+    parameters = Parameters.of(config, backbone, len(resolved.exits), teacher)
     average = resolved.mean_tokens_per_step / resolved.world_size
     tokens = TokensPerStep(average, resolved.most_tokens_per_step)
     samples = config.samples_per_process(resolved.world_size)
     texts = samples * (2 + max(plan.num_negatives for plan in resolved.datasets))
-    flops, gpu = Flops.of(config, backbone, length=average / texts), GPUS["H100"]
+    flops, gpu = Flops.of(config, backbone, average / texts, teacher), GPUS["H100"]
     needs = []
     for count in GPU_COUNTS:
         engines = engines_for(count)
@@ -239,12 +253,12 @@ def memory_table(gpu_name: str, gpu: Gpu) -> Table:
         f"FSDP2 on 8, LoRA {LORA_RANK}": (lora, "fsdp2", 8),
     }
     rows = []
-    for size in SIZES:
+    for size, teacher in (*((size, None) for size in SIZES), *TEACHERS.items()):
         cells = [
-            _memory_cell(Model.of(size, **changes), Layout.of(engine, gpus), gpu)
+            _memory_cell(Model.of(size, teacher, **changes), Layout.of(engine, gpus), gpu)
             for changes, engine, gpus in columns.values()
         ]
-        rows.append([size, *cells])
+        rows.append([Model.of(size, teacher).name, *cells])
     title = (
         f"Memory of each {gpu_name} in bfloat16: GiB that are always there, and how many tokens "
         "fit beside them at once with gradient_checkpointing (a dash: not even one text)"
@@ -259,12 +273,16 @@ def _memory_cell(model: Model, layout: Layout, gpu: Gpu) -> str:
 
 
 def hours_table(gpu_name: str, gpu: Gpu, corpus: Corpus, share_of_peak: float) -> Table:
+    models = [
+        *(Model.of(size) for size in SIZES),
+        *(Model.of(size, teacher) for size, teacher in TEACHERS.items()),
+        *(Model.of(size, lora_r=LORA_RANK) for size in SIZES),
+    ]
     rows = []
-    for lora_r in (0, LORA_RANK):
-        for size in SIZES:
-            model = Model.of(size, lora_r=lora_r)
-            cells = [_hours_cell(model, count, gpu, corpus, share_of_peak) for count in GPU_COUNTS]
-            rows.append([f"train {size}" + f", LoRA {lora_r}" * (lora_r > 0), *cells])
+    for model in models:
+        cells = [_hours_cell(model, count, gpu, corpus, share_of_peak) for count in GPU_COUNTS]
+        lora = f", LoRA {LORA_RANK}" if model.config.lora_r else ""
+        rows.append([f"train {model.name}{lora}", *cells])
     tokens = corpus.documents * corpus.document_tokens
     for size in SIZES:
         model = Model.of(size)
@@ -339,6 +357,8 @@ def storage_table(corpus: Corpus) -> Table:
     rows = [[f"tokenized: {what}", *_sizes(count, each)] for what, (count, each) in kinds.items()]
     total = sum(count * each for count, each in kinds.values())
     rows.append(["tokenized, all together", "", f"**{total / 1e9:,.0f} GB**"])
+    both = documents + samples
+    rows.append(["a teacher's vectors of 1,024 dims, float16, of both", *_sizes(both, 2_048)])
     for dims, precision, each in (
         (1024, "float32", 4096),
         (256, "float32", 1024),

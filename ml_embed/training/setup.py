@@ -133,7 +133,7 @@ def _prepare_run_dir(config: TrainConfig, given: dict, resolved: Resolved, step:
 def _build(config: TrainConfig, accelerator: Accelerator, inputs: Inputs, start: _Start) -> Run:
     device, dtype = accelerator.device, compute_dtype(accelerator)
     encoder = build_encoder(config, inputs, device, dtype)
-    teacher = build_teacher(config, device, dtype)
+    teacher = build_teacher(config, inputs.teacher, device, dtype) if inputs.teacher else None
     engine = make_engine(accelerator, encoder, build_optimizer(encoder, config), config)
     if start.state is not None:
         load_state(start.state, engine)

@@ -1,6 +1,7 @@
 """The cost model says what runs on the CPU really hold and do."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -15,17 +16,26 @@ from ml_embed.commands import estimate_scale
 from ml_embed.commands import train as train_command
 from ml_embed.config import TrainConfig, load_config
 from ml_embed.data.packing import PackedSequences
-from ml_embed.model import MatryoshkaEncoder
+from ml_embed.files.atomic import write_json
+from ml_embed.files.json_file import parse_json
+from ml_embed.model import MatryoshkaEncoder, factorize_table
+from ml_embed.model_folders.read import ModelFolder
+from ml_embed.model_folders.record import ModelRecord
+from ml_embed.model_folders.write import save_model_folder
 from ml_embed.training import loop
+from ml_embed.training.build import build_teacher
 from ml_embed.training.cost import (
     GPUS,
+    SHARE_OF_PEAK,
     Flops,
     Layout,
     Parameters,
     Step,
+    Teacher,
     activation_bytes,
     fixed_bytes,
 )
+from ml_embed.training.inputs import open_inputs
 from ml_embed.training.lora import add_adapters
 
 SHAPE = {
@@ -104,6 +114,10 @@ def test_flops_are_those_of_the_matrix_products(changes):
     backward = products(counter) - forward
     assert flops.forward * 2000 == pytest.approx(forward, rel=0.03)
     assert flops.backward * 2000 == pytest.approx(backward, rel=0.03)
+    if not config.lora_r:
+        teacher = Teacher(encoder.config, config.r)
+        assert teacher.parameters == sum(p.numel() for p in encoder.parameters())
+        assert Flops.of(config, encoder.config, 0, teacher).teacher == flops.forward
 
 
 def products(counter: FlopCounterMode) -> int:
@@ -116,6 +130,7 @@ def test_attention_grows_with_the_length_of_texts():
     backbone = Qwen3Config(**SHAPE, num_hidden_layers=4)
     short, long = (Flops.of(TrainConfig(**PATHS), backbone, length) for length in (100, 300))
     attention = 3 * 2 * (2 * 4 * 32) * (300 - 100) / 2
+    assert Teacher(backbone).flops(300) - Teacher(backbone).flops(100) == attention
     assert long.forward - short.forward == attention
     assert long.backward - short.backward == 2 * attention
 
@@ -130,7 +145,13 @@ def main_that_weighs(arguments: list[str]) -> int:
         gradients = [weight.grad for weight in weights if weight.requires_grad]
         states = run.engine.optimizer.state.values()
         moments = [state[name] for state in states for name in state if name != "step"]
-        held = {"weights": weights, "gradients": gradients, "optimizer": moments}
+        teacher = list(run.teacher.parameters()) if run.teacher else []
+        held = {
+            "weights": weights,
+            "gradients": gradients,
+            "optimizer": moments,
+            "teacher": teacher,
+        }
         print("held", json.dumps({name: local_bytes(each) for name, each in held.items()}))
         return code
 
@@ -153,19 +174,22 @@ def local_bytes(tensors) -> int:
     [
         ("whole", Layout(1), {"mll_norm": "per_layer"}),
         ("adapters", Layout(1), {"lora_r": 4}),
-        ("shared", Layout.of("fsdp2", 2), {}),
+        ("shared", Layout.of("fsdp2", 2), {"teacher_model_path": "teacher"}),
     ],
 )
 def test_weights_gradients_and_moments_are_counted_exactly(inputs, name, layout, changes):
     settings = {"train_steps": 1, "train_batch_size": 2, "checkpointing_steps": 0}
-    path = config_of(inputs, name, **settings | changes)
+    if taught := "teacher_model_path" in changes:
+        settings["teacher_model_path"] = str(inputs.folder / "teacher")
+    path = config_of(inputs, name, **changes | settings)
     main = main_that_weighs_shares if layout.weights > 1 else main_that_weighs
     printed = run(inputs, path, processes=layout.processes, main=main)
     held = [json.loads(line[5:]) for line in printed.splitlines() if line.startswith("held ")]
     config, _ = load_config(path)
     backbone = Qwen3Config.from_pretrained(inputs.folder / "backbone")
+    teacher = Teacher(Qwen3Config.from_pretrained(inputs.folder / "teacher")) if taught else None
     exits = 3
-    estimate = fixed_bytes(config, Parameters.of(config, backbone, exits), layout, False)
+    estimate = fixed_bytes(config, Parameters.of(config, backbone, exits, teacher), layout, False)
     assert len(held) == layout.processes
     for kind in held[0]:
         assert sum(own[kind] for own in held) == layout.processes * estimate[kind], kind
@@ -196,6 +220,8 @@ def test_a_step_computes_again_what_it_does_not_keep_and_sends_what_it_shares():
         return Step.of(config, flops, parameters, tokens, layout, True)
 
     assert step("copies", 1) == Step(3000, 0, 0)
+    taught = Step.of(plain, replace(flops, teacher=5.0), parameters, 100, Layout(1), True)
+    assert taught == Step(3500, 0, 0)
     assert step("copies", 1, max_tokens_per_forward=50).flops == 4000
     assert step("copies", 1, max_tokens_per_forward=100).flops == 3000
     everything = 4 * parameters.held
@@ -225,6 +251,51 @@ def test_a_dry_run_says_what_gpus_need(inputs, capsys):
     ]
     assert all(need["fits"] and 0 < need["gib"] <= need["gib_most"] for need in needs)
     assert needs[0]["hours"] > 0
+
+
+def test_a_teacher_of_a_model_folder_is_counted_exactly(inputs, tmp_path):
+    """With factors in place of a table, and a norm for each exit that is learned from."""
+    start = ModelFolder.open(inputs.folder / "backbone")
+    backbone = Qwen3Model(start.config)
+    factors = factorize_table(backbone.embed_tokens.weight.detach(), 16)
+    encoder = MatryoshkaEncoder(backbone, (1, 3), factors, "per_layer")
+    record = ModelRecord((1, 3), (64,), (8, 16), 0.05, 16, norm_sharing="per_layer")
+    folder = tmp_path / "teacher"
+    save_model_folder(folder, encoder.state_dict(), start.config, start.tokenizer, record)
+    for kd_loss, exits in (("vectors", 2), ("similarity", 1)):
+        changes = {"teacher_model_path": str(folder), "kd_loss": kd_loss}
+        config, _ = load_config(config_of(inputs, "taught", **changes))
+        opened = open_inputs(config, 1, progress=False)
+        teacher = build_teacher(config, opened.teacher, torch.device("cpu"), torch.float32)
+        assert len(teacher.norms) == opened.teacher_cost.norms == exits
+        assert opened.teacher_cost.parameters == sum(p.numel() for p in teacher.parameters())
+
+
+def test_a_dry_run_counts_the_teacher(inputs, tmp_path, capsys):
+    """Whole on each GPU, whatever the engine; its work is one more forward pass."""
+    folder = shutil.copytree(inputs.folder / "backbone", tmp_path / "teacher")
+    (folder / "model.safetensors").unlink()  # a dry run needs no weights
+    sizes = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 3}
+    write_json(folder / "config.json", parse_json((folder / "config.json").read_bytes()) | sizes)
+    found = []
+    for changes in ({}, {"teacher_model_path": str(folder)}):
+        path = config_of(inputs, "taught", **changes)
+        assert train_command.main(["--config", str(path), "--dry-run"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    alone, taught = found
+    teacher = Teacher(Qwen3Config.from_pretrained(folder))
+    gib = 4 * teacher.parameters / 1024**3
+    assert taught["memory_gib"]["teacher"] == round(gib, 3) > 0.1
+    for total in ("total", "total_most"):
+        assert taught["memory_gib"][total] - alone["memory_gib"][total] == pytest.approx(
+            gib, abs=0.001
+        )
+    for before, after in zip(alone["on_h100"], taught["on_h100"], strict=True):
+        assert after["gib"] - before["gib"] == pytest.approx(gib / 2, abs=0.001), after["engine"]
+    one, more = alone["on_h100"][0], taught["on_h100"][0]
+    tokens = alone["mean_tokens_per_step"] * alone["total_steps"]
+    seconds = tokens * teacher.flops(0) / (SHARE_OF_PEAK * GPUS["H100"].flops)
+    assert more["hours"] - one["hours"] == pytest.approx(seconds / 3600, rel=0.05)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -22,6 +23,7 @@ from ml_embed.data.store import open_store
 from ml_embed.losses.nested import MatryoshkaSpec
 from ml_embed.losses.objective import Objective
 from ml_embed.model import MatryoshkaEncoder, default_dims, dim_weights, factorize_table
+from ml_embed.model_folders.read import ModelFolder
 from ml_embed.model_folders.record import ModelRecord
 from ml_embed.model_folders.write import save_model_folder
 from ml_embed.prepare.tokenizer_training import train_tokenizer
@@ -109,7 +111,9 @@ def make_case(
     builder = BatchBuilder(0, MAX_LENGTH, eos, mask_false_negatives=True, process=0, processes=1)
     batch = builder.build(dataset, plan, np.arange(ROWS), epoch=0)
     exits = (1, 2) if nested else (2,)
-    vectors = build_teacher(config, CPU, torch.float32)(batch.texts.input_ids, batch.texts.packed)
+    opened = ModelFolder.open(Path(teacher))
+    taught = build_teacher(config, opened, CPU, torch.float32)
+    vectors = taught(batch.texts.input_ids, batch.texts.packed)
     samples, documents = dataset_rows(world, name)
     samples = [(query, passage, own[:negatives]) for query, passage, own in samples[:ROWS]]
     student = MatryoshkaEncoder(AutoModel.from_pretrained(world.backbone), exits)
@@ -171,7 +175,8 @@ def test_similarities_and_all_their_gradients_are_the_naive_ones(
 
 def test_the_teacher_is_whole_still_and_takes_no_gradient(world, teachers):
     config = parse_config(world.config(teacher_model_path=str(teachers["nested"])))
-    teacher = build_teacher(config, CPU, torch.bfloat16)
+    opened = ModelFolder.open(teachers["nested"])
+    teacher = build_teacher(config, opened, CPU, torch.bfloat16)
     assert teacher.rank == 24, "the teacher's own full rank, whatever rank the student draws"
     assert teacher.exits == (2, 3)
     assert not teacher.training
@@ -179,7 +184,7 @@ def test_the_teacher_is_whole_still_and_takes_no_gradient(world, teachers):
     assert {parameter.dtype for parameter in teacher.parameters()} == {torch.float32}, (
         "no bf16 weights on a CPU"
     )
-    alone = build_teacher(dataclasses.replace(config, use_mll=False), CPU, torch.float32)
+    alone = build_teacher(dataclasses.replace(config, use_mll=False), opened, CPU, torch.float32)
     assert alone.exits == (3,)
 
 
