@@ -101,7 +101,9 @@ class Zero2Engine(Engine):
             "zero_optimization": {"stage": 2},
         }
         self.model, self.optimizer, _, _ = deepspeed.initialize(
-            model=encoder, optimizer=optimizer, config=settings
+            model=encoder.float(),  # frozen matrices may be narrower
+            optimizer=optimizer,
+            config=settings,
         )
 
     def backward(self, loss: Tensor, last: bool = True) -> None:

@@ -23,6 +23,8 @@ from ml_embed.kernels.attention import choose_kernel
 from ml_embed.kernels.precision import has_bfloat16
 from ml_embed.training.optimizer import check_engine
 
+# accelerate's own choice would also sum gradients and return vectors in bf16
+FSDP2_IN_BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 # The engines that keep one copy of the weights per process.
 _COPIES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
@@ -62,9 +64,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         )
     compute_on_all_processes(lambda: _check(accelerator, config))
     if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
-        # accelerate's own choice would also sum gradients and return vectors in bf16
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+        accelerator.state.fsdp_plugin.mixed_precision_policy = FSDP2_IN_BF16
     return accelerator
 
 

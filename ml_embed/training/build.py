@@ -28,7 +28,7 @@ from ml_embed.training.inputs import Inputs, teacher_exits
 def build_encoder(
     config: TrainConfig, inputs: Inputs, device: torch.device, compute_dtype: torch.dtype
 ) -> MatryoshkaEncoder:
-    """The encoder at the start of training, with float32 master weights, on `device`.
+    """The encoder at the start of training, on `device`: all that is trained in float32.
 
     Raises:
         UserError: `compile_layers` does not work here.
@@ -49,6 +49,8 @@ def build_encoder(
     _take_over_exit_norms(encoder, folder)
     if config.lora_r:
         lora.add_adapters(encoder, config)
+        if compute_dtype == torch.bfloat16:
+            lora.narrow_frozen(encoder)
     return encoder.to(device)
 
 

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
 from transformers import Qwen3Config
 
 from ml_embed.config import TrainConfig
@@ -124,6 +125,9 @@ class Parameters:
     """those that have a gradient and moments"""
     held: int
     """in memory while it trains, over all processes that share them"""
+    narrow: int
+    """of them, those that stand in bfloat16 where computation does: frozen matrices, if the model
+    that training starts from is in bfloat16 (`lora.narrow_frozen`)"""
     embedding: int
     layer: int
     """of one decoder layer, with its adapters"""
@@ -141,12 +145,14 @@ class Parameters:
         """Of a run whose model has so many exits."""
         depth = backbone.num_hidden_layers
         layers = depth * layer_parameters(backbone)
+        matrices = depth * sum(map(math.prod, matrix_shapes(backbone).values()))
         adapters = adapter_parameters(backbone, config.lora_r)
         saved = _parameters(backbone, config.r, exits if config.mll_norm == "per_layer" else 1)
         return cls(
             saved=saved,
             trained=saved - layers + adapters if config.lora_r else saved,
             held=saved + adapters,
+            narrow=matrices if config.lora_r and backbone.dtype == torch.bfloat16 else 0,
             embedding=embedding_parameters(backbone, config.r),
             layer=(layers + adapters) // depth,
             teacher=teacher.parameters if teacher else 0,
@@ -197,8 +203,10 @@ def fixed_bytes(
     are shared out.
     """
     width = 2 if half_precision else 4
-    held, trained = parameters.held, parameters.trained
-    weights = 4 * held / layout.weights
+    zero2 = layout.moments > layout.weights
+    narrow = parameters.narrow if half_precision and not zero2 else 0  # DeepSpeed: all in float32
+    wide, trained = parameters.held - narrow, parameters.trained
+    weights = (4 * wide + 2 * narrow) / layout.weights
     moments = MOMENTS_BYTES[config.optimizer] * trained / layout.moments
     passing = 0.0
     if layout.weights > 1:  # two layers, since the next one is fetched early, and the table
@@ -206,8 +214,8 @@ def fixed_bytes(
         largest = max(parameters.embedding, 0 if config.lora_r else parameters.layer)
         passing += (width + 4) * largest  # gradients, as computed and as they are summed
     elif half_precision:  # autocast's copies
-        weights += 2 * held
-    if layout.moments > layout.weights:  # DeepSpeed: a copy of the part of weights that it moves
+        weights += 2 * wide
+    if zero2:  # a copy of the part of weights that it moves
         moments += 4 * trained / layout.moments
         passing += 4 * min(ZERO2_BUCKET, trained)
     return {

@@ -2,7 +2,8 @@
 
 y = W x + s C D x, with W frozen and s = lora_alpha / lora_r. Saving multiplies adapters out. The
 token factors (or the table) and the exits' norms, which are no part of a layer, train whole; the
-small norms within layers stay as they are, as is usual with LoRA.
+small norms within layers stay as they are, as is usual with LoRA. What is frozen needs no float32
+weights where computation is in bfloat16.
 
 Letters: O, I outputs and inputs of a matrix, k the adapters' rank, D (k, I) and C (O, k) an
 adapter's two parts (LoRA's own A and B, which here are the token factors').
@@ -55,6 +56,19 @@ def add_adapters(encoder: MatryoshkaEncoder, config: TrainConfig) -> None:
             module.cast_input_dtype_enabled = False
 
 
+def narrow_frozen(encoder: MatryoshkaEncoder) -> None:
+    """Hold frozen matrices in bfloat16 where that loses nothing.
+
+    For runs that compute in bfloat16: they round these matrices in every product, so nothing
+    changes but the memory. Models that are published in bfloat16 have no others.
+    """
+    for name, parameter in encoder.named_parameters():
+        if name.endswith(_FROZEN):
+            narrow = parameter.data.bfloat16()
+            if torch.equal(narrow.float(), parameter.data):
+                parameter.data = narrow
+
+
 def merged(state: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
     """An encoder's state with its adapters multiplied out: W + s C D under the name of W.
 
@@ -69,6 +83,6 @@ def merged(state: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
         if name.endswith(_FROZEN):
             matrix = name.removesuffix(_FROZEN)
             plain[f"{matrix}.weight"] = torch.addmm(
-                frozen, state[matrix + _UP], state[matrix + _DOWN], alpha=factor
+                frozen.float(), state[matrix + _UP], state[matrix + _DOWN], alpha=factor
             )
     return plain

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from transformers import Qwen3Config
 
 from ml_embed.config import TrainConfig, parse_config
@@ -95,7 +96,9 @@ class Model:
 
     @property
     def backbone(self) -> Qwen3Config:
-        return backbone_config(self.size, VOCABULARY, 0, None)
+        published = backbone_config(self.size, VOCABULARY, 0, None)
+        published.dtype = torch.bfloat16
+        return published
 
     @property
     def teacher(self) -> Teacher | None:

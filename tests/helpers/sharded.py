@@ -53,6 +53,8 @@ def shard_on_cpu(parallelism: ParallelismConfig | None = None) -> None:
             cpu_ram_efficient_loading=settings["fsdp_cpu_ram_efficient_loading"],
             state_dict_type=settings["fsdp_state_dict_type"],
         )
+        if accelerator.mixed_precision == "bf16":
+            plugin.mixed_precision_policy = run_accelerator.FSDP2_IN_BF16
         AcceleratorState._shared_state["fsdp_plugin"] = plugin
         for state in (AcceleratorState, PartialState):
             state._shared_state["distributed_type"] = DistributedType.FSDP

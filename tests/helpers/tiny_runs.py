@@ -25,6 +25,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch.distributed import TCPStore
+from transformers import AutoModel, AutoTokenizer
 
 from helpers import ROOT
 from helpers.tiny_models import make_tokenizer, random_backbone
@@ -65,6 +66,13 @@ def write_backbone(folder: Path, seed: int = 0) -> Path:
         parameter.data += 0.05 * torch.randn_like(parameter)
     backbone.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_in_bfloat16(folder: Path, backbone: Path) -> Path:
+    """A copy of a backbone as published ones are: its weights in bfloat16, rounded."""
+    AutoModel.from_pretrained(backbone, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(backbone).save_pretrained(folder)
     return folder
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.sharded import shard_on_cpu
-from helpers.tiny_runs import Inputs, config_of, run
+from helpers.tiny_runs import Inputs, config_of, run, write_in_bfloat16
 from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3Model
@@ -175,24 +175,28 @@ def local_bytes(tensors) -> int:
         ("whole", Layout(1), {"mll_norm": "per_layer"}),
         ("adapters", Layout(1), {"lora_r": 4}),
         ("shared", Layout.of("fsdp2", 2), {"teacher_model_path": "teacher"}),
+        ("narrow", Layout.of("fsdp2", 2), {"lora_r": 4, "model_path": "half"}),
     ],
 )
 def test_weights_gradients_and_moments_are_counted_exactly(inputs, name, layout, changes):
     settings = {"train_steps": 1, "train_batch_size": 2, "checkpointing_steps": 0}
-    if taught := "teacher_model_path" in changes:
-        settings["teacher_model_path"] = str(inputs.folder / "teacher")
-    path = config_of(inputs, name, **changes | settings)
+    write_in_bfloat16(inputs.folder / "half", inputs.folder / "backbone")
+    paths = {key: str(inputs.folder / name) for key, name in changes.items() if "_path" in key}
+    path = config_of(inputs, name, **settings | changes | paths)
     main = main_that_weighs_shares if layout.weights > 1 else main_that_weighs
-    printed = run(inputs, path, processes=layout.processes, main=main)
+    half, taught = "model_path" in changes, "teacher_model_path" in changes
+    environment = {"ACCELERATE_MIXED_PRECISION": "bf16" if half else "no"}
+    processes = layout.processes
+    printed = run(inputs, path, processes=processes, main=main, environment=environment)
     held = [json.loads(line[5:]) for line in printed.splitlines() if line.startswith("held ")]
     config, _ = load_config(path)
-    backbone = Qwen3Config.from_pretrained(inputs.folder / "backbone")
+    backbone = Qwen3Config.from_pretrained(config.model_path)
     teacher = Teacher(Qwen3Config.from_pretrained(inputs.folder / "teacher")) if taught else None
     exits = 3
-    estimate = fixed_bytes(config, Parameters.of(config, backbone, exits, teacher), layout, False)
-    assert len(held) == layout.processes
+    estimate = fixed_bytes(config, Parameters.of(config, backbone, exits, teacher), layout, half)
+    assert len(held) == processes
     for kind in held[0]:
-        assert sum(own[kind] for own in held) == layout.processes * estimate[kind], kind
+        assert sum(own[kind] for own in held) == processes * estimate[kind], kind
 
 
 def test_engines_share_what_they_say():
@@ -207,6 +211,22 @@ def test_engines_share_what_they_say():
     assert held("hsdp", 64) == held("fsdp2", 8)
     assert held("zero2", 8)["weights"] == held("copies", 1)["weights"]
     assert held("zero2", 8)["gradients"] * 8 == held("copies", 1)["gradients"]
+
+
+def test_frozen_matrices_take_two_bytes_where_nothing_is_lost():
+    """And no copies for autocast; DeepSpeed holds everything in float32."""
+    config = TrainConfig(**PATHS, r=32, lora_r=4)
+
+    def weights(dtype, engine="copies", half=True):
+        backbone = Qwen3Config(**SHAPE, num_hidden_layers=4, dtype=dtype)
+        parameters = Parameters.of(config, backbone, 1)
+        return fixed_bytes(config, parameters, Layout.of(engine, 8), half)["weights"]
+
+    matrices = 4 * (128 * (128 + 64 + 64 + 128) + 3 * 128 * 384)
+    assert weights("float32") - weights("bfloat16") == 4 * matrices
+    assert weights("float32", "fsdp2") - weights("bfloat16", "fsdp2") == 2 * matrices / 8
+    assert weights("float32", "zero2") == weights("bfloat16", "zero2")
+    assert weights("float32", half=False) == weights("bfloat16", half=False)
 
 
 def test_a_step_computes_again_what_it_does_not_keep_and_sends_what_it_shares():

@@ -13,7 +13,16 @@ from helpers import ROOT
 from helpers.comparing import assert_same_metrics, assert_same_tensors
 from helpers.sharded import run_each_sharded
 from helpers.tiny_models import SPOKEN, assert_equal_vectors, naive
-from helpers.tiny_runs import Inputs, Launch, final_state, metrics, run, run_each
+from helpers.tiny_runs import (
+    Inputs,
+    Launch,
+    final_bytes,
+    final_state,
+    metrics,
+    run,
+    run_each,
+    write_in_bfloat16,
+)
 from helpers.zero2_runs import CPU, run_zero2
 from oracles import exit_vectors
 from safetensors.torch import load_file, save_file
@@ -236,15 +245,8 @@ def test_the_merged_model_gives_the_vectors_of_the_unmerged(inputs, trained):
 def test_saving_does_not_disturb_training(inputs, trained):
     unsaved = train(inputs, "unsaved", checkpointing_steps=0, mll_norm="per_layer")
     assert not (unsaved / "step_3").exists()
-    assert (unsaved / "resume" / "step_6" / "model.safetensors").read_bytes() == final_bytes(
-        trained
-    )[0]
-
-
-def final_bytes(run_dir: Path) -> list[bytes]:
-    return [
-        path.read_bytes() for path in sorted((run_dir / "resume" / "step_6").glob("*.safetensors"))
-    ]
+    state = "resume/step_6/model.safetensors"
+    assert (unsaved / state).read_bytes() == (trained / state).read_bytes()
 
 
 @pytest.fixture
@@ -269,11 +271,10 @@ def test_a_killed_run_continues_to_the_bit(inputs, trained, broken):
         mll_norm="per_layer",
         model_path=str(copy),
     )
-    assert final_bytes(broken) == final_bytes(trained)
+    saved = final_bytes(trained, 6)
+    assert len(saved) == 5, "model, factors, exits' norms, and of the state weights and moments"
+    assert final_bytes(broken, 6) == saved
     assert metrics(broken) == metrics(trained)
-    nested = ("nested/embedding_factors.safetensors", "nested/exit_norms.safetensors")
-    for file in ("model.safetensors", *nested):
-        assert (broken / "step_6" / file).read_bytes() == (trained / "step_6" / file).read_bytes()
 
 
 def test_other_frozen_weights_are_refused(inputs, broken, capsys):
@@ -335,6 +336,47 @@ def test_compiled_layers_give_the_same(inputs, compiled_graphs):
     for (name, a), b in zip(plain.named_parameters(), compiled.parameters(), strict=True):
         if a.requires_grad:
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def main_with_float32(arguments: list[str]) -> int:
+    """run.py's main, with frozen matrices in float32 whatever they hold."""
+    lora.narrow_frozen = lambda encoder: None
+    return run_script.main(arguments)
+
+
+def test_frozen_matrices_in_bfloat16_change_no_bit(inputs):
+    """A run that computes in bfloat16 from a model in bfloat16, in chunks, with validation."""
+    half = write_in_bfloat16(inputs.folder / "half", inputs.folder / "backbone")
+    changes = {"model_path": str(half), "valid_fraction": 0.3, "max_tokens_per_forward": 40}
+    runs = []
+    for name, main in (("narrow", None), ("wide", main_with_float32)):
+        config = inputs.config(name, **SETTINGS | changes | {"train_steps": 3})
+        run(inputs, config, main=main, environment={"ACCELERATE_MIXED_PRECISION": "bf16"})
+        runs.append(inputs.run_dir(name))
+    narrow, wide = runs
+    assert metrics(narrow) == metrics(wide)
+    saved = final_bytes(narrow, 3)
+    assert saved == final_bytes(wide, 3)
+    merged = load_file(narrow / "step_3" / "model.safetensors")["layers.0.mlp.up_proj.weight"]
+    assert merged.dtype == torch.float32
+    assert not torch.equal(merged, merged.bfloat16().float()), "adapters are added in float32"
+
+
+def test_only_what_bfloat16_holds_exactly_is_held_in_it(inputs):
+    half = write_in_bfloat16(inputs.folder / "exactly", inputs.folder / "backbone")
+    weights = load_file(half / "model.safetensors")
+    weights = {name: weight.float() for name, weight in weights.items()}
+    weights["layers.1.mlp.up_proj.weight"][0, 0] += 1e-3
+    save_file(weights, half / "model.safetensors", metadata={"format": "pt"})
+    config, _ = load_config(inputs.config("exactly", **SETTINGS | {"model_path": str(half)}))
+    opened = open_inputs(config, 1, progress=False)
+    for dtype, expected in ((torch.bfloat16, 3 * 7 - 1), (torch.float32, 0)):
+        encoder = build_encoder(config, opened, torch.device("cpu"), dtype)
+        narrow = {n: p for n, p in encoder.named_parameters() if p.dtype == torch.bfloat16}
+        assert len(narrow) == expected
+        for name, parameter in narrow.items():
+            stored = weights[name.removeprefix("backbone.").replace(".base_layer", "")]
+            assert torch.equal(parameter.float(), stored), name
 
 
 @pytest.fixture(scope="module")
