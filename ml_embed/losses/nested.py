@@ -103,12 +103,14 @@ def _inverse_norms(vectors: Tensor, widths: list[int]) -> Tensor:
     return torch.stack(squares).cumsum(0).clamp_min(SMALLEST_SQUARED_NORM).rsqrt()
 
 
-LossOfRows = Callable[[Tensor, Tensor, slice], Tensor]
-"""(some rows of left, all of right, which rows those are) -> (E,): their part of exits' losses"""
+LossOfExits = Callable[[Tensor, Tensor], Tensor]
+"""(some rows of left, all of right) -> (E,): their part of the losses of the exits given"""
+LossOfRows = Callable[[slice], LossOfExits]
+"""Some rows -> their loss; what is the same for all exits is computed here, once."""
 
 
 class _RowwiseLoss(torch.autograd.Function):
-    """One exit's loss of (1, B, ..., H) and (1, N, H), a sum over rows, some rows at a time.
+    """Exits' losses (E,) of (E, B, ..., H) and (E, N, H), sums over rows, some rows at a time.
 
     The gradients of some rows are computed right after their loss, in the forward pass, so that
     only their cosines are in memory, and not all D x B x N. (Checkpointing
@@ -120,25 +122,26 @@ class _RowwiseLoss(torch.autograd.Function):
     def forward(
         ctx: Any, left: Tensor, right: Tensor, loss_of_rows: LossOfRows, rows: int
     ) -> Tensor:
-        left, right = left.detach(), right.detach().requires_grad_()
-        total = left.new_zeros(())
+        left, right = left.detach(), right.detach()
+        losses = left.new_zeros(len(left))
         left_gradient, right_gradient = torch.empty_like(left), torch.zeros_like(right)
-        for start in range(0, left.shape[1], rows):
-            some = slice(start, start + rows)
-            with torch.enable_grad():
-                own = left[:, some].requires_grad_()
-                (loss,) = loss_of_rows(own, right, some)
-                left_gradient[:, some], of_right = torch.autograd.grad(loss, (own, right))
-            right_gradient += of_right
-            total += loss.detach()
+        for some in blocks(left.shape[1], rows):
+            loss_of = loss_of_rows(some)
+            for one in blocks(len(left), 1):
+                with torch.enable_grad():
+                    own, other = left[one, some].requires_grad_(), right[one].requires_grad_()
+                    loss = loss_of(own, other)
+                    left_gradient[one, some], of_right = torch.autograd.grad(loss, (own, other))
+                right_gradient[one] += of_right
+                losses[one] += loss.detach()
         ctx.save_for_backward(left_gradient, right_gradient)
-        return total
+        return losses
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        left_gradient, right_gradient = ctx.saved_tensors
-        return gradient * left_gradient, gradient * right_gradient, None, None
+        left, right = ((x.movedim(0, -1) * gradient).movedim(-1, 0) for x in ctx.saved_tensors)
+        return left, right, None, None
 
 
 def _sum_over_rows(
@@ -150,22 +153,21 @@ def _sum_over_rows(
     """
     exits, count = right.shape[0], max(1, right.shape[1])
     if left.shape[1] <= rows_at_once(len(spec.dims) * exits * count, left.device):
-        return loss_of_rows(left, right, slice(None))
+        return loss_of_rows(slice(None))(left, right)
     # One exit at a time: of each, more rows fit, so that `right` is gone through less often.
     rows = rows_at_once(len(spec.dims) * count, left.device)
-    losses = [
-        _RowwiseLoss.apply(own, other, loss_of_rows, rows)
-        if torch.is_grad_enabled()
-        else _sum_in_blocks(own, other, loss_of_rows, rows)
-        for own, other in zip(left.split(1), right.split(1), strict=True)
-    ]
-    return torch.stack(losses)
+    compute = _RowwiseLoss.apply if torch.is_grad_enabled() else _sum_in_blocks
+    return compute(left, right, loss_of_rows, rows)
 
 
 def _sum_in_blocks(left: Tensor, right: Tensor, loss_of_rows: LossOfRows, rows: int) -> Tensor:
     """As `_RowwiseLoss`, without gradients: for validation."""
-    some_rows = blocks(left.shape[1], rows)
-    return torch.cat([loss_of_rows(left[:, some], right, some) for some in some_rows]).sum()
+    losses = left.new_zeros(len(left))
+    for some in blocks(left.shape[1], rows):
+        loss_of = loss_of_rows(some)
+        for one in blocks(len(left), 1):
+            losses[one] += loss_of(left[one, some], right[one])
+    return losses
 
 
 def _cosines(left: Tensor, right: Tensor, spec: MatryoshkaSpec) -> Tensor:
@@ -267,10 +269,10 @@ def in_batch_loss(
         scalar, float32, the mean over exits.
     """
 
-    def of_rows(own: Tensor, shared: Tensor, rows: slice) -> Tensor:
+    def of_rows(rows: slice) -> LossOfExits:
         own_mask = None if mask is None else mask[rows]
-        weights = sample_weights[rows]
-        return _nested_cross_entropy(own, shared, target[rows], own_mask, weights, spec)
+        rest = (target[rows], own_mask, sample_weights[rows], spec)
+        return lambda own, shared: _nested_cross_entropy(own, shared, *rest)
 
     return mean_over_exits(_sum_over_rows(query, passages, spec, of_rows), spec)
 
@@ -412,11 +414,10 @@ def in_batch_similarity_loss(
         sum_n c_n / (sum_n c_n) sum_i w_i mean_j (cos_n(q_i, p_j) - t_i . t_j)^2.
     """
 
-    def of_rows(own: Tensor, shared: Tensor, rows: slice) -> Tensor:
+    def of_rows(rows: slice) -> LossOfExits:
         wanted = teacher_query[rows] @ teacher_passages.T
-        return _nested_squared_error(
-            own, shared, wanted, sample_weights[rows].unsqueeze(1) / passages.shape[1], spec
-        )
+        weights = sample_weights[rows].unsqueeze(1) / passages.shape[1]
+        return lambda own, shared: _nested_squared_error(own, shared, wanted, weights, spec)
 
     return mean_over_exits(_sum_over_rows(query, passages, spec, of_rows), spec)
 
@@ -456,9 +457,13 @@ def self_distillation_loss(
         ]
         return torch.cat(logits, dim=-1).clamp_min(NEVER).log_softmax(-1)
 
-    def of_rows(left: Tensor, right: Tensor, rows: slice) -> Tensor:
+    def of_rows(rows: slice) -> LossOfExits:
         wanted = choice(best[:, rows], best_passages, rows, whole)
-        divergence = (wanted.exp() * (wanted - choice(left, right, rows, spec))).sum(-1)
-        return _sum_over_dims(divergence @ sample_weights[rows], spec)
+
+        def loss(left: Tensor, right: Tensor) -> Tensor:
+            divergence = (wanted.exp() * (wanted - choice(left, right, rows, spec))).sum(-1)
+            return _sum_over_dims(divergence @ sample_weights[rows], spec)
+
+        return loss
 
     return mean_over_exits(_sum_over_rows(own, passages, spec, of_rows), spec)

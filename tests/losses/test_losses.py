@@ -9,6 +9,7 @@ from oracles import cosine, dims_and_weights
 from oracles import hard_loss as naive_hard_loss
 from oracles import in_batch_loss as naive_in_batch_loss
 from torch.nn.functional import normalize
+from torch.utils.flop_counter import FlopCounterMode
 
 from ml_embed.benchmarks.gpu_common import SMALL, SMALL_MODEL, random_batch
 from ml_embed.losses import nested as losses
@@ -19,6 +20,7 @@ from ml_embed.losses.nested import (
     in_batch_loss,
     in_batch_similarity_loss,
     nested_cosines,
+    self_distillation_loss,
 )
 from ml_embed.losses.objective import Objective
 from ml_embed.model import default_dims, dim_weights
@@ -167,6 +169,32 @@ def test_blocks_of_similarities_are_the_whole(generator, monkeypatch, logits_at_
     blocks = in_batch_similarity_loss(*arguments)
     torch.testing.assert_close(blocks, whole, rtol=1e-6, atol=1e-6)
     assert_same_gradients(blocks, whole, (query, passage))
+
+
+def test_blocks_multiply_nothing_twice(generator, monkeypatch):
+    """What is wanted of all exits alike is computed once for a block of rows."""
+    rows, weights, spec = 5, torch.full((5,), 0.2), make_spec(True)
+    query, passage = (leaf(EXITS, count, HIDDEN, generator=generator) for count in (rows, 7))
+    candidates = leaf(EXITS, rows, 3, HIDDEN, generator=generator)
+    taught = [normalize(torch.randn(n, 5, generator=generator), dim=-1) for n in (rows, 7)]
+    masks = torch.zeros(rows, 3, dtype=torch.bool), torch.zeros(rows, 7, dtype=torch.bool)
+
+    def multiplied(loss, leaves) -> int:
+        with FlopCounterMode(display=False) as counter:
+            torch.autograd.grad(loss(), leaves)
+        return counter.get_total_flops()
+
+    def similarity():
+        return in_batch_similarity_loss(query, passage, *taught, weights, spec)
+
+    def from_itself():
+        return self_distillation_loss(query, candidates, passage, masks, weights, spec)
+
+    cases = ((similarity, (query, passage)), (from_itself, (query, candidates, passage)))
+    whole = [multiplied(*case) for case in cases]
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", {"cpu": 2 * 3 * 7})  # two rows of an exit
+    blockwise = [multiplied(*case) for case in cases]
+    assert blockwise == pytest.approx(whole, rel=0.01), "but for the small sums over dims"
 
 
 def test_a_row_without_weight_counts_nothing(generator):
