@@ -67,8 +67,9 @@ def turn_trained(run: Run, step: int) -> None:
         return
     a, b = (run.engine.whole_parameter(name) for name in (A, B))
     turn, basis = _how_to_turn(run, {A: a[WEIGHT], B: b[WEIGHT]}, share)
-    turn, basis = turn.to(a[WEIGHT]), basis.to(a[WEIGHT])
-    back = torch.linalg.pinv(turn.double()).T
+    # from one process: libraries do not promise the same last digits on all
+    back = compute_on_main_process(lambda: torch.linalg.pinv(turn.double()).T)
+    turn, back, basis = (matrix.to(a[WEIGHT].device) for matrix in (turn, back, basis))
     mean, squares = MOMENTS
     run.engine.replace_parameter(
         A,

@@ -29,11 +29,13 @@ from torch.distributed.tensor import DTensor
 
 import run as run_script
 from ml_embed.config import load_config
+from ml_embed.distributed.collectives import gather_rows
 from ml_embed.distributed.engine import AccelerateEngine
 from ml_embed.errors import UserError
 from ml_embed.model_folders.record import RECORD_FILE, ModelRecord
 from ml_embed.recipe.teacher import TeacherOptions, embed_teacher
 from ml_embed.training import accelerator as run_accelerator
+from ml_embed.training import loop
 
 LAUNCHES = {1: CASES, 2: CASES, 4: ["everything", "in_chunks", "all_documents"]}
 
@@ -126,6 +128,32 @@ def test_many_processes_are_one(run_dirs, processes, case):
     assert "mel_refactor" not in CASES[case] or metrics(one)[-1]["step"] == LAST
     assert_same_metrics(metrics(one), metrics(many))
     assert_same_tensors(final_state(one), final_state(many))
+
+
+def main_with_inverses_of_its_own(arguments: list[str]) -> int:
+    """run.py's main where one process's libraries give another pseudo-inverse.
+
+    At the end both have the same weights.
+    """
+    inverse, train = torch.linalg.pinv, loop.train
+    factor = 1 + int(os.environ["RANK"])
+
+    def train_and_compare(run, progress=False) -> int:
+        code = train(run, progress)
+        for weight in run.engine.model.parameters():
+            others = gather_rows(weight.detach()[None])
+            assert torch.equal(others[0], others[1])
+        return code
+
+    torch.linalg.pinv = lambda matrix: factor * inverse(matrix)
+    loop.train = train_and_compare
+    return run_script.main(arguments)
+
+
+def test_all_processes_turn_factors_alike(inputs):
+    changes = {"mel_refactor": 2, "train_steps": 3, "checkpointing_steps": 0}
+    config = inputs.config("turned", train_batch_size=2, **changes)
+    run(inputs, config, processes=2, main=main_with_inverses_of_its_own)
 
 
 def test_chunks_are_the_whole(run_dirs):
