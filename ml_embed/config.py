@@ -219,7 +219,8 @@ class TrainConfig:
     stand in the data (pos_score, neg_scores) need no teacher here: "kl" teaches their softmax,
     "margin_mse" their margins, to cosines divided by temperature"""
     kd_weight: float = _key(1.0, low=0)
-    """weight of the distillation loss in the total loss; 0 = it does not count"""
+    """weight of the distillation loss in the total loss; 0 = it does not count, and scores need not
+    be there"""
     self_distillation: float = _key(0.0, low=0)
     """weight of a loss by which every exit and vector length learns which documents the last
     layer's whole vectors prefer, among a sample's own and, in retrieval, the batch's passages; 0 =
@@ -305,7 +306,12 @@ class TrainConfig:
     def is_taught(self) -> bool:
         """Whether there is a distillation loss."""
         given = self.teacher_model_path or self.teacher_vectors_path
-        return given is not None or self.kd_loss in SCORE_LOSSES
+        return given is not None or self.learns_scores
+
+    @property
+    def learns_scores(self) -> bool:
+        """Whether a teacher's scores in the data are learned from; otherwise they are not read."""
+        return self.kd_loss in SCORE_LOSSES and self.kd_weight > 0
 
     @property
     def run_dir(self) -> Path:

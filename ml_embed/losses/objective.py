@@ -101,7 +101,7 @@ class Objective:
         masked = self._mask(student, batch)
         hard, in_batch = self._hard(student, batch, masked), self._in_batch(student, batch, masked)
         similarity = self._similarity(student, batch)
-        if self.kd_loss in SCORE_LOSSES:
+        if self.kd_loss in SCORE_LOSSES and self.kd_weight:
             distillation = self._score_distillation(student, batch)
         elif teacher is None:
             distillation = student.nothing

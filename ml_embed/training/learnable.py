@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ml_embed.config import SCORE_LOSSES, TrainConfig
+from ml_embed.config import TrainConfig
 from ml_embed.data.schedule import DatasetPlan
 from ml_embed.data.store import Store, TokenizedDataset
 from ml_embed.errors import UserError
@@ -19,7 +19,7 @@ def check_losses(
     """
     for plan in plans:
         check_scores(plan, store.datasets[plan.name])
-    if config.kd_loss in SCORE_LOSSES:
+    if config.learns_scores:
         _check_teacher_scores(config, plans, store)
     elif config.is_taught and config.kd_weight:
         return

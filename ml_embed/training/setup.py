@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from ml_embed.config import SCORE_LOSSES, TrainConfig
+from ml_embed.config import TrainConfig
 from ml_embed.data.batch_builder import BatchBuilder
 from ml_embed.data.loader import Loader
 from ml_embed.distributed.collectives import compute_on_main_process
@@ -185,7 +185,7 @@ def make_loader(config: TrainConfig, accelerator: Accelerator, inputs: Inputs) -
         process=accelerator.process_index,
         processes=accelerator.num_processes,
         all_negatives=config.in_batch_negatives == "all",
-        scored=config.kd_loss in SCORE_LOSSES,
+        scored=config.learns_scores,
     )
     schedule = make_schedule(resolved.datasets, store, resolved.global_batch_size, config)
     validation = None

@@ -168,6 +168,23 @@ def test_datasets_without_scores_are_named(world, tmp_path, capsys):
         assert train(world, tmp_path, f"run-{name}-0", train_steps=1, **settings)[0] == 0
 
 
+def test_scores_of_no_weight_are_not_asked_for(world, tmp_path):
+    """The run is the one without them."""
+    data = write_scored(world, tmp_path / "some", (3, 4, 5))
+    settings = {"train_data_path": str(data), "datasets": {}, "train_steps": 2}
+    runs = [
+        train(world, tmp_path, f"run-{kind}", kd_loss=kind, kd_weight=0, **settings)
+        for kind in ("kl", "vectors")
+    ]
+    assert [code for code, _ in runs] == [0, 0]
+    clock = ("time", "tokens_per_second", "seconds")
+    learned, plain = (
+        [{key: value for key, value in line.items() if key not in clock} for line in lines]
+        for _, lines in runs
+    )
+    assert learned == plain != []
+
+
 def test_a_teacher_beside_scores_is_a_mistake(world):
     with pytest.raises(UserError, match="learns from scores in the data, but a teacher is given"):
         parse_config(world.config(kd_loss="kl", teacher_model_path="somewhere"))
