@@ -85,9 +85,10 @@ class Layout:
 class Teacher:
     """A model beside the student: whole on each process, without gradients.
 
-    On GPUs its weights have the type that it computes in. It encodes each text of a step once,
-    before the student does; of its activations only those of a layer are in memory, fewer than the
-    student's then take.
+    On GPUs its weights have the type that it computes in; on CPUs they are float32, also where the
+    estimate says bfloat16. It encodes each text of a step once, before the student does. Its
+    activations, of one layer at a time, are not counted: those of the published teachers are fewer
+    than the student's with gradient_checkpointing.
     """
 
     backbone: Qwen3Config
@@ -105,7 +106,7 @@ class Teacher:
         return (
             _matrix_flops(self.backbone)
             + _attention_flops(self.backbone, length)
-            + (2 * self.rank * self.backbone.hidden_size)
+            + 2 * self.rank * self.backbone.hidden_size
         )
 
 
