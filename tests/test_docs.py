@@ -49,8 +49,8 @@ PREFIX = r"(?:[A-Z_]+=\S+ )*"
 ONLY_PARSED = re.compile(
     r"scripts/(bench_|compare_|check_gpu)\w*\.py|tests/(faults/storm|clients/run)\.py"
 )
-# Of export_model.py; they need extras and take long: tests/forms and tests/clients run them.
-FORMS = {"--onnx", "--gguf", "--static"}
+# Of export_model.py; tracing takes long: tests/forms and tests/clients run it.
+FORMS = {"--onnx"}
 INSTALLED_ALREADY = "pip install -c constraints.txt -e ."
 TINY = [
     "checkpointing_steps=0",

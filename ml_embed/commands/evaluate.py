@@ -52,8 +52,9 @@ def main(arguments: list[str] | None = None) -> None:
         nargs="+",
         default=[],
         metavar="DIR_OR_NAME|bm25",
-        help="what to compare with: a model, e.g. the backbone before training; bm25, which "
-        "compares words and, on its own, pieces of 3 to 5 characters; or both",
+        help="what to compare with, any of: a model of this kind, e.g. the backbone before "
+        "training; other models, e.g. a static one or any that sentence-transformers reads; bm25, "
+        "which compares words and, on its own, pieces of 3 to 5 characters",
     )
     add_cut_flags(parser, many=True, default="all trained")
     parser.add_argument(
@@ -80,10 +81,6 @@ def main(arguments: list[str] | None = None) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
-    models = [name for name in args.baseline if name != BM25]
-    if len(models) > 1:
-        raise UserError(f"--baseline names {len(models)} models; name one at most, and {BM25}")
-    args.bm25, args.baseline = len(models) < len(args.baseline), next(iter(models), None)
     check_writable(args.output)
     from ml_embed.distributed.launch import launched
 
@@ -99,17 +96,19 @@ def evaluate(args: argparse.Namespace) -> None:
         process_index,
     )
     from ml_embed.evaluation.cube import evaluate_baseline, evaluate_cube
-    from ml_embed.evaluation.lexical import evaluate_bm25, require_bm25s
+    from ml_embed.evaluation.lexical import evaluate_bm25
+    from ml_embed.evaluation.other_models import evaluate_model
     from ml_embed.files.atomic import disk_errors_are_user_errors
-    from ml_embed.model_folders.seal import verify_model
+    from ml_embed.inference.text_models import load_text_model
 
-    def check() -> None:
-        if args.bm25:
-            require_bm25s()
-        for model in filter(None, (args.model, args.baseline)) if args.verify else ():
-            verify_model(model)
-
-    compute_on_all_processes(check)
+    before, other_models = compute_on_all_processes(lambda: check_models(args))
+    # First: they take a moment, and a mistake in them is told before the long work.
+    others = compute_on_main_process(
+        lambda: {
+            name: evaluate_model(load_text_model(name, args.device), args.data, args.max_queries)
+            for name in other_models
+        }
+    )
     work = args.output / WORK
     options = {
         "batch_tokens": args.batch_tokens,
@@ -121,26 +120,49 @@ def evaluate(args: argparse.Namespace) -> None:
     baseline = None
     with disk_errors_are_user_errors(args.output, "Then run the same command again: it continues."):
         result = evaluate_cube(args.model, args.data, args.rank, args.depth, args.dim, **options)
-        if args.baseline:
-            baseline = evaluate_baseline(args.baseline, args.data, result, **options)
+        if before is not None:
+            baseline = evaluate_baseline(before, args.data, result, **options)
         compute_on_main_process(lambda: shutil.rmtree(work, ignore_errors=True))
     if process_index() == 0:
-        write(
-            args, result, baseline, evaluate_bm25(args.data, args.max_queries) if args.bm25 else {}
+        bm25 = evaluate_bm25(args.data, args.max_queries) if BM25 in args.baseline else None
+        write(args, {"model": result, "baseline": baseline, "bm25": bm25, "others": others})
+
+
+def check_models(args: argparse.Namespace) -> tuple[str | None, list[str]]:
+    """The baseline with the cuts of the model, and those of other kinds, each once.
+
+    Raises:
+        UserError: there are several with cuts; one is not there; or --verify finds a change.
+    """
+    from ml_embed.evaluation.lexical import require_bm25s
+    from ml_embed.files.model_source import find_model_folder
+    from ml_embed.inference.text_models import is_own
+    from ml_embed.model_folders.seal import verify_model
+
+    if BM25 in args.baseline:
+        require_bm25s()
+    names = [name for name in dict.fromkeys(args.baseline) if name != BM25]
+    own = [name for name in names if is_own(find_model_folder(name))]
+    if len(own) > 1:
+        raise UserError(
+            f"--baseline names {len(own)} models of the trained kind, {' and '.join(own)}; name "
+            "one at most"
         )
+    for model in (args.model, *names) if args.verify else ():
+        verify_model(model)
+    return next(iter(own), None), [name for name in names if name not in own]
 
 
-def write(
-    args: argparse.Namespace, result: Numbers, baseline: Numbers | None, bm25: Numbers
-) -> None:
+def write(args: argparse.Namespace, numbers: Numbers) -> None:
     """Write and print the results."""
     from ml_embed.files.atomic import write_json
     from ml_embed.reports.plots import plot_cube
     from ml_embed.reports.tables import cube_tables, precision_table, test_set_table
 
-    print(test_set_table(result, baseline, args.metric, bm25))
+    result, baseline = numbers["model"], numbers["baseline"]
+    without_cuts = (numbers["bm25"] or {}) | numbers["others"]
+    print(test_set_table(result, baseline, args.metric, without_cuts))
     print(f"\n{cube_tables(result, args.metric)}\n\n{precision_table(result, args.metric)}")
-    numbers = {"model": result, "baseline": baseline, "bm25": bm25 or None}
     try:
         args.output.mkdir(parents=True, exist_ok=True)
         write_json(args.output / JSON_FILE, numbers)

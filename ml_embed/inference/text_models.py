@@ -26,6 +26,8 @@ class TextModel(Protocol):
     """the folder, or the name on the hub"""
     identity: dict[str, str]
     """what the model is, wherever it lies: file -> digest of its content"""
+    prompts: dict[str, str]
+    """saved ones, name -> text; `encode` puts none in front of texts"""
     dim: int
     device: torch.device
 
@@ -40,6 +42,7 @@ class OwnModel:
         self.name, self.identity = name, model_identity(folder)
         self._embedder = Embedder.from_pretrained(folder, device=device)
         self.dim, self.device = self._embedder.dim, self._embedder.device
+        self.prompts = self._embedder.prompts
 
     def encode(self, texts: Sequence[str], normalize: bool = True) -> np.ndarray:
         return self._embedder.encode(texts, prompt="", show_progress=False, normalize=normalize)
@@ -54,6 +57,7 @@ class SentenceTransformersModel:
         if type(self._model[-1]).__name__ == "Normalize":
             del self._model[-1]  # `encode` does it, where it is wanted
         self._batch_size, self.identity = batch_size, model_identity(folder)
+        self.prompts = dict(self._model.prompts)
         self.dim = self.encode(["a"]).shape[1]
 
     def encode(self, texts: Sequence[str], normalize: bool = True) -> np.ndarray:
@@ -104,12 +108,12 @@ def load_text_model(name: str | Path, device: str | None = None, batch_size: int
     if batch_size < 1:
         raise UserError(f"--batch-size is {batch_size}; it must be at least 1")
     folder, shown = find_model_folder(name), str(home_path(name))
-    if _is_own(folder):
+    if is_own(folder):
         return OwnModel(folder, shown, device)
     return SentenceTransformersModel(folder, shown, device, batch_size)
 
 
-def _is_own(folder: Path) -> bool:
+def is_own(folder: Path) -> bool:
     """Whether it is a model folder of this project with its own modules, or a Qwen3 backbone.
 
     A backbone does not say how to pool. sentence-transformers would take the mean of all tokens;
