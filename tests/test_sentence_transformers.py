@@ -77,11 +77,20 @@ def test_untrained_sizes_are_refused(shared):
     assert load(shared, rank=8, allow_untrained=True, device="cpu").encode("a").shape == (HIDDEN,)
 
 
-def test_a_whole_table_loads_too(tmp_path):
-    whole = write_model(tmp_path / "whole", make_tokenizer(), factorized=False)
-    found = load(whole, depth=1, dim=8, device="cpu").encode(TEXTS)
-    expected = Embedder.from_pretrained(whole, depth=1, dim=8).encode(TEXTS)
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+@pytest.mark.parametrize("sharing", ["shared", "per_layer"])
+def test_a_whole_table_loads_too_and_is_saved(tmp_path, sharing):
+    whole = write_model(tmp_path / "whole", make_tokenizer(), sharing, factorized=False)
+    cut = {"depth": 3, "dim": 16}
+    model = load(whole, **cut, device="cpu")
+    expected = Embedder.from_pretrained(whole, **cut).encode(TEXTS)
+    np.testing.assert_allclose(model.encode(TEXTS), expected, atol=1e-6)
+    model.save(str(tmp_path / "saved"))
+    assert ModelRecord.load(tmp_path / "saved").ranks == ()
+    again = Embedder.from_pretrained(tmp_path / "saved")
+    np.testing.assert_allclose(again.encode(TEXTS), expected, atol=1e-6)
+    shallow = Embedder.from_pretrained(whole, depth=1, dim=8).encode(TEXTS)
+    saved = load(tmp_path / "saved", depth=1, dim=8, device="cpu").encode(TEXTS)
+    np.testing.assert_allclose(saved, shallow, atol=1e-6)
 
 
 def test_a_plain_backbone_gets_its_end_token(tmp_path):

@@ -51,20 +51,13 @@ def _write(path: Path, windows: Iterable[np.ndarray], dim: int) -> int:
     """The header is written again when the number of rows is known."""
     count = 0
     with path.open("wb") as file:
-        _write_header(file, 0, dim)
-        start = file.tell()
+        file.write(_head(0, dim))
         for rows in windows:
             rows.tofile(file)
             count += len(rows)
         file.seek(0)
-        _write_header(file, count, dim)
-        assert file.tell() == start, "numpy pads headers so that the first axis can grow"
+        file.write(_head(count, dim))
     return count
-
-
-def _write_header(file: Any, rows: int, dim: int) -> None:
-    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False}
-    np.lib.format.write_array_header_1_0(file, header | {"shape": (rows, dim)})
 
 
 def _count(texts: Iterable[str]) -> int:
@@ -122,7 +115,7 @@ def encode_into_file(
 
 
 def _head(rows: int, dim: int) -> bytes:
-    """A .npy file's header, filled up to a page (see `Rows`)."""
+    """A .npy file's header, filled up to a page (see `Rows`): so long for any number of rows."""
     header = {"descr": "<f4", "fortran_order": False, "shape": (rows, dim)}
     text = str(header).encode().ljust(HEAD_BYTES - 11) + b"\n"
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text

@@ -20,7 +20,7 @@ from ml_embed.files.model_identity import model_identity
 from ml_embed.files.model_source import find_model_folder
 from ml_embed.files.paths import check_model_output
 from ml_embed.model import row_products, rows_times, turn_factors
-from ml_embed.model_folders.export import stored_dtype, token_share
+from ml_embed.model_folders.export import share_to_turn_by, stored_dtype
 from ml_embed.model_folders.read import SIZES, ModelFolder, load_encoder
 from ml_embed.model_folders.record import AveragedModel, ModelRecord, Origin
 from ml_embed.model_folders.turning import A, B
@@ -99,9 +99,7 @@ class Average:
         """
         self.check_output(output, overwrite)
         first = self.folders[0]
-        if frequencies is not None and not first.record.ranks:
-            raise UserError(f"{first.path} has a whole token table: there are no factors to turn")
-        share = None if frequencies is None else token_share(first, frequencies)
+        share = None if frequencies is None else share_to_turn_by(first, frequencies)
         state, factors = self._mean_state()
         dtype = reduce(torch.promote_types, [stored_dtype(f.config) for f in self.folders])
         mean = None

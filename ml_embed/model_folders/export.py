@@ -63,10 +63,8 @@ def export_model(
     check_model_output(output, overwrite, home_path(model))
     part = open_part(model, depth, dim, rank, allow_untrained)
     if factors_only and not part.folder.record.ranks:
-        raise UserError(f"{model} has a whole token table and no factors; leave factors_only out")
-    if frequencies is not None and not part.folder.record.ranks:
-        raise UserError(f"{part.folder.path} has a whole token table: there are no factors to turn")
-    turned_by = None if frequencies is None else token_share(part.folder, Path(frequencies))
+        raise UserError(f"{model} has a whole token table and no factors; leave --factors-only out")
+    turned_by = None if frequencies is None else share_to_turn_by(part.folder, Path(frequencies))
     write_cut(part.folder, part.cut, output, dtype, turned_by, with_table=not factors_only)
     return part.cut
 
@@ -130,6 +128,13 @@ def write_cut(
         state |= {A: state[A][:, : cut.rank].contiguous(), B: state[B][: cut.rank].contiguous()}
     with atomic_folder(output) as new:
         save_model_folder(new, state, encoder.config, folder.tokenizer, left, with_table)
+
+
+def share_to_turn_by(folder: ModelFolder, data: Path) -> Tensor:
+    """As `token_share`. Raises UserError if the folder has no factors, too."""
+    if not folder.record.ranks:
+        raise UserError(f"{folder.path} has a whole token table: there are no factors to turn")
+    return token_share(folder, data)
 
 
 def token_share(folder: ModelFolder, data: Path) -> Tensor:

@@ -27,11 +27,9 @@ from ml_embed.model_folders.export import stored_dtype, token_share
 from ml_embed.model_folders.headers import DAMAGED
 from ml_embed.model_folders.read import ModelFolder, load_encoder
 from ml_embed.model_folders.record import RECORD_FILE, ModelRecord
-from ml_embed.model_folders.turning import A, B
+from ml_embed.model_folders.turning import WHOLE_TABLE, A, B
 from ml_embed.model_folders.write import save_model_folder
 
-TABLE = "embedding.weight"
-"""Name of a whole token table in an encoder's state."""
 TEMPERATURE = 0.05
 """Of the published training."""
 
@@ -82,7 +80,7 @@ def import_model(
     dtype = stored_dtype(folder.config)
     encoder = load_encoder(folder, exits=record.exits, dtype=dtype)
     state = encoder.state_dict()
-    table = state.pop(TABLE)
+    table = state.pop(WHOLE_TABLE)
     if factorize is None:
         factors = read_released_factors(path, table)
     else:

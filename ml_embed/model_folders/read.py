@@ -5,7 +5,6 @@ is run. Letters: V vocabulary, r rank, H hidden size.
 """
 
 import copy
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -356,9 +355,11 @@ def _load_layers(folder: Path, config: Qwen3Config, dtype: torch.dtype) -> Qwen3
         backbone.register_module("embed_tokens", None)
         # Its buffers are computed, not stored.
         backbone.rotary_emb = type(backbone.rotary_emb)(config)
-        for path, names in _files_of(folder, backbone.state_dict().keys()).items():
+        wanted = backbone.state_dict().keys()
+        for path in _weights_files(folder):
             with safe_open(path, "pt") as file:
-                state |= {n: _finite(path, n, file.get_tensor(n)).to(dtype) for n in names}
+                for name in wanted & set(file.keys()):
+                    state[name] = _finite(path, name, file.get_tensor(name)).to(dtype)
         backbone.load_state_dict(state, assign=True)
     except UserError:
         raise
@@ -370,21 +371,9 @@ def _load_layers(folder: Path, config: Qwen3Config, dtype: torch.dtype) -> Qwen3
     return backbone
 
 
-def _files_of(folder: Path, names: Iterable[str]) -> dict[Path, list[str]]:
-    """Each safetensors file, one or shards with an index, with the tensors that it holds."""
-    folder = weights_folder(folder)
-    whole, index = folder / WHOLE, folder / INDEX
-    if whole.is_file() or not index.is_file():
-        return {whole: list(names)}
-    places = check_weight_map(index)
-    files: dict[Path, list[str]] = {}
-    for name in names:
-        files.setdefault(folder / places[name], []).append(name)
-    return files
-
-
 def _weights_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder that are read, as transformers chooses them."""
+    folder = weights_folder(folder)
     whole, index = folder / WHOLE, folder / INDEX
     if whole.is_file() or not index.is_file():
         return [whole]
@@ -420,9 +409,8 @@ def _check_beginning(folder: Path) -> None:
 
     For folders of format 1, which have no digests.
     """
-    name = TABLE
     try:
-        ((path, _),) = _files_of(folder, [name]).items()
+        path, name = _stored(folder, TABLE)
         with safe_open(path, "pt") as file:
             table = file.get_slice(name)[:CHECKED_ROWS]
         with safe_open(nested_file(folder, FACTORS_FILE), "pt") as file:

@@ -8,6 +8,8 @@ from ml_embed.model import rows_times, turn_factors
 
 A, B = "embedding.A", "embedding.B"
 """Names of the factors in an encoder's state."""
+WHOLE_TABLE = "embedding.weight"
+"""Name there of a token table without factors."""
 
 
 def turned_state(state: Mapping[str, Tensor], token_share: Tensor | None) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ from ml_embed.model_folders.record import (
     ModelRecord,
 )
 from ml_embed.model_folders.seal import seal
+from ml_embed.model_folders.turning import WHOLE_TABLE, A, B
 from ml_embed.prepare.tokenizer import append_eos_template, end_token
 
 
@@ -119,7 +120,7 @@ def _save_nested(folder: Path, state: Mapping[str, Tensor], record: ModelRecord)
     """What only this project reads: token factors and exit norms, where there are any."""
     tensors: dict[str, dict[str, Tensor]] = {}
     if record.ranks:
-        tensors[FACTORS_FILE] = {name: state[f"embedding.{name}"] for name in ("A", "B")}
+        tensors[FACTORS_FILE] = {"A": state[A], "B": state[B]}
     if record.norm_sharing == "per_layer":
         norms = {str(layer): state[f"norms.{i}.weight"] for i, layer in enumerate(record.exits)}
         tensors[EXIT_NORMS_FILE] = norms
@@ -170,10 +171,9 @@ def backbone_state(
         if name.startswith("backbone.")
     }
     if not record.ranks:
-        plain[TABLE] = state["embedding.weight"]
+        plain[TABLE] = state[WHOLE_TABLE]
     elif with_table:
-        A, B = state["embedding.A"], state["embedding.B"]
-        plain[TABLE] = (A.float() @ B.float()).to(A.dtype)
+        plain[TABLE] = (state[A].float() @ state[B].float()).to(state[A].dtype)
     deepest = 0 if record.norm_sharing == "shared" else len(record.exits) - 1
     plain["norm.weight"] = state[f"norms.{deepest}.weight"]
     return plain

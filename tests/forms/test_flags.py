@@ -37,3 +37,18 @@ def test_what_stands_there_is_not_lost(checkpoint, tmp_path, capsys, form):
     assert load_script("export_model").main(arguments) == 2
     assert "not a model folder" in capsys.readouterr().err
     assert (tmp_path / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--factors-only"], "has a whole token table and no factors; leave --factors-only out"),
+        (["--refactor", "x"], "has a whole token table: there are no factors to turn"),
+        (["--gguf", "--rank", "16"], "has a whole token table"),
+    ],
+)
+def test_a_whole_table_has_no_factors(whole, tmp_path, capsys, flags, said):
+    arguments = ["--model", str(whole), "--output", str(tmp_path / "out"), *flags]
+    assert load_script("export_model").main(arguments) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -8,7 +8,7 @@ import torch
 from helpers.scripts import load_script
 from helpers.tiny_models import HIDDEN, MAX_SEQ_LENGTH, TEXTS, write_model
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from ml_embed.errors import UserError
 from ml_embed.forms.gguf import export_gguf
@@ -25,8 +25,16 @@ def read(path):
     return said, {tensor.name: tensor for tensor in reader.tensors}
 
 
-@pytest.mark.parametrize("cut", [{}, {"depth": 1, "rank": 16, "dim": 16}])
-def test_it_holds_the_weights_of_the_cut(checkpoint, tmp_path, capsys, cut):
+@pytest.mark.parametrize(
+    ("model", "cut"),
+    [
+        ("checkpoint", {}),
+        ("checkpoint", {"depth": 1, "rank": 16, "dim": 16}),
+        ("whole", {"depth": 1, "dim": 16}),
+    ],
+)
+def test_it_holds_the_weights_of_the_cut(request, tmp_path, capsys, model, cut):
+    checkpoint = request.getfixturevalue(model)
     flags = [word for axis, size in cut.items() for word in (f"--{axis}", str(size))]
     arguments = ["--model", str(checkpoint), "--output", str(tmp_path / "g"), "--gguf", *flags]
     assert load_script("export_model").main(arguments) == 0
@@ -35,11 +43,21 @@ def test_it_holds_the_weights_of_the_cut(checkpoint, tmp_path, capsys, cut):
     assert printed["bytes_of_weights"] == path.stat().st_size
     said, tensors = read(path)
     depth = cut.get("depth", 3)
+    config = AutoConfig.from_pretrained(checkpoint)
+    assert {name: value for name, value in said.items() if name.startswith("qwen3.")} == {
+        "qwen3.block_count": depth,
+        "qwen3.embedding_length": HIDDEN,
+        "qwen3.context_length": MAX_SEQ_LENGTH,
+        "qwen3.pooling_type": gguf.PoolingType.LAST,
+        "qwen3.feed_forward_length": config.intermediate_size,
+        "qwen3.attention.head_count": config.num_attention_heads,
+        "qwen3.attention.head_count_kv": config.num_key_value_heads,
+        "qwen3.attention.key_length": config.head_dim,
+        "qwen3.attention.value_length": config.head_dim,
+        "qwen3.attention.layer_norm_rms_epsilon": pytest.approx(config.rms_norm_eps),
+        "qwen3.rope.freq_base": config.rope_parameters["rope_theta"],
+    }
     assert said["general.architecture"] == "qwen3"
-    assert said["qwen3.block_count"] == depth
-    assert said["qwen3.embedding_length"] == HIDDEN
-    assert said["qwen3.context_length"] == MAX_SEQ_LENGTH
-    assert said["qwen3.pooling_type"] == gguf.PoolingType.LAST
     # The folder that the same cut makes holds the same weights, and as many.
     export_model(checkpoint, tmp_path / "folder", **cut)
     expected = load_file(tmp_path / "folder" / "model.safetensors")
@@ -69,8 +87,9 @@ def test_it_says_the_tokenizer(checkpoint, tmp_path):
     assert all(tokens[number] == name for name, number in tokenizer.get_vocab().items())
     types = said["tokenizer.ggml.token_type"]
     assert (types[end], types[-1]) == (gguf.TokenType.CONTROL, gguf.TokenType.UNUSED)
-    assert said["tokenizer.ggml.pre"] == "qwen2"
+    assert (said["tokenizer.ggml.model"], said["tokenizer.ggml.pre"]) == ("gpt2", "qwen2")
     assert said["tokenizer.ggml.eos_token_id"] == end
+    assert said["tokenizer.ggml.padding_token_id"] == tokenizer.pad_token_id
     assert said["tokenizer.ggml.add_eos_token"]
     assert not said["tokenizer.ggml.add_bos_token"]
 

@@ -58,6 +58,26 @@ def test_vectors_are_the_embedders(checkpoint, exported, side):
     assert [one.name for one in graph.get_outputs()] == ["sentence_embedding"]
 
 
+def test_a_whole_table_gives_the_embedders_vectors_too(whole, exported, tmp_path):
+    """As it is, and in 8 bits."""
+    import onnx
+
+    from ml_embed.forms.onnx_session import OnnxModel
+
+    sizes = {"depth": 1, "dim": 16}
+    flags = ["--depth", "1", "--dim", "16", "--texts", str(exported / "texts"), "--int8"]
+    assert export(whole, tmp_path / "float", *flags[:4]) == 0
+    assert export(whole, tmp_path / "int8", *flags) == 0
+    tokenizer = TextTokenizer(load_tokenizer(whole), 48)
+    expected = Embedder.from_pretrained(whole, **sizes).encode(TEXTS)
+    found = OnnxModel(tmp_path / "float/onnx/model.onnx", tokenizer).encode(TEXTS)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    file = tmp_path / "int8/onnx/model_int8.onnx"
+    assert 0.99 < (OnnxModel(file, tokenizer).encode(TEXTS) * expected).sum(1).min() < 1
+    kinds = {tuple(t.dims): t.data_type for t in onnx.load(file).graph.initializer}
+    assert kinds[448, 64] == onnx.TensorProto.INT8, "the table is held in 8 bits"
+
+
 def test_a_text_cut_behind_its_end_token_gets_it_back(checkpoint, exported):
     """transformers.js cuts so."""
     model = Embedder.from_pretrained(checkpoint, **CUT)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.scripts import load_script
-from helpers.tiny_models import SPOKEN, make_tokenizer, write_model
+from helpers.tiny_models import SPOKEN
 from safetensors.torch import load_file
 
 from ml_embed.files.atomic import umask
@@ -15,13 +15,14 @@ from ml_embed.prepare.tokenizer import TextTokenizer, load_tokenizer
 model2vec = pytest.importorskip("model2vec")
 
 
-def test_a_whole_token_table_is_written_as_it_is(tmp_path):
-    whole = write_model(tmp_path / "whole", make_tokenizer(), factorized=False)
-    flags = ["--model", str(whole), "--output", str(tmp_path / "s"), "--static"]
-    assert load_script("export_model").main(flags) == 0
+def test_a_whole_token_table_is_written_as_it_is(whole, tmp_path):
     table = load_file(whole / "model.safetensors")["embed_tokens.weight"]
-    written = load_file(tmp_path / "s/model.safetensors")["embeddings"]
-    assert torch.equal(written, table[: len(written)])
+    for dim, flags in ((table.shape[1], []), (16, ["--dim", "16"])):
+        output = tmp_path / str(dim)
+        arguments = ["--model", str(whole), "--output", str(output), "--static", *flags]
+        assert load_script("export_model").main(arguments) == 0
+        written = load_file(output / "model.safetensors")["embeddings"]
+        assert torch.equal(written, table[: len(written), :dim])
 
 
 def test_vectors_are_means_of_rows(checkpoint, tmp_path, capsys):
