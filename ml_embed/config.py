@@ -84,6 +84,18 @@ class DatasetConfig:
 
 
 @dataclass(frozen=True)
+class LanguageSampling:
+    """How often an epoch draws each language."""
+
+    alpha: float = _key(low=0, high=1)
+    """a language is drawn in proportion to this power of its number of rows, in which the weights
+    of datasets count; 1 = as often as rows and weights say; 0 = all languages equally often"""
+    cap: float | None = _key(None, low=1)
+    """how many times the number of its rows a language is drawn per epoch at most; what that
+    leaves goes to the other languages; null = no limit"""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One training run. Keys without a default are required."""
 
@@ -200,6 +212,9 @@ class TrainConfig:
     datasets: dict[str, DatasetConfig] = dataclasses.field(default_factory=dict)
     """settings per dataset, under its name or a shell-style pattern such as "sts_*"; an exact name
     goes before patterns, an earlier pattern before a later one"""
+    language_sampling: LanguageSampling | None = None
+    """how often each language of the data's column `language` is drawn, an object of alpha and cap;
+    null = an epoch has each row as often as its dataset's weight says, whatever its language"""
     valid_fraction: float = _key(0.01, low=0, high=0.5)
     """share of each dataset's rows held out for validation, in retrieval data whole documents with
     all their rows; 0 = none; not used with valid_data_path"""
@@ -517,6 +532,8 @@ def _parse_value(
     else:
         others = ""
     origin = typing.get_origin(hint)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return _parse_settings(hint, value, key, problems)
     if origin is Literal:
         if isinstance(value, str) and value in typing.get_args(hint):
             return value
@@ -537,20 +554,24 @@ def _parse_value(
         if not isinstance(value, Mapping):
             problems.append(f'{key}: must be an object {{"name": {{...}}}}, not {_kind(value)}')
             return None
-        parsed = {}
-        for name, settings in value.items():
-            if isinstance(settings, Mapping):
-                own: list[str] = []
-                parsed[name] = _parse_dataclass(DatasetConfig, settings, f"{key}.{name}.", own)
-                problems += own
-            else:
-                problems.append(
-                    f"{key}.{name}: must be an object of settings, not {_kind(settings)}"
-                )
-        return parsed
+        return {
+            name: _parse_settings(DatasetConfig, settings, f"{key}.{name}", problems)
+            for name, settings in value.items()
+        }
     else:
         return _parse_scalar(value, hint, field, key, problems)
     return None
+
+
+def _parse_settings(cls: type, value: Any, key: str, problems: list[str]) -> Any:
+    """An object of settings that stands under a key."""
+    if not isinstance(value, Mapping):
+        problems.append(f"{key}: must be an object of settings, not {_kind(value)}")
+        return None
+    own: list[str] = []
+    parsed = _parse_dataclass(cls, value, f"{key}.", own)
+    problems += own
+    return parsed
 
 
 def _option_for(value: Any, options: Sequence[Any]) -> tuple[Any, str]:

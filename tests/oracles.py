@@ -400,6 +400,45 @@ def by_scores(
     return total / len(exits)
 
 
+def draws_of_languages(
+    rows: Mapping[str, int], total: float, alpha: float, cap: float
+) -> dict[str, float]:
+    """Samples per epoch in proportion to rows^alpha, but at most cap x rows: the common factor is
+    found by halving intervals."""
+
+    def with_factor(factor: float) -> dict[str, float]:
+        return {code: min(factor * n**alpha, cap * n) for code, n in rows.items()}
+
+    low, high = 0.0, 1e9
+    for _ in range(200):
+        middle = (low + high) / 2
+        if sum(with_factor(middle).values()) < total:
+            low = middle
+        else:
+            high = middle
+    return with_factor(low)
+
+
+def deal(samples: Mapping[str, int], batches: int) -> list[dict[str, list[int]]]:
+    """An epoch's samples of each language, one after another, dealt to batches like cards.
+
+    Returns:
+        per batch: language -> which of the language's samples it trains on, when the batches take
+        them in their order.
+    """
+    cards = [code for code, count in samples.items() for _ in range(count)]
+    hands = [cards[first::batches] for first in range(batches)]
+    taken = dict.fromkeys(samples, 0)
+    dealt = []
+    for hand in hands:
+        own: dict[str, list[int]] = {}
+        for code in hand:
+            own.setdefault(code, []).append(taken[code])
+            taken[code] += 1
+        dealt.append(own)
+    return dealt
+
+
 def naive_metrics(scores: list[list[float]], positive: list[int]) -> dict[str, float]:
     """Sort each row; no ties."""
     reciprocal = gain = first = 0.0

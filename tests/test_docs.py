@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 import run as run_script
 import tokenize_data_qwen
 from ml_embed.commands import build_sample_data, evaluate_mteb, train
-from ml_embed.config import DatasetConfig, TrainConfig, field_docs, parse_config
+from ml_embed.config import DatasetConfig, LanguageSampling, TrainConfig, field_docs, parse_config
 from ml_embed.model import factorize_table
 
 # In the order in which a newcomer reads them: a page may use what the commands before it made.
@@ -128,6 +128,14 @@ def laptop(world, tmp_path_factory) -> Path:
         f"a {word} thing number {i},{word}\n" for i in range(6) for word in ("good", "bad")
     )
     (folder / "reviews.csv").write_text("review,stars\n" + reviews)
+    (folder / "my_data" / "multilingual").mkdir()
+    numbers = [
+        {"query": f"{which} number {i}", "passage": f"it is {which} {i}", "language": code}
+        for code, which, rows in (("eng", "the", 12), ("swa", "nambari", 4))
+        for i in range(rows)
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in numbers)
+    (folder / "my_data" / "multilingual" / "numbers.jsonl").write_text(lines)
     (folder / "translations").symlink_to(ROOT / "tests" / "cases" / "rows" / "catalogues")
     return folder
 
@@ -269,7 +277,7 @@ def test_the_json_of_the_pages_is_accepted():
             assert {"query", "passage", "negatives"} == json.loads(block).keys()
 
 
-@pytest.mark.parametrize("cls", [TrainConfig, DatasetConfig])
+@pytest.mark.parametrize("cls", [TrainConfig, DatasetConfig, LanguageSampling])
 def test_the_key_tables_are_the_configs_own(cls):
     table = "\n".join(key_table(cls))
     assert table in TEXT["configs/README.md"], f"put this into configs/README.md:\n\n{table}"

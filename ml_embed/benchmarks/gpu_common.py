@@ -139,7 +139,7 @@ def random_dataset(rows: int, vocabulary: int, longest: int, seed: int = 0) -> T
     arrays["positive_documents"] = arrays["passage_documents"]
     arrays["document_hashes"] = np.arange(10 * rows, dtype=np.uint64)
     arrays |= dict.fromkeys(
-        ("scores", "passage_scores", "negative_scores"), np.zeros(0, np.float32)
+        ("scores", "passage_scores", "negative_scores", "language_numbers"), np.zeros(0, np.float32)
     )
     arrays["token_counts"] = np.zeros(0, np.int64)
     return TokenizedDataset(Path(), "random", arrays, vocabulary - 1, ("", ""))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ml_embed.errors import UserError, exit_on_user_error
 from ml_embed.files.digests import add_verify_flag
-from ml_embed.notices import bars_wanted, parse_command
+from ml_embed.notices import bars_wanted, notice, parse_command
 
 if TYPE_CHECKING:
     from ml_embed.config import TrainConfig
@@ -106,6 +106,7 @@ def run_on_this_process(
     from ml_embed.training.agreement import agree_on_inputs, agree_on_settings
     from ml_embed.training.inputs import open_inputs, with_model_folders
     from ml_embed.training.loop import train
+    from ml_embed.training.mixture import mixture_table
     from ml_embed.training.scale import needs_on_gpus
     from ml_embed.training.setup import make_loader, set_up
     from ml_embed.training.show_batch import show_batches
@@ -133,6 +134,9 @@ def run_on_this_process(
             for text in show_batches(loader, inputs.tokenizer, options.show_batch):
                 print(text)
         return 0
+    mixture, sampling = inputs.resolved.languages, config.language_sampling
+    if mixture and sampling and accelerator.is_main_process:
+        notice(mixture_table(mixture, sampling))
     with sole_launch(config.run_dir):
         run = set_up(config, given, accelerator, inputs, options.resume, options.allow_changes)
         code = train(run, progress=bars)

@@ -31,7 +31,7 @@ from ml_embed.files.parquet import (
     row_of_value,
 )
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 INDEX = "index.json"
 ARRAYS: dict[str, type[np.number]] = {
     "query_tokens": np.int32,
@@ -50,6 +50,7 @@ ARRAYS: dict[str, type[np.number]] = {
     "scores": np.float32,
     "passage_scores": np.float32,
     "negative_scores": np.float32,
+    "language_numbers": np.int32,
     "token_counts": np.int64,
 }
 """The array files and their types. Offsets start at 0 in each dataset or corpus, and there is one
@@ -59,6 +60,8 @@ BLOCK_ROWS = 16384
 """rows of a parquet file that are read at once"""
 COUNTED_DOCUMENTS = 65536
 """documents whose tokens are counted at once"""
+UNDETERMINED = "und"
+"""The language of a row that says none: ISO 639's code for "undetermined"."""
 LARGEST_TOKEN_ID = 2**24 - 1
 """far beyond any vocabulary: a larger id means that the file is no token file"""
 
@@ -103,6 +106,19 @@ class Corpus:
 
 
 @dataclass(frozen=True)
+class Queries:
+    """The rows of a dataset that were converted."""
+
+    slices: Slices
+    counts: np.ndarray
+    """(largest id + 1,) occurrences of each token id, in documents that rows refer to as well"""
+    digest: str
+    """of all tokens of the queries"""
+    languages: list[str]
+    """codes, in the order of their numbers; empty if there is no such column"""
+
+
+@dataclass(frozen=True)
 class Block:
     """Some rows of a parquet file, read at once."""
 
@@ -128,7 +144,7 @@ class Block:
         return tokens
 
     def strings(self, column: str, nulls_allowed: bool) -> pa.Array:
-        """A column of document ids as strings."""
+        """A column of ids or codes as strings."""
         strings = self.rows.column(column)
         if pa.types.is_null(strings.type) and nulls_allowed:
             return strings.cast(pa.string())
@@ -136,8 +152,7 @@ class Block:
             strings = strings.dictionary_decode()
         if not is_text(strings.type):
             raise UserError(
-                f"{self.path}: column {column!r} is {strings.type}; it must hold document ids as "
-                "strings."
+                f"{self.path}: column {column!r} is {strings.type}; it must hold strings."
             )
         if pa.types.is_string_view(strings.type):
             strings = strings.cast(pa.large_string())
@@ -156,6 +171,13 @@ class Block:
         # scrambled, so that an id's bytes are never taken for tokens
         hashes[named] = scramble(hash_strings(ids.drop_null()))
         return hashes
+
+    def languages(self) -> list[str]:
+        """The language of each row, "und" for none; empty if there is no such column."""
+        if "language" not in self.rows.schema.names:
+            return []
+        codes = self.strings("language", nulls_allowed=True).to_pylist()
+        return [code or UNDETERMINED for code in codes]
 
     def scores(self, column: str) -> np.ndarray:
         """(rows,) float32: NaN where a row has none; (0,) if there is no such column."""
@@ -253,6 +275,7 @@ def convert(sources: Sources, identity: dict[str, str], folder: Path, progress: 
 def _convert_all(sources: Sources, writer: ArrayWriter, bar: tqdm) -> dict:
     datasets: dict[str, Slices] = {}
     texts: dict[str, tuple[str, str]] = {}
+    languages: dict[str, list[str]] = {}
     corpora: dict[Path, Corpus] = {}
     uses = list(sources.corpora.values())
     largest_id = 0
@@ -263,13 +286,13 @@ def _convert_all(sources: Sources, writer: ArrayWriter, bar: tqdm) -> dict:
                 corpora[corpus_path] = _convert_corpus(corpus_path, sources, writer, bar)
         corpus = corpora[corpus_path]
         with broken_content_is_user_error(query_path):
-            counts, slices, digest = _convert_queries(query_path, corpus_path, corpus, writer, bar)
-        texts[name] = digest, corpus.digest
-        _check_against_manifest(sources, name, slices, corpus)
+            queries = _convert_queries(query_path, corpus_path, corpus, writer, bar)
+        texts[name], languages[name] = (queries.digest, corpus.digest), queries.languages
+        _check_against_manifest(sources, name, queries.slices, corpus)
         starts = writer.position(["token_counts"])
-        writer.files["token_counts"].append(counts)
-        datasets[name] = slices | corpus.slices | writer.slices_since(starts)
-        largest_id = max(largest_id, len(counts) - 1, len(corpus.counts) - 1)
+        writer.files["token_counts"].append(queries.counts)
+        datasets[name] = queries.slices | corpus.slices | writer.slices_since(starts)
+        largest_id = max(largest_id, len(queries.counts) - 1, len(corpus.counts) - 1)
         uses.remove(corpus_path)
         if corpus_path not in uses:  # its table of ids is not needed again
             del corpora[corpus_path]
@@ -280,6 +303,7 @@ def _convert_all(sources: Sources, writer: ArrayWriter, bar: tqdm) -> dict:
         "lengths": writer.position(list(ARRAYS)),
         "datasets": datasets,
         "texts": texts,
+        "languages": languages,
     }
 
 
@@ -307,8 +331,8 @@ def _convert_corpus(path: Path, sources: Sources, writer: ArrayWriter, bar: tqdm
 
 def _convert_queries(
     path: Path, corpus_path: Path, corpus: Corpus, writer: ArrayWriter, bar: tqdm
-) -> tuple[np.ndarray, Slices, str]:
-    """Append one dataset's rows; return its token counts, slices, and the digest of its queries."""
+) -> Queries:
+    """Append one dataset's rows."""
     negative_columns = _negative_columns(path) if corpus.ids is not None else ["negative_doc_ids"]
     passage_column = "passage_doc_id" if corpus.ids is None else "passage_input_ids"
     starts = writer.position(
@@ -317,6 +341,7 @@ def _convert_queries(
     writer.files["query_offsets"].append(np.zeros(1, np.int64))
     writer.files["negative_offsets"].append(np.zeros(1, np.int64))
     counts, digest = TokenCounts(), TextsDigest()
+    languages: dict[str, int] = {}
     used = np.zeros(corpus.num_documents, bool)
     query_end = negative_end = 0
     hashes = []
@@ -328,6 +353,8 @@ def _convert_queries(
         digest.add(queries.lengths, queries.values)
         writer.files["scores"].append(block.scores("score"))
         writer.files["passage_scores"].append(block.scores("pos_score"))
+        numbers = [languages.setdefault(code, len(languages)) for code in block.languages()]
+        writer.files["language_numbers"].append(np.array(numbers, np.int32))
         counts.add(queries.values)
         if corpus.ids is None:
             passages, negatives = _numbered_documents(block, corpus.num_documents, corpus_path)
@@ -345,7 +372,7 @@ def _convert_queries(
         counts.add_counts(corpus.counts)
     else:
         counts.add_counts(_count_documents(np.flatnonzero(used), corpus, writer))
-    return counts.counts, writer.slices_since(starts), digest.hexdigest()
+    return Queries(writer.slices_since(starts), counts.counts, digest.hexdigest(), list(languages))
 
 
 def _blocks(path: Path, columns: list[str], bar: tqdm) -> Iterator[Block]:
@@ -364,7 +391,7 @@ def _blocks(path: Path, columns: list[str], bar: tqdm) -> Iterator[Block]:
 def _optional_columns(path: Path) -> list[str]:
     """Those of the columns that training uses where they are there."""
     with open_parquet(path) as file:
-        known = ("query_id", "score", "pos_score", "neg_scores")
+        known = ("query_id", "language", "score", "pos_score", "neg_scores")
         return [name for name in known if name in file.schema_arrow.names]
 
 

@@ -15,6 +15,7 @@ from functools import lru_cache
 import numpy as np
 
 from ml_embed.config import Task, TrainConfig, match_settings
+from ml_embed.data.languages import LanguageDraws
 from ml_embed.data.random import Permutation, mix, scramble, uniform
 from ml_embed.data.split import Split, split_dataset
 from ml_embed.data.store import TokenizedDataset
@@ -39,7 +40,8 @@ class DatasetPlan:
     valid_rows: int
     """rows held out for validation"""
     draws: int
-    """samples drawn per epoch: train_rows times the dataset's weight"""
+    """samples drawn per epoch: train_rows times the dataset's weight, or what language_sampling
+    makes of it"""
     dropped_rows: int = 0
     """rows that are neither trained on nor validated: held out, but their query is trained on"""
 
@@ -100,6 +102,7 @@ class Schedule:
         splits: Mapping[str, Split],
         global_batch: int,
         seed: int,
+        languages: Mapping[str, LanguageDraws] | None = None,
     ):
         """
         Args:
@@ -107,11 +110,13 @@ class Schedule:
             splits: of each dataset, which rows it trains on.
             global_batch: G, rows per step.
             seed: the run's.
+            languages: how often each language of each dataset is drawn; None = each row alike.
         """
         self.plans = {plan.name: plan for plan in sorted(plans, key=lambda plan: plan.name)}
         self.global_batch = global_batch
         self.seed = seed
         self._splits = dict(splits)
+        self._languages = languages
         self._names = list(self.plans)
         batches = [_batches_of(plan.draws, global_batch) for plan in self.plans.values()]
         self._first_batch = np.concatenate([[0], np.cumsum(batches)])
@@ -134,16 +139,8 @@ class Schedule:
             for dataset in np.unique(datasets).tolist():
                 plan = self.plans[self._names[dataset]]
                 chosen = datasets == dataset
-                count = _batches_of(plan.draws, self.global_batch)
-                draws = [
-                    np.arange(share.start, share.stop)
-                    for number in (batches[chosen] - self._first_batch[dataset]).tolist()
-                    for share in [share_of(plan.draws, number, count)]
-                ]
-                rows = np.split(
-                    self._rows(plan, np.concatenate(draws), epoch),
-                    np.cumsum([len(d) for d in draws])[:-1],
-                )
+                numbers = batches[chosen] - self._first_batch[dataset]
+                rows = self._rows_of_batches(plan, numbers, epoch)
                 found |= zip(
                     places[chosen].tolist(),
                     (GlobalBatch(plan.name, r, epoch) for r in rows),
@@ -154,6 +151,22 @@ class Schedule:
     @lru_cache(maxsize=2)  # noqa: B019 - one Schedule lives as long as the run
     def _epoch_order(self, epoch: int) -> Permutation:
         return Permutation(self.steps_per_epoch, self.seed, "order", epoch)
+
+    def _rows_of_batches(
+        self, plan: DatasetPlan, numbers: np.ndarray, epoch: int
+    ) -> list[np.ndarray]:
+        """The rows of some of a dataset's batches of an epoch, which are numbered from 0."""
+        count = _batches_of(plan.draws, self.global_batch)
+        if self._languages is not None:
+            key = self.seed, plan.name, epoch
+            return self._languages[plan.name].rows_of_batches(numbers, count, plan.draws, key)
+        draws = [
+            np.arange(share.start, share.stop)
+            for number in numbers.tolist()
+            for share in [share_of(plan.draws, number, count)]
+        ]
+        rows = self._rows(plan, np.concatenate(draws), epoch)
+        return np.split(rows, np.cumsum([len(own) for own in draws])[:-1])
 
     def _rows(self, plan: DatasetPlan, draws: np.ndarray, epoch: int) -> np.ndarray:
         """The rows that some of a dataset's draws (0 to plan.draws - 1) take, (len(draws),).

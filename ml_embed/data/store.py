@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ml_embed.data.convert import ARRAYS, FORMAT_VERSION, INDEX, convert
+from ml_embed.data.convert import ARRAYS, FORMAT_VERSION, INDEX, UNDETERMINED, convert
 from ml_embed.data.manifest import Manifest
 from ml_embed.data.sources import Sources, find_sources
 from ml_embed.errors import UserError
@@ -39,8 +39,13 @@ class TokenizedDataset:
         arrays: dict[str, np.ndarray],
         max_token_id: int,
         texts: Sequence[str],
+        languages: Sequence[str] = (),
     ):
         self.name = name
+        self.languages = tuple(languages)
+        """codes of the rows' languages; empty if no dataset of the folder says languages"""
+        self.language_numbers = arrays["language_numbers"]
+        """(rows,) int32: each row's place in `languages`; (0,) if there are none"""
         self.query_digest, self.document_digest = texts
         """of all tokens of the queries, and of the documents, in their order"""
         self.query_lengths = arrays["query_lengths"]
@@ -78,6 +83,12 @@ class TokenizedDataset:
         self._document_offsets = arrays["document_offsets"]
         self._token_counts = arrays["token_counts"]
         self._max_token_id = max_token_id
+
+    def say_languages(self) -> None:
+        """Where other datasets say languages, rows of one that does not are of language "und"."""
+        if not self.languages:
+            self.languages = (UNDETERMINED,)
+            self.language_numbers = np.broadcast_to(np.int32(0), (self.num_rows,))
 
     @property
     def num_rows(self) -> int:
@@ -194,9 +205,13 @@ class Store:
                 {key: array[slice(*slices[key])] for key, array in arrays.items()},
                 self.max_token_id,
                 index["texts"][name],
+                index["languages"][name],
             )
             for name, slices in sorted(index["datasets"].items())
         }
+        if any(dataset.languages for dataset in self.datasets.values()):
+            for dataset in self.datasets.values():
+                dataset.say_languages()
 
     def token_share(self, vocabulary: int) -> np.ndarray:
         """(vocabulary,) float64: the share of each token in the data, add-one smoothed.

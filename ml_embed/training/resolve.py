@@ -12,6 +12,7 @@ import numpy as np
 from transformers import Qwen3Config
 
 from ml_embed.config import TASKS, Task, TrainConfig, check_dataset_names
+from ml_embed.data.languages import LanguageDraws
 from ml_embed.data.loader import Validation
 from ml_embed.data.schedule import DatasetPlan, Schedule, plan_dataset
 from ml_embed.data.split import hold_out_all, split_dataset
@@ -25,6 +26,7 @@ from ml_embed.model_folders.sizes import layer_parameters, matrix_shapes
 from ml_embed.notices import warn
 from ml_embed.training.cost import Parameters, Teacher, TokensPerStep, estimate_memory
 from ml_embed.training.learnable import check_held_out, check_losses, check_scores
+from ml_embed.training.mixture import LanguageShare, language_draws, mixture_of, with_draws
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Resolved:
     memory_gib: dict[str, float]
     """estimate for one process without sharding, with the average batch and with the largest that
     there can be"""
+    languages: dict[str, LanguageShare] | None
+    """the mixture that language_sampling makes; null = it is not used"""
     datasets: tuple[DatasetPlan, ...]
     valid_datasets: tuple[DatasetPlan, ...]
     """those of valid_data_path; empty = validation takes the rows that `datasets` hold out"""
@@ -104,6 +108,8 @@ def resolve(
     names = {*store.datasets, *(valid_store.datasets if valid_store else ())}
     check_dataset_names(sorted(names), config.datasets)
     plans = _dataset_plans(config, backbone, store, "train_data_path")
+    languages = language_draws(plans, store, config)
+    plans = with_draws(plans, languages)
     valid_plans: tuple[DatasetPlan, ...] = ()
     if valid_store is not None:
         read = _dataset_plans(config, backbone, valid_store, "valid_data_path")
@@ -119,7 +125,12 @@ def resolve(
     for plan in valid_plans:
         assert valid_store is not None
         check_scores(plan, valid_store.datasets[plan.name])
-    epoch_tokens = sum(_tokens_per_epoch(plan, store.datasets[plan.name], config) for plan in plans)
+    epoch_tokens = sum(
+        _tokens_per_epoch(
+            plan, store.datasets[plan.name], config, languages[plan.name] if languages else None
+        )
+        for plan in plans
+    )
     tokens = epoch_tokens / epoch_steps
     most_tokens = _most_tokens(samples, config, plans, store)
     steps = config.train_steps if config.train_steps > 0 else config.train_epochs * epoch_steps
@@ -159,6 +170,7 @@ def resolve(
             TokensPerStep(tokens / world_size, most_tokens),
             half_precision,
         ),
+        languages=mixture_of(languages),
         datasets=plans,
         valid_datasets=valid_plans,
     )
@@ -198,7 +210,8 @@ def make_schedule(
         )
         for plan in plans
     }
-    return Schedule(plans, splits, global_batch, config.seed)
+    languages = language_draws(plans, store, config)
+    return Schedule(plans, splits, global_batch, config.seed, languages)
 
 
 def make_validation(resolved: Resolved, store: Store, seed: int) -> Validation:
@@ -348,19 +361,29 @@ def _valid_grid(config: TrainConfig, sizes: _Sizes) -> Cube | None:
     )
 
 
-def _tokens_per_epoch(plan: DatasetPlan, dataset: TokenizedDataset, config: TrainConfig) -> float:
+def _tokens_per_epoch(
+    plan: DatasetPlan,
+    dataset: TokenizedDataset,
+    config: TrainConfig,
+    languages: LanguageDraws | None,
+) -> float:
     """Expected real tokens of an epoch, from at most 10,000 rows of the dataset."""
     rows = np.linspace(0, dataset.num_rows - 1, min(dataset.num_rows, 10_000)).astype(np.int64)
     limit = config.max_seq_length
-    query = np.minimum(dataset.query_lengths[rows], limit).sum()
-    passage = np.minimum(dataset.document_lengths[dataset.passage_documents[rows]], limit).sum()
+    drawn = np.ones(len(rows))  # how often, in proportion
+    if languages is not None:
+        counts = languages.by_language.counts
+        drawn = (languages.draws / np.maximum(counts, 1))[dataset.language_numbers[rows]]
+    own = np.minimum(dataset.query_lengths[rows], limit) + np.minimum(
+        dataset.document_lengths[dataset.passage_documents[rows]], limit
+    )
     starts = dataset.negative_offsets[rows]
     counts = dataset.negative_offsets[rows + 1] - starts
     places = np.arange(counts.sum()) + np.repeat(starts - np.cumsum(counts) + counts, counts)
     negatives = np.minimum(dataset.document_lengths[dataset.negative_documents[places]], limit)
     used = np.minimum(counts, plan.num_negatives) / np.maximum(counts, 1)  # of a row's negatives
-    tokens = float(query + passage + (negatives * np.repeat(used, counts)).sum())
-    return plan.draws * tokens / len(rows)
+    tokens = own @ drawn + negatives @ np.repeat(used * drawn, counts)
+    return plan.draws * float(tokens / max(drawn.sum(), 1e-9))
 
 
 def _most_tokens(

@@ -56,7 +56,8 @@ def run_fingerprint(config: TrainConfig, inputs: Inputs, mixed_precision: str) -
     or a digest of what it leads to.
     """
     resolved, vectors = inputs.resolved, inputs.teacher_vectors
-    kept = {key: value for key, value in vars(config).items() if key not in _FREE_KEYS}
+    keys = dataclasses.asdict(config).items()
+    kept = {key: value for key, value in keys if key not in _FREE_KEYS}
     kept["dataset_plans"] = {plan.name: vars(plan) for plan in resolved.datasets}
     memory = [Path(config.cache_dir)]
     # With LoRA the layers are frozen, and in no resume state.

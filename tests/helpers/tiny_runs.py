@@ -76,8 +76,16 @@ def write_in_bfloat16(folder: Path, backbone: Path) -> Path:
     return folder
 
 
-def write_tokenized(folder: Path, tokenizer, datasets: Mapping[str, tuple] = DATASETS) -> Path:
-    """Random token ids as tokenize_data_qwen.py writes them; documents repeat within a dataset."""
+def write_tokenized(
+    folder: Path,
+    tokenizer,
+    datasets: Mapping[str, tuple] = DATASETS,
+    languages: Mapping[str, Sequence[str | None]] | None = None,
+) -> Path:
+    """Random token ids as tokenize_data_qwen.py writes them; documents repeat within a dataset.
+
+    `languages`: dataset -> its rows', where it says them.
+    """
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
 
@@ -103,6 +111,9 @@ def write_tokenized(folder: Path, tokenizer, datasets: Mapping[str, tuple] = DAT
         if task == "similarity":
             schema = schema.append(pa.field("score", pa.float32()))
             columns.append(pa.array(generator.integers(0, 4, rows) / 3, pa.float32()))
+        if name in (languages or {}):
+            schema = schema.append(pa.field("language", pa.string()))
+            columns.append(pa.array(languages[name], pa.string()))
         with token_file(folder / f"{name}_query.parquet", schema) as file:
             append_columns(file, columns)
         with token_file(folder / f"{name}_corpus.parquet", CORPUS_SCHEMA) as file:
