@@ -238,7 +238,7 @@ def _in_batch(setting: Setting, rows: int, passages: int, hidden: int) -> dict[s
     target, weights = torch.arange(rows, device=device), torch.full((rows,), 1 / rows).to(device)
 
     def loss() -> tuple[Tensor, ...]:
-        value = nested.in_batch_loss(query, passage, target, None, weights, spec)
+        value = nested.in_batch_loss(query, passage, target, None, weights, spec).total
         return torch.autograd.grad(value, (query, passage))
 
     free_memory(device)

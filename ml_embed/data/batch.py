@@ -9,6 +9,7 @@ Fillers are rows of weight 0 that make the shares of all processes equally long.
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -98,6 +99,14 @@ class ContrastiveBatch:
     teacher_scores: Tensor | None
     """(R, 1 + K) float32 stored scores of a teacher, the passage first; any finite number where a
     sample has no negative; None if the data has none"""
+    languages: tuple[str, ...]
+    """codes of the dataset's languages; empty if the data says none"""
+    language_numbers: Tensor | None
+    """(R,) each row's place in `languages`; None if there are none"""
+    language_samples: np.ndarray
+    """(languages,) rows of the global batch"""
+    row_tokens: Tensor
+    """(R,) tokens of each row's query, passage and negatives, and 0 for fillers"""
     num_tokens: int
     """tokens of this process's queries, passages and negatives"""
     num_encoded_tokens: int

@@ -138,7 +138,7 @@ class BatchBuilder:
         texts = self._texts(dataset, own, documents, negatives)
         excluded = self._excluded_candidates(dataset, own, negatives)
         weights = self._negative_weights(dataset, plan, rows, negatives >= 0)
-        num_tokens = texts.tokens[:, self._is_real(rows.shape[1])].sum(axis=1).tolist()
+        row_tokens = texts.tokens * self._is_real(rows.shape[1])  # (S, R)
         gathered_rows, sample_weights, target = self._same_in_every_step(rows.shape[1])
         passages = dataset.passage_documents[rows]  # (S, n)
         in_batch = [
@@ -164,7 +164,11 @@ class BatchBuilder:
                 negative_documents=torch.from_numpy(negatives[s, :, :k]),
                 scores=_scores(dataset, plan, rows[s]),
                 teacher_scores=self._teacher_scores(dataset, own[s], places[s, :, :k]),
-                num_tokens=num_tokens[s],
+                languages=dataset.languages,
+                language_numbers=_language_numbers(dataset, own[s]),
+                language_samples=_language_samples(dataset, rows[s]),
+                row_tokens=torch.from_numpy(row_tokens[s]),
+                num_tokens=int(row_tokens[s].sum()),
                 num_encoded_tokens=len(texts.packed[s].input_ids),
                 gathered_rows=gathered_rows,
                 in_batch_documents=in_batch[s].gathered,
@@ -340,6 +344,19 @@ class _InBatch:
     """(n',) their numbers"""
     target: Tensor
     """(R,) where each row's passage stands among them; 0 for fillers"""
+
+
+def _language_numbers(dataset: TokenizedDataset, rows: np.ndarray) -> Tensor | None:
+    if not dataset.languages:
+        return None
+    return torch.from_numpy(dataset.language_numbers[rows].astype(np.int64))
+
+
+def _language_samples(dataset: TokenizedDataset, rows: np.ndarray) -> np.ndarray:
+    """(languages,) how many of the rows each language of the dataset has."""
+    if not dataset.languages:
+        return np.zeros(0, np.int64)
+    return np.bincount(dataset.language_numbers[rows], minlength=len(dataset.languages))
 
 
 def _scores(dataset: TokenizedDataset, plan: DatasetPlan, rows: np.ndarray) -> Tensor | None:

@@ -103,8 +103,18 @@ def _inverse_norms(vectors: Tensor, widths: list[int]) -> Tensor:
     return torch.stack(squares).cumsum(0).clamp_min(SMALLEST_SQUARED_NORM).rsqrt()
 
 
+@dataclass(frozen=True)
+class SampleLoss:
+    """A loss that is a weighted sum over samples."""
+
+    total: Tensor
+    """scalar, float32, the mean over exits"""
+    of_samples: Tensor
+    """(E, B) each sample's own, without its weight; to be read, not to be learned from"""
+
+
 LossOfExits = Callable[[Tensor, Tensor], Tensor]
-"""(some rows of left, all of right) -> (E,): their part of the losses of the exits given"""
+"""(some rows of left, all of right) -> (E, rows): their losses at the exits given, unweighted"""
 LossOfRows = Callable[[slice], LossOfExits]
 """Some rows -> their loss; what is the same for all exits is computed here, once."""
 
@@ -120,54 +130,74 @@ class _RowwiseLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, left: Tensor, right: Tensor, loss_of_rows: LossOfRows, rows: int
-    ) -> Tensor:
+        ctx: Any,
+        left: Tensor,
+        right: Tensor,
+        weights: Tensor,
+        loss_of_rows: LossOfRows,
+        rows: int,
+    ) -> tuple[Tensor, Tensor]:
         left, right = left.detach(), right.detach()
-        losses = left.new_zeros(len(left))
+        losses, of_rows = left.new_zeros(len(left)), left.new_empty(left.shape[:2])
         left_gradient, right_gradient = torch.empty_like(left), torch.zeros_like(right)
         for some in blocks(left.shape[1], rows):
             loss_of = loss_of_rows(some)
             for one in blocks(len(left), 1):
                 with torch.enable_grad():
                     own, other = left[one, some].requires_grad_(), right[one].requires_grad_()
-                    loss = loss_of(own, other)
+                    own_losses = loss_of(own, other)
+                    loss = own_losses @ weights[some]
                     left_gradient[one, some], of_right = torch.autograd.grad(loss, (own, other))
                 right_gradient[one] += of_right
                 losses[one] += loss.detach()
+                of_rows[one, some] = own_losses.detach()
         ctx.save_for_backward(left_gradient, right_gradient)
-        return losses
+        ctx.mark_non_differentiable(of_rows)
+        return losses, of_rows
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor, Tensor, None, None, None]:
         left, right = ((x.movedim(0, -1) * gradient).movedim(-1, 0) for x in ctx.saved_tensors)
-        return left, right, None, None
+        return left, right, None, None, None
 
 
 def _sum_over_rows(
-    left: Tensor, right: Tensor, spec: MatryoshkaSpec, loss_of_rows: LossOfRows
-) -> Tensor:
-    """(E,): the loss of all rows of `left` (E, B, ..., H) against `right` (E, N, H).
+    left: Tensor,
+    right: Tensor,
+    weights: Tensor,
+    spec: MatryoshkaSpec,
+    loss_of_rows: LossOfRows,
+) -> SampleLoss:
+    """The loss of all rows of `left` (E, B, ..., H) against `right` (E, N, H), in bounded memory.
 
-    In bounded memory.
+    `weights` (B,) are those of the rows.
     """
     exits, count = right.shape[0], max(1, right.shape[1])
     if left.shape[1] <= rows_at_once(len(spec.dims) * exits * count, left.device):
-        return loss_of_rows(slice(None))(left, right)
+        return _weighted(loss_of_rows(slice(None))(left, right), weights, spec)
     # One exit at a time: of each, more rows fit, so that `right` is gone through less often.
     rows = rows_at_once(len(spec.dims) * count, left.device)
     compute = _RowwiseLoss.apply if torch.is_grad_enabled() else _sum_in_blocks
-    return compute(left, right, loss_of_rows, rows)
+    losses, of_samples = compute(left, right, weights, loss_of_rows, rows)
+    return SampleLoss(mean_over_exits(losses, spec), of_samples)
 
 
-def _sum_in_blocks(left: Tensor, right: Tensor, loss_of_rows: LossOfRows, rows: int) -> Tensor:
+def _weighted(of_samples: Tensor, weights: Tensor, spec: MatryoshkaSpec) -> SampleLoss:
+    """From each sample's loss at each exit, (E, B), and its weight, (B,)."""
+    return SampleLoss(mean_over_exits(of_samples @ weights, spec), of_samples)
+
+
+def _sum_in_blocks(
+    left: Tensor, right: Tensor, weights: Tensor, loss_of_rows: LossOfRows, rows: int
+) -> tuple[Tensor, Tensor]:
     """As `_RowwiseLoss`, without gradients: for validation."""
-    losses = left.new_zeros(len(left))
+    of_rows = left.new_empty(left.shape[:2])
     for some in blocks(left.shape[1], rows):
         loss_of = loss_of_rows(some)
         for one in blocks(len(left), 1):
-            losses[one] += loss_of(left[one, some], right[one])
-    return losses
+            of_rows[one, some] = loss_of(left[one, some], right[one])
+    return of_rows @ weights, of_rows
 
 
 def _cosines(left: Tensor, right: Tensor, spec: MatryoshkaSpec) -> Tensor:
@@ -194,33 +224,34 @@ def _nested_cross_entropy(
     right: Tensor,
     target: Tensor,
     mask: Tensor | None,
-    sample_weights: Tensor,
     spec: MatryoshkaSpec,
 ) -> Tensor:
-    """(E,): sum_n c_n sum_i w_i CE(cos_n(left_i, right) / tau, target_i) of each exit.
+    """(E, B): sum_n c_n CE(cos_n(left_i, right) / tau, target_i) of each exit and sample i.
 
     `left` and `right` are as `_cosines` takes them; `mask` (B, N): see `masked_logits`.
     """
     logits = masked_logits(_cosines(left, right, spec) / spec.temperature, mask)  # (D, E, B, N)
     targets = target.expand(logits.shape[:-1]).flatten()
     losses = cross_entropy(logits.flatten(0, 2), targets, reduction="none")
-    return _sum_over_dims(losses.view(logits.shape[:-1]) @ sample_weights, spec)
+    of_dims = _sum_over_dims(losses.view(len(logits), -1), spec)
+    return of_dims.view(logits.shape[1:-1])
 
 
 def _sum_over_dims(losses: Tensor, spec: MatryoshkaSpec) -> Tensor:
-    """(D, E), smallest dim first -> (E,): the sum over dims, weighted by c_n."""
+    """(D, X), smallest dim first -> (X,): the sum over dims, weighted by c_n."""
     return _on_device(spec.weights[::-1], losses.device) @ losses
 
 
 def _nested_squared_error(
     left: Tensor, right: Tensor, wanted: Tensor, entry_weights: Tensor, spec: MatryoshkaSpec
 ) -> Tensor:
-    """(E,): sum_n c_n / (sum_n c_n) sum_ij w_ij (cos_n(left_i, right_j) - t_ij)^2 of each exit.
+    """(E, B): sum_n c_n / (sum_n c_n) sum_j w_ij (cos_n(left_i, right_j) - t_ij)^2 of each exit.
 
     `left` and `right` are as `_cosines` takes them; `wanted`, t, and `entry_weights` are (B, N).
     """
     error = entry_weights * (_cosines(left, right, spec) - wanted).square()  # (D, E, B, N)
-    return _sum_over_dims(error.flatten(2).sum(2), spec) / sum(spec.weights)
+    of_dims = _sum_over_dims(error.sum(-1).flatten(1), spec) / sum(spec.weights)
+    return of_dims.view(error.shape[1:3])
 
 
 def hard_loss(
@@ -229,7 +260,7 @@ def hard_loss(
     mask: Tensor,
     sample_weights: Tensor,
     spec: MatryoshkaSpec,
-) -> Tensor:
+) -> SampleLoss:
     """Cross-entropy of the positive among itself and the sample's own negatives.
 
     Source: F2LLM (arXiv 2510.02294).
@@ -239,14 +270,12 @@ def hard_loss(
         candidates: (E, B, C, H), the positive first. With C = 1 (no negatives) the loss is 0.
         mask: (B, C), for `masked_logits`: what a sample does not have, or is no negative.
         sample_weights: (B,), their sum over all samples is 1 for a mean.
-    Returns:
-        scalar, float32, the mean over exits.
     """
     if candidates.shape[2] == 1:
-        return query.new_zeros(())
+        return SampleLoss(query.new_zeros(()), query.new_zeros(query.shape[:2]))
     target = torch.zeros(query.shape[1], dtype=torch.long, device=query.device)
-    losses = _nested_cross_entropy(query, candidates, target, mask, sample_weights, spec)
-    return mean_over_exits(losses, spec)
+    losses = _nested_cross_entropy(query, candidates, target, mask, spec)
+    return _weighted(losses, sample_weights, spec)
 
 
 def in_batch_loss(
@@ -256,7 +285,7 @@ def in_batch_loss(
     mask: Tensor | None,
     sample_weights: Tensor,
     spec: MatryoshkaSpec,
-) -> Tensor:
+) -> SampleLoss:
     """Cross-entropy of the positive among the documents of the in-batch loss.
 
     Args:
@@ -265,16 +294,14 @@ def in_batch_loss(
         target: (B,) index of each sample's positive in `passages`.
         mask: (B, G), for `masked_logits`: what is no negative of the sample; None = nothing.
         sample_weights: (B,).
-    Returns:
-        scalar, float32, the mean over exits.
     """
 
     def of_rows(rows: slice) -> LossOfExits:
         own_mask = None if mask is None else mask[rows]
-        rest = (target[rows], own_mask, sample_weights[rows], spec)
+        rest = (target[rows], own_mask, spec)
         return lambda own, shared: _nested_cross_entropy(own, shared, *rest)
 
-    return mean_over_exits(_sum_over_rows(query, passages, spec, of_rows), spec)
+    return _sum_over_rows(query, passages, sample_weights, spec, of_rows)
 
 
 def pair_cosines(query: Tensor, passage: Tensor, spec: MatryoshkaSpec) -> Tensor:
@@ -336,7 +363,7 @@ def candidate_similarity_loss(
         scalar: mean over exits of sum_n c_n / (sum_n c_n) sum_ij w_ij (cos_n(q_i, c_ij) - t_ij)^2.
     """
     losses = _nested_squared_error(query, candidates, wanted, entry_weights, spec)
-    return mean_over_exits(losses, spec)
+    return mean_over_exits(losses.sum(1), spec)
 
 
 def score_divergence_loss(
@@ -416,10 +443,10 @@ def in_batch_similarity_loss(
 
     def of_rows(rows: slice) -> LossOfExits:
         wanted = teacher_query[rows] @ teacher_passages.T
-        weights = sample_weights[rows].unsqueeze(1) / passages.shape[1]
-        return lambda own, shared: _nested_squared_error(own, shared, wanted, weights, spec)
+        alike = torch.full_like(wanted, 1 / passages.shape[1])
+        return lambda own, shared: _nested_squared_error(own, shared, wanted, alike, spec)
 
-    return mean_over_exits(_sum_over_rows(query, passages, spec, of_rows), spec)
+    return _sum_over_rows(query, passages, sample_weights, spec, of_rows).total
 
 
 def self_distillation_loss(
@@ -462,8 +489,9 @@ def self_distillation_loss(
 
         def loss(left: Tensor, right: Tensor) -> Tensor:
             divergence = (wanted.exp() * (wanted - choice(left, right, rows, spec))).sum(-1)
-            return _sum_over_dims(divergence @ sample_weights[rows], spec)
+            of_dims = _sum_over_dims(divergence.flatten(1), spec)
+            return of_dims.view(divergence.shape[1:])
 
         return loss
 
-    return mean_over_exits(_sum_over_rows(own, passages, spec, of_rows), spec)
+    return _sum_over_rows(own, passages, sample_weights, spec, of_rows).total

@@ -20,6 +20,7 @@ from ml_embed.losses.false_negatives import (
 )
 from ml_embed.losses.nested import (
     MatryoshkaSpec,
+    SampleLoss,
     candidate_similarity_loss,
     cosent_loss,
     distillation_loss,
@@ -51,6 +52,9 @@ class LossTerms:
     """mean over exits, before kd_weight; 0 without a teacher"""
     self_distillation: Tensor
     """mean over exits, before its weight; 0 without one"""
+    of_samples: Tensor | None
+    """(2, R) each row's hard and in-batch loss, the mean over exits, without gradients; None where
+    the data says no languages"""
     total: Tensor
     """hard + in_batch + similarity, and the distillations times their weights"""
     masked: MaskedLogits
@@ -71,6 +75,11 @@ class _Student:
     def nothing(self) -> Tensor:
         """A loss of 0."""
         return self.parts.query.new_zeros(())
+
+    @property
+    def no_loss(self) -> SampleLoss:
+        """A loss of 0 for all samples."""
+        return SampleLoss(self.nothing, self.parts.query.new_zeros(self.parts.query.shape[:2]))
 
 
 @dataclass(frozen=True)
@@ -110,9 +119,18 @@ class Objective:
         else:
             distillation = _vector_distillation(student.parts, teacher, batch, self.spec)
         own = self._from_itself(student, batch, masked)
-        total = hard + in_batch + similarity + self.kd_weight * distillation
+        total = hard.total + in_batch.total + similarity + self.kd_weight * distillation
         total = total + self.self_distillation * own
-        return LossTerms(hard, in_batch, similarity, distillation, own, total, masked)
+        return LossTerms(
+            hard.total,
+            in_batch.total,
+            similarity,
+            distillation,
+            own,
+            self._of_samples(hard, in_batch) if batch.languages else None,
+            total,
+            masked,
+        )
 
     def _student(
         self, vectors: Tensor, batch: ContrastiveBatch, teacher: PartVectors | None
@@ -136,9 +154,13 @@ class Objective:
             self.spec.temperature,
         )
 
-    def _hard(self, student: _Student, batch: ContrastiveBatch, masked: MaskedLogits) -> Tensor:
+    def _of_samples(self, hard: SampleLoss, in_batch: SampleLoss) -> Tensor:
+        of_exits = torch.stack([hard.of_samples, in_batch.of_samples]).detach()  # (2, E, R)
+        return exit_shares(of_exits.shape[1], self.spec, of_exits.device) @ of_exits
+
+    def _hard(self, student: _Student, batch: ContrastiveBatch, masked: MaskedLogits) -> SampleLoss:
         if batch.task == "similarity":
-            return student.nothing
+            return student.no_loss
         return hard_loss(
             student.parts.query,
             student.candidates,
@@ -147,9 +169,11 @@ class Objective:
             self.spec,
         )
 
-    def _in_batch(self, student: _Student, batch: ContrastiveBatch, masked: MaskedLogits) -> Tensor:
+    def _in_batch(
+        self, student: _Student, batch: ContrastiveBatch, masked: MaskedLogits
+    ) -> SampleLoss:
         if batch.task != "retrieval":
-            return student.nothing
+            return student.no_loss
         assert student.passages is not None
         return in_batch_loss(
             student.parts.query,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ml_embed.data.store import Store
 from ml_embed.errors import UserError
 from ml_embed.training.resolve import Resolved
 from ml_embed.training.validation import metric_names
@@ -65,9 +66,11 @@ class Best:
         return dataclasses.asdict(self)
 
 
-def check_metric(metric: str | None, resolved: Resolved) -> None:
-    """Raise UserError if validation gives no number of that name."""
-    names = metric_names(resolved.valid_datasets or resolved.datasets, resolved.valid_grid)
+def check_metric(metric: str | None, resolved: Resolved, store: Store) -> None:
+    """Raise UserError if validation, whose data `store` holds, gives no number of that name."""
+    languages = {code: 0 for dataset in store.datasets.values() for code in dataset.languages}
+    plans = resolved.valid_datasets or resolved.datasets
+    names = metric_names(plans, resolved.valid_grid, languages)
     if metric is None or metric in names:
         return
     near = difflib.get_close_matches(metric, names, n=3, cutoff=0.3) or names[:3]

@@ -111,7 +111,7 @@ def open_inputs(
             )
     cost = None if teacher is None else _cost_of(teacher, config)
     resolved = resolve(config, start.config, store, world_size, valid_store, half_precision, cost)
-    check_metric(config.keep_best, resolved)
+    check_metric(config.keep_best, resolved, valid_store or store)
     return Inputs(start, store, teacher_vectors, valid_store, teacher, cost, resolved)
 
 

@@ -16,6 +16,13 @@ from ml_embed.config import Task
 from ml_embed.files.atomic import append_whole
 from ml_embed.files.digests import bytes_digest
 from ml_embed.notices import warn
+from ml_embed.training.by_language import (
+    LanguageValues,
+    Sums,
+    add_counts,
+    add_losses,
+    means_of,
+)
 
 
 @dataclass
@@ -38,6 +45,7 @@ class Window:
     in_batch: dict[str, float] = field(default_factory=dict)
     similarity: dict[str, float] = field(default_factory=dict)
     tasks: dict[str, Task] = field(default_factory=dict)
+    languages: Sums = field(default_factory=dict)
 
     def add(self, dataset: str, task: Task, step: "StepValues", seconds: float) -> None:
         self.steps += 1
@@ -58,12 +66,15 @@ class Window:
             self.hard[dataset] = self.hard.get(dataset, 0.0) + step.hard
         if task == "retrieval":
             self.in_batch[dataset] = self.in_batch.get(dataset, 0.0) + step.in_batch
+        add_counts(self.languages, step.languages)
+        add_losses(self.languages, task, step.languages)
 
     def summary(self) -> dict[str, float]:
         """Means over the window, and sums of what is counted.
 
         A dataset without a step in the window has no entry. "Avg/<task>/…" are means over the
-        task's datasets, each counting the same.
+        task's datasets, each counting the same; "language/<code>/…" are means over all rows of a
+        language that have the loss.
         """
         values = {
             "loss": self.loss / self.steps,
@@ -89,7 +100,7 @@ class Window:
                 of_task = [mean for name, mean in means.items() if self.tasks.get(name) == task]
                 if of_task:
                     values[f"Avg/{task}/{metric}"] = sum(of_task) / len(of_task)
-        return values
+        return values | means_of(self.languages, "training_loss_")
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -112,6 +123,8 @@ class StepValues:
     masked_by_margin: float
     grad_norm: float
     stop_requested: bool
+    languages: Mapping[str, LanguageValues]
+    """by code; empty if the data says none"""
 
     @property
     def finite(self) -> bool:

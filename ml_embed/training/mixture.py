@@ -112,7 +112,8 @@ def mixture_of(languages: Mapping[str, LanguageDraws] | None) -> dict[str, Langu
 def mixture_table(mixture: Mapping[str, LanguageShare], sampling: LanguageSampling) -> str:
     """The mixture in lines: each language's rows, samples per epoch, and its two shares."""
     all_rows = sum(own.rows for own in mixture.values())
-    lines = [f"languages, drawn with alpha {sampling.alpha:g} and cap {sampling.cap or 'none'}:"]
+    cap = "no cap" if sampling.cap is None else f"cap {sampling.cap:g}"
+    lines = [f"languages, drawn with alpha {sampling.alpha:g} and {cap}:"]
     lines.append(f"{'':10}{'rows':>12}{'share':>9}{'per epoch':>12}{'share':>9}{'times':>8}")
     lines += [
         f"{code:10}{own.rows:12,}{own.rows / all_rows:9.2%}{own.draws:12,.0f}{own.share:9.2%}"

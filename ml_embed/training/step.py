@@ -13,6 +13,7 @@ from ml_embed.data.schedule import draw_rank
 from ml_embed.distributed.collectives import all_reduce_sum
 from ml_embed.errors import UserError
 from ml_embed.losses.objective import LossTerms
+from ml_embed.training.by_language import language_values, own_sums
 from ml_embed.training.gradcache import forward_backward, split_texts
 from ml_embed.training.metrics_log import StepValues
 from ml_embed.training.run import Run
@@ -67,8 +68,10 @@ def _over_all_processes(
     losses = losses.detach().double() / run.accelerator.num_processes
     masked = torch.stack([terms.masked.by_document, terms.masked.by_margin]).double()
     counts = losses.new_tensor([batch.num_tokens, batch.num_encoded_tokens, stop_requested])
-    summed = all_reduce_sum(torch.cat([losses, masked, counts])).tolist()
-    by_document, by_margin, *counted = summed[len(names) :]
+    of_languages = own_sums(terms, batch)
+    own = torch.cat([losses, masked, counts, of_languages.flatten()])
+    summed = all_reduce_sum(own).tolist()
+    by_document, by_margin, *counted = summed[len(names) : len(names) + 5]
     tokens, encoded_tokens, stops = map(int, counted)
     return StepValues(
         **dict(zip(names, summed, strict=False)),
@@ -78,4 +81,7 @@ def _over_all_processes(
         masked_by_margin=by_margin,
         grad_norm=float(grad_norm),
         stop_requested=stops > 0,
+        languages=language_values(
+            batch.languages, batch.language_samples, summed[len(names) + 5 :]
+        ),
     )

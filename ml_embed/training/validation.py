@@ -6,7 +6,7 @@ and P distinct passages of a dataset.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -30,6 +30,16 @@ from ml_embed.evaluation.metrics import (
 from ml_embed.losses.nested import MatryoshkaSpec
 from ml_embed.losses.objective import Objective
 from ml_embed.model_folders.cut import Cube, Cut
+from ml_embed.training.by_language import (
+    LOSSES,
+    LanguageValues,
+    Sums,
+    add_losses,
+    add_ranks,
+    language_values,
+    means_of,
+    own_sums,
+)
 from ml_embed.training.resolve import Resolved
 
 Encode = Callable[[ContrastiveBatch, int], Tensor]
@@ -63,19 +73,21 @@ def validate(
     Returns:
         "<dataset>/valid_loss_hard", "<dataset>/ndcg@10" and so on (similarity datasets have
         "spearman" instead of retrieval metrics); with a grid also "<dataset>/ndcg@10/<name of a
-        cut>" and so on; the means of all these over the datasets of a task as "Avg/<task>/…"; and
-        "loss", the mean over datasets. The same on every process; empty if nothing is held out. A
+        cut>" and so on; the means of all these over the datasets of a task as "Avg/<task>/…"; where
+        the data says languages, means over all rows of a language as "language/<code>/…", of the
+        whole model, with metrics of retrieval alone; and "loss", the mean over datasets.
+        The same on every process; empty if nothing is held out. A
         clustering or classification dataset has losses only if none of its held-out rows has a
         negative, and a similarity dataset if its held-out scores are equal.
     """
     values: dict[str, float] = {}
     by_task: dict[str, list[float]] = defaultdict(list)
-    totals = []
+    totals, by_language = [], Sums()
     for name, plan in loader.held_out.schedule.plans.items():
         if plan.valid_rows == 0:
             continue
         losses = _Losses(Objective(spec), device)
-        own = _validate_dataset(encode, loader, plan, losses, resolved)
+        own = _validate_dataset(encode, loader, plan, losses, resolved, by_language)
         totals.append(sum(own[LOSS + term] for term in _losses_of(plan.task)))
         for metric, value in own.items():
             values[f"{name}/{metric}"] = value
@@ -83,11 +95,16 @@ def validate(
     values |= {key: sum(entries) / len(entries) for key, entries in by_task.items()}
     if totals:
         values["loss"] = sum(totals) / len(totals)
-    return values
+    return values | means_of(by_language, LOSS)
 
 
 def _validate_dataset(
-    encode: Encode, loader: Loader, plan: DatasetPlan, losses: "_Losses", resolved: Resolved
+    encode: Encode,
+    loader: Loader,
+    plan: DatasetPlan,
+    losses: "_Losses",
+    resolved: Resolved,
+    by_language: Sums,
 ) -> dict[str, float]:
     rank = resolved.ranks[-1] if resolved.ranks else 0
     whole = Cut(rank, resolved.exits[-1], resolved.dims[0])
@@ -104,6 +121,10 @@ def _validate_dataset(
                 losses.add(vectors, batch, rows)
             search.add(dict(zip(resolved.exits, vectors, strict=True)), batch)
         found |= search.metrics()
+        if isinstance(search, _PoolSearch) and whole in search.ranks and dataset.languages:
+            languages = gather_uneven(torch.cat(search.languages))
+            add_ranks(by_language, dataset.languages, languages, search.ranks[whole])
+    add_losses(by_language, plan.task, losses.by_language(dataset.languages))
     values = losses.means(plan.task) | found[whole]
     for cut in grid:
         values |= {f"{metric}/{cut.name}": value for metric, value in found[cut].items()}
@@ -118,12 +139,23 @@ class _Losses:
         self._objective = objective
         self._sums = torch.zeros(len(_LOSSES), dtype=torch.float64, device=device)
         self._rows = 0
+        self._of_languages: Tensor | float = 0.0
+        self._language_samples: np.ndarray | int = 0
 
     def add(self, vectors: Tensor, batch: ContrastiveBatch, rows: int) -> None:
         """vectors: (E, N, H); rows: of the global batch."""
         terms = self._objective(vectors, batch)
         self._sums += rows * torch.stack([getattr(terms, term) for term in _LOSSES]).double()
         self._rows += rows
+        self._of_languages = self._of_languages + own_sums(terms, batch)
+        self._language_samples = self._language_samples + batch.language_samples
+
+    def by_language(self, languages: Sequence[str]) -> dict[str, LanguageValues]:
+        """Sums over the rows of each language of the dataset."""
+        assert isinstance(self._of_languages, Tensor)
+        assert isinstance(self._language_samples, np.ndarray)
+        sums = all_reduce_sum(self._of_languages).flatten().tolist()
+        return language_values(languages, self._language_samples, sums)
 
     def means(self, task: Task) -> dict[str, float]:
         means = (all_reduce_sum(self._sums) / (world_size() * self._rows)).tolist()
@@ -131,8 +163,10 @@ class _Losses:
         return {f"{LOSS}{term}": by_term[term] for term in _losses_of(task)}
 
 
-def metric_names(plans: Iterable[DatasetPlan], grid: Cube | None) -> list[str]:
-    """The names of all numbers that `validate` may give."""
+def metric_names(
+    plans: Iterable[DatasetPlan], grid: Cube | None, languages: Iterable[str] = ()
+) -> list[str]:
+    """The names of all numbers that `validate` may give; `languages` are those of the rows."""
     names = ["loss"]
     for plan in plans:
         if plan.valid_rows == 0:
@@ -142,13 +176,13 @@ def metric_names(plans: Iterable[DatasetPlan], grid: Cube | None) -> list[str]:
         own = [LOSS + term for term in _losses_of(plan.task)] + [*metrics]
         own += [f"{metric}/{cut.name}" for cut in cuts for metric in metrics]
         names += [f"{group}/{name}" for group in (plan.name, f"Avg/{plan.task}") for name in own]
+    of_language = [*(LOSS + loss for loss in LOSSES["retrieval"]), *METRICS]
+    names += [f"language/{code}/{name}" for code in languages for name in of_language]
     return list(dict.fromkeys(names))
 
 
 def _losses_of(task: Task) -> tuple[str, ...]:
-    if task == "similarity":
-        return ("similarity",)
-    return ("hard", "in_batch") if task == "retrieval" else ("hard",)
+    return LOSSES[task] or ("similarity",)
 
 
 class _PoolSearch:
@@ -161,6 +195,10 @@ class _PoolSearch:
     def __init__(self, cuts: Collection[Cut], dataset: TokenizedDataset):
         self._dataset = dataset
         self._cuts = sorted(cuts)
+        self.ranks: dict[Cut, Tensor] = {}
+        """(Q,) of each cut, all processes' queries, when `metrics` has found them"""
+        self.languages: list[Tensor] = []
+        """each query's place in the dataset's languages, in the order of this process's queries"""
         self._numbers: list[Tensor] = []
         self._queries: dict[int, list[Tensor]] = {cut.depth: [] for cut in self._cuts}
         self._passages: dict[int, list[Tensor]] = {cut.depth: [] for cut in self._cuts}
@@ -173,12 +211,15 @@ class _PoolSearch:
         self._documents.append(numbers)
         self._wanted.append(batch.passage_documents[real])
         self._numbers.append(batch.query_numbers[real])
+        if batch.language_numbers is not None:
+            self.languages.append(batch.language_numbers[real])
         for depth in self._queries:
             self._queries[depth].append(vectors[depth][batch.query[real]])
             self._passages[depth].append(vectors[depth][used])
 
     def metrics(self) -> dict[Cut, dict[str, float]]:
-        return _metrics_of(self._ranks())
+        self.ranks = dict(self._ranks())
+        return _metrics_of(self.ranks.items())
 
     def _ranks(self) -> Iterator[tuple[Cut, Tensor]]:
         """Each cut with the (Q,) ranks of the positives."""

@@ -178,7 +178,7 @@ def test_the_mixture_is_said_and_data_without_languages_is_refused(store, tmp_pa
     assert sum(own.share for own in mixture.values()) == pytest.approx(1)
     assert mixture["yor"].draws == pytest.approx(12), "the cap"
     table = mixture_table(mixture, config.language_sampling)
-    assert "alpha 0.5 and cap 2" in table
+    assert "alpha 0.5 and cap 2:" in table
     assert "yor                  6    1.46%          12    2.92%    2.00" in table
     plain = write_tokenized(tmp_path / "plain", make_tokenizer(), {"plain": DATASETS["plain"]})
     silent = open_store(plain, tmp_path / "cache", progress=False)

@@ -4,6 +4,7 @@ import contextlib
 import threading
 from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 import torch
 from helpers.tiny_models import make_tokenizer
@@ -44,6 +45,8 @@ def assert_equal(a: ContrastiveBatch, b: ContrastiveBatch) -> None:
             assert torch.equal(x.input_ids, y.input_ids)
             assert torch.equal(x.packed.cu_seqlens, y.packed.cu_seqlens)
             assert x.packed.lengths == y.packed.lengths
+        elif isinstance(x, np.ndarray):
+            assert np.array_equal(x, y), field.name
         elif isinstance(x, torch.Tensor):
             assert x.dtype == y.dtype
             assert torch.equal(x, y), field.name

@@ -84,7 +84,7 @@ def test_hard_loss(generator, nested, counts):
         leaf(EXITS, 4, 4, HIDDEN, generator=generator),
     )
     excluded = torch.tensor([[k > count for k in range(4)] for count in counts])
-    fast = hard_loss(query, candidates, excluded, torch.full((4,), 0.25), make_spec(nested))
+    fast = hard_loss(query, candidates, excluded, torch.full((4,), 0.25), make_spec(nested)).total
     naive = sum(
         naive_hard_loss(
             list(query[e]),
@@ -103,7 +103,9 @@ def test_hard_loss_without_negatives_is_zero(generator):
     query = leaf(EXITS, 4, HIDDEN, generator=generator)
     excluded = torch.zeros(4, 1, dtype=torch.bool)
     weights = torch.full((4,), 0.25)
-    assert hard_loss(query, query.unsqueeze(2), excluded, weights, make_spec(True)) == 0
+    loss = hard_loss(query, query.unsqueeze(2), excluded, weights, make_spec(True))
+    assert loss.total == 0
+    assert not loss.of_samples.any()
 
 
 @pytest.mark.parametrize("nested", [True, False])
@@ -114,7 +116,7 @@ def test_in_batch_loss(generator, nested, documents):
     excluded = (numbers[:, None] == numbers[None, :]) & ~torch.eye(5, dtype=torch.bool)
     fast = in_batch_loss(
         query, passage, torch.arange(5), excluded, torch.full((5,), 0.2), make_spec(nested)
-    )
+    ).total
     naive = sum(
         naive_in_batch_loss(
             list(query[e]),
@@ -152,10 +154,33 @@ def test_blocks_of_rows_give_the_loss_and_gradients_of_all(generator, monkeypatc
     whole = in_batch_loss(*arguments, make_spec(True))
     monkeypatch.setattr(losses, "LOGITS_AT_ONCE", {"cpu": logits_at_once})
     blocks = in_batch_loss(*arguments, make_spec(True))
-    torch.testing.assert_close(blocks, whole, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(blocks.total, whole.total, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(blocks.of_samples, whole.of_samples, rtol=1e-6, atol=1e-6)
     with torch.no_grad():  # as in validation
-        torch.testing.assert_close(in_batch_loss(*arguments, make_spec(True)), whole.detach())
-    assert_same_gradients(blocks, whole, (query, passage))
+        unlearned = in_batch_loss(*arguments, make_spec(True))
+    torch.testing.assert_close(unlearned.total, whole.total.detach())
+    torch.testing.assert_close(unlearned.of_samples, whole.of_samples.detach())
+    assert_same_gradients(blocks.total, whole.total, (query, passage))
+
+
+def test_each_samples_loss_is_what_it_has_alone(generator):
+    """That is, with all weight on it."""
+    query, passage = (leaf(EXITS, 4, HIDDEN, generator=generator) for _ in range(2))
+    candidates = leaf(EXITS, 4, 3, HIDDEN, generator=generator)
+    excluded = torch.zeros(4, 3, dtype=torch.bool)
+
+    def losses_with(weights: list[float]):
+        own, spec = torch.tensor(weights), make_spec(True)
+        yield hard_loss(query, candidates, excluded, own, spec)
+        yield in_batch_loss(query, passage, torch.arange(4), None, own, spec)
+
+    for sample in range(4):
+        alone = [float(i == sample) for i in range(4)]
+        for all_of_them, one in zip(
+            losses_with([0.4, 0.3, 0.2, 0]), losses_with(alone), strict=True
+        ):
+            assert one.total > 0
+            torch.testing.assert_close(all_of_them.of_samples[:, sample].mean(), one.total)
 
 
 @pytest.mark.parametrize("logits_at_once", [1, 3 * LOGITS_OF_A_ROW - 1, 3 * LOGITS_OF_A_ROW])
@@ -200,7 +225,7 @@ def test_blocks_multiply_nothing_twice(generator, monkeypatch):
 def test_a_row_without_weight_counts_nothing(generator):
     query, passage = (leaf(1, 3, HIDDEN, generator=generator) for _ in range(2))
     weights = torch.tensor([0.5, 0.5, 0.0])
-    loss = in_batch_loss(query, passage, torch.arange(3), None, weights, make_spec(True))
+    loss = in_batch_loss(query, passage, torch.arange(3), None, weights, make_spec(True)).total
     (gradient,) = torch.autograd.grad(loss, query)
     assert gradient[0, :2].abs().min(dim=1).values.gt(0).all()
     assert not gradient[0, 2].any()
