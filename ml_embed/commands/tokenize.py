@@ -123,7 +123,7 @@ def tokenize(options: dict[str, Any]) -> None:
     from ml_embed.distributed.collectives import compute_on_main_process, process_index
     from ml_embed.prepare.own_data import ImportOptions, raw_folder
     from ml_embed.prepare.records import Reading
-    from ml_embed.prepare.summary import say_what_is_missing
+    from ml_embed.prepare.summary import language_table, say_what_is_missing
     from ml_embed.prepare.tokenization import TokenizeOptions, tokenize_folder
 
     config = options.pop("config")
@@ -148,6 +148,8 @@ def tokenize(options: dict[str, Any]) -> None:
     if process_index() > 0:
         return
     say_what_is_missing(manifest)
+    if table := language_table(manifest):
+        print(table)
     queries = sum(entry.queries or 0 for entry in entries)
     named = f" of {queries:,} named queries" if queries else ""
     print(

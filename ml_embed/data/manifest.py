@@ -42,6 +42,9 @@ class DatasetEntry:
     """different `query_id`s; None if there is no such column"""
     languages: Mapping[str, int] | None = None
     """rows of each `language`; None if there is no such column"""
+    text_sizes: Mapping[str, Mapping[str, int]] | None = None
+    """`characters` and `tokens` of the texts of each `language`, those with a prompt and those that
+    were cut left aside; None if there is no such column"""
     left_out: Mapping[str, int] | None = None
     """rows that are not there, by the reason; None if there are none"""
     texts_cut: Mapping[str, int] | None = None

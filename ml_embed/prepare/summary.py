@@ -1,6 +1,6 @@
-"""What did not come into tokenized data, said with numbers when the command ends."""
+"""Tokenized data in numbers, when the command ends: what is missing, and languages."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 
 from ml_embed.data.manifest import Manifest
@@ -26,6 +26,27 @@ def say_what_is_missing(manifest: Manifest) -> None:
         if 2 * (entry.texts_cut or {}).get("queries", 0) > entry.rows:
             warn(f"{name}: most of its queries are cut; raise --max-seq-length, or shorten prompts")
     say_passed_over(manifest.passed_over or ())
+
+
+def language_table(manifest: Manifest) -> str:
+    """A line per language: rows, tokens, and tokens per character; "" where no row says its own.
+
+    The first line is the language with the most rows.
+    """
+    rows: Counter[str] = Counter()
+    sizes: dict[str, Counter[str]] = defaultdict(Counter)
+    for entry in manifest.datasets.values():
+        rows.update(entry.languages or {})
+        for code, own in (entry.text_sizes or {}).items():
+            sizes[code].update(own)
+    if not rows:
+        return ""
+    lines = [f"{'language':10}{'rows':>12}{'tokens':>14}{'tokens per character':>22}"]
+    for code, count in sorted(rows.items(), key=lambda item: (-item[1], item[0])):
+        own = sizes[code]
+        rate = f"{own['tokens'] / own['characters']:.3f}" if own["characters"] else "-"
+        lines.append(f"{code:10}{count:12,}{own['tokens']:14,}{rate:>22}")
+    return "\n".join(lines)
 
 
 def _left_out(manifest: Manifest) -> dict[str, dict[str, int]]:

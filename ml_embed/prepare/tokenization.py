@@ -118,10 +118,14 @@ class TokenizeOptions:
 class Block:
     """Consecutive rows, their documents numbered."""
 
+    prompts: Prompts
+    """that stand in front of the texts"""
     queries: list[str] = field(default_factory=list)
     """(rows,)"""
     documents: list[str] = field(default_factory=list)
     """those that occur for the first time"""
+    document_rows: list[int] = field(default_factory=list)
+    """(documents,) the row in which each does"""
     passages: list[int] = field(default_factory=list)
     """(rows,) document of each row"""
     negatives: list[int] = field(default_factory=list)
@@ -152,10 +156,13 @@ class Totals:
     query_ids: set[str] = field(default_factory=set)
     languages: Counter[str] = field(default_factory=Counter)
     """rows of each language"""
+    text_sizes: dict[str, dict[str, int]] = field(default_factory=dict)
+    """characters and tokens of each language's texts (`DatasetEntry.text_sizes`)"""
 
     def add(self, block: Block, ids: list[np.ndarray], cut: np.ndarray) -> None:
         """Count a block, its token ids, and which texts (queries, then documents) were cut."""
         rows = len(block.queries)
+        self._add_sizes(block, ids, cut)
         self.queries_cut += int(cut[:rows].sum())
         self.documents_cut += int(cut[rows:].sum())
         self.query_ids.update(filter(None, block.optional.get("query_id", ())))
@@ -170,6 +177,22 @@ class Totals:
             "total": so_far.get("total", 0) + sum(counts),
         }
 
+    def _add_sizes(self, block: Block, ids: list[np.ndarray], cut: np.ndarray) -> None:
+        """Characters and tokens by language; a document is of the row that it first stands in."""
+        languages = block.optional.get("language")
+        if languages is None:
+            return
+        texts = [*zip(block.queries, languages, strict=True)] if not block.prompts.query else []
+        first = 0 if texts else len(block.queries)
+        if not block.prompts.passage:
+            rows = (languages[row] for row in block.document_rows)
+            texts += zip(block.documents, rows, strict=True)
+        for number, (text, language) in enumerate(texts, start=first):
+            if language and not cut[number]:
+                sizes = self.text_sizes.setdefault(language, {"characters": 0, "tokens": 0})
+                sizes["characters"] += len(text)
+                sizes["tokens"] += len(ids[number]) - 1  # without the end token
+
     def to_entry(self) -> dict[str, Any]:
         """What the manifest says of it."""
         cut = {"queries": self.queries_cut, "documents": self.documents_cut}
@@ -177,6 +200,7 @@ class Totals:
             **{key: getattr(self, key) for key in ("rows", "documents", "tokens", "negatives")},
             "queries": len(self.query_ids) or None,
             "languages": dict(sorted(self.languages.items())) or None,
+            "text_sizes": dict(sorted(self.text_sizes.items())) or None,
             "texts_cut": cut if any(cut.values()) else None,
         }
 
@@ -422,7 +446,7 @@ def read_blocks(batches: Iterator[RowBatch], prompts: Prompts, seed: int) -> Ite
     """
     numbers = TextNumbers()
     front = prompts.passage.encode()
-    block = Block()
+    block = Block(prompts)
     for batch in batches:
         prompted = prompts.choose(batch.documents, seed)
         fronts = [front if yes else b"" for yes in prompted]
@@ -441,6 +465,7 @@ def read_blocks(batches: Iterator[RowBatch], prompts: Prompts, seed: int) -> Ite
         for row, (query, size, ((start, first_new), (end, end_new))) in enumerate(
             zip(batch.queries, characters, rows, strict=True)
         ):
+            block.document_rows += [len(block.queries)] * (end_new - first_new)
             block.queries.append(prompts.query + query)
             block.documents += new_texts[first_new:end_new]
             block.passages.append(documents[start])
@@ -451,7 +476,7 @@ def read_blocks(batches: Iterator[RowBatch], prompts: Prompts, seed: int) -> Ite
             block.characters += len(block.queries[-1]) + size
             if block.characters >= BLOCK_CHARACTERS or block.num_texts >= BLOCK_TEXTS:
                 yield block
-                block = Block()
+                block = Block(prompts)
     if block.queries:
         yield block
 

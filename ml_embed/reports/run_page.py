@@ -23,6 +23,7 @@ from ml_embed.model_folders.sizes import BYTES_PER_COMPONENT, cut_parameters
 from ml_embed.notices import warn
 from ml_embed.reports.charts import Point, line_chart
 from ml_embed.reports.choices import choices_section, cube_points, read_evaluation
+from ml_embed.reports.languages import PREFIX, languages_section
 from ml_embed.reports.page import page
 from ml_embed.reports.tables import Result, mean_chance, number_text
 
@@ -123,6 +124,7 @@ def write_report(
     resolved = _read_json(resolved_file) if resolved_file.is_file() else {}
     name = run_dir.resolve().name
     parts = [f"<h1>{escape(name)}</h1>", _summary(resolved, lines), _curves(lines, metric)]
+    parts.append(languages_section(resolved, lines))
     path = _evaluation_file(run_dir, evaluation)
     if path is not None:
         parts.append(_evaluated(path, metric))
@@ -290,10 +292,10 @@ def _by_dataset(series: Curves, metric: str) -> Curves:
 
 
 def _series(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[Point]]:
-    """Name -> (step, value) points, without the means over a task's datasets ("Avg/...")."""
+    """Name -> (step, value) points, without means over a task's datasets, and by language."""
     series: dict[str, list[Point]] = defaultdict(list)
     for line in lines:
         for name, value in line.items():
-            if isinstance(value, int | float) and not name.startswith("Avg/"):
+            if isinstance(value, int | float) and not name.startswith(("Avg/", PREFIX)):
                 series[name].append((line["step"], value))
     return series

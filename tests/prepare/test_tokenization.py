@@ -21,6 +21,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from ml_embed.commands import tokenize
+from ml_embed.config import DatasetConfig
+from ml_embed.data.manifest import Manifest
 from ml_embed.data.store import open_store
 from ml_embed.errors import UserError
 from ml_embed.files.digests import sealed
@@ -34,6 +36,7 @@ from ml_embed.prepare.raw import (
     read_rows,
     task_of_raw,
 )
+from ml_embed.prepare.summary import language_table
 from ml_embed.prepare.tokenization import TokenizeOptions, select_rows, tokenize_folder
 from ml_embed.prepare.tokenizer import append_eos_template, fingerprint, load_tokenizer
 
@@ -851,3 +854,55 @@ def test_columns_that_are_not_read_are_said(tokenizer_folder, tmp_path, capsys, 
 def test_rows_that_are_all_bad_are_no_scored_pairs(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"query": "", "passage": "", "score": 1}\n')
     assert task_of_raw(RawDataset("x", tmp_path / "x.jsonl")) == "retrieval"
+
+
+def test_tokens_per_character_are_told_by_language(tokenizer_folder, tmp_path, capsys):
+    """Of the texts as they are: those with a prompt do not count, nor those that were cut."""
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    rows = [
+        ("what is a cat", "a small animal", "eng"),
+        ("was ist ein Hund", "ein Tier", "deu"),
+        ("a stone?", "a small animal", "eng"),  # its passage stands first in another row
+        ("猫とは何ですか", "小さな動物 " * 60, "jpn"),
+        ("?", "a river", None),
+    ]
+    for name, own in (("plain", rows), ("asked", rows[:2])):
+        (raw / f"{name}.jsonl").write_text(
+            "".join(
+                json.dumps({"query": q, "passage": p} | ({"language": code} if code else {})) + "\n"
+                for q, p, code in own
+            )
+        )
+    settings = options(
+        tokenizer_folder,
+        tmp_path,
+        input=raw,
+        datasets={"asked": DatasetConfig(prompt="Find: ")},
+    )
+    manifest = tokenize_folder(settings, progress=False)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    wanted = {
+        "plain": {
+            "eng": ["what is a cat", "a small animal", "a stone?"],
+            "deu": ["was ist ein Hund", "ein Tier"],
+            "jpn": ["猫とは何ですか"],
+        },
+        "asked": {"eng": ["a small animal"], "deu": ["ein Tier"]},
+    }
+    for name, by_language in wanted.items():
+        assert manifest.datasets[name].text_sizes == {
+            code: {
+                "characters": sum(map(len, texts)),
+                "tokens": sum(len(tokenizer.tokenize(text)) for text in texts),
+            }
+            for code, texts in by_language.items()
+        }
+    table = language_table(Manifest.read(settings.output / "manifest.json"))
+    sizes = [manifest.datasets[name].text_sizes["deu"] for name in wanted]
+    rate = sum(own["tokens"] for own in sizes) / sum(own["characters"] for own in sizes)
+    (line,) = (line for line in table.splitlines() if line.startswith("deu"))
+    assert line.split() == ["deu", "2", str(sum(s["tokens"] for s in sizes)), f"{rate:.3f}"]
+    flags = {"tokenizer": tokenizer_folder, "input": raw, "output": tmp_path / "again"}
+    tokenize.main([word for key, value in flags.items() for word in (f"--{key}", str(value))])
+    assert "tokens per character" in capsys.readouterr().out

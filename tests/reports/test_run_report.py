@@ -145,6 +145,31 @@ def test_the_validation_grid_is_shown_over_time_and_to_choose_from(run_dir):
     assert run_parameters(resolved, Cut(32, 2, 64)) == resolved["parameters"]
 
 
+def test_languages_have_a_table_and_curves(tmp_path):
+    """Their losses are no dataset's."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    train = {"split": "train", "tokens": 30, "loss": 1.0, "facts/training_loss_hard": 2.0}
+    by_language = {"language/swa/samples": 3, "language/swa/tokens": 10}
+    by_language |= {"language/<b>/samples": 1, "language/<b>/tokens": 20}
+    by_language |= {
+        "language/swa/training_loss_hard": 2.5,
+        "language/swa/training_loss_in_batch": 1,
+    }
+    lines = [{"step": step, **train, **by_language} for step in (1, 2)]
+    lines.append({"split": "valid", "step": 2, "loss": 1.0, "language/swa/ndcg@10": 0.25})
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run_dir / "resolved.json").write_text(json.dumps({"languages": {"swa": {"rows": 12}}}))
+    page = _report(run_dir).read_text()
+    assert "<th>swa</th><td>12</td><td>6</td><td>75.00%</td><td>20</td><td>2.5</td>" in page
+    assert "<th>&lt;b&gt;</th><td></td><td>2</td><td>25.00%</td><td>40</td><td></td>" in page
+    (of_datasets,) = re.findall(r"<h3>Training: loss over hard negatives</h3>.*?</svg>", page, re.S)
+    assert "facts" in of_datasets
+    assert "language" not in of_datasets
+    (curves,) = re.findall(r"hard negatives, by language</h3>.*?</svg>", page, re.S)
+    assert "swa" in curves
+
+
 def test_a_whole_token_table_is_counted_whole():
     resolved = {"embedding_parameters": 70, "layer_parameters": 5, "ranks": [], "dims": [4]}
     assert run_parameters(resolved, Cut(0, 3, 4)) == 70 + 15 + 4
