@@ -64,6 +64,12 @@ def main(arguments: list[str] | None = None) -> None:
         help="for tables and picture (%(default)s)",
     )
     parser.add_argument(
+        "--by-language",
+        action="store_true",
+        help="also search all raw data as one corpus, and tell what queries of each language find "
+        "there (needs a column language)",
+    )
+    parser.add_argument(
         "--max-queries",
         type=int,
         default=1000,
@@ -116,6 +122,7 @@ def evaluate(args: argparse.Namespace) -> None:
         "device": args.device,
         "work": work,
         "progress": bars_wanted(),
+        "by_language": args.by_language,
     }
     baseline = None
     with disk_errors_are_user_errors(args.output, "Then run the same command again: it continues."):
@@ -157,12 +164,19 @@ def write(args: argparse.Namespace, numbers: Numbers) -> None:
     """Write and print the results."""
     from ml_embed.files.atomic import write_json
     from ml_embed.reports.plots import plot_cube
-    from ml_embed.reports.tables import cube_tables, precision_table, test_set_table
+    from ml_embed.reports.tables import (
+        cube_tables,
+        mixed_table,
+        precision_table,
+        test_set_table,
+    )
 
     result, baseline = numbers["model"], numbers["baseline"]
     without_cuts = (numbers["bm25"] or {}) | numbers["others"]
     print(test_set_table(result, baseline, args.metric, without_cuts))
     print(f"\n{cube_tables(result, args.metric)}\n\n{precision_table(result, args.metric)}")
+    if result["languages"]:
+        print(f"\n{mixed_table(result, baseline, args.metric)}")
     try:
         args.output.mkdir(parents=True, exist_ok=True)
         write_json(args.output / JSON_FILE, numbers)

@@ -23,7 +23,8 @@ from ml_embed.distributed.collectives import compute_on_all_processes, world_siz
 from ml_embed.distributed.shares import Rows, compute_shared
 from ml_embed.distributed.sole_launch import sole_launch_into
 from ml_embed.errors import UserError
-from ml_embed.evaluation.data import TestSet, behind_prompts, read_test_sets
+from ml_embed.evaluation.data import TestSet, Texts, behind_prompts, read_test_sets
+from ml_embed.evaluation.languages import MixedCorpus
 from ml_embed.evaluation.metrics import chance_metrics, metrics_of_ranks
 from ml_embed.evaluation.precisions import precision_rows
 from ml_embed.files.digests import texts_digest, value_digest
@@ -127,6 +128,7 @@ def evaluate_cube(
     work: Path | None = None,
     progress: bool = True,
     per_query: bool = False,
+    by_language: bool = False,
 ) -> dict[str, Any]:
     """Retrieval metrics of a model at every rank, depth and dim, on every test set of `data`.
 
@@ -146,19 +148,23 @@ def evaluate_cube(
             continued. None is a temporary one, of one process.
         progress: bars on stderr, on terminals.
         per_query: rows also have "ranks", that of each query's right passage.
+        by_language: also search one corpus of all languages (`MixedCorpus`).
 
     Returns:
         JSON-able: "model", "data", "device", "dtype", "prompts", "texts", "tokens", and "rows", one
         object for each test set and cut: rank, depth, dim, trained, dataset, split, queries,
         candidates (mean), recall@1, mrr@10, ndcg@10, chance (the same metrics of a random order),
-        parameters and bytes_per_vector; and "precisions", the same of vectors in fewer bits at the
-        largest rank and depth (`precision_rows`).
+        parameters and bytes_per_vector; "precisions", the same of vectors in fewer bits at the
+        largest rank and depth (`precision_rows`); and "languages", by language and cut
+        (`MixedCorpus.rows`; empty without `by_language`).
 
     Raises:
         UserError: the model or the data cannot be read, or a size is not one that the model has.
     """
     model = compute_on_all_processes(lambda: CubeModel.open(folder, ranks, depths, dims, device))
-    return _evaluate(model, Path(data), batch_tokens, max_queries, work, progress, per_query)
+    return _evaluate(
+        model, Path(data), batch_tokens, max_queries, work, progress, per_query, by_language
+    )
 
 
 def evaluate_baseline(
@@ -170,6 +176,7 @@ def evaluate_baseline(
     device: str | None = None,
     work: Path | None = None,
     progress: bool = True,
+    by_language: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a model to compare with, at those depths and dims of an evaluated model it has.
 
@@ -190,7 +197,9 @@ def evaluate_baseline(
         )
     cube = choose_cube(record, config, record.ranks[-1:], depths, dims)
     model = dataclasses.replace(model, cube=cube)
-    return _evaluate(model, Path(data), batch_tokens, max_queries, work, progress)
+    return _evaluate(
+        model, Path(data), batch_tokens, max_queries, work, progress, by_language=by_language
+    )
 
 
 def _evaluate(
@@ -201,11 +210,16 @@ def _evaluate(
     work: Path | None,
     progress: bool,
     per_query: bool = False,
+    by_language: bool = False,
 ) -> dict[str, Any]:
     prompts = model.folder.record.prompts
-    texts, test_sets = compute_on_all_processes(
-        lambda: behind_prompts(*read_test_sets(data, max_queries), prompts)
-    )
+
+    def read() -> tuple[Texts, list[TestSet], MixedCorpus | None]:
+        plain, as_written = read_test_sets(data, max_queries)
+        texts, test_sets = behind_prompts(plain, as_written, prompts)
+        return texts, test_sets, MixedCorpus.of(as_written, test_sets) if by_language else None
+
+    texts, test_sets, mixed = compute_on_all_processes(read)
     token_ids = model.text_tokenizer(texts.texts)
     fixed = [_fixed_columns(test_set) for test_set in test_sets]
     made_of = {"files": model_identity(model.folder.path), "texts": texts_digest(texts.texts)}
@@ -222,6 +236,7 @@ def _evaluate(
                 ranks = test_set.ranks(unit)
                 found = {RANKS: ranks.tolist()} if per_query else {}
                 rows.append(sizes | columns | metrics_of_ranks(ranks) | found)
+            rows += mixed.rows(unit, sizes) if mixed else []
             if (rank, depth) == (model.cube.ranks[-1], model.cube.depths[-1]):
                 rows += precision_rows(unit, sizes, test_sets)
         return rows
@@ -252,8 +267,9 @@ def _evaluate(
         "prompts": prompts,
         "texts": len(token_ids),
         "tokens": sum(map(len, token_ids)),
-        "rows": [row for row in rows if "precision" not in row],
+        "rows": [row for row in rows if not {"precision", "language"} & row.keys()],
         "precisions": [row for row in rows if "precision" in row],
+        "languages": [row for row in rows if "language" in row],
     }
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ml_embed.data.convert import UNDETERMINED
 from ml_embed.errors import UserError
 from ml_embed.evaluation.metrics import ranks_of_positives, ranks_of_scores
 from ml_embed.files.parquet import open_parquet, read_batches, require_columns
@@ -96,6 +97,10 @@ class CorpusSet:
     corpus: Tensor  # (N,) text numbers
     positive: Tensor  # (Q,) rows of `corpus`
     excluded: Tensor  # (P, 2) query and corpus rows that do not compete
+    languages: tuple[str, ...]
+    """codes of the rows' languages, "und" for rows without one; empty if no row says any"""
+    query_languages: Tensor  # (Q,) places in `languages`
+    document_languages: Tensor  # (pairs, 2) corpus rows, and places in `languages` of their rows
 
     @property
     def sizes(self) -> np.ndarray:
@@ -231,6 +236,7 @@ def _corpus_set(dataset: RawDataset, texts: Texts, max_queries: int | None) -> C
         selected = np.arange(max_queries) * count // max_queries
     corpus: dict[int, int] = {}  # text number -> row of the corpus
     passages: dict[int, list[int]] = {}  # query -> corpus rows of its passages, each once
+    said = _RowLanguages()
     for row in read_rows(dataset, selected):
         places = [
             corpus.setdefault(n, len(corpus)) for n in texts.numbers([row.passage, *row.negatives])
@@ -238,6 +244,7 @@ def _corpus_set(dataset: RawDataset, texts: Texts, max_queries: int | None) -> C
         right = passages.setdefault(texts.number(row.query), [])
         if places[0] not in right:
             right.append(places[0])
+        said.add(row.language, texts.number(row.query), places)
     queries: list[int] = []
     positive, excluded = [], []
     for query, right in passages.items():
@@ -247,6 +254,7 @@ def _corpus_set(dataset: RawDataset, texts: Texts, max_queries: int | None) -> C
             queries.append(query)
             positive.append(own)
     pairs = torch.tensor(excluded, dtype=torch.int64).reshape(-1, 2)
+    asked = zip(queries, positive, strict=True)
     return CorpusSet(
         dataset.name,
         WHOLE,
@@ -254,4 +262,29 @@ def _corpus_set(dataset: RawDataset, texts: Texts, max_queries: int | None) -> C
         torch.tensor(list(corpus)),
         torch.tensor(positive),
         pairs,
+        said.codes,
+        torch.tensor([said.of_pairs[pair] for pair in asked] if said.codes else []).long(),
+        torch.tensor(list(said.of_documents) if said.codes else []).long().reshape(-1, 2),
     )
+
+
+class _RowLanguages:
+    """The languages of a raw dataset's rows."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, int] = {}
+        self.of_pairs: dict[tuple[int, int], int] = {}
+        """(query, corpus row of its passage) -> place of the language, of the first such row"""
+        self.of_documents: dict[tuple[int, int], None] = {}
+        """(corpus row, place of the language), each once"""
+
+    def add(self, language: str | None, query: int, documents: Sequence[int]) -> None:
+        """A row's query, and the corpus rows of its passage and negatives."""
+        place = self._places.setdefault(language or UNDETERMINED, len(self._places))
+        self.of_pairs.setdefault((query, documents[0]), place)
+        self.of_documents.update(((document, place), None) for document in documents)
+
+    @property
+    def codes(self) -> tuple[str, ...]:
+        """Those that rows have; empty if none says any."""
+        return tuple(self._places) if self._places.keys() - {UNDETERMINED} else ()

@@ -131,6 +131,29 @@ def precision_table(result: Result, metric: str) -> str:
     return header + aligned("vectors", names, columns)
 
 
+def mixed_table(result: Result, baseline: Result | None, metric: str) -> str:
+    """What queries of each language find in one corpus of all languages, at the largest cut."""
+    rows = rows_by_language(result, largest_cut(result))
+    columns = {name: [number_text(row[name]) for row in rows] for name in ("queries", "documents")}
+    for where in ("within", "mixed"):
+        columns[where] = _with_mean([row[where][metric] for row in rows])
+    if baseline is not None:
+        before = rows_by_language(baseline, largest_cut(baseline))
+        columns["before, mixed"] = _with_mean([row["mixed"][metric] for row in before])
+    columns["own@10"] = _with_mean([row["own_language@10"] for row in rows])
+    columns["by chance"] = _with_mean([row["own_language_share"] for row in rows])
+    header = (
+        f"{metric} by language: within = among documents of the query's language, mixed = among "
+        "those of all.\nown@10 = share of the query's language among the 10 nearest wrong "
+        "documents; by chance = among all"
+    )
+    return f"{header}\n\n" + aligned("language", [*(r["language"] for r in rows), "mean"], columns)
+
+
+def rows_by_language(result: Result, cut: Cut) -> list[dict[str, Any]]:
+    return [row for row in result["languages"] if Cut.of_row(row) == cut]
+
+
 def aligned(corner: str, names: list[str], columns: dict[str, list[str]]) -> str:
     """Names to the left, numbers to the right; a short column leaves its last cells empty."""
     left = max(map(len, (corner, *names)))

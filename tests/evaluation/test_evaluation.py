@@ -201,6 +201,95 @@ def test_raw_data_is_searched_whole(folders, tmp_path):
     assert (len(texts.texts), len(first_row.corpus)) == (4, 3)
 
 
+SAID = [*TEXTS[:2], "water", *TEXTS[3:7]]
+BY_LANGUAGE = {
+    "one": [  # query, passage, negatives, language
+        (0, 1, [3, 5], "eng"),
+        (3, 0, [], "eng"),
+        (4, 6, [2], "swa"),
+    ],
+    "two": [
+        (0, 4, [6], "swa"),  # a query of "one", with another right answer
+        (6, 2, [], None),
+        (5, 3, [], "swa"),  # its passage is an "eng" one, too
+    ],
+}
+
+
+def write_by_language(folder):
+    folder.mkdir()
+    for name, rows in BY_LANGUAGE.items():
+        written = [
+            {
+                "query": SAID[query],
+                "passage": SAID[passage],
+                "negatives": [SAID[i] for i in negatives],
+                "language": language,
+            }
+            for query, passage, negatives, language in rows
+        ]
+        lines = "".join(json.dumps(row) + "\n" for row in written)
+        (folder / f"{name}.jsonl").write_text(lines)
+    return folder
+
+
+def test_languages_are_searched_in_one_corpus_and_within(folders, tmp_path):
+    data = write_by_language(tmp_path / "data")
+    result = evaluate_cube(
+        folders / "shared", data, [16, 32], [1], [16], device="cpu", progress=False,
+        by_language=True,
+    )  # fmt: skip
+    rows = [(q, p, n, code or "und") for own in BY_LANGUAGE.values() for q, p, n, code in own]
+    spoken = {
+        code: {i for q, p, n, own in rows if own == code for i in (p, *n)} for *_, code in rows
+    }
+    corpus = sorted(set().union(*spoken.values()))
+    right = {q: {p for other, p, *_ in rows if other == q} for q, *_ in rows}
+    assert len(result["languages"]) == 2 * 3
+    for row in result["languages"]:
+        model = Embedder.from_pretrained(
+            folders / "shared", rank=row["rank"], depth=1, dim=16, device="cpu"
+        )
+        found = {"mixed": ([], []), "within": ([], [])}
+        shares = []
+        for query, passage, _, language in rows:
+            if language != row["language"]:
+                continue
+            wrong = [i for i in corpus if i not in {*right[query], query}]
+            score = model.encode(SAID) @ model.encode_query(SAID[query])
+            for where, kept in (("mixed", corpus), ("within", sorted(spoken[language]))):
+                kept = [passage, *(i for i in kept if i in wrong)]
+                found[where][0].append(score[kept].tolist())
+                found[where][1].append(0)
+            wrong.sort(key=lambda i: -score[i])
+            nearest = wrong[:10]
+            shares.append(sum(i in spoken[language] for i in nearest) / len(nearest))
+        for where, (scores, positive) in found.items():
+            assert row[where] == pytest.approx(naive_metrics(scores, positive)), (row, where)
+        assert row["own_language@10"] == pytest.approx(sum(shares) / len(shares))
+        assert row["documents"] == len(spoken[row["language"]])
+        assert row["own_language_share"] == pytest.approx(row["documents"] / len(corpus))
+        assert row["queries"] == len(shares)
+    assert any(row["mixed"] != row["within"] for row in result["languages"])
+
+
+def test_the_script_tells_of_languages(folders, tmp_path, capsys):
+    data, output = write_by_language(tmp_path / "data"), tmp_path / "out"
+    flags = ["--model", str(folders / "shared"), "--device", "cpu", "--by-language"]
+    main = load_script("evaluate").main
+    sizes = ["--depth", "1", "--dim", "16"]
+    assert main([*flags, "--data", str(data), "--output", str(output), *sizes]) == 0
+    printed = capsys.readouterr().out
+    lines = printed[printed.index("own@10 = share") :].splitlines()
+    columns = ["language", "queries", "documents", "within", "mixed", "own@10", "by", "chance"]
+    assert lines[2].split() == columns
+    assert [line.split()[0] for line in lines[3:7]] == ["eng", "swa", "und", "mean"]
+    rows = json.loads((output / "evaluation.json").read_text())["model"]["languages"]
+    assert {row["language"] for row in rows} == {"eng", "swa", "und"}
+    assert main([*flags, "--data", str(folders / "candidates"), "--output", str(output)]) == 2
+    assert "at least two languages in a column language; found none" in capsys.readouterr().err
+
+
 def test_a_plain_baseline_is_read_at_the_same_depths(folders):
     options = {"device": "cpu", "progress": False}
     result = evaluate_cube(folders / "shared", folders / "candidates", **options)
