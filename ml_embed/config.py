@@ -49,9 +49,14 @@ def _key(
     low: float | None = None,
     above: float | None = None,
     high: float | None = None,
+    may_be_empty: bool = False,
 ) -> Any:
-    """A config field with the range of its value: low <= value <= high, value > above."""
-    return dataclasses.field(default=default, metadata={"low": low, "above": above, "high": high})
+    """A config field with the range of its value: low <= value <= high, value > above.
+
+    `may_be_empty`: "" is a value.
+    """
+    limits = {"low": low, "above": above, "high": high, "may_be_empty": may_be_empty}
+    return dataclasses.field(default=default, metadata=limits)
 
 
 LEFT_OUT = 0
@@ -74,10 +79,11 @@ class DatasetConfig:
     them"""
     max_samples: int | None = _key(None, low=1)
     """largest number of rows used for training, a random choice fixed by the seed; null = all"""
-    prompt: str | None = None
-    """text that `tokenize_data_qwen.py --config` puts before each query; null = none"""
-    passage_prompt: str | None = None
-    """text that `tokenize_data_qwen.py --config` puts before passages and negatives; null = none"""
+    prompt: str | None = _key(None, may_be_empty=True)
+    """text that `tokenize_data_qwen.py --config` puts before each query, and evaluations with
+    --config do; null = none, in evaluations that of the model folder; "" = none"""
+    passage_prompt: str | None = _key(None, may_be_empty=True)
+    """the same before passages and negatives, in evaluations before documents"""
     passage_prompt_share: float = _key(1.0, low=0, high=1)
     """share of passages and negatives that get passage_prompt; 1 = all; F2LLM-v2 uses 0.3 for
     symmetric tasks"""
@@ -350,7 +356,43 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[TrainC
     Raises:
         UserError: names every problem at once.
     """
-    path = home_path(path)
+    given = _read_object(home_path(path))
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator or not key:
+            raise UserError(
+                f"--set {override!r} must have the form key=value, e.g. --set train_batch_size=16"
+            )
+        try:
+            given[key] = parse_json(value)
+        except ValueError:
+            given[key] = value
+    return parse_config(given, source=str(home_path(path))), given
+
+
+def load_datasets(path: str | Path) -> dict[str, DatasetConfig]:
+    """The `datasets` of a config file, which may hold nothing else.
+
+    Raises:
+        UserError: there is no such key, or it is wrong.
+    """
+    given = _read_object(home_path(path))
+    problems: list[str] = []
+    if "datasets" not in given:
+        raise UserError(
+            f'{path} has no key datasets; write {{"datasets": {{"SciFact": {{"prompt": "…"}}}}}}, '
+            "with names or patterns"
+        )
+    (field,) = (field for field in dataclasses.fields(TrainConfig) if field.name == "datasets")
+    hint = typing.get_type_hints(TrainConfig)["datasets"]
+    datasets = _parse_value(given["datasets"], hint, field, "datasets", problems)
+    if problems:
+        raise _with_problems(str(path), problems)
+    return datasets
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """What a config file holds; raises UserError."""
     try:
         given = parse_json(path.read_bytes())
     except FileNotFoundError:
@@ -365,17 +407,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[TrainC
         raise UserError(f"config file {path} cannot be read: {error}") from None
     if not isinstance(given, dict):
         raise UserError(f"config file {path} must hold one JSON object {{...}}, not {_kind(given)}")
-    for override in overrides:
-        key, separator, value = override.partition("=")
-        if not separator or not key:
-            raise UserError(
-                f"--set {override!r} must have the form key=value, e.g. --set train_batch_size=16"
-            )
-        try:
-            given[key] = parse_json(value)
-        except ValueError:
-            given[key] = value
-    return parse_config(given, source=str(path)), given
+    return given
+
+
+def _with_problems(source: str, problems: Sequence[str]) -> UserError:
+    listing = "\n".join(f"  - {problem}" for problem in problems)
+    many = "s" * (len(problems) > 1)
+    return UserError(f"{source} has {len(problems)} problem{many}:\n{listing}")
 
 
 @contextmanager
@@ -398,10 +436,7 @@ def parse_config(given: Mapping[str, Any], source: str = "config") -> TrainConfi
     if not problems:
         problems += _check_together(config)
     if problems:
-        listing = "\n".join(f"  - {problem}" for problem in problems)
-        raise UserError(
-            f"{source} has {len(problems)} problem{'s' * (len(problems) > 1)}:\n{listing}"
-        )
+        raise _with_problems(source, problems)
     assert config is not None  # there were no problems
     paths = {
         key: path
@@ -610,7 +645,7 @@ def _parse_scalar(
     if kind is float and not math.isfinite(value):
         problems.append(f"{key}: must be a finite number")
         return None
-    if kind is str and not value:
+    if kind is str and not value and not field.metadata.get("may_be_empty"):
         problems.append(f"{key}: must not be empty")
     if kind is int and abs(value) >= 2**63:
         problems.append(f"{key}: {value} is too large")

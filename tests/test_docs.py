@@ -310,7 +310,8 @@ def values_of(hint: typing.Any, limits: typing.Mapping[str, float | None]) -> st
     else:
         words = names.get(hint, "object")
     signs = {"low": "≥", "above": ">", "high": "≤"}
-    limited = [f"{signs[kind]} {limit:g}" for kind, limit in limits.items() if limit is not None]
+    given = {kind: limits[kind] for kind in signs if limits.get(kind) is not None}
+    limited = [f"{signs[kind]} {limit:g}" for kind, limit in given.items()]
     return " ".join([words, ", ".join(limited)]).strip()
 
 

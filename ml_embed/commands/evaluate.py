@@ -64,6 +64,13 @@ def main(arguments: list[str] | None = None) -> None:
         help="for tables and picture (%(default)s)",
     )
     parser.add_argument(
+        "--config",
+        type=home_path,
+        metavar="FILE",
+        help="its `datasets` say prompt and passage_prompt by name or pattern; they go before the "
+        "folder's (of --model)",
+    )
+    parser.add_argument(
         "--by-language",
         action="store_true",
         help="also search all raw data as one corpus, and tell what queries of each language find "
@@ -96,6 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """This process's part of the work; the first one writes and prints the results."""
+    from ml_embed.config import load_datasets
     from ml_embed.distributed.collectives import (
         compute_on_all_processes,
         compute_on_main_process,
@@ -106,8 +114,10 @@ def evaluate(args: argparse.Namespace) -> None:
     from ml_embed.evaluation.other_models import evaluate_model
     from ml_embed.files.atomic import disk_errors_are_user_errors
     from ml_embed.inference.text_models import load_text_model
+    from ml_embed.prepare.prompts import say_without_prompt
 
     before, other_models = compute_on_all_processes(lambda: check_models(args))
+    datasets = compute_on_all_processes(lambda: load_datasets(args.config) if args.config else {})
     # First: they take a moment, and a mistake in them is told before the long work.
     others = compute_on_main_process(
         lambda: {
@@ -126,11 +136,15 @@ def evaluate(args: argparse.Namespace) -> None:
     }
     baseline = None
     with disk_errors_are_user_errors(args.output, "Then run the same command again: it continues."):
-        result = evaluate_cube(args.model, args.data, args.rank, args.depth, args.dim, **options)
+        result = evaluate_cube(
+            args.model, args.data, args.rank, args.depth, args.dim, **options, datasets=datasets
+        )
         if before is not None:
             baseline = evaluate_baseline(before, args.data, result, **options)
         compute_on_main_process(lambda: shutil.rmtree(work, ignore_errors=True))
     if process_index() == 0:
+        if datasets or result["prompts"]:
+            say_without_prompt(result["prompts_used"])
         bm25 = evaluate_bm25(args.data, args.max_queries) if BM25 in args.baseline else None
         write(args, {"model": result, "baseline": baseline, "bm25": bm25, "others": others})
 

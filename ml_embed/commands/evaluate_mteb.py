@@ -59,10 +59,19 @@ def main(arguments: list[str] | None = None) -> None:
         help="of the model in mteb's files (default: the last two parts of its folder)",
     )
     parser.add_argument(
-        "--query-prompt", metavar="TEXT", help="in front of queries (default the folder's own)"
+        "--config",
+        type=home_path,
+        metavar="FILE",
+        help="its `datasets` say prompt and passage_prompt by the name of a task or a pattern; "
+        "they go before the folder's",
     )
     parser.add_argument(
-        "--passage-prompt", metavar="TEXT", help="in front of documents (default the folder's own)"
+        "--query-prompt", metavar="TEXT", help="in front of queries of all tasks instead of these"
+    )
+    parser.add_argument(
+        "--passage-prompt",
+        metavar="TEXT",
+        help="in front of documents of all tasks instead of these",
     )
     parser.add_argument(
         "--batch-tokens",
@@ -88,10 +97,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """This process's part of the work; the first one prints the results."""
+    from ml_embed.config import load_datasets
     from ml_embed.distributed.collectives import compute_on_all_processes, process_index
     from ml_embed.evaluation.mteb import SUMMARY_FILE, evaluate_mteb, find_tasks, text_tasks
     from ml_embed.files.atomic import disk_errors_are_user_errors
     from ml_embed.model_folders.seal import verify_model
+    from ml_embed.prepare.prompts import say_without_prompt
     from ml_embed.reports.tables import language_tables, summary_table
 
     def prepare() -> list:
@@ -108,6 +119,7 @@ def evaluate(args: argparse.Namespace) -> None:
         return tasks
 
     tasks = compute_on_all_processes(prepare)
+    datasets = compute_on_all_processes(lambda: load_datasets(args.config) if args.config else {})
     with disk_errors_are_user_errors(args.output, "Then run the same command again: it continues."):
         summary = evaluate_mteb(
             args.model,
@@ -124,7 +136,10 @@ def evaluate(args: argparse.Namespace) -> None:
             name=args.name,
             languages=args.languages,
             progress=bars_wanted(),
+            datasets=datasets,
         )
     if process_index() == 0:
+        if any(summary["prompts"].values()):
+            say_without_prompt(summary["prompts_used"])
         print("\n\n".join(filter(None, (summary_table(summary), language_tables(summary)))))
         print(f"\nall numbers: {args.output / SUMMARY_FILE}")

@@ -19,6 +19,7 @@ FILES = (
     "report",
     "evaluate",
     "evaluate_mteb",
+    "import_prompts",
     "choose_cut",
     "average_checkpoints",
     "export",

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,12 +18,19 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize
 
+from ml_embed.config import DatasetConfig
 from ml_embed.distributed.agreement import check_agreement
 from ml_embed.distributed.collectives import compute_on_all_processes, world_size
 from ml_embed.distributed.shares import Rows, compute_shared
 from ml_embed.distributed.sole_launch import sole_launch_into
 from ml_embed.errors import UserError
-from ml_embed.evaluation.data import TestSet, Texts, behind_prompts, read_test_sets
+from ml_embed.evaluation.data import (
+    TestSet,
+    Texts,
+    behind_prompts,
+    prompts_of,
+    read_test_sets,
+)
 from ml_embed.evaluation.languages import MixedCorpus
 from ml_embed.evaluation.metrics import chance_metrics, metrics_of_ranks
 from ml_embed.evaluation.precisions import precision_rows
@@ -129,11 +136,12 @@ def evaluate_cube(
     progress: bool = True,
     per_query: bool = False,
     by_language: bool = False,
+    datasets: Mapping[str, DatasetConfig] | None = None,
 ) -> dict[str, Any]:
     """Retrieval metrics of a model at every rank, depth and dim, on every test set of `data`.
 
-    Queries and documents get the folder's prompts (`behind_prompts`). Processes of a launch encode
-    and measure together.
+    Queries and documents get the prompts of `datasets`, or else the folder's (`prompts_of`).
+    Processes of a launch encode and measure together.
 
     Disk: the vectors of all exits and ranks, texts x depths x ranks x longest dim x 4 bytes.
 
@@ -149,9 +157,11 @@ def evaluate_cube(
         progress: bars on stderr, on terminals.
         per_query: rows also have "ranks", that of each query's right passage.
         by_language: also search one corpus of all languages (`MixedCorpus`).
+        datasets: of a config, whose prompts count.
 
     Returns:
-        JSON-able: "model", "data", "device", "dtype", "prompts", "texts", "tokens", and "rows", one
+        JSON-able: "model", "data", "device", "dtype", "prompts" (the folder's), "prompts_used"
+        (dataset -> its `prompts_of`), "texts", "tokens", and "rows", one
         object for each test set and cut: rank, depth, dim, trained, dataset, split, queries,
         candidates (mean), recall@1, mrr@10, ndcg@10, chance (the same metrics of a random order),
         parameters and bytes_per_vector; "precisions", the same of vectors in fewer bits at the
@@ -163,7 +173,15 @@ def evaluate_cube(
     """
     model = compute_on_all_processes(lambda: CubeModel.open(folder, ranks, depths, dims, device))
     return _evaluate(
-        model, Path(data), batch_tokens, max_queries, work, progress, per_query, by_language
+        model,
+        Path(data),
+        batch_tokens,
+        max_queries,
+        work,
+        progress,
+        per_query,
+        by_language,
+        datasets or {},
     )
 
 
@@ -211,12 +229,13 @@ def _evaluate(
     progress: bool,
     per_query: bool = False,
     by_language: bool = False,
+    datasets: Mapping[str, DatasetConfig] | None = None,
 ) -> dict[str, Any]:
     prompts = model.folder.record.prompts
 
     def read() -> tuple[Texts, list[TestSet], MixedCorpus | None]:
         plain, as_written = read_test_sets(data, max_queries)
-        texts, test_sets = behind_prompts(plain, as_written, prompts)
+        texts, test_sets = behind_prompts(plain, as_written, prompts, datasets)
         return texts, test_sets, MixedCorpus.of(as_written, test_sets) if by_language else None
 
     texts, test_sets, mixed = compute_on_all_processes(read)
@@ -265,6 +284,10 @@ def _evaluate(
         "device": torch.cuda.get_device_name(model.device) if on_gpu else model.device.type,
         "dtype": str(model.dtype).removeprefix("torch."),
         "prompts": prompts,
+        "prompts_used": {
+            test_set.dataset: prompts_of(test_set.dataset, prompts, datasets or {})
+            for test_set in test_sets
+        },
         "texts": len(token_ids),
         "tokens": sum(map(len, token_ids)),
         "rows": [row for row in rows if not {"precision", "language"} & row.keys()],

@@ -9,16 +9,18 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ml_embed.config import DatasetConfig
 from ml_embed.data.convert import UNDETERMINED
 from ml_embed.errors import UserError
 from ml_embed.evaluation.metrics import ranks_of_positives, ranks_of_scores
 from ml_embed.files.parquet import open_parquet, read_batches, require_columns
+from ml_embed.prepare.prompts import prompt_of_input
 from ml_embed.prepare.raw import (
     RawDataset,
     check_and_count_rows,
@@ -28,6 +30,7 @@ from ml_embed.prepare.raw import (
     say_passed_over,
 )
 
+ROLES: tuple[Literal["query", "document"], ...] = ("query", "document")
 CANDIDATES = "candidates"
 WHOLE = "all"
 """The split of data that has none."""
@@ -155,15 +158,36 @@ def read_test_sets(path: Path, max_queries: int | None = None) -> tuple[Texts, l
     return texts, sets
 
 
+def prompts_of(
+    dataset: str, prompts: Mapping[str, str], datasets: Mapping[str, DatasetConfig]
+) -> dict[str, str]:
+    """What stands in front of a dataset's queries ("query") and documents ("document"); "" is none.
+
+    Args:
+        dataset: its name.
+        prompts: the model's saved ones. A query gets the one that has the name of its dataset, or
+            else "query"; a document gets "document".
+        datasets: of a config; what it says goes before the saved ones.
+    """
+    saved = {
+        "query": prompts.get(dataset, prompts.get("query", "")),
+        "document": prompts.get("document", ""),
+    }
+    said = {role: prompt_of_input(dataset, role, datasets) for role in ROLES}
+    return saved | {role: prompt for role, prompt in said.items() if prompt is not None}
+
+
 def behind_prompts(
-    texts: Texts, sets: Sequence[TestSet], prompts: Mapping[str, str]
+    texts: Texts,
+    sets: Sequence[TestSet],
+    prompts: Mapping[str, str],
+    datasets: Mapping[str, DatasetConfig] | None = None,
 ) -> tuple[Texts, list[TestSet]]:
     """Texts as a model reads them, and the test sets with these.
 
     Args:
         texts, sets: as `read_test_sets` gives them.
-        prompts: the model's saved ones. A query gets the one that has the name of its dataset, or
-            else "query"; a document gets "document"; where there is none, nothing.
+        prompts, datasets: see `prompts_of`.
     """
     spoken = Texts()
 
@@ -176,11 +200,11 @@ def behind_prompts(
 
     renewed: list[TestSet] = []
     for test_set in sets:
-        query = prompts.get(test_set.dataset, prompts.get("query", ""))
+        front = prompts_of(test_set.dataset, prompts, datasets or {})
         documents = CANDIDATES if isinstance(test_set, CandidateSet) else "corpus"
         numbers: dict[str, Any] = {
-            "queries": renumbered(test_set.queries, query),
-            documents: renumbered(getattr(test_set, documents), prompts.get("document", "")),
+            "queries": renumbered(test_set.queries, front["query"]),
+            documents: renumbered(getattr(test_set, documents), front["document"]),
         }
         renewed.append(dataclasses.replace(test_set, **numbers))
     return spoken, renewed

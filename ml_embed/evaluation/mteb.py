@@ -10,7 +10,7 @@ import functools
 import importlib.util
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +20,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ml_embed.config import DatasetConfig
 from ml_embed.distributed.agreement import check_agreement
 from ml_embed.distributed.collectives import compute_on_all_processes
 from ml_embed.distributed.shares import conduct
 from ml_embed.distributed.sole_launch import sole_launch_into
 from ml_embed.errors import UserError, one_line
 from ml_embed.evaluation.cube import CubeModel, encode_all_exits
+from ml_embed.evaluation.data import ROLES
 from ml_embed.files.atomic import write_json
 from ml_embed.files.digests import texts_digest, value_digest
 from ml_embed.files.model_identity import model_identity
@@ -33,6 +35,7 @@ from ml_embed.files.paths import home_path
 from ml_embed.inference.embedder import Embedder
 from ml_embed.model_folders.cut import Cut, choose_cube, choose_cut, whole_cut
 from ml_embed.model_folders.sizes import embedding_parameters
+from ml_embed.prepare.prompts import prompt_of_input
 
 if TYPE_CHECKING:
     from mteb import Benchmark, ResultCache
@@ -52,22 +55,67 @@ WORK = ".vectors"
 class TaskPrompts:
     """Which text stands in front of which input.
 
-    mteb takes the first of these names that the folder has: task-role, task, task type-role, task
-    type, role. A role is "query" or "document"; the texts of many tasks (clustering, STS) have
-    none.
+    What is given for a role goes first, then what a config says for the task: its prompt, and for
+    documents its passage prompt. Else mteb takes the first of these names that the folder has:
+    task-role, task, task type-role, task type, role. A role is "query" or "document"; the texts of
+    many tasks (clustering, STS) have none, and get the prompt.
     """
 
     folder: Mapping[str, str]
     """name -> text"""
     given: Mapping[str, str]
-    """role -> text, instead of what the folder says"""
+    """role -> text, instead of what config and folder say"""
+    datasets: Mapping[str, DatasetConfig] = field(default_factory=dict)
+    """of a config, by the names of tasks or patterns; null there leaves it to the folder"""
+
+    def to_json(self) -> dict[str, Any]:
+        """All that decides what stands in front of texts."""
+        said = {
+            name: {
+                role: prompt
+                for role in ROLES
+                if (prompt := prompt_of_input(name, role, {name: settings})) is not None
+            }
+            for name, settings in self.datasets.items()
+        }
+        config = {name: own for name, own in said.items() if own}
+        json = {"folder": dict(self.folder), "given": dict(self.given)}
+        return json | ({"config": config} if config else {})
+
+    def of_task(self, task: "AbsTask") -> dict[str, str]:
+        """Role -> what stands in front of a task's inputs; those without a role are "text"."""
+        metadata = task.metadata
+        return {role.value if role else "text": self.text(metadata, role) for role in roles(task)}
 
     def text(self, task_metadata: "TaskMetadata", role: "PromptType | None") -> str:
         from mteb.models.abs_encoder import get_prompt
 
         if role is not None and role.value in self.given:
             return self.given[role.value]
+        is_document = role is not None and role.value == "document"
+        said = prompt_of_input(
+            task_metadata.name, "document" if is_document else "query", self.datasets
+        )
+        if said is not None:
+            return said
         return get_prompt(dict(self.folder), task_metadata, role) or ""
+
+
+def roles(task: "AbsTask") -> tuple["PromptType | None", ...]:
+    """The roles that a task's texts have; None is a text without one."""
+    from mteb.abstasks import AbsTaskRetrieval
+    from mteb.types import PromptType
+
+    if isinstance(task, AbsTaskRetrieval):
+        return PromptType.query, PromptType.document
+    first, second = (getattr(task, f"input{i}_prompt_type", None) for i in (1, 2))
+    return (first,) if first == second else (first, second)
+
+
+def parts_of(tasks: Iterable["AbsTask"]) -> list["AbsTask"]:
+    """The tasks that have texts of their own: an aggregate's parts instead of it."""
+    parts = ((*t.metadata.tasks,) if t.is_aggregate else (t,) for t in tasks)
+    return list({part.metadata.name: part for own in parts for part in own}.values())
 
 
 def require_mteb() -> None:
@@ -157,6 +205,7 @@ def evaluate_mteb(
     name: str | None = None,
     languages: Sequence[str] | None = None,
     progress: bool = True,
+    datasets: Mapping[str, DatasetConfig] | None = None,
 ) -> dict[str, Any]:
     """Scores of every task at every rank, depth and dim; what `output` has is not computed again.
 
@@ -170,20 +219,21 @@ def evaluate_mteb(
         output: folder for results.
         ranks, depths, dims: None is the largest of each; untrained sizes are taken too.
         query_prompt, passage_prompt: put in front of queries and of documents; "" is none, None
-            takes the folder's prompts, by mteb's rule (see `TaskPrompts`).
+            takes those of `datasets`, or else the folder's (see `TaskPrompts`).
         batch_tokens: tokens per forward pass; None is the device's default.
         device: None is the first GPU if there is one, else the CPU.
         overwrite: compute everything again.
         name: "owner/name" that mteb's files give the model; None takes it from its folder.
         languages: of which scores are told one by one, as in `find_tasks`; None is all.
         progress: bars on stderr, on terminals.
+        datasets: of a config, by the names of tasks or patterns: their prompts.
 
     Returns:
         what is written to output/summary.json: model, revision (of content and prompts), mteb
-        (version), prompts, and "rows", one for each task and cut: task, type, metric, score (mteb's
-        main score, the mean over its splits and subsets), languages (code -> mean score of the
-        subsets that it is in, and their number), rank, depth, dim, trained, parameters,
-        bytes_per_vector.
+        (version), prompts, prompts_used (task -> role -> text), and "rows", one for each task and
+        cut: task, type, metric, score (mteb's main score, the mean over its splits and subsets),
+        languages (code -> mean score of the subsets that it is in, and their number), rank, depth,
+        dim, trained, parameters, bytes_per_vector.
 
     Raises:
         UserError: mteb is missing, the model cannot be read, a size is not one that it has, a task
@@ -198,6 +248,7 @@ def evaluate_mteb(
     prompts = TaskPrompts(
         model.folder.record.prompts,
         {role: text for role, text in given.items() if text is not None},
+        datasets or {},
     )
     revision = _revision(model, prompts)
     check_agreement(lambda: {"model and prompts": revision})
@@ -210,7 +261,8 @@ def evaluate_mteb(
             run = _MtebRun(model, prompts, revision, cache, vectors, name, languages)
             rows = [row for task in tasks for row in run.rows_of(task, overwrite)]
             summary = {"model": model.name, "revision": revision, "mteb": mteb.__version__}
-            summary |= {"prompts": dataclasses.asdict(prompts), "rows": rows}
+            used = {part.metadata.name: prompts.of_task(part) for part in parts_of(tasks)}
+            summary |= {"prompts": prompts.to_json(), "prompts_used": used, "rows": rows}
             write_json(output / SUMMARY_FILE, summary)
             return summary
 
@@ -285,7 +337,7 @@ def _revision(model: CubeModel, prompts: TaskPrompts) -> str:
     """Tells apart what gives different scores under the same name."""
     content = [
         model_identity(model.folder.path),
-        dataclasses.asdict(prompts),
+        prompts.to_json(),
         model.folder.record.max_seq_length,
     ]
     return value_digest(content)

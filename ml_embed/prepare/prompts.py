@@ -6,7 +6,7 @@ A prompt is the exact text in front, e.g. "Instruct: Given a question, find its 
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from ml_embed.config import DatasetConfig, TrainConfig, match_settings
 from ml_embed.data.manifest import DatasetEntry
 from ml_embed.data.store import Store
 from ml_embed.errors import UserError
+from ml_embed.notices import notice
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,31 @@ class Prompts:
         ]
         limit = self.passage_share * 2**64
         return np.array([int.from_bytes(digest, "little") < limit for digest in digests], bool)
+
+
+def prompt_of_input(
+    name: str, role: Literal["query", "document"], datasets: Mapping[str, DatasetConfig]
+) -> str | None:
+    """What the config's `datasets` put in front of inputs of an evaluation; None = it says nothing.
+
+    Documents get a passage prompt that all of them have in training; if only a share has, none.
+
+    Args:
+        name: of the task or file that is evaluated, matched like the name of a dataset.
+        role: of the input.
+        datasets: of a config.
+    """
+    settings = match_settings(name, datasets)
+    if role == "query":
+        return settings.prompt
+    return settings.passage_prompt if settings.passage_prompt_share == 1 else None
+
+
+def say_without_prompt(used: Mapping[str, Mapping[str, str]]) -> None:
+    """Name what was evaluated without any prompt; `used` is name -> role -> what stood in front."""
+    without = [name for name, prompts in used.items() if not any(prompts.values())]
+    if without:
+        notice(f"no prompt stood in front of the texts of {', '.join(without)}")
 
 
 def check_prompts(config: TrainConfig, store: Store) -> None:

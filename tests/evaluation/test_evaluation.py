@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from oracles import naive_metrics
 
 from ml_embed import Embedder
+from ml_embed.config import DatasetConfig
 from ml_embed.errors import UserError
 from ml_embed.evaluation.cube import evaluate_baseline, evaluate_cube
 from ml_embed.evaluation.data import behind_prompts, read_test_sets
@@ -439,3 +440,29 @@ def test_queries_and_documents_get_the_prompts_of_the_folder(folders, tmp_path):
     assert len(texts.texts) == len(set(texts.texts))
     result = evaluate_cube(folders / "shared", tmp_path, device="cpu", progress=False)
     assert result["prompts"] == Embedder.from_pretrained(folders / "shared").prompts
+    datasets = {"oth*": DatasetConfig(prompt="c: ", passage_prompt="")}
+    texts, sets = behind_prompts(*read, prompts, datasets)
+    for found, query, document in zip(sets, ("q: ", "c: "), ("d: ", ""), strict=True):
+        assert all(texts.texts[n].startswith(query) for n in found.queries)
+        assert [texts.texts[n] for n in found.corpus] == [
+            document + read[0].texts[n] for n in read[1][0].corpus
+        ]
+
+
+def test_the_script_takes_prompts_of_a_config_and_names_what_has_none(folders, tmp_path, capsys):
+    row = {"query": TEXTS[0], "passage": TEXTS[1], "negatives": [TEXTS[5]]}
+    (tmp_path / "data").mkdir()
+    for name in ("articles", "others"):
+        (tmp_path / "data" / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    nothing = {"prompt": "", "passage_prompt": ""}
+    datasets = {"others": {"prompt": "c: "}, "articles": nothing}
+    (tmp_path / "config.json").write_text(json.dumps({"datasets": datasets}))
+    flags = {"--model": folders / "shared", "--data": tmp_path / "data"}
+    flags |= {"--output": tmp_path / "out", "--config": tmp_path / "config.json"}
+    words = [str(word) for flag in flags.items() for word in flag]
+    sizes = ["--depth", "1", "--dim", "16", "--device", "cpu"]
+    assert load_script("evaluate").main([*words, *sizes]) == 0
+    assert "no prompt stood in front of the texts of articles\n" in capsys.readouterr().err
+    used = json.loads((tmp_path / "out" / "evaluation.json").read_text())["model"]["prompts_used"]
+    assert used["others"]["query"] == "c: "
+    assert used["articles"] == {"query": "", "document": ""}

@@ -19,12 +19,15 @@ from helpers.tiny_runs import Launch, dying, victim
 import ml_embed.evaluation.mteb
 from ml_embed import Embedder
 from ml_embed.commands import evaluate_mteb as script
+from ml_embed.commands import import_prompts
+from ml_embed.config import DatasetConfig, load_datasets
 from ml_embed.distributed.shares import Rows
 from ml_embed.errors import UserError
 from ml_embed.evaluation import cube
 from ml_embed.evaluation.cube import evaluate_cube
 from ml_embed.evaluation.mteb import evaluate_mteb, find_tasks, require_mteb, text_tasks
 from ml_embed.model_folders.record import ModelRecord, Origin
+from ml_embed.prepare.prompts import prompt_of_input
 from ml_embed.reports.tables import summary_table
 from ml_embed.sample_data.corpus import load_articles
 
@@ -263,6 +266,98 @@ def test_a_prompt_named_after_a_task_or_its_type_goes_before_one_for_queries(fol
     assert TaskPrompts(prompts, {"query": "given: "}).text(retrieval, PromptType.query) == "given: "
     assert TaskPrompts(prompts, {"query": "given: "}).text(sts, None) == "s: "
     assert TaskPrompts({"query": "q: "}, {}).text(retrieval, PromptType.document) == ""
+
+
+def test_a_configs_prompts_go_before_the_folders(folder, tmp_path, capsys, monkeypatch):
+    """By the name of a task or a pattern; what the config leaves out is the folder's."""
+    from mteb.types import PromptType
+
+    from ml_embed.evaluation.mteb import TaskPrompts
+
+    query, document = PromptType.query, PromptType.document
+    half = DatasetConfig(prompt="c: ", passage_prompt="p: ", passage_prompt_share=0.5)
+    datasets = {"SampleRet*": half, "SampleSTS": DatasetConfig(prompt="")}
+    prompts = TaskPrompts({"query": "q: ", "document": "d: ", "STS": "s: "}, {}, datasets)
+    assert prompts.of_task(SampleRetrieval()) == {"query": "c: ", "document": "d: "}
+    assert prompts.of_task(SampleSTS()) == {"text": ""}
+    assert prompts.of_task(SampleTitles()) == {"query": "q: ", "document": "d: "}
+    given = dataclasses.replace(prompts, given={"query": "g: "})
+    assert given.text(SampleRetrieval.metadata, query) == "g: "
+    whole = dataclasses.replace(half, passage_prompt_share=1.0)
+    named = dataclasses.replace(prompts, datasets={"SampleRetrieval": whole})
+    assert named.text(SampleRetrieval.metadata, document) == "p: "
+
+    tasks = [SampleRetrieval(), SampleSTS()]
+    monkeypatch.setattr(ml_embed.evaluation.mteb, "find_tasks", lambda *_: tasks)
+    config = tmp_path / "prompts.json"
+    config.write_text(json.dumps({"datasets": {"SampleRet*": {"prompt": "find: "}}}))
+    flags = ["--model", folder, "--output", tmp_path / "out", "--device", "cpu", "--tasks", "x"]
+    sizes = ["--rank", 16, "--depth", 1, "--dim", 8]
+    assert script.main([str(f) for f in (*flags, *sizes, "--config", config)]) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    own = own_ndcg(folder, tmp_path, "find: ")[16, 1, 8]
+    assert scores(summary, "SampleRetrieval") == {(16, 1, 8): pytest.approx(own, abs=1e-4)}
+    assert summary["prompts"]["config"] == {"SampleRet*": {"query": "find: "}}
+    assert summary["prompts_used"]["SampleRetrieval"]["query"] == "find: "
+    assert "no prompt stood in front of the texts of SampleSTS" in capsys.readouterr().err
+    config.write_text(json.dumps({"datasets": {"a": {"promt": "x"}}}))
+    assert script.main([str(f) for f in (*flags, *sizes, "--config", config)]) == 2
+    assert "datasets.a.promt: unknown key; did you mean 'prompt'?" in capsys.readouterr().err
+    config.write_text("{}")
+    assert script.main([str(f) for f in (*flags, *sizes, "--config", config)]) == 2
+    assert "has no key datasets" in capsys.readouterr().err
+
+
+class Recorded:
+    """Stands in for sentence-transformers: keeps the prompts that mteb's own wrapper passes on."""
+
+    def __init__(self, *args, **kwargs):
+        self.prompts = []
+
+    def encode(self, texts, prompt=None, **kwargs):
+        self.prompts.append(prompt)
+        return np.zeros((len(texts), 2))
+
+
+def test_mtebs_table_of_prompts_becomes_datasets(tmp_path, capsys, monkeypatch):
+    """As mteb's own wrapper of that model puts them in front."""
+    import mteb
+    import sentence_transformers
+    from mteb.types import PromptType
+    from torch.utils.data import DataLoader
+
+    name, output = "codefuse-ai/F2LLM-v2-0.6B", tmp_path / "prompts.json"
+    tasks = ["SciFact", "STS22.v2", "Banking77Classification", "ArXivHierarchicalClusteringP2P"]
+    assert import_prompts.main(["--model", name, "--tasks", *tasks, "--output", str(output)]) == 0
+    datasets = load_datasets(output)
+    assert datasets.keys() == set(tasks)
+    monkeypatch.setattr(sentence_transformers, "SentenceTransformer", Recorded)
+    meta = mteb.get_model_meta(name, fetch_from_hf=False)
+    wrapper = meta.loader(name, "main", **meta.loader_kwargs)
+    for task, roles in zip(
+        tasks, ([PromptType.query, PromptType.document], [None], [None], [None]), strict=True
+    ):
+        for role in roles:
+            wrapper.encode(
+                DataLoader(Dataset.from_list([{"text": "x"}])),
+                task_metadata=mteb.get_task(task).metadata,
+                hf_split="test",
+                hf_subset="default",
+                prompt_type=role,
+            )
+            kind = "document" if role == PromptType.document else "query"
+            own = prompt_of_input(task, kind, datasets)
+            assert own == (wrapper.model.prompts[-1] or "")
+    assert datasets["SciFact"].prompt.startswith("Instruct: ")
+    assert datasets["SciFact"].passage_prompt == ""
+    assert len({settings.prompt for settings in datasets.values()}) > 2
+    for model, message in (
+        ("nobody/nothing", "mteb has no such model"),
+        ("BAAI/bge-m3", "holds no table of prompts"),
+    ):
+        flags = ["--model", model, "--tasks", "SciFact", "--output", str(output)]
+        assert import_prompts.main(flags) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_mteb_reads_its_own_result_files(evaluated):
