@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 
 from ml_embed.config import LanguageSampling, Task
-from ml_embed.data.random import Permutation, key_hash, mix, uniform
+from ml_embed.data.random import key_hash, mix, permuted, uniform
 from ml_embed.data.split import split_dataset
 from ml_embed.data.store import TokenizedDataset
 
@@ -130,13 +130,9 @@ class LanguageDraws:
         """The rows at some places of the epoch's order of each language."""
         counts, offsets = self.by_language.counts, self.by_language.offsets
         passes, places = np.divmod(places, counts[language])
-        rows = np.empty(len(places), np.int64)
-        for number, turn in np.unique(np.stack([language, passes]), axis=1).T.tolist():
-            chosen = (language == number) & (passes == turn)
-            code = self.by_language.languages[number]
-            order = Permutation(int(counts[number]), *key, "rows of language", code, turn)
-            rows[chosen] = self.by_language.rows[offsets[number] + order(places[chosen])]
-        return rows
+        pass_keys = mix(passes, mix(language, key_hash(*key, "rows of languages")))
+        orders = permuted(places, counts[language], pass_keys)
+        return self.by_language.rows[offsets[language] + orders].astype(np.int64)
 
 
 def _dealt_before(number: np.ndarray, cards: np.ndarray, batches: int) -> np.ndarray:

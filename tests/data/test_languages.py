@@ -11,7 +11,7 @@ from oracles import draws_of_languages as naive_draws
 
 from ml_embed.config import LanguageSampling, parse_config
 from ml_embed.data.languages import LanguageDraws, RowsByLanguage, draws_of_languages
-from ml_embed.data.random import Permutation
+from ml_embed.data.random import permuted
 from ml_embed.data.schedule import DatasetPlan, Schedule
 from ml_embed.data.split import random_split
 from ml_embed.data.store import open_store
@@ -142,6 +142,22 @@ def test_steps_do_not_depend_on_what_they_are_asked_with(store):
     assert [b.rows.tolist() for b in other.batches(steps)] != [b.rows.tolist() for b in together]
 
 
+def test_many_short_orders_at_once_are_permutations():
+    sizes = [1, 2, 3, 17, 64, 1000]
+    for key in (1, 2**63):
+        found = permuted(
+            np.concatenate([np.arange(size) for size in sizes]),
+            np.repeat(sizes, sizes),
+            np.repeat(np.arange(len(sizes), dtype=np.uint64) + np.uint64(key), sizes),
+        )
+        orders = np.split(found, np.cumsum(sizes)[:-1])
+        for size, order in zip(sizes, orders, strict=True):
+            assert sorted(order.tolist()) == list(range(size))
+        assert orders[5].tolist() != list(range(1000))
+    firsts = permuted(np.zeros(4000), np.full(4000, 5), np.arange(4000, dtype=np.uint64))
+    assert min(Counter(firsts.tolist()).values()) > 0.85 * 800
+
+
 @pytest.mark.parametrize("total", [57, 64])
 def test_batches_are_dealt_like_cards(total):
     """All have the same mixture; each language's rows come in passes, each in another order."""
@@ -156,14 +172,24 @@ def test_batches_are_dealt_like_cards(total):
     samples = Counter(code[row] for own in found for row in own.tolist())
     assert all(abs(samples[c] - s * total) < 1 for c, s in zip(counts, shares, strict=True))
     assert max(map(len, found)) - min(map(len, found)) <= 1
-    first = dict(zip(counts, (100, 110, 113), strict=True))
+    number = {c: np.array([i]) for i, c in enumerate(counts)}
+    orders = {
+        (c, turn): [
+            int(draws._rows(number[c], np.array([turn * n + place]), key)[0]) for place in range(n)
+        ]
+        for c, n in counts.items()
+        for turn in range(samples[c] // n + 1)
+    }
+    for (c, _), order in orders.items():
+        assert sorted(code[row] for row in order) == [c] * counts[c]
+        assert len(set(order)) == counts[c], "each row once in a pass"
+    assert orders["a", 0] != orders["a", 1]
     for own, hand in zip(found, deal({c: samples[c] for c in counts}, batches), strict=True):
         wanted = []
         for c, places in hand.items():
             for place in places:
                 turn, place = divmod(place, counts[c])
-                order = Permutation(counts[c], *key, "rows of language", c, turn)
-                wanted.append(first[c] + int(order(np.array([place]))[0]))
+                wanted.append(orders[c, turn][place])
         assert sorted(own.tolist()) == sorted(wanted)
     assert found[0].tolist() != sorted(found[0].tolist()), "languages are mixed within a batch"
 
