@@ -89,8 +89,9 @@ def test_rows_that_say_no_language_are_undetermined(store):
     assert {language_of(store, "plain", row) for row in range(30)} == {"und"}
 
 
-@pytest.mark.parametrize(("alpha", "cap"), [(0.3, None), (0, 3)])
-@pytest.mark.parametrize("weights", [{}, {"wide": 0.5, "narrow": 2}])
+@pytest.mark.parametrize(
+    ("alpha", "cap", "weights"), [(0.3, None, {}), (0, 3, {"wide": 0.5, "narrow": 2})]
+)
 def test_an_epoch_has_the_shares_of_the_formula(store, alpha, cap, weights):
     """Each epoch within a sample of each dataset and language, and their mean exactly."""
     settings = {name: {"weight": weight} for name, weight in weights.items()}
