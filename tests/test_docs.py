@@ -45,9 +45,10 @@ TEXT = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 FOLDERS = ("configs", "scripts", "tests", "ml_embed")
 PREFIX = r"(?:[A-Z_]+=\S+ )*"
 # Commands that would measure for minutes: their arguments are parsed here, and tests/benchmarks,
-# tests/training/test_resume.py and a machine with a GPU run the rest.
+# tests/training/test_resume.py, tests/evaluation/test_replication.py and a machine with a GPU run
+# the rest.
 ONLY_PARSED = re.compile(
-    r"scripts/(bench_|compare_|check_gpu)\w*\.py|tests/(faults/storm|clients/run)\.py"
+    r"scripts/(bench_|compare_|check_gpu|replicate)\w*\.py|tests/(faults/storm|clients/run)\.py"
 )
 # Of export_model.py; tracing takes long: tests/forms and tests/clients run it.
 FORMS = {"--onnx"}

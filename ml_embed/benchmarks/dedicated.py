@@ -30,7 +30,7 @@ from ml_embed.files.locks import take_lock
 from ml_embed.files.model_identity import model_identity
 from ml_embed.files.model_source import find_model_folder
 from ml_embed.files.paths import numbered_folders
-from ml_embed.model_folders.cut import Cut, whole_cut
+from ml_embed.model_folders.cut import Cut, single_axes, whole_cut
 from ml_embed.model_folders.export import write_cut
 from ml_embed.model_folders.read import ModelFolder
 
@@ -277,15 +277,7 @@ def _whole(folder: Path) -> Cut:
 
 def _with_single_axes(cuts: Sequence[Cut], whole: Cut) -> list[Cut]:
     """The cuts, those of one of their axes alone, and the whole: what an interaction is made of."""
-    return sorted({each for cut in cuts for each in (cut, *_single_axes(cut, whole), whole)})
-
-
-def _single_axes(cut: Cut, whole: Cut) -> tuple[Cut, Cut, Cut]:
-    return (
-        Cut(cut.rank, whole.depth, whole.dim),
-        Cut(whole.rank, cut.depth, whole.dim),
-        Cut(whole.rank, whole.depth, cut.dim),
-    )
+    return sorted({each for cut in cuts for each in (cut, *single_axes(cut, whole), whole)})
 
 
 def _values(
@@ -330,7 +322,7 @@ def _one_seed(cut: Cut, whole: Cut, found: dict[Cut, Values], alone: Values) -> 
         "alone": _mean(alone),
         "difference": _as_list(bootstrap(_side_by_side([found[cut], alone]), difference)),
     }
-    single = _single_axes(cut, whole)
+    single = single_axes(cut, whole)
     if sum(each != whole for each in single) > 1 and _mean(found[whole]) > 0:
         models = [found[each] for each in (cut, *single, whole)]
         own["interaction"] = _as_list(bootstrap(_side_by_side(models), interaction))

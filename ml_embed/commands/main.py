@@ -25,6 +25,7 @@ FILES = (
     "export",
     "encode",
     "search",
+    "replicate",
     "compare_dedicated",
     "compare_mel_init",
     "check_gpu",

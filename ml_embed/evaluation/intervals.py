@@ -1,4 +1,4 @@
-"""Intervals of what was measured on queries: the paired bootstrap over queries.
+"""Intervals of what was measured on queries: the paired bootstrap over queries, and Holm's rule.
 
 Models are compared on the same queries, so each resample draws queries, not models' results.
 
@@ -17,6 +17,8 @@ SHARE = 0.95
 """of resamples that an interval holds"""
 AT_ONCE = 500
 """Resamples at a time: 4 MB of counts for 1,000 queries."""
+ROUNDING = 1e-12
+"""Differences of means below this are none."""
 
 Statistic = Callable[[np.ndarray], np.ndarray]
 """(..., M) means over queries, and then over test sets -> (...)"""
@@ -29,6 +31,8 @@ class Interval:
     value: float
     low: float
     high: float
+    p: float
+    """twice the share of resamples on the other side of 0, at most 1"""
 
     @property
     def tells_apart(self) -> bool:
@@ -36,29 +40,73 @@ class Interval:
         return self.low > 0 or self.high < 0
 
 
+@dataclass(frozen=True)
+class Resamples:
+    """What models achieve on the queries as they are, and on queries drawn again and again."""
+
+    means: np.ndarray
+    """(M,)"""
+    drawn: np.ndarray
+    """(B, M)"""
+
+    def of(self, models: Sequence[int]) -> "Resamples":
+        """Of some of the models, in this order."""
+        return Resamples(self.means[list(models)], self.drawn[:, list(models)])
+
+    def interval(self, statistic: Statistic) -> Interval:
+        """The percentile interval of a statistic of the means; all NaN where it has no value.
+
+        Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), 13.3.
+        """
+        value, drawn = float(statistic(self.means)), statistic(self.drawn)
+        drawn = drawn[np.isfinite(drawn)]
+        if not (np.isfinite(value) and len(drawn)):
+            return Interval(*[float("nan")] * 4)
+        tail = (1 - SHARE) / 2
+        low, high = np.quantile(drawn, [tail, 1 - tail])
+        beyond = min(np.count_nonzero(drawn <= ROUNDING), np.count_nonzero(drawn >= -ROUNDING))
+        # The queries as they are count as one more resample, so that no p is 0.
+        return Interval(value, float(low), float(high), min(1, 2 * (1 + beyond) / (1 + len(drawn))))
+
+
+def resample(
+    values: Sequence[np.ndarray],
+    weights: Sequence[float] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Resamples:
+    """Means over queries, and over queries that are drawn again within each test set.
+
+    Args:
+        values: (M, Q) of each test set: what each model achieves at each query.
+        weights: what each test set counts; None is all the same.
+    """
+    rng = np.random.default_rng(seed)
+    return Resamples(
+        np.average([own.mean(axis=1) for own in values], axis=0, weights=weights),
+        np.concatenate(
+            [_resampled(values, weights, rng, part) for part in blocks(resamples, AT_ONCE)]
+        ),
+    )
+
+
 def bootstrap(
     values: Sequence[np.ndarray], statistic: Statistic, resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval:
-    """The percentile interval of a statistic of means over queries.
-
-    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), 13.3.
+    """The interval of one statistic, e.g. the `difference` of the first two models.
 
     Args:
-        values: (M, Q) of each test set: what each model achieves at each query. Queries are drawn
-            within a test set, and each test set counts the same.
-        statistic: e.g. the difference of the first two models.
+        values: as for `resample`; each test set counts the same.
     """
-    means = np.mean([own.mean(axis=1) for own in values], axis=0)  # (M,)
-    rng = np.random.default_rng(seed)
-    drawn = np.concatenate(
-        [statistic(_resampled(values, rng, part)) for part in blocks(resamples, AT_ONCE)]
-    )
-    tail = (1 - SHARE) / 2
-    low, high = np.nanquantile(drawn, [tail, 1 - tail])
-    return Interval(float(statistic(means)), float(low), float(high))
+    return resample(values, None, resamples, seed).interval(statistic)
 
 
-def _resampled(values: Sequence[np.ndarray], rng: np.random.Generator, part: slice) -> np.ndarray:
+def _resampled(
+    values: Sequence[np.ndarray],
+    weights: Sequence[float] | None,
+    rng: np.random.Generator,
+    part: slice,
+) -> np.ndarray:
     """(b, M) means of as many resamples as the part is long."""
     size = part.stop - part.start
     means = []
@@ -66,7 +114,21 @@ def _resampled(values: Sequence[np.ndarray], rng: np.random.Generator, part: sli
         queries = own.shape[1]
         counts = rng.multinomial(queries, np.full(queries, 1 / queries), size)  # (b, Q)
         means.append(counts @ own.T / queries)
-    return np.mean(means, axis=0)
+    return np.average(means, axis=0, weights=weights)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values of several tests, adjusted so that one false alarm among all is as rare as said.
+
+    Source: Holm, A Simple Sequentially Rejective Multiple Test Procedure (1979). NaN is no test.
+    """
+    adjusted = np.full(len(p_values), np.nan)
+    order = [i for i in np.argsort(p_values) if np.isfinite(p_values[i])]  # smallest first
+    highest = 0.0
+    for place, i in enumerate(order):
+        highest = max(highest, min(1.0, (len(order) - place) * p_values[i]))
+        adjusted[i] = highest
+    return adjusted.tolist()
 
 
 def difference(means: np.ndarray) -> np.ndarray:

@@ -19,6 +19,8 @@ from ml_embed.evaluation.metrics import metrics_of_ranks, ranks_of_scores
 
 NGRAMS = range(3, 6)
 """lengths of the pieces of a text that "characters" compares"""
+WITHOUT_SPACES = {"Hans", "Hant", "Hani", "Jpan", "Khmr", "Laoo", "Mymr", "Thai", "Tibt"}
+"""scripts that put no spaces between words"""
 Pieces = Callable[[str], list[str]]
 
 
@@ -26,7 +28,7 @@ def require_bm25s() -> None:
     """Raises UserError where bm25s is not installed."""
     if importlib.util.find_spec("bm25s") is None:
         raise UserError(
-            "--baseline bm25 needs bm25s, which is not installed; pip install 'ml-embed[bm25]'"
+            "the baseline bm25 needs bm25s, which is not installed; pip install 'ml-embed[bm25]'"
         )
 
 
@@ -42,6 +44,20 @@ def ngrams(text: str) -> list[str]:
     """All pieces of 3, 4 and 5 characters, in small letters; a space stands around the text."""
     text = f" {text.casefold()} "
     return [text[i : i + n] for n in NGRAMS for i in range(len(text) - n + 1)]
+
+
+def pieces_of(language: str) -> Pieces:
+    """Words, or for scripts without spaces between them, pairs of characters.
+
+    Args:
+        language: with its script, as mteb writes it: swa-Latn, jpn-Jpan.
+    """
+    return pairs_of_characters if language.partition("-")[2] in WITHOUT_SPACES else words
+
+
+def pairs_of_characters(text: str) -> list[str]:
+    """All pieces of two characters that stand between spaces, as Lucene cuts Chinese."""
+    return [word[i : i + 2] for word in words(text) for i in range(max(1, len(word) - 1))]
 
 
 METHODS: dict[str, Pieces] = {"bm25 words": words, "bm25 characters": ngrams}
@@ -77,8 +93,8 @@ def _ranks(test_set: TestSet, texts: Sequence[str], pieces: Pieces) -> np.ndarra
     """(Q,) rank of each query's passage."""
 
     @functools.lru_cache(maxsize=64)  # queries share a corpus, or candidates in another order
-    def index(numbers: tuple[int, ...]) -> "_Index":
-        return _Index([pieces(texts[number]) for number in numbers])
+    def index(numbers: tuple[int, ...]) -> "Bm25Index":
+        return Bm25Index([pieces(texts[number]) for number in numbers])
 
     excluded = _excluded(test_set)
     ranks = []
@@ -109,7 +125,7 @@ def _excluded(test_set: TestSet) -> list[list[int]]:
     return places
 
 
-class _Index:
+class Bm25Index:
     """BM25 (Lucene's form, k1 1.5, b 0.75) over N documents given as pieces."""
 
     def __init__(self, documents: list[list[str]]):

@@ -250,12 +250,12 @@ def evaluate_mteb(
         {role: text for role, text in given.items() if text is not None},
         datasets or {},
     )
-    revision = _revision(model, prompts)
+    revision = content_digest(model, prompts)
     check_agreement(lambda: {"model and prompts": revision})
     with sole_launch_into(output, LOCK, "evaluating into"):
-        vectors = _Vectors(model, output / WORK, revision, batch_tokens, progress)
+        vectors = SharedVectors(model, output / WORK, revision, batch_tokens, progress)
 
-        def run(ask: Callable[[_Request], np.ndarray]) -> dict[str, Any]:
+        def run(ask: Callable[[Request], np.ndarray]) -> dict[str, Any]:
             vectors.ask = ask
             cache = mteb.ResultCache(output)
             run = _MtebRun(model, prompts, revision, cache, vectors, name, languages)
@@ -301,7 +301,7 @@ def model(
     return CutEncoder(
         functools.partial(embedder.encode, prompt=""),
         prompts,
-        _meta(source, prompts, _revision(source, prompts), cut),
+        _meta(source, prompts, content_digest(source, prompts), cut),
     )
 
 
@@ -333,7 +333,7 @@ def _check_text_only(tasks: Iterable["AbsTask"]) -> None:
         )
 
 
-def _revision(model: CubeModel, prompts: TaskPrompts) -> str:
+def content_digest(model: CubeModel, prompts: TaskPrompts) -> str:
     """Tells apart what gives different scores under the same name."""
     content = [
         model_identity(model.folder.path),
@@ -351,7 +351,7 @@ class _MtebRun:
     prompts: TaskPrompts
     revision: str
     cache: "ResultCache"
-    vectors: "_Vectors"
+    vectors: "SharedVectors"
     name: str | None
     languages: Sequence[str] | None
 
@@ -373,7 +373,7 @@ class _MtebRun:
         missing = [cut for cut in self.model.cube.cuts if not self._is_done(task, cut)]
         if not missing:
             return
-        _load_data(task)
+        load_task_data(task)
         for _, cuts in groupby(missing, key=lambda cut: cut.rank):
             for cut in cuts:
                 self._evaluate(task, cut, self.vectors.of_cut(cut))
@@ -485,9 +485,12 @@ def by_language(
     }
 
 
-def _load_data(task: "AbsTask") -> None:
+def load_task_data(task: "AbsTask") -> None:
+    """Load what a task searches. Raises UserError where that fails."""
     try:
         task.load_data()
+    except UserError:  # of a task of one's own
+        raise
     except Exception as error:  # the hub's client, datasets and each task's loader have their own
         raise UserError(
             f"task {task.metadata.name}: its data {task.metadata.dataset['path']!r} could not be "
@@ -501,20 +504,20 @@ def _never_encoded(texts: list[str]) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class _Request:
+class Request:
     """Texts whose vectors are wanted."""
 
     rank: int
     texts: list[str]
 
 
-class _Vectors:
+class SharedVectors:
     """Vectors of lists of texts: all depths, the longest dim, kept in files that all cuts read.
 
     The processes of a launch compute them together.
     """
 
-    ask: Callable[[_Request], np.ndarray]
+    ask: Callable[[Request], np.ndarray]
     """on the first process: lets all processes `encode`"""
 
     def __init__(
@@ -532,7 +535,7 @@ class _Vectors:
         self._progress = progress
         self._known: dict[tuple[int, str], np.ndarray] = {}
 
-    def encode(self, request: _Request) -> np.ndarray:
+    def encode(self, request: Request) -> np.ndarray:
         """(E, N, longest dim), memory-mapped. A collective."""
         self._folder.mkdir(exist_ok=True)
         texts, tokenizer = request.texts, self._model.text_tokenizer
@@ -554,7 +557,7 @@ class _Vectors:
         def vectors(texts: list[str]) -> np.ndarray:
             key = cut.rank, texts_digest(texts)
             if key not in self._known:
-                self._known[key] = self.ask(_Request(cut.rank, texts))
+                self._known[key] = self.ask(Request(cut.rank, texts))
             leading = torch.from_numpy(np.array(self._known[key][place, :, : cut.dim]))
             return normalize(leading, dim=-1).numpy()
 

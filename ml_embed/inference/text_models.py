@@ -30,6 +30,7 @@ class TextModel(Protocol):
     """saved ones, name -> text; `encode` puts none in front of texts"""
     dim: int
     device: torch.device
+    parameters: int
 
     def encode(self, texts: Sequence[str], normalize: bool = True) -> np.ndarray:
         """(len(texts), dim) float32, rows of unit length unless `normalize` is False."""
@@ -42,7 +43,7 @@ class OwnModel:
         self.name, self.identity = name, model_identity(folder)
         self._embedder = Embedder.from_pretrained(folder, device=device)
         self.dim, self.device = self._embedder.dim, self._embedder.device
-        self.prompts = self._embedder.prompts
+        self.prompts, self.parameters = self._embedder.prompts, self._embedder.num_parameters
 
     def encode(self, texts: Sequence[str], normalize: bool = True) -> np.ndarray:
         return self._embedder.encode(texts, prompt="", show_progress=False, normalize=normalize)
@@ -58,6 +59,7 @@ class SentenceTransformersModel:
             del self._model[-1]  # `encode` does it, where it is wanted
         self._batch_size, self.identity = batch_size, model_identity(folder)
         self.prompts = dict(self._model.prompts)
+        self.parameters = sum(parameter.numel() for parameter in self._model.parameters())
         self.dim = self.encode(["a"]).shape[1]
 
     def encode(self, texts: Sequence[str], normalize: bool = True) -> np.ndarray:

@@ -56,6 +56,15 @@ def table_name(rank: int) -> str:
     return f"rank {rank}" if rank else "whole token table"
 
 
+def single_axes(cut: Cut, whole: Cut) -> tuple[Cut, Cut, Cut]:
+    """The cuts of each of a cut's axes alone: rank, depth, dim."""
+    return (
+        Cut(cut.rank, whole.depth, whole.dim),
+        Cut(whole.rank, cut.depth, whole.dim),
+        Cut(whole.rank, whole.depth, cut.dim),
+    )
+
+
 @dataclass(frozen=True)
 class Cube:
     """The sizes looked at on each axis, ascending."""

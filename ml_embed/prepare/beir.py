@@ -1,7 +1,8 @@
-"""A folder in BEIR's form as rows: corpus.jsonl, queries.jsonl and qrels/<split>.tsv."""
+"""A folder in BEIR's form: corpus.jsonl, queries.jsonl and qrels/<split>.tsv."""
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,49 @@ def beir_rows(folder: Path, split: str, left_out: Counter[str], faults: Faults) 
             yield made
 
 
+@dataclass(frozen=True)
+class Collection:
+    """What is searched, and what is right."""
+
+    queries: dict[str, str]
+    """name -> text, of those for which something is right"""
+    documents: dict[str, str]
+    """name -> title and text, of all"""
+    relevant: dict[str, dict[str, int]]
+    """query -> document -> how relevant it is, above 0"""
+
+
+def read_collection(folder: Path, split: str) -> Collection:
+    """A folder as a search task, all in memory.
+
+    Raises:
+        UserError: a part or the split is not there, rows are faulty, or nothing is relevant.
+    """
+    if not is_beir(folder):
+        raise UserError(
+            f"{folder} is no search task in BEIR's form: it must hold corpus.jsonl, queries.jsonl "
+            "and qrels/"
+        )
+    documents, queries = _texts(folder, "corpus", None), _texts(folder, "queries", None)
+    relevant: dict[str, dict[str, int]] = {}
+
+    def add(pair: Any, where: str) -> None:
+        for kind, known in (("query-id", queries), ("corpus-id", documents)):
+            if pair[kind] not in known:
+                raise FaultyRow(f"{where}: nothing has the {kind} {pair[kind]!r}.")
+        if pair["score"] != int(pair["score"]):
+            raise FaultyRow(f"{where}: relevance {pair['score']} must be a whole number.")
+        if pair["score"] > 0:
+            relevant.setdefault(pair["query-id"], {})[pair["corpus-id"]] = int(pair["score"])
+
+    qrels = folder / "qrels" / f"{split}.tsv"
+    for _ in good_rows(_judgements(folder, split), add, Faults(str(qrels))):
+        pass
+    if not relevant:
+        raise UserError(f"{qrels} calls no document relevant; at least one query needs one")
+    return Collection({name: queries[name] for name in relevant}, documents, relevant)
+
+
 def _part(folder: Path, name: str) -> Path | None:
     files = [folder / f"{name}.jsonl{suffix}" for suffix in ("", *PACKED)]
     return next((file for file in files if file.is_file()), None)
@@ -78,14 +122,14 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _texts(folder: Path, name: str, wanted: set[str]) -> dict[str, str]:
-    """The texts with these ids."""
+def _texts(folder: Path, name: str, wanted: set[str] | None) -> dict[str, str]:
+    """The texts with these ids; None is all."""
     path = _part(folder, name)
     assert path is not None
 
     def text(values: Any, where: str) -> tuple[str, str] | None:
         given = query_id_of(values.get("_id"), "_id", where)
-        if given is None or given not in wanted:
+        if given is None or (wanted is not None and given not in wanted):
             return None
         return given, titled(values, where) if name == "corpus" else text_of(values, "text", where)
 

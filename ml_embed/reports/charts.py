@@ -16,6 +16,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
 WIDTH, HEIGHT = 640, 300
 LEFT, RIGHT, TOP, BOTTOM = 64, 22, 12, 40
+NAMES, LINE_HEIGHT = 90, 20  # of a chart of intervals
 MOST_POINTS = 500  # of a line; more cannot be seen and make the page heavy
 TICKS = 5
 
@@ -92,6 +93,40 @@ def scatter_chart(
         for x, y, text in points
     ]
     return _picture(parts, across, up, x_label, y_label) + _legend(list(groups))
+
+
+def interval_chart(lines: Mapping[str, Sequence[float]], x_label: str) -> str:
+    """An SVG with a line for each name: a value and its interval, and where 0 is; "" for none.
+
+    Args:
+        lines: name -> value, low, high.
+        x_label: below.
+    """
+    if not lines:
+        return ""
+    ends = [0.0, *(end for line in lines.values() for end in line)]
+    margin = 0.05 * (max(ends) - min(ends)) or 1
+    bottom = TOP + LINE_HEIGHT * len(lines)
+    across = Scale(min(ends) - margin, max(ends) + margin, NAMES, WIDTH - RIGHT)
+    parts = []
+    for tick in ticks(across.low, across.high):
+        x, text = across(tick), number_text(tick, short=True)
+        kind = "axis" if abs(tick) < 1e-12 else "grid"
+        parts.append(f'<line x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{bottom}" class="{kind}"/>')
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 15}" text-anchor="middle">{text}</text>')
+    for number, (name, (value, low, high)) in enumerate(lines.items()):
+        y = TOP + LINE_HEIGHT * (number + 0.5)
+        points = f'x1="{across(low):.1f}" y1="{y}" x2="{across(high):.1f}" y2="{y}"'
+        parts.append(f'<line {points} stroke="{COLOURS[0]}" stroke-width="1.8"/>')
+        parts.append(
+            _dot(across(value), y, COLOURS[0], f"{name}: {value:+.4f} ({low:+.4f} to {high:+.4f})")
+        )
+        parts.append(f'<text x="{NAMES - 8}" y="{y + 4}" text-anchor="end">{escape(name)}</text>')
+    middle = f'x="{(NAMES + WIDTH) / 2}" y="{bottom + 32}" text-anchor="middle"'
+    parts.append(f"<text {middle}>{escape(x_label)}</text>")
+    box = f"0 0 {WIDTH} {bottom + BOTTOM}"
+    label = escape(x_label, quote=True)
+    return f'<svg viewBox="{box}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
 def thinned(points: Sequence[Point]) -> list[Point]:

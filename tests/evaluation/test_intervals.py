@@ -1,11 +1,17 @@
-"""The paired bootstrap against resampling written out, and against a normal distribution."""
+"""The paired bootstrap against resampling written out and a normal distribution; Holm's rule."""
 
 import math
 
 import numpy as np
 import pytest
 
-from ml_embed.evaluation.intervals import bootstrap, difference, interaction
+from ml_embed.evaluation.intervals import (
+    bootstrap,
+    difference,
+    holm,
+    interaction,
+    resample,
+)
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +60,55 @@ def test_interaction_is_zero_where_losses_multiply():
     assert interaction(means) == pytest.approx(0)
     means[0] += 0.1 * whole
     assert interaction(np.stack([means, means])) == pytest.approx([0.1, 0.1])
+
+
+def test_test_sets_count_as_they_are_told_to(values):
+    means = [own.mean(axis=1) for own in values]
+    found = resample(values, weights=[3, 1], resamples=50)
+    assert found.means == pytest.approx((3 * means[0] + means[1]) / 4)
+    assert resample(values, resamples=50).means == pytest.approx((means[0] + means[1]) / 2)
+
+
+def test_p_is_that_of_a_normal_distribution_and_agrees_with_the_interval():
+    rng = np.random.default_rng(4)
+    for shift in (0.0, 0.02, 0.04, 0.08):
+        own = rng.normal(shift, 0.5, 1000)
+        found = bootstrap([np.stack([own, np.zeros(1000)])], difference)
+        z = own.mean() / (own.std() / math.sqrt(1000))
+        assert found.p == pytest.approx(math.erfc(abs(z) / math.sqrt(2)), abs=0.02)
+        assert found.tells_apart == (found.p < 0.05)
+    nothing = bootstrap([np.zeros((2, 30))], difference)
+    assert (nothing.p, nothing.tells_apart) == (1, False)
+
+
+def test_a_statistic_without_a_value_has_no_interval():
+    """Such as shares of a quality that is 0."""
+    found = bootstrap([np.zeros((5, 30))], interaction)
+    assert all(map(math.isnan, (found.value, found.low, found.high, found.p)))
+
+
+def naive_holm(p_values: list[float], level: float) -> list[bool]:
+    """As it is told: reject the smallest at level / m, the next at level / (m - 1), and so on; stop
+    at the first that is kept."""
+    rejected = [False] * len(p_values)
+    for place, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        if p_values[i] > level / (len(p_values) - place):
+            break
+        rejected[i] = True
+    return rejected
+
+
+def test_holm_is_the_procedure_written_out():
+    rng = np.random.default_rng(5)
+    seen = set()
+    for _ in range(300):
+        p_values = (rng.random(rng.integers(1, 8)) ** 3 * 0.2).tolist()
+        adjusted = holm(p_values)
+        for level in (0.01, 0.05, 0.2):
+            rejected = naive_holm(p_values, level)
+            assert [p <= level for p in adjusted] == rejected
+            seen.add((any(rejected), all(rejected)))
+    assert len(seen) == 3, "none, some and all"
+    assert holm([0.03, float("nan"), 0.02])[1] != holm([0.03, 0.02])[1]
+    assert holm([0.03, float("nan"), 0.02])[::2] == pytest.approx([0.04, 0.04])
+    assert holm([]) == []

@@ -84,8 +84,8 @@ def test_other_right_answers_do_not_compete_and_the_corpus_is_read_once(tmp_path
         for passage in (f"{query} {query}", f"{query} Süd")
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "names.parquet")
-    built, make = [], lexical._Index
-    monkeypatch.setattr(lexical, "_Index", lambda split: built.append(1) or make(split))
+    built, make = [], lexical.Bm25Index
+    monkeypatch.setattr(lexical, "Bm25Index", lambda split: built.append(1) or make(split))
     found = evaluate_bm25(tmp_path)
     assert len(built) == len(METHODS)
     corpus = list(

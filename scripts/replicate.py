@@ -1,0 +1,12 @@
+"""Measure what cuts of a model keep, language by language, on public retrieval tasks."""
+
+import sys
+from pathlib import Path
+
+# works from a clone that is not installed, too
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ml_embed.commands.replicate import main
+
+if __name__ == "__main__":
+    sys.exit(main())
