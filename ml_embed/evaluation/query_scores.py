@@ -119,7 +119,7 @@ class ModelVectors:
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """(N, D) unit vectors, memory-mapped. A collective."""
         model = self.model
-        made_of = [model.identity, texts_digest(texts), str(model.device)]
+        made_of = [model.identity, texts_digest(texts), model.device.type]
         self.folder.mkdir(exist_ok=True)
         rows = Rows(
             self.folder / f"{value_digest(made_of)}.vectors",

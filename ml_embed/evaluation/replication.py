@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from ml_embed.distributed.agreement import check_agreement
-from ml_embed.distributed.collectives import world_size
 from ml_embed.distributed.shares import conduct
 from ml_embed.distributed.sole_launch import sole_launch_into
 from ml_embed.evaluation.comparing import (
@@ -42,7 +41,13 @@ from ml_embed.evaluation.query_scores import (
     TaskData,
 )
 from ml_embed.evaluation.speeds import Speeds
-from ml_embed.evaluation.suites import Part, find_parts, resource_class, training_rows
+from ml_embed.evaluation.suites import (
+    Part,
+    find_parts,
+    resource_class,
+    trained_on,
+    training_rows,
+)
 from ml_embed.files.atomic import write_json
 from ml_embed.files.digests import sealed, value_digest
 from ml_embed.files.paths import home_path
@@ -212,9 +217,7 @@ def with_systems(
             replication.batch_tokens,
             replication.progress,
         )
-        device = (
-            replication.model.device.type if world_size() > 1 else str(replication.model.device)
-        )
+        device = str(replication.model.device)  # of this process
         others = {
             name: ModelVectors(
                 functools.partial(load_text_model, name, device), work, replication.progress
@@ -333,7 +336,7 @@ def about(
     """Identities: of the model, the data, the programs, the device."""
     model = replication.model
     on_gpu = model.device.type == "cuda"
-    datasets = model.folder.record.origin.datasets
+    datasets = trained_on(model.folder.record)
     return {
         "asked": dataclasses.asdict(replication.asked),
         "model": {
@@ -346,7 +349,7 @@ def about(
             "dtype": str(model.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
         },
-        "versions": {"python": platform.python_version()} | _versions(),
+        "versions": versions(),
         "tasks": [
             {
                 "task": part.name,
@@ -369,8 +372,9 @@ def _size(data: TaskData | None) -> dict[str, Any]:
     return {"queries": data.queries, "documents": data.documents, "digest": data.digest}
 
 
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
+def versions() -> dict[str, str | None]:
+    """Of Python and the packages that decide scores; None for one that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = metadata.version(name)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ml_embed.errors import UserError
 from ml_embed.evaluation.mteb import require_mteb
 from ml_embed.files.digests import digests_of, value_digest
+from ml_embed.model_folders.record import ModelRecord
 from ml_embed.prepare.beir import is_beir, read_collection
 
 if TYPE_CHECKING:
@@ -195,13 +196,18 @@ def resource_class(language: str) -> int | None:
     return next((n for n, codes in RESOURCE_CLASSES.items() if code in codes.split()), None)
 
 
+def trained_on(record: ModelRecord) -> tuple[str, ...]:
+    """Names of the datasets that a model was trained on, as its folder says; none is unknown."""
+    return record.origin.datasets
+
+
 def training_rows(part: Part, datasets: Iterable[str]) -> str:
     """Whether a model trained on rows of a task: yes, same source, no, or unknown.
 
     It goes by names alone, of the task and of those it was adapted from.
 
     Args:
-        datasets: names of what the model was trained on, as its folder says; none is unknown.
+        datasets: what `trained_on` gives.
     """
     trained = [re.split(r"[^a-z0-9]+", name.lower()) for name in datasets]
     if not trained or "digest" in part.source:

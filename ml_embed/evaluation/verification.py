@@ -22,6 +22,7 @@ from ml_embed.evaluation.replication import (
     Systems,
     about,
     scored_languages,
+    versions,
     with_systems,
     without_nan,
 )
@@ -46,19 +47,19 @@ def read_replication(path: Path) -> dict[str, Any]:
     result = read_json(path, REMEDY)
     if seal_is_broken(result):
         raise UserError(f"{path} has changed since it was written: its digest is another one")
-    if not {"asked", "model", "tasks", "rows", "macro", "seed"} <= result.keys():
+    if not {"asked", "model", "versions", "tasks", "rows", "macro", "seed"} <= result.keys():
         raise UserError(f"{path} is no result of a replication; {REMEDY}")
     return result
 
 
 def asked_in(result: Mapping[str, Any], model: str | None, data: str | None) -> Asked:
     """What was asked for, with the model and data where they lie here."""
-    asked = dict(result["asked"])
-    if model is not None:
-        asked["model"] = model
-    if data is not None:
-        asked["data"] = data
-    return Asked.of_json(asked)
+    given = {"model": model, "data": data}
+    here = {name: value for name, value in given.items() if value is not None}
+    try:
+        return Asked.of_json(result["asked"] | here)
+    except TypeError as error:
+        raise UserError(f'what the file says under "asked" is not so ({error}); {REMEDY}') from None
 
 
 def verify(
@@ -76,6 +77,10 @@ def verify(
     """
     rows = [row for row in result["rows"] if BASELINE not in row]
     chosen = random.Random(seed).sample(rows, min(len(rows), max(LEAST, -(-len(rows) // SHARE))))
+
+    for name, here in versions().items():
+        if here != result["versions"].get(name):
+            notice(f"{name}: {result['versions'].get(name)} in the file, {here} here")
 
     def finish(systems: Systems) -> dict[str, Any]:
         differences = list(_identities(result["model"], replication))

@@ -2,9 +2,11 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -153,6 +155,8 @@ def test_the_file_names_what_it_is_about(result, place):
     assert result["model"]["device_type"] == "cpu"
     page = (place / "results" / "replication.html").read_text()
     assert page.count('role="img"') == 1 + 7, "one of the groups, one per cut"
+    for picture in re.findall(r"<svg.*?</svg>", page):
+        ElementTree.fromstring(picture)
     assert "cannot be told apart" in page
     assert str(place / "other") in page
 
@@ -249,6 +253,9 @@ def test_verify_takes_a_twentieth_of_this_very_file(result, small, place, tmp_pa
     assert run("--verify", tmp_path / "edited.json") == 2
     assert "has changed since it was written" in capsys.readouterr().err
     assert run("--verify", small, "--model", place / "other") == 2
+    odd = changed(small, tmp_path, lambda result: result["asked"].update(model_name="x"))
+    assert run("--verify", odd) == 2
+    assert "is not so" in capsys.readouterr().err
     assert run("--verify", tmp_path / "none.json") == 2
     assert "does not exist" in capsys.readouterr().err
     checked = []
