@@ -158,7 +158,7 @@ def replicate(replication: Replication, output: Path) -> dict[str, Any]:
     Returns:
         what is written to output/replication.json: "asked", "model" (revision, device, dtype, ...),
         "versions", "tasks" (source, digest and size of the data, training rows), "rows" and "macro"
-        (see `comparing`), "seed" and "resamples".
+        (see `comparing`), "baselines" (name -> digest of its content), "seed" and "resamples".
     Raises:
         UserError: data or a baseline cannot be loaded, or `output` cannot be written.
     """
@@ -170,7 +170,8 @@ def replicate(replication: Replication, output: Path) -> dict[str, Any]:
         scored = scored_languages(replication, systems.all, store, speeds)
         rows = [row for language in scored for row in rows_of_language(language, SEED)]
         adjust_over_languages(rows)
-        result = about(replication, store) | {"rows": rows, "macro": macro_rows(scored, SEED)}
+        result = about(replication, store) | {"baselines": systems.revisions(replication.asked)}
+        result |= {"rows": rows, "macro": macro_rows(scored, SEED)}
         write_json(output / RESULT_FILE, sealed(without_nan(result)))
         return result
 
@@ -189,6 +190,13 @@ class Systems:
     @property
     def all(self) -> list[System]:
         return [*self.cuts.values(), *self.baselines]
+
+    def revisions(self, asked: Asked) -> dict[str, str]:
+        """Name of a baseline -> digest of what it is made of."""
+        return {
+            name: value_digest(system.made_of)
+            for name, system in zip(asked.baselines, self.baselines, strict=True)
+        }
 
     def score(
         self, parts: Iterable[Part], store: ScoreStore, cuts: Iterable[Cut] | None = None

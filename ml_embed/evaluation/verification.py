@@ -39,6 +39,8 @@ P_TOLERANCE = 0.02
 MEASURED = ("texts_per_second", "p_holm", "verdict")
 """What is not compared row by row: speeds, and what hangs on all languages."""
 WORK = ".verifying"
+PARTS = {"asked", "model", "versions", "tasks", "baselines", "rows", "macro", "seed"}
+"""Keys of a result that are looked at."""
 REMEDY = "give the replication.json that scripts/replicate.py wrote"
 
 
@@ -47,7 +49,7 @@ def read_replication(path: Path) -> dict[str, Any]:
     result = read_json(path, REMEDY)
     if seal_is_broken(result):
         raise UserError(f"{path} has changed since it was written: its digest is another one")
-    if not {"asked", "model", "versions", "tasks", "rows", "macro", "seed"} <= result.keys():
+    if not result.keys() >= PARTS:
         raise UserError(f"{path} is no result of a replication; {REMEDY}")
     return result
 
@@ -83,7 +85,7 @@ def verify(
             notice(f"{name}: {result['versions'].get(name)} in the file, {here} here")
 
     def finish(systems: Systems) -> dict[str, Any]:
-        differences = list(_identities(result["model"], replication))
+        differences = list(_identities(result, replication, systems))
         for row in chosen if not differences else ():
             differences += _check_row(row, result, replication, systems, folder / WORK)
         return {"differences": differences + list(_made_of_rows(result))}
@@ -95,12 +97,15 @@ def verify(
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _identities(model: Mapping[str, Any], replication: Replication) -> Iterator[str]:
-    if model["revision"] != replication.revision:
-        yield (
-            f"the model or its prompts: the file is about {model['revision']}, "
-            f"{replication.asked.model} is {replication.revision}"
-        )
+def _identities(
+    result: Mapping[str, Any], replication: Replication, systems: Systems
+) -> Iterator[str]:
+    """What is another model than it was."""
+    told = {"the model or its prompts": result["model"]["revision"]} | result["baselines"]
+    here = {"the model or its prompts": replication.revision}
+    for name, revision in (here | systems.revisions(replication.asked)).items():
+        if told.get(name) != revision:
+            yield f"{name}: the file is about {told.get(name)}, here is {revision}"
 
 
 def _check_row(

@@ -243,9 +243,14 @@ def test_whatever_is_not_so_is_said(small, tmp_path, capsys):
     assert run("--verify", changed(small, tmp_path, change)) == 2
     found = capsys.readouterr().err
     assert [said for said in CHANGES if said not in found] == []
-    other = changed(small, tmp_path, lambda result: result["model"].update(revision="0"))
-    assert run("--verify", other) == 2
-    assert "the model or its prompts: the file is about 0" in capsys.readouterr().err
+
+    def others(result: dict) -> None:
+        result["model"]["revision"] = result["baselines"]["bm25"] = "0"
+
+    assert run("--verify", changed(small, tmp_path, others)) == 2
+    found = capsys.readouterr().err
+    assert "the model or its prompts: the file is about 0" in found
+    assert "bm25: the file is about 0" in found
 
 
 def test_verify_takes_a_twentieth_of_this_very_file(result, small, place, tmp_path, capsys):
