@@ -21,6 +21,7 @@ import pytest
 import torch
 from helpers import ROOT
 from helpers.scripts import load_script
+from helpers.teachers import write_cross_encoder
 from helpers.tiny_models import make_tokenizer, write_model
 from safetensors.torch import load_file
 
@@ -115,6 +116,7 @@ def laptop(world, tmp_path_factory) -> Path:
     (folder / "my_data" / "retrieval" / "facts.parquet").symlink_to(world.raw / "facts.parquet")
     shutil.copytree(world.backbone, folder / "models" / "Qwen3-0.6B")
     write_model(folder / "models" / "teacher", make_tokenizer())
+    write_cross_encoder(folder / "models" / "cross-encoder", make_tokenizer())
     released = shutil.copytree(world.backbone, folder / "models" / "released")
     table = load_file(released / "model.safetensors")["embed_tokens.weight"]
     for name, factor in zip(("U.pth", "V.pth"), factorize_table(table, 64), strict=True):

@@ -10,6 +10,7 @@ FILES = (
     "make_sample_datasets",
     "tokenize",
     "mine",
+    "score_candidates",
     "init_backbone",
     "import_model",
     "prune_backbone",

@@ -79,6 +79,20 @@ def open_sentence_transformer(folder: Path, name: str, device: torch.device) -> 
     Raises:
         UserError: the library is missing, or the folder is refused by it or before it.
     """
+    return open_foreign(folder, name, "SentenceTransformer", device=str(device))
+
+
+def open_foreign(folder: Path, name: str, kind: str, **given: Any) -> Any:
+    """A model of one of sentence-transformers' classes, of a folder in which nothing asks for code.
+
+    Args:
+        folder: the model's.
+        name: what it is called in messages.
+        kind: the name of the class.
+        given: arguments for it.
+    Raises:
+        UserError: the library is missing, or the folder is refused by it or before it.
+    """
     if importlib.util.find_spec("sentence_transformers") is None:
         raise UserError(
             f"{name} is not a model folder of this project (no {RECORD_FILE}); other models "
@@ -86,10 +100,10 @@ def open_sentence_transformer(folder: Path, name: str, device: torch.device) -> 
             "'ml-embed[sentence-transformers]'"
         )
     check_foreign(folder)
-    from sentence_transformers import SentenceTransformer
+    import sentence_transformers
 
     try:
-        return SentenceTransformer(str(folder), device=str(device), trust_remote_code=False)
+        return getattr(sentence_transformers, kind)(str(folder), trust_remote_code=False, **given)
     except Exception as error:  # the many kinds of models that it reads fail in as many ways
         raise UserError(f"{name} cannot be read as a model: {one_line(error)}") from None
 

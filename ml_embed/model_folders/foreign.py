@@ -26,6 +26,7 @@ KNOWN_MODULES = {
     "Dropout",
     "LSTM",
     "LayerNorm",
+    "LogitScore",
     "Normalize",
     "Pooling",
     "StaticEmbedding",

@@ -10,8 +10,7 @@ exact in both.
 Letters: Q queries of a block, N documents, K neighbours, M negatives, D vector length.
 """
 
-import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import repeat
 from pathlib import Path
@@ -20,43 +19,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ml_embed.config import Task
-from ml_embed.distributed.agreement import check_agreement
 from ml_embed.distributed.collectives import compute_on_main_process
 from ml_embed.distributed.shares import Rows, leads_its_machine
-from ml_embed.distributed.sole_launch import sole_launch_into
 from ml_embed.errors import UserError
-from ml_embed.files.atomic import atomic_file, disk_errors_are_user_errors
-from ml_embed.files.digests import file_digest
-from ml_embed.files.json_file import parse_json
-from ml_embed.files.work_record import Finished, WorkRecord
 from ml_embed.inference.encoding import check_finite
 from ml_embed.inference.text_models import TextModel
 from ml_embed.notices import notice
-from ml_embed.prepare.raw import (
-    RawDataset,
-    check_and_count_rows,
-    describe_source,
-    files_passed_over,
-    list_raw_datasets,
-    notes_in_file,
-    read_rows,
-    say_passed_over,
-    task_in_file,
-    task_of_raw,
-)
-from ml_embed.prepare.raw_parquet import write_raw
+from ml_embed.prepare.raw import read_rows, task_in_file
 from ml_embed.prepare.rows import RawRow
 from ml_embed.recipe import ann
 from ml_embed.recipe.corpus import Corpus, read_corpus
+from ml_embed.recipe.rewriting import Made, Rewriting, Todo, rewrite_folder
 from ml_embed.recipe.search import nearest
 
-SUMMARY = "mining.json"
-LOCK = ".mining.lock"
-WORK_SUFFIX = ".mining"
-REMEDY = "Use another --output, or --overwrite to make that folder anew"
 ENCODED_BLOCK = 2048  # texts between two writes to disk (see `Rows.block`)
 QUERY_BLOCK = 1024
 VECTOR_SETTINGS = ("files", "query_prompt", "passage_prompt", "source")
@@ -147,8 +124,6 @@ class MiningOptions:
         self.rule.check()
         if self.approximation is not None:
             self.approximation.check()
-        if self.source.resolve() == self.output.resolve():
-            raise UserError(f"--input and --output are both {self.source}: write to another folder")
 
     def settings(self, model: TextModel) -> dict[str, Any]:
         """All that the mined negatives depend on, beside the data."""
@@ -182,153 +157,17 @@ def mine_folder(model: TextModel, options: MiningOptions, progress: bool = True)
             holds something else, or faiss is missing.
     """
     options.check()
-    datasets = compute_on_main_process(lambda: _checked_datasets(options.source))
-    output, settings = options.output, options.settings(model)
-    check_agreement(lambda: settings)
-    with (
-        disk_errors_are_user_errors(output, "Then run the same command again: it continues."),
-        sole_launch_into(output, LOCK, "mining into"),
-    ):
-        # the first process writes it; the others have a copy to read the settings in
-        record = compute_on_main_process(lambda: _open_record(settings, datasets, options))
-        for name in tqdm(datasets, unit=" file", desc="files", disable=not progress):
-            _mine_dataset(datasets[name], record, model, options, progress)
-        summary = compute_on_main_process(lambda: _finish(model, record, datasets, output))
-    say_passed_over(files_passed_over(options.source, datasets.values()))
-    return summary
 
+    def mine_dataset(todo: Todo) -> Made:
+        if todo.task in NOT_MINED:
+            return Made(read_rows(todo.raw), todo.task, {})
+        return _Mining(model, options, todo.work, todo.made_of, progress).run(todo)
 
-def _checked_datasets(source: Path) -> dict[str, RawDataset]:
-    datasets = {dataset.name: dataset for dataset in list_raw_datasets(source)}
-    for dataset in datasets.values():
-        check_and_count_rows(dataset)
-    return datasets
-
-
-def _open_record(
-    settings: dict[str, Any], datasets: Mapping[str, RawDataset], options: MiningOptions
-) -> WorkRecord:
-    path = options.output / SUMMARY
-    record = WorkRecord(path, settings, _read_finished, options.overwrite, REMEDY)
-    _check_former(record, datasets, options.output)
-    return record
-
-
-def _finish(
-    model: TextModel, record: WorkRecord, datasets: Mapping[str, RawDataset], output: Path
-) -> dict[str, Any]:
-    _remove_datasets(output, record.gone(datasets))
-    settings = {"model": model.name} | record.settings
-    summary = {"settings": settings, "datasets": dict(sorted(record.entries.items()))}
-    record.finish(summary)
-    return summary
-
-
-def _read_finished(path: Path) -> Finished:
-    try:
-        summary = parse_json(path.read_bytes())
-        return dict(summary["settings"]), dict(summary["datasets"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is damaged ({error}); use another --output, or remove that file"
-        ) from None
-
-
-def _check_former(record: WorkRecord, datasets: Mapping[str, RawDataset], output: Path) -> None:
-    """Raise UserError for datasets that the input does not have and for files of something else.
-
-    With `overwrite`, note what is replaced instead.
-    """
-    if gone := sorted(record.entries.keys() - datasets):
-        listing = ", ".join(map(repr, gone))
-        for name in gone:
-            record.replace(name, f"{output} holds what the input does not have: {listing}")
-    for name in datasets:
-        record.refuse_others(name, [output / f"{name}.parquet"])
-
-
-def _remove_datasets(output: Path, names: Iterable[str]) -> None:
-    for name in names:
-        (output / f"{name}.parquet").unlink(missing_ok=True)
-        shutil.rmtree(_work_folder(output, name), ignore_errors=True)
-
-
-def _work_folder(output: Path, name: str) -> Path:
-    """Where vectors and search results of an unfinished dataset lie."""
-    return output / f".{name}{WORK_SUFFIX}"
-
-
-@dataclass(frozen=True)
-class _Todo:
-    """A dataset that is to be made."""
-
-    raw: RawDataset
-    source: dict[str, Any]
-    """what the raw file is (`describe_source`)"""
-    task: Task
-
-
-def _mine_dataset(
-    dataset: RawDataset,
-    record: WorkRecord,
-    model: TextModel,
-    options: MiningOptions,
-    progress: bool,
-) -> None:
-    """Make a dataset's file, unless it is recorded as made of the same rows and is as it was."""
-    output, work = options.output, _work_folder(options.output, dataset.name)
-    todo = compute_on_main_process(lambda: _look_at(dataset, record, output))
-    if todo is not None:
-        rows, searched = read_rows(dataset), dict[str, Any]()
-        if todo.task not in NOT_MINED:
-            check_agreement(lambda: _source_here(dataset.path))
-            compute_on_main_process(lambda: work.mkdir(exist_ok=True))
-            made_of = record.settings | {"source": todo.source}
-            rows, searched = _Mining(model, options, work, made_of, progress).run(todo)
-        compute_on_main_process(lambda: _write(todo, record, output, rows, searched))
-    compute_on_main_process(lambda: shutil.rmtree(work, ignore_errors=True))
-
-
-def _source_here(path: Path) -> dict[str, Any]:
-    """What a raw file is on this machine, which may not be the first process's."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist there; give a folder that all machines share")
-    return {path.name: describe_source(path)}
-
-
-def _look_at(dataset: RawDataset, record: WorkRecord, output: Path) -> _Todo | None:
-    """None where nothing is to be done."""
-    target, source = _target(output, dataset), describe_source(dataset.path)
-    done = record.entries.get(dataset.name)
-    if (
-        done is not None
-        and done["source"] == source
-        and target.is_file()
-        and file_digest(target) == done.get("digest")
-    ):
-        return None
-    return _Todo(dataset, source, task_of_raw(dataset))
-
-
-def _write(
-    todo: _Todo,
-    record: WorkRecord,
-    output: Path,
-    rows: Iterator[RawRow],
-    searched: dict[str, Any],
-) -> None:
-    target, name = _target(output, todo.raw), todo.raw.name
-    task = todo.task if todo.task in NOT_MINED else task_in_file(todo.raw)
-    record.begin(name)  # Not before: until here other settings may use what lies in `work`.
-    with atomic_file(target) as partial:
-        prompt = {k: v for k, v in notes_in_file(todo.raw).items() if k == "prompt"}
-        counts = write_raw(partial, rows, task, lambda: prompt)
-    made = {"source": todo.source, "digest": file_digest(target)}
-    record.record(name, asdict(counts) | searched | made)
-
-
-def _target(output: Path, dataset: RawDataset) -> Path:
-    return output / f"{dataset.name}.parquet"
+    settings = options.settings(model)
+    rewriting = Rewriting(
+        "mining", options.source, options.output, model.name, settings, options.overwrite
+    )
+    return rewrite_folder(rewriting, mine_dataset, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -342,7 +181,7 @@ class _Mining:
     """the settings and the source"""
     progress: bool
 
-    def run(self, todo: _Todo) -> tuple[Iterator[RawRow], dict[str, Any]]:
+    def run(self, todo: Todo) -> Made:
         """The dataset's rows with mined negatives, and what the summary says of the search."""
         corpus, name = read_corpus(todo.raw, todo.task), todo.raw.name
         query_prompt, passage_prompt = self.options.query_prompt, self.options.passage_prompt
@@ -371,7 +210,7 @@ class _Mining:
             dropped = int((negatives[:, 0] == DROPPED).sum())
             searched["rows_not_in_top"] = dropped
             self._say_dropped(name, dropped, len(corpus.query_of_row))
-        return _mined_rows(corpus, negatives), searched
+        return Made(_mined_rows(corpus, negatives), task_in_file(todo.raw), searched)
 
     def _say_dropped(self, name: str, dropped: int, rows: int) -> None:
         most = self.options.rule.keep_if_in_top

@@ -12,17 +12,18 @@ from helpers.machines import kill_machine, launch_on, two_machines
 from helpers.tiny_models import make_tokenizer, write_model
 from helpers.tiny_runs import Launch, dying, victim, wait_for_lines
 
-from ml_embed.commands import embed_teacher, encode, evaluate, mine, tokenize
+from ml_embed.commands import embed_teacher, encode, evaluate, mine, score_candidates, tokenize
 from ml_embed.distributed.shares import Rows
 from ml_embed.evaluation import cube
 from ml_embed.inference import vector_file
 from ml_embed.prepare import tokenization
-from ml_embed.recipe import ann, mining, teacher
+from ml_embed.recipe import ann, mining, scoring, teacher
 
 COMMANDS = {
     "tokenize": tokenize,
     "embed_teacher": embed_teacher,
     "mine": mine,
+    "score": score_candidates,
     "evaluate": evaluate,
     "encode": encode,
 }
@@ -50,6 +51,7 @@ def arguments_of(command: str, world, raw: Path, model: Path, output: Path) -> l
         "tokenize": ["--input", str(raw), "--tokenizer", backbone],
         "embed_teacher": ["--data", str(world.tokenized), "--tokenizer", backbone],
         "mine": [*mining, *(["--search", "ann"] if importlib.util.find_spec("faiss") else [])],
+        "score": ["--data", str(world.raw)],
         "evaluate": ["--data", str(world.raw), "--baseline", backbone],
         "encode": ["--input", str(world.raw / "facts.parquet"), "--column", "query"],
     }[command]
@@ -61,6 +63,7 @@ def arguments_of(command: str, world, raw: Path, model: Path, output: Path) -> l
 SMALL = [
     (mining, "ENCODED_BLOCK", 8),
     (mining, "QUERY_BLOCK", 8),
+    (scoring, "SCORED_BLOCK", 16),
     (teacher, "BLOCK", 8),
     (cube, "BLOCK", 8),
     (vector_file, "BLOCK", 4),

@@ -1,10 +1,11 @@
 """Teachers that cost nothing."""
 
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
-from transformers import Qwen3Config, Qwen3Model
+from transformers import BertConfig, BertForSequenceClassification, Qwen3Config, Qwen3Model
 
 from ml_embed.recipe.teacher import TeacherOptions
 
@@ -49,3 +50,22 @@ class LetterModel:
 def teacher_options(world, output, data=None, **changes) -> TeacherOptions:
     settings = {"dtype": "float32", "cache_dir": world.folder / "cache", **changes}
     return TeacherOptions(data or world.tokenized, str(world.backbone), output, **settings)
+
+
+def write_cross_encoder(folder: Path, tokenizer, labels: int = 1) -> Path:
+    """A random cross-encoder."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=448,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+        num_labels=labels,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

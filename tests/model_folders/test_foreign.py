@@ -215,6 +215,7 @@ COMMANDS = {
         "--model MODEL --data TOKENIZED --tokenizer BACKBONE --output OUT --device cpu"
     ),
     "mine_hard_negatives": "--model MODEL --input RAW --output OUT --device cpu",
+    "score_candidates": "--model MODEL --data RAW --output OUT --device cpu",
     "evaluate": "--model MODEL --data RAW --output OUT --device cpu",
     "evaluate_mteb": "--model MODEL --tasks STS12 --output OUT --device cpu",
     "encode": "--model MODEL --input RAW/facts.parquet --column query --output OUT.npy",

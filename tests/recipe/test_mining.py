@@ -21,7 +21,7 @@ from ml_embed.prepare.inputs import Source
 from ml_embed.prepare.own_data import import_source, open_origins
 from ml_embed.prepare.raw import RawDataset, task_in_file
 from ml_embed.prepare.raw_parquet import TASK_METADATA
-from ml_embed.recipe import ann, mining
+from ml_embed.recipe import ann, mining, rewriting
 from ml_embed.recipe.ann import Approximation
 from ml_embed.recipe.mining import Filter, MiningOptions, filter_neighbours
 from scripts.mine_hard_negatives import main
@@ -511,7 +511,7 @@ def test_folders_that_hold_something_else_are_not_mixed_with(raw, tmp_path):
 
 def test_a_raw_file_that_a_machine_does_not_have_is_named_with_the_remedy(tmp_path):
     with pytest.raises(UserError, match=r"a\.jsonl .*; give a folder that all machines share"):
-        mining._source_here(tmp_path / "a.jsonl")
+        rewriting._source_here(tmp_path / "a.jsonl")
 
 
 def test_another_model_of_the_same_name_is_refused_and_a_damaged_file_made_again(raw, tmp_path):
@@ -535,7 +535,7 @@ def test_another_model_of_the_same_name_is_refused_and_a_damaged_file_made_again
 def test_an_interrupted_overwrite_goes_on(raw, tmp_path, monkeypatch, overwrite):
     changed, output = Filter(count=3), tmp_path / "mined"
     mine_folder(WordModel(), raw, output, Filter(), progress=False)
-    original, made = mining._mine_dataset, []
+    original, made = rewriting._rewrite_dataset, []
 
     def stops_at_the_second(dataset, *args):
         made.append(dataset.name)
@@ -544,7 +544,7 @@ def test_an_interrupted_overwrite_goes_on(raw, tmp_path, monkeypatch, overwrite)
         original(dataset, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(mining, "_mine_dataset", stops_at_the_second)
+        patch.setattr(rewriting, "_rewrite_dataset", stops_at_the_second)
         with pytest.raises(KeyboardInterrupt):
             mine_folder(WordModel(), raw, output, changed, overwrite=True, progress=False)
     with pytest.raises(UserError, match="count was 3, now 24"):
