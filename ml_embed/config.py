@@ -49,14 +49,15 @@ def _key(
     low: float | None = None,
     above: float | None = None,
     high: float | None = None,
+    below: float | None = None,
     may_be_empty: bool = False,
 ) -> Any:
-    """A config field with the range of its value: low <= value <= high, value > above.
+    """A config field with the range of its value: low <= value <= high, above < value < below.
 
     `may_be_empty`: "" is a value.
     """
-    limits = {"low": low, "above": above, "high": high, "may_be_empty": may_be_empty}
-    return dataclasses.field(default=default, metadata=limits)
+    limits = {"low": low, "above": above, "high": high, "below": below}
+    return dataclasses.field(default=default, metadata=limits | {"may_be_empty": may_be_empty})
 
 
 LEFT_OUT = 0
@@ -141,6 +142,10 @@ class TrainConfig:
     same training (needs torchao; on one process or with DDP)"""
     weight_decay: float = _key(1e-2, low=0)
     """decoupled weight decay of AdamW, on all trained parameters; 0 = off"""
+    ema_decay: float = _key(0.0, low=0, below=1)
+    """running average of the weights, which is validated and saved in their place: how much the
+    average of the steps before counts against a new step, 0.999 for an average over about the last
+    1,000 steps; 0 = off, the weights themselves (not with DeepSpeed)"""
     warmup_steps: int = _key(100, low=0)
     """optimizer steps in which the learning rate rises linearly from 0 to learning_rate; 0 = no
     warm-up"""
@@ -649,13 +654,15 @@ def _parse_scalar(
         problems.append(f"{key}: must not be empty")
     if kind is int and abs(value) >= 2**63:
         problems.append(f"{key}: {value} is too large")
-    low, above, high = (field.metadata.get(bound) for bound in ("low", "above", "high"))
+    low, above, high, below = map(field.metadata.get, ("low", "above", "high", "below"))
     if low is not None and value < low:
         problems.append(f"{key}: {value} must be at least {low}")
     if above is not None and value <= above:
         problems.append(f"{key}: {value} must be greater than {above}")
     if high is not None and value > high:
         problems.append(f"{key}: {value} must be at most {high}")
+    if below is not None and value >= below:
+        problems.append(f"{key}: {value} must be less than {below}")
     return value
 
 

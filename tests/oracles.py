@@ -439,6 +439,13 @@ def deal(samples: Mapping[str, int], batches: int) -> list[dict[str, list[int]]]
     return dealt
 
 
+def average_of_steps(weights: Sequence[Tensor], decay: float) -> Tensor:
+    """The mean of one parameter's values after each step, the last one first in weight."""
+    shares = [decay ** (len(weights) - step) for step in range(1, len(weights) + 1)]
+    total = sum(share * weight.double() for share, weight in zip(shares, weights, strict=True))
+    return (total / sum(shares)).float()
+
+
 def naive_metrics(scores: list[list[float]], positive: list[int]) -> dict[str, float]:
     """Sort each row; no ties."""
     reciprocal = gain = first = 0.0

@@ -312,7 +312,7 @@ def values_of(hint: typing.Any, limits: typing.Mapping[str, float | None]) -> st
         words = f"list of {names[typing.get_args(hint)[0]]}s".replace("texts", "names")
     else:
         words = names.get(hint, "object")
-    signs = {"low": "≥", "above": ">", "high": "≤"}
+    signs = {"low": "≥", "above": ">", "high": "≤", "below": "<"}
     given = {kind: limits[kind] for kind in signs if limits.get(kind) is not None}
     limited = [f"{signs[kind]} {limit:g}" for kind, limit in given.items()]
     return " ".join([words, ", ".join(limited)]).strip()

@@ -35,6 +35,8 @@ WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's tensors of a parameter's shape, the means of its gradients and of their squares; beside
 them it counts steps"""
+AVERAGE = "average"
+"""a running average of a parameter, where the optimizer keeps one beside its moments"""
 LR_SCALE = "lr_scale"
 """key of an optimizer's parameter group: the factor on its learning rate; 1 if it is not there"""
 
@@ -105,7 +107,10 @@ class Engine(ABC):
 
     @abstractmethod
     def whole_parameter(self, name: str) -> dict[str, Tensor]:
-        """A trained parameter, under WEIGHT, and its MOMENTS; whole, on every process's device."""
+        """A trained parameter, under WEIGHT, its MOMENTS, and its AVERAGE if there is one.
+
+        Whole, on every process's device.
+        """
 
     @abstractmethod
     def replace_parameter(self, name: str, whole: Mapping[str, Tensor]) -> None:
@@ -182,7 +187,8 @@ class AccelerateEngine(Engine):
         parameter = self._accelerator.unwrap_model(self.model).get_parameter(name)
         optimizer: Any = self.optimizer  # accelerate's wrapper of the real one
         state = optimizer.optimizer.state[parameter]
-        return {WEIGHT: parameter.detach()} | {moment: state[moment] for moment in MOMENTS}
+        held = {key: state[key] for key in (*MOMENTS, AVERAGE) if key in state}
+        return {WEIGHT: parameter.detach()} | held
 
     def load_state(self, weights: Mapping[str, Tensor], moments: Moments) -> None:
         optimizer: Any = self.optimizer  # accelerate's wrapper of the real one
@@ -241,5 +247,5 @@ def _is_made_of_several(tensor: Any) -> bool:
 def _other_optimizer(name: str) -> UserError:
     return UserError(
         f"--resume: the state's moments are of another optimizer (they differ in {name}); restore "
-        "the key optimizer, or start another run under another experiment_id"
+        "the keys optimizer and ema_decay, or start another run under another experiment_id"
     )

@@ -34,13 +34,20 @@ def check_installed() -> None:
         )
 
 
-def check_settings(accelerator: Accelerator, embedding_lr_scale: float = 1.0) -> None:
+def check_settings(
+    accelerator: Accelerator, embedding_lr_scale: float = 1.0, ema_decay: float = 0.0
+) -> None:
     """Refuse settings of DeepSpeed that training here does not follow.
 
     Raises:
-        UserError: another stage than 2, offloading, gradient accumulation, or a learning rate of
-            its own for the token table.
+        UserError: another stage than 2, offloading, gradient accumulation, a learning rate of its
+            own for the token table, or an average of weights.
     """
+    if ema_decay:
+        raise UserError(
+            "ema_decay: DeepSpeed keeps what belongs to weights in flat parts, where an average of "
+            "them has no place; use configs/accelerate_fsdp2.yaml, or set it to 0"
+        )
     if embedding_lr_scale != 1:
         raise UserError(
             "embedding_lr_scale: DeepSpeed's moments of a second group of parameters cannot be "

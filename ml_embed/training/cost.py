@@ -208,7 +208,8 @@ def fixed_bytes(
     narrow = parameters.narrow if half_precision and not zero2 else 0  # DeepSpeed: all in float32
     wide, trained = parameters.held - narrow, parameters.trained
     weights = (4 * wide + 2 * narrow) / layout.weights
-    moments = MOMENTS_BYTES[config.optimizer] * trained / layout.moments
+    bytes_each = MOMENTS_BYTES[config.optimizer] + (4 if config.ema_decay else 0)
+    moments = bytes_each * trained / layout.moments
     passing = 0.0
     if layout.weights > 1:  # two layers, since the next one is fetched early, and the table
         passing += width * (2 * parameters.layer + parameters.embedding)

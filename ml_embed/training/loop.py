@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ml_embed.data.batch import ContrastiveBatch
 from ml_embed.distributed.collectives import all_reduce_max
-from ml_embed.distributed.engine import Moments
+from ml_embed.distributed.engine import AVERAGE, Moments
 from ml_embed.errors import UserError
 from ml_embed.files.atomic import atomic_folder
 from ml_embed.model_folders.write import NotFiniteError, save_model_folder
@@ -128,7 +128,7 @@ def validate_and_log(run: Run, step: int) -> None:
     run.engine.model.eval()
     encode = functools.partial(_encode, run)
     spec = run.objective.spec
-    with smaller_ranks_as_saved(run):
+    with run.weights_to_save(), smaller_ranks_as_saved(run):
         values = validate(encode, run.loader, spec, run.resolved, run.accelerator.device)
     run.engine.model.train()
     if not all(map(math.isfinite, values.values())):  # alike on all processes
@@ -163,11 +163,17 @@ def save_checkpoint(run: Run, step: int, epoch_ends: bool) -> None:
         # does.
         epoch = step // run.resolved.steps_per_epoch
         names = [f"step_{step}", *([f"epoch_{epoch}"] if epoch_ends else [])]
-        _write_model_folders(run, step, names, state)
+        _write_model_folders(run, step, names, averaged(state, moments))
         _write_resume_state(run, step, state, moments)
         keep_newest(run.config.run_dir, run.config.save_total_limit, step)
 
     _on_main_process(run, write)
+
+
+def averaged(state: dict[str, Tensor], moments: Moments) -> dict[str, Tensor]:
+    """A model's state with the averages of weights, where the optimizer keeps them."""
+    averages = {name: own[AVERAGE] for name, own in moments.items() if AVERAGE in own}
+    return state | averages
 
 
 def save_best(run: Run, step: int) -> None:
@@ -176,8 +182,9 @@ def save_best(run: Run, step: int) -> None:
     Raises:
         UserError: a weight is not finite, or the disk is full; on all processes alike.
     """
-    state = run.engine.model_state()
-    _on_main_process(run, lambda: _write_model_folders(run, step, ["best"], state))
+    with run.weights_to_save():  # to its end: on a CPU a state is the weights themselves
+        state = run.engine.model_state()
+        _on_main_process(run, lambda: _write_model_folders(run, step, ["best"], state))
 
 
 def _on_main_process(run: Run, write: Callable[[], None]) -> None:

@@ -1,5 +1,6 @@
 """All parts of one training run."""
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from ml_embed.model_folders.record import ModelRecord
 from ml_embed.training.best import Best
 from ml_embed.training.metrics_log import MetricsLog, Window
 from ml_embed.training.resolve import Resolved, learning_rate
+from ml_embed.training.weight_average import WeightAverage
 
 
 @dataclass
@@ -28,6 +30,8 @@ class Run:
     engine: Engine
     """holds the encoder and its optimizer"""
     objective: Objective
+    average: WeightAverage | None
+    """of its weights, kept by its optimizer; None = they are saved themselves"""
     teacher: nn.Module | None
     """a teacher that runs beside the student"""
     loader: Loader
@@ -52,6 +56,12 @@ class Run:
     def learning_rate(self, step: int) -> float:
         """Of optimizer step `step`, counted from 1."""
         return learning_rate(step, self.config, self.resolved.total_steps)
+
+    def weights_to_save(self) -> contextlib.AbstractContextManager[None]:
+        """Within it the model has the weights that are validated and saved. A collective."""
+        if self.average is None:
+            return contextlib.nullcontext()
+        return self.average.in_place(self.engine.model)
 
     def last_good_checkpoint(self) -> str:
         """Half a sentence for an error message."""

@@ -43,6 +43,7 @@ from ml_embed.training.resume import (
     state_to_resume,
 )
 from ml_embed.training.run import Run
+from ml_embed.training.weight_average import WeightAverage
 
 
 @dataclass(frozen=True)
@@ -134,15 +135,20 @@ def _build(config: TrainConfig, accelerator: Accelerator, inputs: Inputs, start:
     device, dtype = accelerator.device, compute_dtype(accelerator)
     encoder = build_encoder(config, inputs, device, dtype)
     teacher = build_teacher(config, inputs.teacher, device, dtype) if inputs.teacher else None
-    engine = make_engine(accelerator, encoder, build_optimizer(encoder, config), config)
+    optimizer = build_optimizer(encoder, config)
+    average = WeightAverage(optimizer, config.ema_decay) if config.ema_decay else None
+    engine = make_engine(accelerator, encoder, optimizer, config)
     if start.state is not None:
         load_state(start.state, engine)
+    if average is not None:
+        average.steps = start.step
     accelerator.init_trackers(config.experiment_id)
     return Run(
         config=config,
         resolved=inputs.resolved,
         accelerator=accelerator,
         engine=engine,
+        average=average,
         objective=_objective(config, inputs.resolved),
         teacher=teacher,
         loader=make_loader(config, accelerator, inputs),
@@ -205,6 +211,7 @@ def _model_record(config: TrainConfig, inputs: Inputs) -> ModelRecord:
         temperature=config.temperature,
         max_seq_length=config.max_seq_length,
         norm_sharing=config.mll_norm,
+        ema_decay=config.ema_decay,
         prompts=prompts_to_record(config, inputs.store, former.prompts),
         default_prompt_name=former.default_prompt_name,
         origin=origin_of(inputs.start.path, former, inputs.store.datasets, languages),

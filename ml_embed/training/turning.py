@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ml_embed.distributed.collectives import compute_on_main_process
-from ml_embed.distributed.engine import MOMENTS, WEIGHT
+from ml_embed.distributed.engine import AVERAGE, MOMENTS, WEIGHT
 from ml_embed.errors import UserError
 from ml_embed.model import FactorizedEmbedding, rows_times, turn_factors
 from ml_embed.model_folders.turning import A, B, turned_state
@@ -55,7 +55,8 @@ def turn_trained(run: Run, step: int) -> None:
     """Turn the factors that are trained, and their moments, if that is due. A collective.
 
     The gradients of A G and C are those of A and B, times G^-T and G^T; so are their means. The
-    means of their squares are turned as if components varied on their own. Which components of
+    means of their squares are turned as if components varied on their own. Averages of weights are
+    turned like these. Which components of
     nearly equal weight come first hangs on last digits, and AdamW then moves each by its own: so
     runs on other numbers of processes part by more than these after a turn.
 
@@ -70,6 +71,7 @@ def turn_trained(run: Run, step: int) -> None:
     # from one process: libraries do not promise the same last digits on all
     back = compute_on_main_process(lambda: torch.linalg.pinv(turn.double()).T)
     turn, back, basis = (matrix.to(a[WEIGHT].device) for matrix in (turn, back, basis))
+    across = turn.double().T
     mean, squares = MOMENTS
     run.engine.replace_parameter(
         A,
@@ -77,15 +79,16 @@ def turn_trained(run: Run, step: int) -> None:
             WEIGHT: rows_times(a[WEIGHT], turn, turn.dtype),
             mean: rows_times(a[mean], back, turn.dtype),
             squares: rows_times(a[squares], back.square(), turn.dtype),
+            **{key: rows_times(a[key], turn, turn.dtype) for key in a.keys() & {AVERAGE}},
         },
     )
-    across = turn.double().T
     run.engine.replace_parameter(
         B,
         {
             WEIGHT: basis,
             mean: rows_times(across, b[mean], turn.dtype),
             squares: rows_times(across.square(), b[squares], turn.dtype),
+            **{key: rows_times(back.T, b[key], turn.dtype) for key in b.keys() & {AVERAGE}},
         },
     )
 

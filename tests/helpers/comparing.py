@@ -8,7 +8,7 @@ MARGIN = {"false_negative_margin": 0.05}
 LAST = 12
 # Turned in the last step, which every engine has to do alike. After a turn, AdamW goes other ways
 # by more than last digits: which components of nearly equal weight come first hangs on these.
-RANK_AXIS = {"embedding_lr_scale": 4.0, "mel_refactor": LAST}
+RANK_AXIS = {"embedding_lr_scale": 4.0, "mel_refactor": LAST, "ema_decay": 0.8}
 WEIGHTS = {"self_distillation": 0.5, "mll_weights": "linear", "mrl_weights": "uniform"}
 CASES = {
     "everything": {"valid_fraction": 0.3} | GRID | MARGIN | RANK_AXIS | WEIGHTS,

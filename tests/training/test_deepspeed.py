@@ -27,7 +27,12 @@ def run_dirs(inputs):
     """(case, "one" or "zero2") -> the run's folder."""
     # Weights of the dims as published: AdamW's first steps, clipped from a loss three times as
     # large, let the last digits grow beyond what is compared here.
-    own = {"max_grad_norm": 0.5, "embedding_lr_scale": 1.0, "mrl_weights": "paper"}
+    own = {
+        "max_grad_norm": 0.5,
+        "embedding_lr_scale": 1.0,
+        "mrl_weights": "paper",
+        "ema_decay": 0.0,
+    }
     for case in ("everything", "in_chunks"):
         settings = CASES[case] | own
         run(inputs, inputs.config(f"{case}-one", train_batch_size=GLOBAL_BATCH, **settings))
@@ -115,6 +120,13 @@ def test_other_settings_are_refused(changed, message):
     plugin = DeepSpeedPlugin(**changed)
     with pytest.raises(UserError, match=message):
         zero2.check_settings(SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)))
+
+
+def test_an_average_of_weights_is_refused(inputs):
+    config = inputs.config("averaged", train_batch_size=2, ema_decay=0.9)
+    printed = run(inputs, config, processes=2, expected=2, main=run_zero2, environment=CPU)
+    assert "ema_decay: DeepSpeed keeps" in printed
+    assert "Traceback" not in printed
 
 
 def test_a_learning_rate_of_its_own_for_the_table_is_refused(inputs):
