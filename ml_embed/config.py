@@ -280,6 +280,10 @@ class TrainConfig:
 
     log_interval: int = _key(20, low=1)
     """optimizer steps per log line"""
+    log_exit_gradients: int = _key(0, low=0)
+    """optimizer steps between looks at exits, for the next log line: the gradient that each asks of
+    shared weights and its cosine with the deepest exit's, mean cosine and effective rank of the
+    queries' vectors by exit and length; 0 = off"""
     validation_steps: int = _key(100, low=0)
     """optimizer steps between validations; 0 = only at the end of the run"""
     valid_ranks: tuple[int, ...] | None = _key(None, low=1)

@@ -28,6 +28,7 @@ def forward_backward(
     rank: int | None,
     objective: LossOfVectors,
     max_tokens: int,
+    watch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> LossTerms:
     """Add the objective's gradients to the model's parameters. A collective.
 
@@ -36,6 +37,7 @@ def forward_backward(
         rank: MEL's rank of this step, the same in all chunks.
         objective: the loss of the vectors.
         max_tokens: budget of a chunk; 0 = the whole batch at once.
+        watch: is shown the vectors and the gradients at them, both (E, N, H).
     Returns:
         the loss terms of this process.
     """
@@ -45,8 +47,13 @@ def forward_backward(
     rounds = _most_chunks(own, max_tokens)
     if rounds == 1:
         vectors = engine.model(texts.input_ids, texts.packed, rank)
+        if watch is not None:
+            vectors.retain_grad()
         terms = objective(vectors)
         engine.backward(_with_path_to(vectors, terms.total))
+        if watch is not None:
+            assert vectors.grad is not None
+            watch(vectors.detach(), vectors.grad)
         return terms
     chunks = own + _padding_chunks(engine, texts, rounds - len(own))
     vectors = _encode(engine, chunks, rank)[:, : len(texts.packed.lengths)].requires_grad_()
@@ -57,6 +64,8 @@ def forward_backward(
     gradients = list(vectors.grad.split([len(chunk.packed.lengths) for chunk in own], dim=1))
     gradients += [torch.zeros_like(gradients[0][:, :1])] * (len(chunks) - len(own))
     _backward_in_chunks(engine, chunks, rank, gradients)
+    if watch is not None:
+        watch(vectors.detach(), vectors.grad)
     return terms
 
 

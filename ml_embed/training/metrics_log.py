@@ -46,6 +46,8 @@ class Window:
     similarity: dict[str, float] = field(default_factory=dict)
     tasks: dict[str, Task] = field(default_factory=dict)
     languages: Sums = field(default_factory=dict)
+    exits: dict[str, float] = field(default_factory=dict)
+    """of the last step that was looked at (`exit_statistics`); no sums"""
 
     def add(self, dataset: str, task: Task, step: "StepValues", seconds: float) -> None:
         self.steps += 1
@@ -100,7 +102,7 @@ class Window:
                 of_task = [mean for name, mean in means.items() if self.tasks.get(name) == task]
                 if of_task:
                     values[f"Avg/{task}/{metric}"] = sum(of_task) / len(of_task)
-        return values | means_of(self.languages, "training_loss_")
+        return values | means_of(self.languages, "training_loss_") | self.exits
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

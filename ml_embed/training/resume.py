@@ -23,7 +23,14 @@ _FREE_KEYS = frozenset(
     {"model_path", "experiment_id", "output_dir", "tb_dir", "cache_dir", "train_data_path"}
     | {"attention", "gradient_checkpointing", "max_tokens_per_forward", "compile_layers"}
     | {"deterministic"}
-    | {"log_interval", "validation_steps", "checkpointing_steps", "save_total_limit", "report_to"}
+    | {
+        "log_interval",
+        "log_exit_gradients",
+        "validation_steps",
+        "checkpointing_steps",
+        "save_total_limit",
+        "report_to",
+    }
     | {"valid_ranks", "valid_layers", "valid_dims", "valid_data_path", "keep_best", "patience"}
     | {"train_batch_size", "global_batch_size", "num_processes"}  # their product is compared
     | {"teacher_model_path", "datasets"}  # what they lead to is compared instead

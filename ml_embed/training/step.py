@@ -14,6 +14,7 @@ from ml_embed.distributed.collectives import all_reduce_sum
 from ml_embed.errors import UserError
 from ml_embed.losses.objective import LossTerms
 from ml_embed.training.by_language import language_values, own_sums
+from ml_embed.training.exit_statistics import exit_statistics
 from ml_embed.training.gradcache import forward_backward, split_texts
 from ml_embed.training.metrics_log import StepValues
 from ml_embed.training.run import Run
@@ -33,7 +34,10 @@ def training_step(run: Run, batch: ContrastiveBatch, step: int, stop_requested: 
     teacher = batch.teacher if run.teacher is None else _vectors_of(run.teacher, run, batch)
     objective = functools.partial(run.objective, batch=batch, teacher=teacher)
     engine.optimizer.zero_grad()
-    terms = forward_backward(engine, batch.texts, rank, objective, config.max_tokens_per_forward)
+    every = config.log_exit_gradients
+    watch = functools.partial(_watch_exits, run, batch) if every and step % every == 0 else None
+    budget = config.max_tokens_per_forward
+    terms = forward_backward(engine, batch.texts, rank, objective, budget, watch)
     grad_norm = engine.clip_gradients()
     # One small sum over processes and one wait for the device in each step: so that every process
     # sees the same numbers, and all stop together, before the update, when one is not finite or one
@@ -48,6 +52,12 @@ def training_step(run: Run, batch: ContrastiveBatch, step: int, stop_requested: 
         )
     engine.step(run.learning_rate(step))
     return values
+
+
+def _watch_exits(run: Run, batch: ContrastiveBatch, vectors: Tensor, gradients: Tensor) -> None:
+    """Keep `exit_statistics` of a step for the next log line. A collective."""
+    sizes = run.resolved.exits, run.resolved.dims
+    run.window.exits = exit_statistics(vectors, gradients, batch, *sizes)
 
 
 @torch.no_grad()
