@@ -88,6 +88,19 @@ class DatasetConfig:
     passage_prompt_share: float = _key(1.0, low=0, high=1)
     """share of passages and negatives that get passage_prompt; 1 = all; F2LLM-v2 uses 0.3 for
     symmetric tasks"""
+    source: str | None = None
+    """where the data comes from, a name on the hub or an address, for manifest, model record and
+    card; null = what the data says"""
+    revision: str | None = None
+    """which version of the source; null = what the data says"""
+    license: str | None = None
+    """of the data, as the hub writes it; null = what the data says"""
+
+    def provenance(self, data: Mapping[str, str] | None) -> dict[str, str]:
+        """Source, revision and license as far as they are known: said here, or else by the data."""
+        names = ("source", "revision", "license")
+        said = {name: getattr(self, name) or (data or {}).get(name) for name in names}
+        return {name: text for name, text in said.items() if text}
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ class DatasetEntry:
     """`Prompts.to_json`; None if no text got one"""
     source: Mapping[str, Any] | None = None
     """file, bytes and sha256 of the raw data"""
+    provenance: Mapping[str, str] | None = None
+    """`source`, `revision` and `license`, those that are known; None if none is"""
     bytes: Mapping[str, int] | None = None
     """size of the `query` and the `corpus` file"""
     digests: Mapping[str, str] | None = None

@@ -123,8 +123,11 @@ class Average:
         origin = Origin(
             base_model=_common([origin.base_model for origin in origins]),
             license=_common([origin.license for origin in origins]),
+            license_name=_common([origin.license_name for origin in origins]),
+            license_link=_common([origin.license_link for origin in origins]),
             languages=tuple(dict.fromkeys(name for o in origins for name in o.languages)),
-            datasets=tuple(dict.fromkeys(name for o in origins for name in o.datasets)),
+            trained_on=tuple(dict.fromkeys(item for o in origins for item in o.trained_on)),
+            all_data_known=all(origin.all_data_known for origin in origins),
         )
         averaged = tuple(
             AveragedModel(name, share, value_digest(model_identity(folder.path)))

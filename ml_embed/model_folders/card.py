@@ -9,9 +9,10 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import Qwen3Config
 
 from ml_embed.errors import UserError
-from ml_embed.files.model_source import hub_name
+from ml_embed.files.model_source import hub_name, is_released
 from ml_embed.model_folders.cut import whole_cut
-from ml_embed.model_folders.record import ModelRecord, Origin
+from ml_embed.model_folders.foreign import MODULES_FILE
+from ml_embed.model_folders.record import RECORD_FILE, ModelRecord, Origin, TrainedOn
 from ml_embed.model_folders.sizes import parameters_of
 
 CARD_FILE = "README.md"
@@ -21,6 +22,7 @@ OWN_LIBRARIES = (LIBRARY, "ml-embed")
 TASK = "sentence-similarity"
 _LANGUAGE_CODE = re.compile(r"[A-Za-z]{2,3}(?![A-Za-z])")
 """The hub knows languages (ISO 639), not their countries or scripts: pt of pt_BR."""
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 TAGS = [TASK, "feature-extraction", "ml-embed", "matryoshka"]
 
 BODY = """# {title}
@@ -35,8 +37,9 @@ vectors of {length} components: {vectors}.
 | vector length | {dims} |
 {exits}| rank of the token table | {ranks} |
 
-{read}{datasets}
+{read}
 
+{data}
 ## Use
 
 {use}
@@ -116,10 +119,12 @@ def write_card(folder: Path, record: ModelRecord, form: Form) -> None:
     origin = record.origin
     data = ModelCardData(
         base_model=origin.base_model,
-        datasets=[name for name in origin.datasets if "/" in name] or None,
+        datasets=_on_the_hub(origin) or None,
         language=list(origin.languages) or None,
         library_name=form.library,
         license=origin.license,
+        license_name=origin.license_name,
+        license_link=origin.license_link,
         pipeline_tag=TASK,
         tags=list(dict.fromkeys([form.library, *TAGS])),
     )
@@ -129,7 +134,6 @@ def write_card(folder: Path, record: ModelRecord, form: Form) -> None:
 
 def _body(record: ModelRecord, form: Form) -> str:
     origin, ranks = record.origin, record.ranks
-    names = ", ".join(origin.datasets)
     return BODY.format(
         use=form.use,
         truncate=TRUNCATE if form.library == LIBRARY else "",
@@ -145,9 +149,30 @@ def _body(record: ModelRecord, form: Form) -> str:
         read=f"Texts are read up to {record.max_seq_length} tokens."
         if form.has_layers
         else "Texts are read whole.",
-        datasets=f" Trained on: {names}." if names else "",
+        data=_training_data(origin),
         prompts=_prompts(record, form.library),
     )
+
+
+def _on_the_hub(origin: Origin) -> list[str]:
+    """The datasets that the hub has, by their names there."""
+    names = [item.source or item.dataset for item in origin.trained_on]
+    return list(dict.fromkeys(name for name in names if _HUB_NAME.fullmatch(name)))
+
+
+def _training_data(origin: Origin) -> str:
+    """A section of the datasets trained on; nothing where none is known."""
+    if not origin.trained_on:
+        return ""
+    columns = ("dataset", "source", "revision", "license", "rows")
+    lines = [f"| {' | '.join(columns)} |", "|---|---|---|---|---:|"]
+    for item in origin.trained_on:
+        cells = [getattr(item, name) for name in columns]
+        cells = [f"{cell:,}" if isinstance(cell, int) else cell or "not known" for cell in cells]
+        lines.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")
+    if not origin.all_data_known:
+        lines += ["", "What was trained on before these datasets is not known."]
+    return "\n".join(["## Training data", "", *lines, "", ""])
 
 
 def _listed(sizes: tuple[int, ...]) -> str:
@@ -166,7 +191,7 @@ def _prompts(record: ModelRecord, library: str) -> str:
 
 
 def origin_of(
-    folder: Path, record: ModelRecord, datasets: Iterable[str], languages: Iterable[str]
+    folder: Path, record: ModelRecord, datasets: Iterable[TrainedOn], languages: Iterable[str]
 ) -> Origin:
     """What is known of what is trained.
 
@@ -178,12 +203,12 @@ def origin_of(
     """
     known = record.origin
     if known == Origin():
-        known = _origin_of_folder(folder)
+        known = Origin.of_backbone(folder) or _origin_of_folder(folder)
     codes = (_LANGUAGE_CODE.match(language) for language in languages)
     spoken = sorted({code[0].lower() for code in codes if code})
     return replace(
         known,
-        datasets=tuple(dict.fromkeys((*known.datasets, *datasets))),
+        trained_on=tuple(dict.fromkeys((*known.trained_on, *datasets))),
         languages=tuple(dict.fromkeys((*known.languages, *spoken))),
     )
 
@@ -197,8 +222,16 @@ def _origin_of_folder(folder: Path) -> Origin:
             f"{folder / CARD_FILE} is no model card ({error}); correct or remove it"
         ) from None
     languages = getattr(data, "language", None) or ()
+    license, name = getattr(data, "license", None), getattr(data, "license_name", None)
+    if isinstance(license, list):  # the hub takes one
+        license, name = "other", ", ".join(license)
+    # A folder that says no vectors is a language model.
+    embeds = any((folder / file).is_file() for file in (RECORD_FILE, MODULES_FILE))
     return Origin(
         base_model=hub_name(folder),
-        license=getattr(data, "license", None),
+        license=license,
+        license_name=name,
+        license_link=getattr(data, "license_link", None),
         languages=(languages,) if isinstance(languages, str) else tuple(languages),
+        all_data_known=not (embeds or is_released(folder)),
     )

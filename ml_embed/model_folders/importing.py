@@ -77,6 +77,7 @@ def import_model(
     folder = ModelFolder.open(path)
     share = None if frequencies is None else token_share(folder, Path(frequencies))
     record = _released_record(folder) if factorize is None else folder.record
+    record = dataclasses.replace(record, origin=origin_of(path, record, (), ()))
     dtype = stored_dtype(folder.config)
     encoder = load_encoder(folder, exits=record.exits, dtype=dtype)
     state = encoder.state_dict()
@@ -128,7 +129,6 @@ def _released_record(folder: ModelFolder) -> ModelRecord:
         exits=default_exits(folder.config.num_hidden_layers),
         dims=default_dims(folder.record.dims[0]),
         temperature=TEMPERATURE,
-        origin=origin_of(folder.path, folder.record, (), ()),
     )
 
 

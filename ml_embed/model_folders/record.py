@@ -21,6 +21,8 @@ NESTED = "nested"
 """The folder of what only this project reads; servers load every safetensors file above it."""
 FACTORS_FILE = f"{NESTED}/embedding_factors.safetensors"
 EXIT_NORMS_FILE = f"{NESTED}/exit_norms.safetensors"
+ORIGIN_FILE = f"{NESTED}/origin.json"
+"""Of a backbone that was made from a model; a model folder's origin stands in its record."""
 
 TABLE = "embed_tokens.weight"
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -28,17 +30,66 @@ WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
+class TrainedOn:
+    """A dataset that a model was trained on."""
+
+    dataset: str
+    """its name where it was trained on"""
+    source: str | None = None
+    """where it comes from: a name on the hub, or an address"""
+    revision: str | None = None
+    license: str | None = None
+    """as the hub writes it"""
+    rows: int | None = None
+    """that training drew from"""
+
+
+@dataclass(frozen=True)
 class Origin:
-    """What a model was made from, as far as it is known, for the model card."""
+    """What a model was made from, as far as it is known, also for the model card."""
 
     base_model: str | None = None
     """name on the hub of the model that training started from"""
     license: str | None = None
-    """of the base model, as the hub writes it"""
+    """of the base model, as the hub writes it; "other" has a name and an address of its own"""
+    license_name: str | None = None
+    license_link: str | None = None
     languages: tuple[str, ...] = ()
     """codes, as the hub writes them"""
-    datasets: tuple[str, ...] = ()
-    """names of the datasets trained on"""
+    trained_on: tuple[TrainedOn, ...] = ()
+    """datasets, those of the models that training started from first"""
+    all_data_known: bool = False
+    """whether `trained_on` is all: no model that training started from had other datasets"""
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """Names of the datasets trained on."""
+        return tuple(dict.fromkeys(item.dataset for item in self.trained_on))
+
+    @property
+    def training_data(self) -> tuple[TrainedOn, ...] | None:
+        """All datasets that the model was trained on; None if there may be others."""
+        return self.trained_on if self.all_data_known else None
+
+    @classmethod
+    def of_backbone(cls, folder: Path) -> "Origin | None":
+        """What `save` wrote into a backbone; None without. Raises UserError if it is damaged."""
+        path = folder / ORIGIN_FILE
+        if not path.is_file():
+            return None
+        try:
+            origin = _origin(read_json(path, DAMAGED))
+            problem = _problem_of_origin(origin)
+        except (TypeError, AttributeError) as error:
+            problem = str(error)
+        if problem:
+            raise UserError(f"{path} is damaged ({problem}); {DAMAGED}")
+        return origin
+
+    def save(self, folder: Path) -> None:
+        """Write it into a backbone."""
+        (folder / NESTED).mkdir(exist_ok=True)
+        write_json(folder / ORIGIN_FILE, dataclasses.asdict(self))
 
 
 @dataclass(frozen=True)
@@ -160,7 +211,7 @@ def _read(path: Path) -> ModelRecord:
         )
     try:
         values = _known(ModelRecord, values) | {
-            "origin": Origin(**_known(Origin, values.get("origin", {}))),
+            "origin": _origin(values.get("origin", {})),
             "averaged": _averaged(values.get("averaged", [])),
         }
         record = ModelRecord(**values | {"format_version": FORMAT_VERSION})
@@ -187,20 +238,34 @@ def _problem(record: ModelRecord) -> str | None:
         return f"ema_decay must be a number from 0 to below 1, not {record.ema_decay!r}"
     if record.norm_sharing not in get_args(NormSharing) or record.pooling != "last_token":
         return f"it says norm_sharing {record.norm_sharing!r} and pooling {record.pooling!r}"
-    origin = record.origin
-    texts = [
-        *record.prompts.values(),
-        *record.digests.values(),
-        *origin.languages,
-        *origin.datasets,
-    ]
-    texts += [text for text in (origin.base_model, origin.license) if text is not None]
-    if not all(isinstance(text, str) for text in texts):
-        return "prompts, digests, and what origin says must be texts"
+    if not all(isinstance(t, str) for t in (*record.prompts.values(), *record.digests.values())):
+        return "prompts and digests must be texts"
     default = record.default_prompt_name
     if default is not None and default not in record.prompts:
         return f"default_prompt_name {default!r} is none of its prompts"
+    return _problem_of_origin(record.origin)
+
+
+def _problem_of_origin(origin: Origin) -> str | None:
+    said = [vars(item) for item in origin.trained_on]
+    texts = [*origin.languages]
+    texts += [v for item in said for key, v in item.items() if key != "rows" and v is not None]
+    own = (origin.base_model, origin.license, origin.license_name, origin.license_link)
+    texts += [text for text in own if text is not None]
+    if not all(isinstance(text, str) for text in texts):
+        return "what origin says must be texts"
+    if not all(item["rows"] is None or type(item["rows"]) is int for item in said):
+        return "rows that were trained on must be whole numbers"
+    if type(origin.all_data_known) is not bool:
+        return f"all_data_known must be true or false, not {origin.all_data_known!r}"
     return None
+
+
+def _origin(values: dict[str, Any]) -> Origin:
+    """What a record says; earlier ones have no more than the names of the datasets."""
+    names = [{"dataset": name} for name in values.get("datasets", [])]
+    listed = [TrainedOn(**_known(TrainedOn, item)) for item in values.get("trained_on", names)]
+    return Origin(**_known(Origin, values) | {"trained_on": tuple(listed)})
 
 
 def _averaged(parts: list[dict[str, Any]]) -> tuple[AveragedModel, ...]:

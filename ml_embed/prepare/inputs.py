@@ -9,6 +9,7 @@ from pathlib import Path
 from ml_embed.errors import UserError, one_line
 from ml_embed.files.json_file import parse_json
 from ml_embed.files.paths import is_hub_name
+from ml_embed.notices import notice
 from ml_embed.prepare.beir import is_beir
 from ml_embed.prepare.parallel import (
     CATALOGUES,
@@ -209,9 +210,14 @@ def open_source(source: Source, reading: Reading) -> Table:
 def _open_hub(source: Source) -> Table:
     import datasets
 
+    provenance = _hub_provenance(source.path)
     try:
         stream = datasets.load_dataset(
-            source.path, source.subset, split=source.split, streaming=True
+            source.path,
+            source.subset,
+            split=source.split,
+            streaming=True,
+            revision=provenance.get("revision"),
         )
         features = stream.features or {}
         names = list(features) or list(next(iter(stream), {}))
@@ -230,7 +236,22 @@ def _open_hub(source: Source) -> Table:
         except Exception as error:
             raise _hub_error(source, error) from error
 
-    return Table(source.path, names, read, labels)
+    return Table(source.path, names, read, labels, provenance)
+
+
+def _hub_provenance(name: str) -> dict[str, str]:
+    """Name, commit and license of a dataset on the hub; the name alone where it does not answer."""
+    from huggingface_hub import dataset_info
+
+    try:
+        info = dataset_info(name)
+    except Exception as error:  # whether the data can be read, its own loading says
+        notice(f"{name}: the hub does not tell revision and license ({one_line(error)})")
+        return {"source": name}
+    license = getattr(info.card_data, "license", None)
+    license = ", ".join(license) if isinstance(license, list) else license
+    said = {"source": name, "revision": info.sha, "license": license}
+    return {key: text for key, text in said.items() if text}
 
 
 def _hub_error(source: Source, error: Exception) -> UserError:

@@ -263,6 +263,8 @@ def _make_rows(
         made.rows = _with_bar(rows, source, progress)
         return made
     table = open_source(source, options.reading)
+    if table.provenance:
+        made.further["provenance"] = table.provenance
     columns = _roles(table, columns)
     if "label" in (columns or ()):
         assert columns is not None

@@ -16,7 +16,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -66,6 +66,8 @@ class Table:
     """gives the rows, with these columns at least"""
     labels: dict[str, list[str]]
     """column -> the names of its numbers, where the file says them (`datasets.ClassLabel`)"""
+    provenance: dict[str, str] = field(default_factory=dict)
+    """`source`, `revision` and `license`, as far as the place it comes from says them"""
 
 
 def stem_and_suffix(path: Path) -> tuple[str, str]:

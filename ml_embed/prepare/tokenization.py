@@ -214,6 +214,8 @@ class _Job:
     task: Task
     notes: Mapping[str, Any]
     """of the raw file (`notes_in_file`)"""
+    provenance: Mapping[str, str] | None = None
+    """what the config says, else the notes; None if nothing is known"""
 
 
 def tokenize_folder(options: TokenizeOptions, progress: bool = True) -> Manifest:
@@ -271,9 +273,20 @@ def _begin(jobs: Mapping[str, _Job], record: WorkRecord, folder: Path) -> list[_
     todo = _unfinished(jobs, record, folder)
     if len(todo) < len(jobs):
         notice(f"{len(jobs) - len(todo)} of {len(jobs)} datasets are complete already")
+        _renew_provenance(jobs, record)
     for job in todo:
         record.begin(job.raw.name)
     return sorted(todo, key=lambda job: -job.raw.path.stat().st_size)
+
+
+def _renew_provenance(jobs: Mapping[str, _Job], record: WorkRecord) -> None:
+    """Write down what is said now of datasets that are complete: no token depends on it."""
+    for name, entry in list(record.entries.items()):
+        if entry.get("provenance") != jobs[name].provenance:
+            entry = {key: value for key, value in entry.items() if key != "provenance"}
+            known = jobs[name].provenance
+            record.record(name, entry | ({"provenance": dict(known)} if known else {}))
+            notice(f"{name}: source, revision and license are written anew")
 
 
 def _finish(jobs: Mapping[str, _Job], record: WorkRecord, options: TokenizeOptions) -> Manifest:
@@ -307,7 +320,8 @@ def _make_jobs(options: TokenizeOptions) -> dict[str, _Job]:
         if settings.prompt is None and "prompt" in notes:
             settings = replace(settings, prompt=notes["prompt"])
         task = settings.task or task_of_raw(dataset)
-        jobs[dataset.name] = _Job(dataset, Prompts.of_settings(settings), task, notes)
+        provenance = settings.provenance(notes.get("provenance")) or None
+        jobs[dataset.name] = _Job(dataset, Prompts.of_settings(settings), task, notes, provenance)
     return jobs
 
 
@@ -421,6 +435,7 @@ def _tokenize_job(
         task=job.task,
         prompts=job.prompts.to_json(),
         source=source.result(),
+        provenance=job.provenance,
         bytes={kind: path.stat().st_size for kind, path in paths.items()},
         digests={kind: file_digest(path) for kind, path in paths.items()},
         columns=list(checked.optional) or None,

@@ -26,6 +26,7 @@ from ml_embed.files.paths import check_model_output, home_path
 from ml_embed.inference.encoding import choose_device, default_dtype, longest_first, pooled_vectors
 from ml_embed.kernels.attention import choose_kernel
 from ml_embed.model import MatryoshkaEncoder
+from ml_embed.model_folders.card import origin_of
 from ml_embed.model_folders.export import stored_dtype
 from ml_embed.model_folders.read import ModelFolder, load_backbone
 from ml_embed.model_folders.write import save_backbone
@@ -140,6 +141,7 @@ def prune_backbone(
     )
     with atomic_folder(output) as new:
         save_backbone(new, pruned, tokenizer)
+        origin_of(folder, opened.record, (), ()).save(new)
     after = sum(parameter.numel() for parameter in pruned.parameters())
     return {
         **vars(sizes),

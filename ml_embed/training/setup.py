@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from ml_embed.config import TrainConfig
+from ml_embed.config import TrainConfig, match_settings
 from ml_embed.data.batch_builder import BatchBuilder
 from ml_embed.data.loader import Loader
 from ml_embed.distributed.collectives import compute_on_main_process
@@ -17,7 +17,7 @@ from ml_embed.errors import UserError
 from ml_embed.files.atomic import remove_leftovers, write_json
 from ml_embed.losses.objective import Objective
 from ml_embed.model_folders.card import origin_of
-from ml_embed.model_folders.record import ModelRecord
+from ml_embed.model_folders.record import ModelRecord, TrainedOn
 from ml_embed.notices import notice
 from ml_embed.prepare.prompts import prompts_to_record
 from ml_embed.prepare.tokenizer import end_token
@@ -200,6 +200,17 @@ def make_loader(config: TrainConfig, accelerator: Accelerator, inputs: Inputs) -
     return Loader(schedule, store, builder, inputs.teacher_vectors, validation)
 
 
+def _trained_on(config: TrainConfig, inputs: Inputs) -> list[TrainedOn]:
+    """The datasets, with what the config says of where they come from, or else the data."""
+    manifest = inputs.store.manifest
+    listed = []
+    for plan in inputs.resolved.datasets:
+        data = manifest.datasets[plan.name].provenance if manifest else None
+        known = match_settings(plan.name, config.datasets).provenance(data)
+        listed.append(TrainedOn(plan.name, rows=plan.train_rows, **known))
+    return listed
+
+
 def _model_record(config: TrainConfig, inputs: Inputs) -> ModelRecord:
     former, manifest = inputs.start.record, inputs.store.manifest
     entries = manifest.datasets.values() if manifest else ()
@@ -214,7 +225,7 @@ def _model_record(config: TrainConfig, inputs: Inputs) -> ModelRecord:
         ema_decay=config.ema_decay,
         prompts=prompts_to_record(config, inputs.store, former.prompts),
         default_prompt_name=former.default_prompt_name,
-        origin=origin_of(inputs.start.path, former, inputs.store.datasets, languages),
+        origin=origin_of(inputs.start.path, former, _trained_on(config, inputs), languages),
     )
 
 

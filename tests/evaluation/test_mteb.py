@@ -26,7 +26,7 @@ from ml_embed.errors import UserError
 from ml_embed.evaluation import cube
 from ml_embed.evaluation.cube import evaluate_cube
 from ml_embed.evaluation.mteb import evaluate_mteb, find_tasks, require_mteb, text_tasks
-from ml_embed.model_folders.record import ModelRecord, Origin
+from ml_embed.model_folders.record import ModelRecord, Origin, TrainedOn
 from ml_embed.prepare.prompts import prompt_of_input
 from ml_embed.reports.tables import summary_table
 from ml_embed.sample_data.corpus import load_articles
@@ -577,7 +577,8 @@ def test_only_the_languages_that_are_asked_for_are_told(folder, tmp_path):
 def test_a_leaderboard_finds_the_whole_model_and_its_training_data(folder, tmp_path):
     trained = shutil.copytree(folder, tmp_path / "trained")
     record = ModelRecord.load(trained)
-    origin = Origin(base_model="Qwen/Qwen3-0.6B", license="mit", datasets=("MIRACL", "faq"))
+    known = TrainedOn("MIRACL"), TrainedOn("faq")
+    origin = Origin(base_model="Qwen/Qwen3-0.6B", license="mit", trained_on=known)
     dataclasses.replace(record, origin=origin).save(trained)
     evaluate_mteb(trained, [SampleRetrieval()], tmp_path, device="cpu", progress=False, name="a/b")
     (place,) = (tmp_path / "results" / "a__b").iterdir()

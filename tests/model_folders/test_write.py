@@ -1,5 +1,6 @@
 """What a model folder holds, field by field, for each program that reads it."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -35,7 +36,7 @@ from ml_embed.model_folders.backbone import init_backbone
 from ml_embed.model_folders.card import Form, write_card
 from ml_embed.model_folders.export import export_model
 from ml_embed.model_folders.modules import POOLING_MODES
-from ml_embed.model_folders.record import ModelRecord, Origin
+from ml_embed.model_folders.record import ModelRecord, Origin, TrainedOn
 from ml_embed.model_folders.write import save_config, save_model_folder, save_tokenizer
 
 YARN = {"original_max_position_embeddings": 64}
@@ -176,7 +177,9 @@ def test_the_model_card(folder, tmp_path):
     form = Form("onnx", "in {x} and }", 7, 64)  # names of languages are the user's
     write_card(tmp_path, ModelRecord.load(folder), form)
     assert form.use in (tmp_path / "README.md").read_text()
-    origin = Origin("ada/base", "apache-2.0", ("de", "sw"), ("facts", "ada/questions"))
+    origin = Origin("ada/base", "apache-2.0", languages=("de", "sw"))
+    trained_on = TrainedOn("facts"), TrainedOn("ada/questions"), TrainedOn("x", "./x")
+    origin = dataclasses.replace(origin, trained_on=trained_on)
     write_plain(tmp_path / "known", origin=origin)
     export_model(tmp_path / "known", tmp_path / "cut", dim=64)
     data = ModelCard.load(tmp_path / "cut" / "README.md").data
@@ -186,7 +189,8 @@ def test_the_model_card(folder, tmp_path):
         ["de", "sw"],
     )
     assert data.datasets == ["ada/questions"]
-    assert "Trained on: facts, ada/questions." in (tmp_path / "cut/README.md").read_text()
+    card = (tmp_path / "cut/README.md").read_text()
+    assert "| facts | not known | not known | not known | not known |" in card
 
 
 def as_format_1(folder: Path, new: Path) -> Path:

@@ -5,6 +5,7 @@ import gzip
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -510,23 +511,31 @@ def test_what_datasets_saves_to_disk(bring, tmp_path, splits):
         assert "no split 'test'; choose another with --split: train" in said
 
 
-def test_a_dataset_of_the_hub(bring, monkeypatch):
+def test_a_dataset_of_the_hub(bring, tmp_path, monkeypatch):
     import datasets
+    import huggingface_hub
 
     features = datasets.Features(
         {"review": datasets.Value("string"), "stars": datasets.ClassLabel(names=["no", "yes"])}
     )
     data = datasets.Dataset.from_dict({"review": ["a", "b"], "stars": [1, 0]}, features=features)
 
-    def load(name, subset, split, streaming):
+    def load(name, subset, split, streaming, revision):
         assert (name, subset, split, streaming) == ("owner/data", "en", "test", True)
+        assert revision == "abc123", "what is read is what the manifest says"
         return data.to_iterable_dataset()
 
+    card = huggingface_hub.DatasetCardData(license=["mit", "odbl"])
+    info = SimpleNamespace(sha="abc123", card_data=card)
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(huggingface_hub, "dataset_info", {"owner/data": info}.__getitem__)
     flags = ["--subset", "en", "--split", "test", "--columns", "text=review,label=stars"]
     code, said, rows = bring("owner/data", *flags)
     assert code == 0, said
     assert pairs(rows["owner_data_en"]) == [("b", "no", ["yes"]), ("a", "yes", ["no"])]
+    manifest = json.loads((tmp_path / "tokens" / "manifest.json").read_text())
+    provenance = manifest["datasets"]["owner_data_en"]["provenance"]
+    assert provenance == {"source": "owner/data", "revision": "abc123", "license": "mit, odbl"}
     code, said, _ = bring("owner/data", *flags, "--columns", "query=no,passage=stars")
     assert code == 2
     assert "no column 'no'; its columns are 'review', 'stars'" in said
