@@ -23,6 +23,7 @@ FILES = (
     "import_prompts",
     "choose_cut",
     "average_checkpoints",
+    "check_contamination",
     "export",
     "encode",
     "search",

@@ -151,7 +151,7 @@ def read_test_sets(path: Path, max_queries: int | None = None) -> tuple[Texts, l
     texts = Texts()
     sets: list[TestSet] = []
     for dataset in datasets:
-        if _has_candidates(dataset.path):
+        if has_candidates(dataset.path):
             sets += _candidate_sets(dataset, texts)
         else:
             sets.append(_corpus_set(dataset, texts, max_queries))
@@ -210,7 +210,8 @@ def behind_prompts(
     return spoken, renewed
 
 
-def _has_candidates(path: Path) -> bool:
+def has_candidates(path: Path) -> bool:
+    """Whether each row of an evaluation file has candidates of its own."""
     if path.suffix != ".parquet":
         return False
     with open_parquet(path) as file:

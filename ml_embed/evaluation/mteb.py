@@ -373,7 +373,7 @@ class _MtebRun:
         missing = [cut for cut in self.model.cube.cuts if not self._is_done(task, cut)]
         if not missing:
             return
-        load_task_data(task)
+        load_task(task)
         for _, cuts in groupby(missing, key=lambda cut: cut.rank):
             for cut in cuts:
                 self._evaluate(task, cut, self.vectors.of_cut(cut))
@@ -485,8 +485,8 @@ def by_language(
     }
 
 
-def load_task_data(task: "AbsTask") -> None:
-    """Load what a task searches. Raises UserError where that fails."""
+def load_task(task: "AbsTask") -> None:
+    """Load a task's data. Raises UserError where it cannot be."""
     try:
         task.load_data()
     except UserError:  # of a task of one's own

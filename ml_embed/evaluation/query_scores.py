@@ -17,7 +17,7 @@ from ml_embed.distributed.shares import Rows
 from ml_embed.errors import UserError
 from ml_embed.evaluation.cube import BLOCK
 from ml_embed.evaluation.lexical import Bm25Index, pieces_of
-from ml_embed.evaluation.mteb import CutEncoder, SharedVectors, TaskPrompts, load_task_data
+from ml_embed.evaluation.mteb import CutEncoder, SharedVectors, TaskPrompts, load_task
 from ml_embed.evaluation.suites import Part
 from ml_embed.files.atomic import write_json
 from ml_embed.files.digests import seal_is_broken, sealed, texts_digest, value_digest
@@ -285,7 +285,7 @@ class ScoreStore:
         self._write(self._path(part, system.name), content | values)
 
     def _load_data(self, part: Part) -> None:
-        load_task_data(part.task)
+        load_task(part.task)
         part.task.convert_v1_dataset_format_to_v2(None)
         data = part.task.dataset[part.subset][part.split]
         read, documents = {kind: data[kind] for kind in ("queries", "corpus")}, data["corpus"]

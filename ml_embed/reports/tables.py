@@ -14,6 +14,25 @@ MEANING = {
 }
 
 
+def contamination_table(report: Mapping[str, Any]) -> str:
+    """What `contamination_report` found: rows of the data, and how much of the benchmark."""
+    whole = {_place(row): row for row in report["benchmark"]}
+    lines = [
+        "| data | task | language | role | exact | near | of the benchmark |",
+        "|---|---|---|---|---:|---:|---:|",
+    ]
+    for row in report["matches"]:
+        part = whole[_place(row)]
+        cells = [row[name] for name in ("dataset", "task", "language", "role")]
+        numbers = (f"{row['exact']:,}", f"{row['near']:,}", f"{part['found']:,}/{part['texts']:,}")
+        lines.append(f"| {' | '.join([*cells, *numbers])} |")
+    return "\n".join(lines)
+
+
+def _place(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    return row["task"], row["language"], row["role"]
+
+
 def sizes(result: Result, axis: str) -> list[int]:
     """The values of "rank", "depth" or "dim" in a result, ascending."""
     return sorted({row[axis] for row in result["rows"]})

@@ -24,10 +24,16 @@ from ml_embed.config import DatasetConfig, load_datasets
 from ml_embed.distributed.shares import Rows
 from ml_embed.errors import UserError
 from ml_embed.evaluation import cube
+from ml_embed.evaluation.benchmark_texts import texts_of_tasks
+from ml_embed.evaluation.contamination import WHOLE_TEXT, BenchmarkIndex, search_dataset
 from ml_embed.evaluation.cube import evaluate_cube
 from ml_embed.evaluation.mteb import evaluate_mteb, find_tasks, require_mteb, text_tasks
 from ml_embed.model_folders.record import ModelRecord, Origin, TrainedOn
 from ml_embed.prepare.prompts import prompt_of_input
+from ml_embed.prepare.raw import RawDataset
+from ml_embed.prepare.raw_parquet import write_raw
+from ml_embed.prepare.rows import RawRow
+from ml_embed.prepare.tokenizer import TextTokenizer
 from ml_embed.reports.tables import summary_table
 from ml_embed.sample_data.corpus import load_articles
 
@@ -612,6 +618,29 @@ def test_pictures_are_refused(folder, tmp_path):
     with pytest.raises(UserError, match=r"not of text alone.*Flickr30kT2IRetrieval"):
         evaluate_mteb(folder, find_tasks(["Flickr30kT2IRetrieval"]), tmp_path / "out", device="cpu")
     assert not (tmp_path / "out").exists()
+
+
+def test_texts_of_tasks_are_found_in_training_data(tmp_path):
+    tokenizer = TextTokenizer(make_tokenizer(), WHOLE_TEXT)
+    english, french = pairs()[4]
+    write_raw(tmp_path / "leak.parquet", [RawRow("mine", "too", []), RawRow(english, french, [])])
+    tasks = [SampleRetrieval(), SampleSTS(), SampleLanguages()]
+    index = BenchmarkIndex(texts_of_tasks(tasks), tokenizer)
+    found = search_dataset(RawDataset("leak", tmp_path / "leak.parquet"), index)
+    assert found.matching == [1]
+    exact = {
+        (match.place.task, match.place.language, match.role): len(numbers)
+        for match, numbers in found.texts.items()
+        if found.counts[match, "exact"]
+    }
+    assert exact["SampleRetrieval", "eng-Latn+fra-Latn", "query"] >= 1
+    assert exact["SampleRetrieval", "eng-Latn+fra-Latn", "pair"] >= 1
+    assert exact["SampleSTS", "eng-Latn+fra-Latn", "query"] >= 1
+    assert exact["SampleLanguages", "fra-Latn", "pair"] >= 1, "queries 3 to 10"
+    assert ("SampleLanguages", "zho-Hans", "query") not in exact, "queries 9 to 16"
+    sizes = {(m.place.task, m.place.language, m.role): n for m, n in index.sizes.items()}
+    assert sizes["SampleRetrieval", "eng-Latn+fra-Latn", "pair"] == len(pairs())
+    assert sizes["SampleLanguages", "zho-Hans", "pair"] == 8
 
 
 def test_without_mteb_there_is_a_line_to_install_it(monkeypatch):

@@ -281,7 +281,7 @@ def test_verify_takes_a_twentieth_of_this_very_file(result, small, place, tmp_pa
 
 
 def test_a_dry_run_loads_nothing(place, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(query_scores, "load_task_data", None)
+    monkeypatch.setattr(query_scores, "load_task", None)
     given = ["--model", place / "model", "--suite", "miracl-hn", "--languages", "yor"]
     assert run(*given, *CUTS, "--output", tmp_path / "out", "--dry-run") == 0
     printed = capsys.readouterr().out
