@@ -283,7 +283,8 @@ def contamination_report(found: Sequence[Found], index: BenchmarkIndex) -> dict[
 
     Returns:
         n_gram; common_n_grams, which are not looked for; datasets: name -> rows, matching;
-            benchmark: for each task, language and role the number of different `texts` (or pairs) and how many of them are `found` in the data;
+            benchmark: for each task, language and role the number of different `texts` (or pairs)
+            and how many of them are `found` in the data;
             matches: for each dataset, task, language and role the rows that match, exact and near;
             examples: of these, with the number of the row and the beginnings of both texts.
     """
