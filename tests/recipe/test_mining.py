@@ -19,8 +19,9 @@ from ml_embed.errors import UserError
 from ml_embed.inference.text_models import load_text_model
 from ml_embed.prepare.inputs import Source
 from ml_embed.prepare.own_data import import_source, open_origins
-from ml_embed.prepare.raw import RawDataset, task_in_file
-from ml_embed.prepare.raw_parquet import TASK_METADATA
+from ml_embed.prepare.raw import RawDataset, notes_in_file, task_in_file
+from ml_embed.prepare.raw_parquet import TASK_METADATA, write_raw
+from ml_embed.prepare.rows import RawRow
 from ml_embed.recipe import ann, mining, rewriting
 from ml_embed.recipe.ann import Approximation
 from ml_embed.recipe.mining import Filter, MiningOptions, filter_neighbours
@@ -671,3 +672,14 @@ def test_without_faiss_the_message_says_how_to_install_it(raw, tmp_path, capsys,
     assert main(flags) == 2
     assert "pip install 'ml-embed[ann]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_prompt_and_provenance_of_the_data_stay(tmp_path):
+    notes = {"prompt": "ask: ", "provenance": {"source": "ada/words"}, "left_out": {"faulty": 2}}
+    rows = [RawRow(f"word {n}", f"word {n} {n + 1}", []) for n in range(8)]
+    (tmp_path / "raw").mkdir()
+    write_raw(tmp_path / "raw" / "words.parquet", rows, notes=lambda: notes)
+    rule = Filter(top=3, skip=0, max_score=2)
+    mine_folder(WordModel(), tmp_path / "raw", tmp_path / "mined", rule, progress=False)
+    mined = notes_in_file(RawDataset("words", tmp_path / "mined" / "words.parquet"))
+    assert mined == {name: notes[name] for name in ("prompt", "provenance")}
