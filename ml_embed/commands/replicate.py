@@ -67,10 +67,19 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="bm25, or other models: folders, or names on the hub",
     )
     parser.add_argument(
-        "--query-prompt", metavar="TEXT", help="in front of queries (default the folder's own)"
+        "--query-prompt", metavar="TEXT", help="in front of queries of all tasks instead of these"
     )
     parser.add_argument(
-        "--passage-prompt", metavar="TEXT", help="in front of documents (default the folder's own)"
+        "--passage-prompt",
+        metavar="TEXT",
+        help="in front of documents of all tasks instead of these",
+    )
+    parser.add_argument(
+        "--config",
+        type=home_path,
+        metavar="FILE",
+        help="its `datasets` say prompt and passage_prompt by the name of a task or a pattern; "
+        "they go before the folder's",
     )
     parser.add_argument("--output", type=home_path, metavar="DIR", help="folder for the results")
     parser.add_argument(
@@ -81,7 +90,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         type=home_path,
         metavar="FILE",
         help="a replication.json: compute a random twentieth of its rows again, at least three; "
-        "--model and --data say where these lie here",
+        "--model, --data and --config say where these lie here",
     )
     parser.add_argument(
         "--seed", type=int, help="of the choice of rows of --verify (default another each time)"
@@ -147,7 +156,8 @@ def replicate(args: argparse.Namespace) -> int:
     result = None
     if args.verify is not None:
         result = compute_on_all_processes(lambda: read_replication(args.verify))
-        asked = asked_in(result, args.model, None if args.data is None else str(args.data))
+        places = {name: getattr(args, name) for name in ("model", "data", "config")}
+        asked = asked_in(result, {name: at and str(at) for name, at in places.items()})
     else:
         asked = rehearsal(args) if args.mock else asked_for(args)
     replication = compute_on_all_processes(
@@ -168,7 +178,8 @@ def asked_for(args: argparse.Namespace) -> "Asked":
         model=args.model,
         suite=args.suite,
         languages=None if args.languages is None else tuple(args.languages),
-        data=None if args.data is None else str(args.data),
+        data=args.data and str(args.data),
+        config=args.config and str(args.config),
         rank=tuple(args.rank or ()),
         depth=tuple(args.depth or ()),
         dim=tuple(args.dim or ()),

@@ -447,7 +447,7 @@ def _meta(
         "embed_dim": cut.dim,
         "license": record.origin.license,
         "adapted_from": record.origin.base_model,
-        "training_datasets": set(record.origin.datasets) or None,
+        "training_datasets": set(record.origin.datasets) if record.origin.all_data_known else None,
         "open_weights": True,
         "framework": ["PyTorch", "Sentence Transformers"],
         "similarity_fn_name": ScoringFunction.COSINE,

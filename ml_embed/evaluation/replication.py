@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ml_embed.config import load_datasets
 from ml_embed.distributed.agreement import check_agreement
 from ml_embed.distributed.shares import conduct
 from ml_embed.distributed.sole_launch import sole_launch_into
@@ -45,7 +46,6 @@ from ml_embed.evaluation.suites import (
     Part,
     find_parts,
     resource_class,
-    trained_on,
     training_rows,
 )
 from ml_embed.files.atomic import write_json
@@ -81,7 +81,9 @@ class Asked:
     """"bm25", or models: folders, or names on the hub"""
     query_prompt: str | None = None
     passage_prompt: str | None = None
-    """instead of what the model's folder says; "" is none"""
+    """instead of what config and folder say; "" is none"""
+    config: str | None = None
+    """file whose `datasets` give the prompts of tasks"""
 
     @classmethod
     def of_json(cls, values: Mapping[str, Any]) -> "Asked":
@@ -131,6 +133,7 @@ class Replication:
         prompts = TaskPrompts(
             model.folder.record.prompts,
             {role: text for role, text in given.items() if text is not None},
+            load_datasets(home_path(asked.config)) if asked.config else {},
         )
         model = dataclasses.replace(model, cube=cube)
         return cls(asked, model, prompts, tuple(parts), batch_tokens, progress)
@@ -344,12 +347,11 @@ def about(
     """Identities: of the model, the data, the programs, the device."""
     model = replication.model
     on_gpu = model.device.type == "cuda"
-    datasets = trained_on(model.folder.record)
     return {
         "asked": dataclasses.asdict(replication.asked),
         "model": {
             "revision": replication.revision,
-            "prompts": dataclasses.asdict(replication.prompts),
+            "prompts": replication.prompts.to_json(),
             "max_seq_length": model.folder.record.max_seq_length,
             "whole": vars(replication.whole),
             "device": torch.cuda.get_device_name(model.device) if on_gpu else platform.machine(),
@@ -365,7 +367,7 @@ def about(
                 "subset": part.subset,
                 "split": part.split,
                 "source": part.source,
-                "training_rows": training_rows(part, datasets),
+                "training_rows": training_rows(part, model.folder.record.origin),
             }
             | _size(store.data(part))
             for part in (replication.parts if parts is None else parts)

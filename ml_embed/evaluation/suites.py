@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ml_embed.errors import UserError
 from ml_embed.evaluation.mteb import require_mteb
 from ml_embed.files.digests import digests_of, value_digest
-from ml_embed.model_folders.record import ModelRecord
+from ml_embed.model_folders.record import Origin
 from ml_embed.prepare.beir import is_beir, read_collection
 
 if TYPE_CHECKING:
@@ -196,28 +196,22 @@ def resource_class(language: str) -> int | None:
     return next((n for n, codes in RESOURCE_CLASSES.items() if code in codes.split()), None)
 
 
-def trained_on(record: ModelRecord) -> tuple[str, ...]:
-    """Names of the datasets that a model was trained on, as its folder says; none is unknown."""
-    return record.origin.datasets
-
-
-def training_rows(part: Part, datasets: Iterable[str]) -> str:
+def training_rows(part: Part, origin: Origin) -> str:
     """Whether a model trained on rows of a task: yes, same source, no, or unknown.
 
-    It goes by names alone, of the task and of those it was adapted from.
-
-    Args:
-        datasets: what `trained_on` gives.
+    It goes by names alone: of the task and of those it was adapted from, of the datasets trained
+    on and of their sources. "no" is said only where the folder knows all of them.
     """
-    trained = [re.split(r"[^a-z0-9]+", name.lower()) for name in datasets]
+    names = [name for item in origin.trained_on for name in (item.dataset, item.source) if name]
+    trained = [re.split(r"[^a-z0-9]+", name.lower()) for name in names]
     if not trained or "digest" in part.source:
         return "unknown"
-    names = {_stem(name) for name in _with_sources(part.name)}
-    same = {name for own in names for name in SAME_SOURCE.get(own, ())}
-    for answer, wanted in (("yes", names), ("same source", same)):
+    own = {_stem(name) for name in _with_sources(part.name)}
+    same = {name for each in own for name in SAME_SOURCE.get(each, ())}
+    for answer, wanted in (("yes", own), ("same source", same)):
         if any(_holds(words, wanted) for words in trained):
             return answer
-    return "no"
+    return "no" if origin.all_data_known else "unknown"
 
 
 def _with_sources(name: str) -> set[str]:

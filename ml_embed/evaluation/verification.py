@@ -54,10 +54,9 @@ def read_replication(path: Path) -> dict[str, Any]:
     return result
 
 
-def asked_in(result: Mapping[str, Any], model: str | None, data: str | None) -> Asked:
-    """What was asked for, with the model and data where they lie here."""
-    given = {"model": model, "data": data}
-    here = {name: value for name, value in given.items() if value is not None}
+def asked_in(result: Mapping[str, Any], places: Mapping[str, str | None]) -> Asked:
+    """What was asked for, with model, data and config where they lie here."""
+    here = {name: place for name, place in places.items() if place is not None}
     try:
         return Asked.of_json(result["asked"] | here)
     except TypeError as error:

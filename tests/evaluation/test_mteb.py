@@ -584,7 +584,7 @@ def test_a_leaderboard_finds_the_whole_model_and_its_training_data(folder, tmp_p
     trained = shutil.copytree(folder, tmp_path / "trained")
     record = ModelRecord.load(trained)
     known = TrainedOn("MIRACL"), TrainedOn("faq")
-    origin = Origin(base_model="Qwen/Qwen3-0.6B", license="mit", trained_on=known)
+    origin = Origin("Qwen/Qwen3-0.6B", "mit", trained_on=known, all_data_known=True)
     dataclasses.replace(record, origin=origin).save(trained)
     evaluate_mteb(trained, [SampleRetrieval()], tmp_path, device="cpu", progress=False, name="a/b")
     (place,) = (tmp_path / "results" / "a__b").iterdir()

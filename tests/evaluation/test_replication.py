@@ -1,5 +1,6 @@
 """Replication by language on tiny models and tasks, against mteb's own evaluation and by hand."""
 
+import dataclasses
 import json
 import math
 import re
@@ -16,6 +17,7 @@ from helpers.tiny_runs import Launch
 from ml_embed.commands import replicate as command
 from ml_embed.evaluation import query_scores, verification
 from ml_embed.files.digests import sealed
+from ml_embed.model_folders.record import Origin, TrainedOn
 from ml_embed.prepare.beir import read_collection
 from ml_embed.sample_data.search_tasks import write_search_tasks
 
@@ -385,6 +387,26 @@ def test_suites_are_there_in_mteb():
     assert all(part.task.hf_subsets == [part.subset] for of in parts.values() for part in of)
 
 
+def test_a_config_gives_the_prompts_of_tasks(result, place, tmp_path):
+    name = result["tasks"][0]["task"]
+    config = tmp_path / "prompts.json"
+    config.write_text(json.dumps({"datasets": {name: {"prompt": "tafuta: "}}}))
+    assert run(*flags(place, tmp_path / "by_task", "--config", config)) == 0
+    assert run(*flags(place, tmp_path / "given", "--query-prompt", "tafuta: ")) == 0
+    by_task, given = (
+        [
+            row["ndcg_at_10"]
+            for row in json.loads((tmp_path / folder / "replication.json").read_text())["rows"]
+            if row["language"] == result["tasks"][0]["language"]
+        ]
+        for folder in ("by_task", "given")
+    )
+    assert by_task == given
+    assert run("--verify", tmp_path / "by_task" / "replication.json", "--device", "cpu") == 0
+    config.write_text(json.dumps({"datasets": {name: {"prompt": "uliza: "}}}))
+    assert run("--verify", tmp_path / "by_task" / "replication.json", "--device", "cpu") == 2
+
+
 @pytest.mark.parametrize(
     ("task", "datasets", "answer"),
     [
@@ -399,7 +421,12 @@ def test_suites_are_there_in_mteb():
 )
 def test_training_rows_go_by_names(task, datasets, answer):
     part = Part(SimpleNamespace(metadata=SimpleNamespace(name=task)), "swa-Latn", "sw", {})
-    assert training_rows(part, datasets) == answer
+    all_known = Origin(trained_on=tuple(map(TrainedOn, datasets)), all_data_known=True)
+    assert training_rows(part, all_known) == answer
+    some_known = dataclasses.replace(all_known, all_data_known=False)
+    assert training_rows(part, some_known) == ("unknown" if answer == "no" else answer)
+    by_source = [TrainedOn(f"set_{i}", f"owner/{name}") for i, name in enumerate(datasets)]
+    assert training_rows(part, dataclasses.replace(all_known, trained_on=by_source)) == answer
 
 
 def test_bm25_finds_nothing_by_nothing():
