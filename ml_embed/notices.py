@@ -7,6 +7,7 @@ the main process only.
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -43,6 +44,8 @@ def parse_command(
     _logger.setLevel(
         logging.WARNING if options.quiet else logging.DEBUG if options.verbose else logging.INFO
     )
+    if options.quiet:
+        os.environ["TQDM_DISABLE"] = "1"  # the bars of libraries, which are imported later
     _logger.propagate = False
     _logger.handlers = [_AboveBars()]
     del options.quiet, options.verbose  # known here from now on: the rest is the command's own
