@@ -9,7 +9,6 @@ import pytest
 
 from ml_embed import notices
 
-
 LIBRARYS_BAR = """
 import argparse, sys
 from ml_embed import notices

@@ -49,12 +49,18 @@ def rank_by_loop(query, documents, right):
     return 1 + better + sum(abs(s - scores[right]) <= 1e-6 for s in others) / 2
 
 
+def corpus_set() -> CorpusSet:
+    """The first texts search the others; no two are alike, and none says a language."""
+    queries, none = torch.arange(QUERIES), torch.empty(0, 2, dtype=torch.int64)
+    corpus = torch.arange(QUERIES, TEXTS)
+    return CorpusSet("corpus", "all", queries, corpus, queries, none, (), none[:, 0], none)
+
+
 @pytest.mark.parametrize("precision", ["float32", "int8", "binary"])
 def test_metrics_are_those_of_a_loop(vectors, precision):
     queries, corpus = torch.arange(QUERIES), torch.arange(QUERIES, TEXTS)
-    none = torch.empty(0, 2, dtype=torch.int64)
     sets = [
-        CorpusSet("corpus", "all", queries, corpus, torch.arange(QUERIES), none),
+        corpus_set(),
         CandidateSet("own", "all", queries, corpus.repeat(QUERIES, 1), torch.arange(QUERIES)),
     ]
     rows = precision_rows(vectors, {"dim": DIM}, sets)
@@ -71,9 +77,7 @@ def test_metrics_are_those_of_a_loop(vectors, precision):
 
 
 def test_the_table_puts_equal_bytes_together(vectors):
-    queries = torch.arange(QUERIES)
-    none = torch.empty(0, 2, dtype=torch.int64)
-    sets = [CorpusSet("c", "all", queries, torch.arange(QUERIES, TEXTS), queries, none)]
+    sets = [corpus_set()]
     rows = []
     for dim in (4, 8, 16):
         unit = normalize(vectors[:, :dim], dim=-1)

@@ -483,5 +483,5 @@ def test_the_card_says_what_was_trained_on(world, tmp_path):
     (start / "README.md").write_text("---\nlicense: mit\nlanguage: sw\n---\n# Base\n")
     assert train(world, tmp_path, model_path=str(start), train_steps=1)[0] == 0
     card = (tmp_path / "run" / "step_1" / "README.md").read_text()
-    for part in ("license: mit", "- sw", "Trained on: facts, sentiment, topics."):
+    for part in ("license: mit", "- sw", "## Training data", "| facts |", "| topics |"):
         assert part in card

@@ -176,7 +176,7 @@ def local_bytes(tensors) -> int:
         ("adapters", Layout(1), {"lora_r": 4}),
         ("shared", Layout.of("fsdp2", 2), {"teacher_model_path": "teacher"}),
         ("narrow", Layout.of("fsdp2", 2), {"lora_r": 4, "model_path": "half"}),
-        ("shared", Layout.of("fsdp2", 2), {"ema_decay": 0.9}),
+        ("averaged", Layout.of("fsdp2", 2), {"ema_decay": 0.9}),
     ],
 )
 def test_weights_gradients_and_moments_are_counted_exactly(inputs, name, layout, changes):
