@@ -3,14 +3,19 @@
 import dataclasses
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from helpers import ROOT
+from helpers.hub_cache import environment, put_dataset, put_model
 from helpers.tiny_models import make_tokenizer, write_model
 from helpers.tiny_runs import Launch
 
@@ -339,37 +344,35 @@ def test_data_that_is_wrong_or_cannot_be_reached_is_a_message(place, tmp_path, c
     assert "set HF_HOME" in said[0]
 
 
-def test_a_public_suite_loads_only_the_languages_that_are_asked_for(place, tmp_path, monkeypatch):
-    """mteb's own MIRACL task; what its loader would fetch comes from a folder."""
-    loaded = []
+def test_a_public_suite_and_a_model_come_from_the_hub(place, tmp_path):
+    """Both by name out of a cache, mteb's own MIRACL task through its own loader."""
+    name, home = "mteb/MIRACLRetrievalHardNegatives", tmp_path / "hub"
+    read = read_collection(place / "tasks" / "yor-Latn", "test")
+    pairs = [(q, d, score) for q, of in read.relevant.items() for d, score in of.items()]
+    texts = {"queries": read.queries, "corpus": read.documents}
+    for kind, of in texts.items():
+        put_dataset(home, name, f"yo-{kind}", kind, {"_id": list(of), "text": list(of.values())})
+    columns = dict(zip(("query-id", "corpus-id", "score"), zip(*pairs, strict=True), strict=True))
+    put_dataset(home, name, "yo-qrels", "dev", columns)
+    put_model(home, "ada/nested", place / "model")
 
-    class Loader:
-        def __init__(self, config, split, revision, **_):
-            assert (split, len(revision)) == ("dev", 40)
-            self.language = config
-
-        def load(self, **_):
-            loaded.append(self.language)
-            folder = {"sw": "swa-Latn", "yo": "yor-Latn"}[self.language]
-            read = read_collection(place / "tasks" / folder, "test")
-            texts = {"queries": read.queries, "corpus": read.documents}
-            made = {
-                kind: Dataset.from_dict({"id": list(of), "text": list(of.values())})
-                for kind, of in texts.items()
-            }
-            return made | {"relevant_docs": read.relevant, "top_ranked": None}
-
-    monkeypatch.setattr("mteb.abstasks.retrieval.RetrievalDatasetLoader", Loader)
-    given = ["--model", place / "model", "--suite", "miracl-hn", "--languages", "yor"]
-    assert run(*given, "--output", tmp_path, "--device", "cpu") == 0
-    assert loaded == ["yo"]
-    result = json.loads((tmp_path / "replication.json").read_text())
-    assert [row["ratio"] for row in result["rows"]] == [1]
+    given = ["--model", "ada/nested", "--suite", "miracl-hn", "--languages", "yor", "--quiet"]
+    command = [sys.executable, ROOT / "scripts" / "replicate.py", *given, "--device", "cpu"]
+    subprocess.run(
+        [*map(str, command), "--output", str(tmp_path / "out")],
+        env=os.environ | environment(home),
+        check=True,
+    )
+    result = json.loads((tmp_path / "out" / "replication.json").read_text())
+    (row,) = result["rows"]
     (task,) = result["tasks"]
-    assert task["source"] == {
-        "path": "mteb/MIRACLRetrievalHardNegatives",
-        "revision": "d7d94fa4b946cec4a27c84653aa0cf6b33f74a3c",
-    }
+    assert row["queries"] == len(read.queries)
+    assert task["source"] == {"path": name, "revision": "d7d94fa4b946cec4a27c84653aa0cf6b33f74a3c"}
+    own = [*flags(place, tmp_path / "own"), "--languages", "yor"]
+    assert run(*own) == 0
+    (expected,) = json.loads((tmp_path / "own" / "replication.json").read_text())["rows"]
+    for metric in ("ndcg_at_10", "recall_at_100"):
+        assert row[metric] == pytest.approx(expected[metric], abs=1e-9)
 
 
 def test_suites_are_there_in_mteb():
