@@ -344,6 +344,7 @@ def test_data_that_is_wrong_or_cannot_be_reached_is_a_message(place, tmp_path, c
     assert "set HF_HOME" in said[0]
 
 
+@pytest.mark.slow
 def test_a_public_suite_and_a_model_come_from_the_hub(place, tmp_path):
     """Both by name out of a cache, mteb's own MIRACL task through its own loader."""
     name, home = "mteb/MIRACLRetrievalHardNegatives", tmp_path / "hub"
