@@ -41,11 +41,14 @@ def exit_statistics(
         exit's; and of the queries of the global batch, for each exit and dim,
         "mean_cosine_depth_L_dim_D" over all two (if there are two) and
         "effective_rank_depth_L_dim_D": exp of the entropy of their singular values' shares
-        (Roy and Vetterli 2007), from 1 for one direction to the dim.
+        (Roy and Vetterli 2007), from 1 for one direction to the dim. Empty if a query's vector is
+        not finite.
     """
-    asked = [_asked_of_shared(*pair) for pair in zip(gradients, vectors, strict=True)]
     own = vectors[:, batch.query].transpose(0, 1).contiguous()
     queries = gather_rows(own).index_select(0, batch.gathered_rows).transpose(0, 1)  # (E, n, H)
+    if not queries.isfinite().all():  # alike on all processes, which the step itself then stops
+        return {}
+    asked = [_asked_of_shared(*pair) for pair in zip(gradients, vectors, strict=True)]
     values: dict[str, float] = {}
     for number, exit in enumerate(exits):
         own_norm, norm = asked[number].norm(), asked[-1].norm()

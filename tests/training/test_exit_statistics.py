@@ -15,6 +15,7 @@ from torch.nn.functional import cosine_similarity
 from ml_embed.data.packing import PackedBatch, PackedSequences
 from ml_embed.training.exit_statistics import exit_statistics
 from ml_embed.training.gradcache import forward_backward
+from ml_embed.training.run import Run
 
 
 def test_the_numbers_are_the_naive_ones():
@@ -103,6 +104,14 @@ def test_a_run_logs_them_and_is_otherwise_the_same(world, tmp_path):
         assert 1 <= on["effective_rank_depth_1_dim_8"] <= 4
         for name in new:
             assert chunks[name] == pytest.approx(on[name], rel=1e-3, abs=1e-5), name
+
+
+def test_a_step_that_is_not_finite_is_said_as_without_them(world, tmp_path, capsys, monkeypatch):
+    """Singular values of NaN are an error of torch's, which must not come before the step's own."""
+    monkeypatch.setattr(Run, "learning_rate", lambda run, step: 1e25)
+    code, _ = train(world, tmp_path, log_exit_gradients=2, valid_fraction=0)
+    assert code == 2
+    assert "stopped before the update" in capsys.readouterr().err
 
 
 @pytest.mark.slow
