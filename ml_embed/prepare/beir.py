@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def _judgements(folder: Path, split: str) -> Iterator[Record]:
                 continue
             if len(fields) == 4:  # TREC's: query, iteration, document, relevance
                 fields = [fields[0], *fields[2:]]
-            if len(fields) != 3 or not _is_number(fields[2]):
+            if len(fields) != 3 or not (_is_number(fields[2]) and isfinite(float(fields[2]))):
                 yield Record(where, FaultyRow(f"{where}: not a query, a document and a number."))
                 continue
             values = {"query-id": fields[0], "corpus-id": fields[1], "score": float(fields[2])}

@@ -325,12 +325,13 @@ def test_mistakes_are_messages(place, tmp_path, capsys, given, said):
 def test_data_that_is_wrong_or_cannot_be_reached_is_a_message(place, tmp_path, capsys, monkeypatch):
     shutil.copytree(place / "tasks", tmp_path / "tasks")
     with (tmp_path / "tasks" / "swa-Latn" / "qrels" / "test.tsv").open("a") as file:
-        file.write("q1\td1.0\t0.5\nq1\tnone\t1\n")
+        file.write("q1\td1.0\t0.5\nq1\tnone\t1\nq1\td1.0\tnan\n")
     given = ["--model", place / "model", "--suite", "own", "--data", tmp_path / "tasks"]
     assert run(*given, "--output", tmp_path / "out") == 2
     said = capsys.readouterr().err
     assert "line 122: relevance 0.5 must be a whole number" in said
     assert "line 123: nothing has the corpus-id 'none'" in said
+    assert "line 124: not a query, a document and a number" in said
 
     def unreachable(*_):
         raise ConnectionError("Couldn't reach the Hub\nlong trace")
