@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ this share of the squared distance of the tables from their mean. Measured: 0.5 
 tables, 4e-5 for three checkpoints of a tiny run. The limit between them is a guess."""
 ROUNDING = 1e-9
 """Share of a table's squared norm that may be rounding."""
+T = TypeVar("T")
 Factors = tuple[Tensor, Tensor]
 """A (V, r) and B (r, H)"""
 
@@ -133,7 +134,8 @@ class Average:
             AveragedModel(name, share, value_digest(model_identity(folder.path)))
             for name, share, folder in zip(self.names, self.shares, self.folders, strict=True)
         )
-        return dataclasses.replace(records[0], origin=origin, averaged=averaged)
+        decay = _common([record.ema_decay for record in records]) or 0.0
+        return dataclasses.replace(records[0], origin=origin, averaged=averaged, ema_decay=decay)
 
     def _mean_state(self) -> tuple[dict[str, Tensor], list[Factors]]:
         """The mean of all weights but the factors, in float32, and the factors of each model."""
@@ -255,6 +257,6 @@ def _check_alike(folders: Sequence[ModelFolder]) -> None:
         )
 
 
-def _common(values: Sequence[str | None]) -> str | None:
+def _common(values: Sequence[T]) -> T | None:
     """The value that all have."""
     return values[0] if len(set(values)) == 1 else None

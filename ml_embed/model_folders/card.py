@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import Qwen3Config
@@ -221,7 +222,9 @@ def _origin_of_folder(folder: Path) -> Origin:
         raise UserError(
             f"{folder / CARD_FILE} is no model card ({error}); correct or remove it"
         ) from None
-    languages = getattr(data, "language", None) or ()
+    given = getattr(data, "language", None)
+    # YAML reads no, which is Norwegian, as false.
+    languages = ["no" if code is False else str(code) for code in _as_list(given)]
     license, name = getattr(data, "license", None), getattr(data, "license_name", None)
     if isinstance(license, list):  # the hub takes one
         license, name = "other", ", ".join(license)
@@ -232,6 +235,13 @@ def _origin_of_folder(folder: Path) -> Origin:
         license=license,
         license_name=name,
         license_link=getattr(data, "license_link", None),
-        languages=(languages,) if isinstance(languages, str) else tuple(languages),
+        languages=tuple(languages),
         all_data_known=not (embeds or is_released(folder)),
     )
+
+
+def _as_list(given: Any) -> list[Any]:
+    """What a card says once or as a list."""
+    if given is None:
+        return []
+    return given if isinstance(given, list) else [given]

@@ -109,10 +109,10 @@ def test_data_that_are_not_known_are_not_claimed(tmp_path):
     """Of a start that gives vectors already, or of an older record, nobody can say "no others"."""
     tokenizer = make_tokenizer()
 
-    def model(name, **origin):
+    def model(name, ema_decay=0.0, **origin):
         folder = write_model(tmp_path / name, tokenizer)
         path = folder / "ml_embed.json"
-        record = json.loads(path.read_text()) | {"origin": origin}
+        record = json.loads(path.read_text()) | {"origin": origin, "ema_decay": ema_decay}
         del record[SEAL]
         path.write_text(json.dumps(record))
         return str(folder)
@@ -121,8 +121,11 @@ def test_data_that_are_not_known_are_not_claimed(tmp_path):
     origin = ModelRecord.load(Path(older)).origin
     assert origin.trained_on == (TrainedOn("facts"),)
     assert origin.training_data is None
-    known = model("known", trained_on=[{"dataset": "a", "rows": 5}], all_data_known=True)
-    both = Average.of([known, older]).record().origin
+    facts = {"trained_on": [{"dataset": "a", "rows": 5}], "all_data_known": True}
+    known = model("known", ema_decay=0.9, **facts)
+    mixed = Average.of([known, older]).record()
+    assert mixed.ema_decay == 0, "not that of the first"
+    both = mixed.origin
     assert both.trained_on == (TrainedOn("a", rows=5), TrainedOn("facts"))
     assert both.training_data is None
     same = shutil.copytree(known, tmp_path / "same")
@@ -134,10 +137,11 @@ def test_data_that_are_not_known_are_not_claimed(tmp_path):
     save_backbone(plain, random_backbone(tokenizer), tokenizer)
     record = ModelFolder.open(plain).record
     assert origin_of(plain, record, both.trained_on, ()).training_data == both.trained_on
-    (plain / "README.md").write_text("---\nlicense: [mit, apache-2.0]\n---\n")
+    (plain / "README.md").write_text("---\nlicense: [mit, apache-2.0]\nlanguage: [en, no]\n---\n")
     (plain / "modules.json").write_text(Path(older, "modules.json").read_text())
     embedding = origin_of(plain, record, both.trained_on, ())
     assert embedding.training_data is None
+    assert embedding.languages == ("en", "no")
     write_card(tmp_path, replace(record, origin=embedding), Form("onnx", "", 7, 64))
     card = ModelCard.load(tmp_path / "README.md")
     assert (card.data.license, card.data.license_name) == ("other", "mit, apache-2.0")
