@@ -68,7 +68,7 @@ class Best:
 
 def check_metric(metric: str | None, resolved: Resolved, store: Store) -> None:
     """Raise UserError if validation, whose data `store` holds, gives no number of that name."""
-    languages = {code: 0 for dataset in store.datasets.values() for code in dataset.languages}
+    languages = [code for dataset in store.datasets.values() for code in dataset.languages]
     plans = resolved.valid_datasets or resolved.datasets
     names = metric_names(plans, resolved.valid_grid, languages)
     if metric is None or metric in names:

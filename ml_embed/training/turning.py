@@ -56,9 +56,9 @@ def turn_trained(run: Run, step: int) -> None:
 
     The gradients of A G and C are those of A and B, times G^-T and G^T; so are their means. The
     means of their squares are turned as if components varied on their own. Averages of weights are
-    turned like these. Which components of
-    nearly equal weight come first hangs on last digits, and AdamW then moves each by its own: so
-    runs on other numbers of processes part by more than these after a turn.
+    turned like the weights. Which components of nearly equal weight come first hangs on last
+    digits, and AdamW then moves each by its own: so runs on other numbers of processes part by more
+    than these after a turn.
 
     Raises:
         UserError: a weight is not finite.
