@@ -101,7 +101,7 @@ class CorpusSet:
     positive: Tensor  # (Q,) rows of `corpus`
     excluded: Tensor  # (P, 2) query and corpus rows that do not compete
     languages: tuple[str, ...]
-    """codes of the rows' languages, "und" for rows without one; empty if no row says any"""
+    """codes of the rows' languages, "und" for rows without one"""
     query_languages: Tensor  # (Q,) places in `languages`
     document_languages: Tensor  # (pairs, 2) corpus rows, and places in `languages` of their rows
 
@@ -288,8 +288,8 @@ def _corpus_set(dataset: RawDataset, texts: Texts, max_queries: int | None) -> C
         torch.tensor(positive),
         pairs,
         said.codes,
-        torch.tensor([said.of_pairs[pair] for pair in asked] if said.codes else []).long(),
-        torch.tensor(list(said.of_documents) if said.codes else []).long().reshape(-1, 2),
+        torch.tensor([said.of_pairs[pair] for pair in asked]),
+        torch.tensor(list(said.of_documents)),
     )
 
 
@@ -311,5 +311,4 @@ class _RowLanguages:
 
     @property
     def codes(self) -> tuple[str, ...]:
-        """Those that rows have; empty if none says any."""
-        return tuple(self._places) if self._places.keys() - {UNDETERMINED} else ()
+        return tuple(self._places)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ml_embed.data.convert import UNDETERMINED
 from ml_embed.errors import UserError
 from ml_embed.evaluation.data import CorpusSet, TestSet
 from ml_embed.evaluation.metrics import QUERIES_AT_ONCE, metrics_of_ranks, ranks_of_positives
@@ -51,7 +52,7 @@ class MixedCorpus:
         if len(languages) < 2:
             raise UserError(
                 "--by-language needs raw data whose rows say at least two languages in a column "
-                f"language; found {', '.join(languages) or 'none'}"
+                f"language; found {', '.join(c for c in languages if c != UNDETERMINED) or 'none'}"
             )
         corpus: dict[int, int] = {}
         places = [

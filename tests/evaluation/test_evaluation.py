@@ -214,6 +214,7 @@ BY_LANGUAGE = {
         (6, 2, [], None),
         (5, 3, [], "swa"),  # its passage is an "eng" one, too
     ],
+    "three": [(2, 1, [], None)],  # a file that says no language at all
 }
 
 
