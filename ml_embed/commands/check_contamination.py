@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ml_embed.errors import UserError, exit_on_user_error
-from ml_embed.files.paths import home_path
+from ml_embed.files.paths import check_writable, home_path
 from ml_embed.notices import notice, parse_command
 
 ROLES = ("query", "document", "pair")
@@ -73,21 +73,21 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_command(parser, arguments)
     if not (args.tasks or args.benchmark or args.files):
         raise UserError("give --tasks, --benchmark or --files")
-    if args.output is not None and args.output.is_dir():
-        raise UserError(f"--output {args.output} is a folder; give a file")
-    _check_new(args.write_clean)
+    if args.output is not None:
+        if args.output.is_dir():
+            raise UserError(f"--output {args.output} is a folder; give a file")
+        check_writable(args.output.parent)
+    if args.write_clean is not None:
+        _check_new(args.write_clean)
+        check_writable(args.write_clean, "--write-clean")
     from ml_embed.distributed.launch import launched
 
     with launched("cpu"):
         return check(args)
 
 
-def _check_new(folder: Path | None) -> None:
-    if (
-        folder is not None
-        and folder.exists()
-        and not (folder.is_dir() and not any(folder.iterdir()))
-    ):
+def _check_new(folder: Path) -> None:
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"--write-clean {folder} exists; give a new folder")
 
 
@@ -139,18 +139,19 @@ def _tell(args: argparse.Namespace, data: list, found: list, index: Any) -> int:
 
     report = {"data": str(args.data), "tokenizer": args.tokenizer}
     report |= contamination_report(found, index)
-    with disk_errors_are_user_errors(
-        args.write_clean or args.output or args.data, "Then run it again."
-    ):
-        if args.output is not None:
-            write_json(args.output, report)
-        if args.write_clean is not None:
-            write_clean(data, found, args.write_clean)
-            for item in found:
-                notice(f"{item.dataset}: {len(item.matching):,} of {item.rows:,} rows left out")
     matching = sum(len(item.matching) for item in found)
     rows = sum(item.rows for item in found)
     if matching:
         print(contamination_table(report), end="\n\n")
     print(f"{matching:,} of {rows:,} rows match the benchmark")
+    with disk_errors_are_user_errors(
+        args.write_clean or args.output or args.data, "Then run it again."
+    ):
+        if args.output is not None:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            write_json(args.output, report)
+        if args.write_clean is not None:
+            write_clean(data, found, args.write_clean)
+            for item in found:
+                notice(f"{item.dataset}: {len(item.matching):,} of {item.rows:,} rows left out")
     return int(matching > 0)

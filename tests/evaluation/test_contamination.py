@@ -127,11 +127,11 @@ def test_planted_leaks_are_found_and_left_out(tokenizer_folder, tmp_path, capsys
     write_raw(raw / "copy.parquet", [RawRow(LONG, ANSWER, [])])
     exam = write_benchmark(tmp_path / "exam")
     flags = ["--files", exam, "--tokenizer", tokenizer_folder]
-    more = ["--output", tmp_path / "found.json", "--write-clean", clean]
+    more = ["--output", tmp_path / "new" / "found.json", "--write-clean", clean]
     code, said = check(capsys, "--data", raw, *flags, *more)
     assert code == 1
     assert "8 of 13 rows match the benchmark" in said
-    report = json.loads((tmp_path / "found.json").read_text())
+    report = json.loads((tmp_path / "new" / "found.json").read_text())
     assert report["datasets"] == {
         "copy": {"rows": 1, "matching": 1},
         "good": {"rows": 3, "matching": 0},
@@ -227,6 +227,8 @@ def test_mistakes(tokenizer_folder, tmp_path, capsys):
         (["--data", exam, "--files", tmp_path / "no"], "does not exist"),
         (["--data", exam, "--files", exam, "--write-clean", tmp_path], "exists; give a new"),
         (["--data", exam, "--files", exam, "--output", tmp_path], "is a folder; give a file"),
+        (["--data", raw, "--files", exam, "--output", raw / "found.json"], "raw.jsonl is a file"),
+        (["--data", raw, "--files", exam, "--write-clean", raw / "clean"], "raw.jsonl is a file"),
         (["--data", raw, "--files", exam], "line 2"),
     ):
         code, said = check(capsys, *arguments, *flags)
