@@ -114,7 +114,7 @@ def rewrite_folder(
     """
     source, output = rewriting.source, rewriting.output
     if source.resolve() == output.resolve():
-        raise UserError(f"--input and --output are both {source}: write to another folder")
+        raise UserError(f"input and output are both {source}: write to another --output")
     datasets = compute_on_main_process(lambda: _checked_datasets(source, check))
     check_agreement(lambda: rewriting.settings)
     with (

@@ -88,7 +88,7 @@ def _refuse_scores(dataset: RawDataset) -> None:
     present = [name for name in check_all_rows(dataset).optional if name in SCORE_COLUMNS]
     if present:
         raise UserError(
-            f"{dataset.path} has {' and '.join(present)} already. Leave the file out of --input, "
+            f"{dataset.path} has {' and '.join(present)} already. Leave the file out of --data, "
             "or put the model's scores in their place with --replace-scores"
         )
 
