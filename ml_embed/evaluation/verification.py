@@ -34,7 +34,9 @@ from ml_embed.notices import notice
 SHARE, LEAST = 20, 3
 """One of so many rows is computed again, but at least so many."""
 TOLERANCE = 1e-4
-"""Largest difference of a score, and of what is made of scores."""
+"""Largest difference of a score that is computed again, and of what is made of such scores."""
+ROUNDING = 1e-9
+"""Largest difference of what is made again of a file's own numbers."""
 P_TOLERANCE = 0.02
 MEASURED = ("texts_per_second", "p_holm", "verdict")
 """What is not compared row by row: speeds, and what hangs on all languages."""
@@ -147,18 +149,20 @@ def _check_row(
             yield f"{language}, {baseline[BASELINE]}: {line}"
 
 
-def differing(before: Any, now: Any, where: str = "") -> Iterator[str]:
+def differing(
+    before: Any, now: Any, where: str = "", tolerance: float = TOLERANCE
+) -> Iterator[str]:
     """What is not the same in two JSON values, but for the rounding of numbers."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in before | now:
             if key not in MEASURED:
                 place = f"{where}.{key}" if where else key
-                yield from differing(before.get(key), now.get(key), place)
+                yield from differing(before.get(key), now.get(key), place, tolerance)
     elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         for number, pair in enumerate(zip(before, now, strict=True)):
-            yield from differing(*pair, f"{where}[{number}]")
+            yield from differing(*pair, f"{where}[{number}]", tolerance)
     elif isinstance(before, float) and isinstance(now, float):
-        if not abs(before - now) <= (P_TOLERANCE if where.endswith(".p") else TOLERANCE):
+        if not abs(before - now) <= (P_TOLERANCE if where.endswith(".p") else tolerance):
             yield f"{where} was {before:.6g}, is {now:.6g}"
     elif before != now:
         yield f"{where} was {before}, is {now}"
@@ -173,7 +177,7 @@ def _made_of_rows(result: Mapping[str, Any]) -> Iterator[str]:
             for key in ("p_holm", "verdict"):
                 place = f"{before['language']}, {Cut.of_row(before)}: against.{name}.{key}"
                 now_is = without_nan(comparison[key])
-                yield from differing(before["against"][name].get(key), now_is, place)
+                yield from differing(before["against"][name].get(key), now_is, place, ROUNDING)
     for macro in result["macro"]:
         members = [
             row
@@ -181,9 +185,8 @@ def _made_of_rows(result: Mapping[str, Any]) -> Iterator[str]:
             if row["language"] in macro["languages"] and _system(row) == _system(macro)
         ]
         mean = math.fsum(row[MAIN] for row in members) / max(1, len(members))
-        yield from differing(
-            macro[MAIN], mean, f"macro, {macro['group']}, {_system(macro)}: {MAIN}"
-        )
+        place = f"macro, {macro['group']}, {_system(macro)}: {MAIN}"
+        yield from differing(macro[MAIN], mean, place, ROUNDING)
     languages = {row["language"] for row in result["rows"]}
     everything = [macro for macro in result["macro"] if macro["group"] == ALL]
     if any(set(macro["languages"]) != languages for macro in everything):

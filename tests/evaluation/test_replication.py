@@ -242,6 +242,17 @@ def test_one_score_that_is_not_so_fails(small, tmp_path, capsys):
     assert "yor-Latn, depth 3, dim 64, rank 16: ndcg_at_10 was" in lines[0]
 
 
+def test_a_score_that_is_not_drawn_breaks_its_means(small, tmp_path, capsys):
+    """Too small to be seen in the row itself, as is one of many languages in the mean."""
+
+    def change(result: dict) -> None:
+        result["rows"][0]["ndcg_at_10"] += 5e-5
+
+    assert run("--verify", changed(small, tmp_path, change)) == 2
+    lines = capsys.readouterr().err.strip().splitlines()[1:]
+    assert ["macro" in line for line in lines] == [True, True], lines
+
+
 def test_whatever_is_not_so_is_said(small, tmp_path, capsys):
     def change(result: dict) -> None:
         for each in CHANGES.values():
