@@ -22,7 +22,7 @@ from ml_embed.distributed.collectives import compute_on_main_process
 from ml_embed.errors import UserError
 from ml_embed.evaluation.cube import RANKS, evaluate_cube
 from ml_embed.evaluation.data import read_test_sets
-from ml_embed.evaluation.intervals import Interval, bootstrap, difference, interaction
+from ml_embed.evaluation.intervals import bootstrap, difference, interaction
 from ml_embed.evaluation.metrics import values_of_ranks
 from ml_embed.files.atomic import write_json
 from ml_embed.files.digests import value_digest
@@ -320,22 +320,18 @@ def _one_seed(cut: Cut, whole: Cut, found: dict[Cut, Values], alone: Values) -> 
     own = {
         "nested": _mean(found[cut]),
         "alone": _mean(alone),
-        "difference": _as_list(bootstrap(_side_by_side([found[cut], alone]), difference)),
+        "difference": bootstrap(_side_by_side([found[cut], alone]), difference).to_list(),
     }
     single = single_axes(cut, whole)
     if sum(each != whole for each in single) > 1 and _mean(found[whole]) > 0:
         models = [found[each] for each in (cut, *single, whole)]
-        own["interaction"] = _as_list(bootstrap(_side_by_side(models), interaction))
+        own["interaction"] = bootstrap(_side_by_side(models), interaction).to_list()
     return own
 
 
 def _side_by_side(models: Sequence[Values]) -> Values:
     """(M, Q) of each test set."""
     return [np.stack(of_set) for of_set in zip(*models, strict=True)]
-
-
-def _as_list(interval: Interval) -> list[float]:
-    return [interval.value, interval.low, interval.high]
 
 
 def _row(cut: Cut, seeds: list[dict[str, Any]]) -> dict[str, Any]:

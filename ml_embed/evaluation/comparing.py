@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from ml_embed.evaluation.intervals import (
-    Interval,
     Resamples,
     difference,
     holm,
@@ -127,18 +126,14 @@ def compared(
             alone = single_axes(own, whole)
             if sum(each != whole for each in alone) > 1:
                 chosen = [cuts[each] for each in (own, *alone, whole)]
-                row["interaction"] = as_list(drawn.of(chosen).interval(interaction))
+                row["interaction"] = drawn.of(chosen).interval(interaction).to_list()
         rows.append(row)
     return rows
 
 
 def _against(drawn: Resamples, place: int, other: int) -> dict[str, Any]:
     found = drawn.of([place, other]).interval(difference)
-    return {"difference": as_list(found), "p": found.p}
-
-
-def as_list(interval: Interval) -> list[float]:
-    return [interval.value, interval.low, interval.high]
+    return {"difference": found.to_list(), "p": found.p}
 
 
 def adjust_over_languages(rows: Sequence[dict[str, Any]]) -> None:

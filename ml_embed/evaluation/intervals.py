@@ -34,6 +34,10 @@ class Interval:
     p: float
     """twice the share of resamples on the other side of 0, at most 1"""
 
+    def to_list(self) -> list[float]:
+        """[value, low, high], as JSON."""
+        return [self.value, self.low, self.high]
+
     @property
     def tells_apart(self) -> bool:
         """Whether 0 is outside: a difference that chance in the queries does not explain."""
