@@ -182,6 +182,14 @@ def test_every_shipped_config_loads(path):
     assert config.mel_init == "frequency"
 
 
+def test_the_best_config_is_the_common_one_but_for_the_token_factors():
+    common, best = (
+        load_config(ROOT / "configs" / f"{name}.json")[1] for name in ("config", "config_best")
+    )
+    factors = {"mel_sampling": "full", "mel_refactor": "save", "embedding_lr_scale": 16}
+    assert best == common | factors | {"experiment_id": best["experiment_id"]}
+
+
 def test_what_the_configs_and_the_pages_commands_make_is_ignored_by_git():
     ignored = (ROOT / ".gitignore").read_text().splitlines()
     pages = "".join(

@@ -43,6 +43,8 @@ NESTING = (
 AXES = ("rank", "depth", "dim")
 Values = list[np.ndarray]
 """(Q,) of each test set: what a model achieves at each query"""
+Rates = dict[str, dict[str, Any]]
+"""label of a model -> {learning rate: its score} and "best"; one rate alone has no score"""
 Train = Callable[[Path], int]
 """config file of a run -> its exit code; a run that has ended is left as it is"""
 
@@ -197,21 +199,25 @@ def check(comparison: Comparison) -> None:
         read_test_sets(data, comparison.max_queries)
 
 
-def train_all(comparison: Comparison, train: Train, progress: bool = True) -> int:
-    """Train what is not trained yet; the exit code of the first run that did not end, or 0.
+def train_all(comparison: Comparison, train: Train, progress: bool = True) -> tuple[int, Rates]:
+    """Train what is not trained yet. A collective.
 
-    Learning rates are compared at the first seed; the other seeds take the best. A collective.
+    Learning rates are compared at the first seed; the other seeds take the best.
+
+    Returns:
+        0, or the exit code of the first run that did not end; and what was found about rates.
     """
     first, *others = comparison.seeds
+    rates: Rates = {}
     for model in comparison.models:
         for rate in comparison.learning_rates:
             if code := _train_one(model, first, rate, train):
-                return code
-        best = best_rate(model, progress)["best"]
+                return code, rates
+        rates[model.label] = _compare_rates(model, progress)
         for seed in others:
-            if code := _train_one(model, seed, best, train):
-                return code
-    return 0
+            if code := _train_one(model, seed, rates[model.label]["best"], train):
+                return code, rates
+    return 0, rates
 
 
 def _train_one(model: Model, seed: int, rate: float, train: Train) -> int:
@@ -224,8 +230,8 @@ def _train_one(model: Model, seed: int, rate: float, train: Train) -> int:
     return train(path)
 
 
-def compare(comparison: Comparison, progress: bool = True) -> dict[str, Any]:
-    """Evaluate all that is trained. A collective.
+def compare(comparison: Comparison, rates: Rates, progress: bool = True) -> dict[str, Any]:
+    """Evaluate all that is trained, at the rates that `train_all` found. A collective.
 
     Returns:
         JSON-able: "metric", "seeds", "learning_rates" (model -> rate -> its score, and "best"), and
@@ -235,7 +241,6 @@ def compare(comparison: Comparison, progress: bool = True) -> dict[str, Any]:
         [value, low, high].
     """
     nested, *alone = comparison.models
-    rates = {model.label: best_rate(model, progress) for model in comparison.models}
     by_seed: dict[Cut, list[dict[str, Any]]] = {cut: [] for cut in comparison.cuts}
     for seed in comparison.seeds:
         whole = _whole(nested.folder(seed, rates["nested"]["best"]))
@@ -254,8 +259,8 @@ def compare(comparison: Comparison, progress: bool = True) -> dict[str, Any]:
     }
 
 
-def best_rate(model: Model, progress: bool) -> dict[str, Any]:
-    """Learning rate -> mean over cuts at the first seed; and the "best" of them. A collective."""
+def _compare_rates(model: Model, progress: bool) -> dict[str, Any]:
+    """Mean over the model's cuts of each rate at the first seed, and the best of them."""
     rates = model.comparison.learning_rates
     if len(rates) == 1:
         return {"best": rates[0]}

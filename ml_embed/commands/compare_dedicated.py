@@ -97,14 +97,14 @@ def compare_and_write(args: argparse.Namespace) -> int:
         max_queries=args.max_queries,
     )
     dedicated.check(comparison)
-    code = dedicated.train_all(
+    code, rates = dedicated.train_all(
         comparison,
         lambda path: train.main(["--config", str(path), "--resume", "auto"]),
         bars_wanted(),
     )
     if code:
         return code
-    result = dedicated.compare(comparison, bars_wanted())
+    result = dedicated.compare(comparison, rates, bars_wanted())
     if process_index() == 0:
         print(f"{comparison_table(result)}\n")
         files = {suffix: args.output / f"comparison.{suffix}" for suffix in ("json", "html", "png")}
