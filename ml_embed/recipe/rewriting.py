@@ -230,7 +230,6 @@ def _write(todo: Todo, record: WorkRecord, target: Path, made: Made) -> None:
         todo.raw.name
     )  # Not before: until here other settings may use what lies in `work`.
     with atomic_file(target) as partial:
-        kept = {k: v for k, v in notes_in_file(todo.raw).items() if k in ("prompt", "provenance")}
-        counts = write_raw(partial, made.rows, made.task, lambda: kept)
+        counts = write_raw(partial, made.rows, made.task, lambda: notes_in_file(todo.raw))
     source = {"source": todo.source, "digest": file_digest(target)}
     record.record(todo.raw.name, asdict(counts) | dict(made.entry) | source)
