@@ -17,16 +17,12 @@ MEANING = {
 def contamination_table(report: Mapping[str, Any]) -> str:
     """What `contamination_report` found: rows of the data, and how much of the benchmark."""
     whole = {_place(row): row for row in report["benchmark"]}
-    lines = [
-        "| data | task | language | role | exact | near | of the benchmark |",
-        "|---|---|---|---|---:|---:|---:|",
-    ]
-    for row in report["matches"]:
-        part = whole[_place(row)]
-        cells = [row[name] for name in ("dataset", "task", "language", "role")]
-        numbers = (f"{row['exact']:,}", f"{row['near']:,}", f"{part['found']:,}/{part['texts']:,}")
-        lines.append(f"| {' | '.join([*cells, *numbers])} |")
-    return "\n".join(lines)
+    rows = report["matches"]
+    columns = {name: [row[name] for row in rows] for name in ("task", "language", "role")}
+    columns |= {name: [number_text(row[name]) for row in rows] for name in ("exact", "near")}
+    parts = [whole[_place(row)] for row in rows]
+    columns["of the benchmark"] = [f"{part['found']:,}/{part['texts']:,}" for part in parts]
+    return aligned("data", [row["dataset"] for row in rows], columns)
 
 
 def _place(row: Mapping[str, Any]) -> tuple[str, str, str]:

@@ -148,7 +148,8 @@ def test_planted_leaks_are_found_and_left_out(tokenizer_folder, tmp_path, capsys
         ("eng", "pair"): (1, 1),  # 7, 6
         ("zho", "query"): (0, 1),  # 8
     }
-    assert "| web | exam | eng | pair | 1 | 1 | 2/2 |" in said
+    line = ["web", "exam", "eng", "pair", "1", "1", "2/2"]
+    assert line in [each.split() for each in said.splitlines()]
     whole = {(r["language"], r["role"]): (r["found"], r["texts"]) for r in report["benchmark"]}
     assert whole["eng", "document"] == (2, 3)
     assert whole["zho", "pair"] == (0, 1)
