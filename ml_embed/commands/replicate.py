@@ -27,7 +27,7 @@ SUITES = ("nano", "miracl-hn", "miracl", "belebele", "own")
 MOCK_CUTS = {"rank": (8, 16), "depth": (2,), "dim": (32,)}
 """What is cut in a rehearsal, where the user asks for nothing else."""
 OF_FILE = (
-    *("suite", "languages", "rank", "depth", "dim", "baselines", "query_prompt", "passage_prompt"),
+    *("suite", "languages", "rank", "depth", "dim", "query_prompt", "passage_prompt"),
     *("output", "dry_run", "mock"),
 )
 """Flags that --verify leaves to its file."""
@@ -90,7 +90,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         type=home_path,
         metavar="FILE",
         help="a replication.json: compute a random twentieth of its rows again, at least three; "
-        "--model, --data and --config say where these lie here",
+        "--model, --data, --config and --baselines (all, in their order) say where these lie here",
     )
     parser.add_argument(
         "--seed", type=int, help="of the choice of rows of --verify (default another each time)"
@@ -153,15 +153,18 @@ def replicate(args: argparse.Namespace) -> int:
     from datasets import disable_progress_bars
 
     disable_progress_bars()  # mteb starts one for each step of each language
-    result = None
+    result, places_of_baselines = None, ()
     if args.verify is not None:
+        places_of_baselines = args.baselines
         result = compute_on_all_processes(lambda: read_replication(args.verify))
         places = {name: getattr(args, name) for name in ("model", "data", "config")}
         asked = asked_in(result, {name: at and str(at) for name, at in places.items()})
     else:
         asked = rehearsal(args) if args.mock else asked_for(args)
     replication = compute_on_all_processes(
-        lambda: Replication.open(asked, args.device, args.batch_tokens, bars_wanted())
+        lambda: Replication.open(
+            asked, args.device, args.batch_tokens, bars_wanted(), places_of_baselines
+        )
     )
     if result is not None:
         return verify(args, result, replication)
@@ -226,10 +229,16 @@ def show_plan(replication: "Replication", output: Path) -> int:
 def measure(replication: "Replication", output: Path) -> int:
     from ml_embed.distributed.collectives import process_index
     from ml_embed.evaluation import replication as work
+    from ml_embed.prepare.prompts import say_without_prompt
     from ml_embed.reports.replication import replication_tables, write_page
 
     result = work.replicate(replication, output)
     if process_index() == 0:
+        if any(replication.prompts.to_json().values()):
+            tasks = {part.name: part.task for part in replication.parts}
+            say_without_prompt(
+                {name: replication.prompts.of_task(task) for name, task in tasks.items()}
+            )
         print(replication_tables(result))
         write_page(result, output / "replication.html")
         print(f"\nall numbers: {output / work.RESULT_FILE}; page: {output / 'replication.html'}")
@@ -244,7 +253,7 @@ def verify(args: argparse.Namespace, result: dict, replication: "Replication") -
         lambda: int.from_bytes(os.urandom(4), "big") if args.seed is None else args.seed
     )
     notice(f"rows are chosen with --seed {seed}")
-    differences = verification.verify(result, replication, args.verify.parent, seed)
+    differences = verification.verify(result, replication, seed)
     if differences:
         raise UserError(
             f"{args.verify} is not what is found here:\n" + "\n".join(f"  {d}" for d in differences)

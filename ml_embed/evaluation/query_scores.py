@@ -68,7 +68,7 @@ class System(Protocol):
 
     @property
     def made_of(self) -> Any:
-        """JSON that tells it from others of the same name."""
+        """JSON that its scores depend on."""
 
     def searcher(self, part: Part) -> Any:
         """A model as mteb evaluates it."""
@@ -143,9 +143,13 @@ class ModelSystem:
     """lets all processes encode"""
 
     @property
+    def content(self) -> Any:
+        """JSON of what it is, wherever it runs."""
+        return [self.vectors.model.identity, self.vectors.model.prompts]
+
+    @property
     def made_of(self) -> Any:
-        model = self.vectors.model
-        return [model.identity, model.prompts, model.device.type]
+        return [*self.content, self.vectors.model.device.type]
 
     def searcher(self, part: Part) -> CutEncoder:
         prompts = TaskPrompts(self.vectors.model.prompts, {})
@@ -165,12 +169,13 @@ class Bm25System:
     """BM25 over words, or over pairs of characters where there are no spaces between words."""
 
     name: str = BM25
+    content = (BM25,)
 
     @property
     def made_of(self) -> Any:
         from importlib.metadata import version
 
-        return [BM25, version("bm25s")]
+        return [*self.content, version("bm25s")]
 
     def searcher(self, part: Part) -> "Bm25Searcher":
         return Bm25Searcher(part.language)

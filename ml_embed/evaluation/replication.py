@@ -5,6 +5,7 @@ Letters: M systems, Q queries of a task.
 
 import dataclasses
 import functools
+import itertools
 import math
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,8 +21,10 @@ from ml_embed.config import load_datasets
 from ml_embed.distributed.agreement import check_agreement
 from ml_embed.distributed.shares import conduct
 from ml_embed.distributed.sole_launch import sole_launch_into
+from ml_embed.errors import UserError
 from ml_embed.evaluation.comparing import (
     BASELINE,
+    UNCUT,
     ScoredLanguage,
     adjust_over_languages,
     macro_rows,
@@ -102,6 +105,8 @@ class Replication:
     model: CubeModel
     prompts: TaskPrompts
     parts: tuple[Part, ...]
+    places: Mapping[str, str]
+    """name of a baseline -> where it lies here; "bm25" for that one"""
     batch_tokens: int | None = None
     progress: bool = True
 
@@ -112,12 +117,21 @@ class Replication:
         device: str | None = None,
         batch_tokens: int | None = None,
         progress: bool = True,
+        places: Sequence[str] = (),
     ) -> "Replication":
-        """Raises UserError for a model, a size, a language or a suite that is not there."""
+        """Read all but weights and data.
+
+        Args:
+            places: where the baselines lie here; empty where their names say it.
+        Raises:
+            UserError: a model, a size, a language or a suite is not there, or `places` does not
+                fit the baselines.
+        """
+        placed = _placed(asked.baselines, places)
         parts = find_parts(
             asked.suite, asked.languages, None if asked.data is None else home_path(asked.data)
         )
-        if BM25 in asked.baselines:
+        if BM25 in placed.values():
             require_bm25s()
         model = CubeModel.open(asked.model, device=device)
         whole = whole_cut(model.folder.record, model.folder.config)
@@ -136,7 +150,7 @@ class Replication:
             load_datasets(home_path(asked.config)) if asked.config else {},
         )
         model = dataclasses.replace(model, cube=cube)
-        return cls(asked, model, prompts, tuple(parts), batch_tokens, progress)
+        return cls(asked, model, prompts, tuple(parts), placed, batch_tokens, progress)
 
     @functools.cached_property
     def revision(self) -> str:
@@ -151,6 +165,21 @@ class Replication:
     def languages(self) -> dict[str, list[Part]]:
         """Language -> its tasks."""
         return languages_of(self.parts)
+
+
+def _placed(baselines: Sequence[str], places: Sequence[str]) -> dict[str, str]:
+    """Name of a baseline -> where it lies. Raises UserError."""
+    if UNCUT in baselines:
+        raise UserError(
+            f"no baseline can be called {UNCUT}, as the model itself is; give ./{UNCUT} for a "
+            "folder of that name"
+        )
+    if places and len(places) != len(baselines):
+        raise UserError(
+            f"--baselines says where {len(places)} of them lie, the file has {len(baselines)}: "
+            + ", ".join(baselines)
+        )
+    return dict(zip(baselines, places or baselines, strict=True))
 
 
 def replicate(replication: Replication, output: Path) -> dict[str, Any]:
@@ -186,7 +215,7 @@ class Systems:
     """All that answers queries."""
 
     cuts: dict[Cut, CutSystem]
-    baselines: list[System]
+    baselines: Sequence[Bm25System | ModelSystem]
     forget: Callable[[], None]
     """removes the files of vectors"""
 
@@ -195,9 +224,9 @@ class Systems:
         return [*self.cuts.values(), *self.baselines]
 
     def revisions(self, asked: Asked) -> dict[str, str]:
-        """Name of a baseline -> digest of what it is made of."""
+        """Name of a baseline -> digest of its content."""
         return {
-            name: value_digest(system.made_of)
+            name: value_digest(system.content)
             for name, system in zip(asked.baselines, self.baselines, strict=True)
         }
 
@@ -209,7 +238,8 @@ class Systems:
         of_rank: dict[int, list[System]] = {}
         for system in wanted:
             of_rank.setdefault(system.cut.rank, []).append(system)
-        groups = [*of_rank.values(), *([baseline] for baseline in self.baselines)]
+        alone: list[list[System]] = [[system] for system in self.baselines]
+        groups = [*of_rank.values(), *alone]
         for part in parts:
             store.complete(part, groups, self.forget)
 
@@ -231,10 +261,10 @@ def with_systems(
         device = str(replication.model.device)  # of this process
         others = {
             name: ModelVectors(
-                functools.partial(load_text_model, name, device), work, replication.progress
+                functools.partial(load_text_model, place, device), work, replication.progress
             )
-            for name in replication.asked.baselines
-            if name != BM25
+            for name, place in replication.places.items()
+            if place != BM25
         }
 
         def serve(request: tuple[str | None, Any]) -> np.ndarray:
@@ -244,8 +274,8 @@ def with_systems(
         def run(ask: Callable[[tuple[str | None, Any]], np.ndarray]) -> dict[str, Any]:
             own.ask = lambda request: ask((None, request))
 
-            def baseline(name: str) -> System:
-                if name == BM25:
+            def baseline(name: str, place: str) -> Bm25System | ModelSystem:
+                if place == BM25:
                     return Bm25System()
                 vectors = others[name]
                 key = f"model_{value_digest([name, vectors.model.identity])[:8]}"
@@ -257,7 +287,7 @@ def with_systems(
                 cut: CutSystem(cut, model.describe(cut), own, replication.prompts, made_of)
                 for cut in model.cube.cuts
             }
-            baselines = [baseline(name) for name in replication.asked.baselines]
+            baselines = list(itertools.starmap(baseline, replication.places.items()))
             return finish(Systems(cuts, baselines, own.forget))
 
         return conduct(run, serve)

@@ -1,21 +1,22 @@
 """The check of a replication: some of its rows are computed again, from texts to intervals."""
 
+import contextlib
 import math
 import random
-import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ml_embed.distributed.collectives import compute_on_main_process
 from ml_embed.errors import UserError
 from ml_embed.evaluation.comparing import (
     ALL,
     BASELINE,
-    MAIN,
     adjust_over_languages,
     rows_of_language,
 )
-from ml_embed.evaluation.query_scores import ScoreStore
+from ml_embed.evaluation.query_scores import METRICS, ScoreStore
 from ml_embed.evaluation.replication import (
     Asked,
     Replication,
@@ -26,6 +27,7 @@ from ml_embed.evaluation.replication import (
     with_systems,
     without_nan,
 )
+from ml_embed.files.atomic import disk_errors_are_user_errors
 from ml_embed.files.digests import seal_is_broken
 from ml_embed.files.json_file import read_json
 from ml_embed.model_folders.cut import Cut, single_axes
@@ -40,7 +42,6 @@ ROUNDING = 1e-9
 P_TOLERANCE = 0.02
 MEASURED = ("texts_per_second", "p_holm", "verdict")
 """What is not compared row by row: speeds, and what hangs on all languages."""
-WORK = ".verifying"
 PARTS = {"asked", "model", "versions", "tasks", "baselines", "rows", "macro", "seed"}
 """Keys of a result that are looked at."""
 REMEDY = "give the replication.json that scripts/replicate.py wrote"
@@ -65,15 +66,14 @@ def asked_in(result: Mapping[str, Any], places: Mapping[str, str | None]) -> Ask
         raise UserError(f'what the file says under "asked" is not so ({error}); {REMEDY}') from None
 
 
-def verify(
-    result: Mapping[str, Any], replication: Replication, folder: Path, seed: int
-) -> list[str]:
+def verify(result: Mapping[str, Any], replication: Replication, seed: int) -> list[str]:
     """Compute a random twentieth of the rows of cuts again, at least three. A collective.
+
+    It works in a temporary folder, which the machines of a launch have to share.
 
     Args:
         result: of `read_replication`.
         replication: the same, opened here.
-        folder: to work in; what is made there is removed.
         seed: of the choice of rows.
     Returns:
         what differs, a line each; empty if nothing does.
@@ -88,14 +88,21 @@ def verify(
     def finish(systems: Systems) -> dict[str, Any]:
         differences = list(_identities(result, replication, systems))
         for row in chosen if not differences else ():
-            differences += _check_row(row, result, replication, systems, folder / WORK)
+            differences += _check_row(row, result, replication, systems, work)
         return {"differences": differences + list(_made_of_rows(result))}
 
-    work = folder / WORK
-    try:
+    remedy = "Set TMPDIR to another folder."
+    with (
+        disk_errors_are_user_errors(Path(tempfile.gettempdir()), remedy),
+        contextlib.ExitStack() as held,
+    ):
+
+        def make() -> Path:
+            name = held.enter_context(tempfile.TemporaryDirectory(prefix="verifying-"))
+            return Path(name)
+
+        work = compute_on_main_process(make)
         return with_systems(replication, work, finish)["differences"]
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _identities(
@@ -184,9 +191,10 @@ def _made_of_rows(result: Mapping[str, Any]) -> Iterator[str]:
             for row in result["rows"]
             if row["language"] in macro["languages"] and _system(row) == _system(macro)
         ]
-        mean = math.fsum(row[MAIN] for row in members) / max(1, len(members))
-        place = f"macro, {macro['group']}, {_system(macro)}: {MAIN}"
-        yield from differing(macro[MAIN], mean, place, ROUNDING)
+        for metric in METRICS:
+            mean = math.fsum(row[metric] for row in members) / max(1, len(members))
+            place = f"macro, {macro['group']}, {_system(macro)}: {metric}"
+            yield from differing(macro[metric], mean, place, ROUNDING)
     languages = {row["language"] for row in result["rows"]}
     everything = [macro for macro in result["macro"] if macro["group"] == ALL]
     if any(set(macro["languages"]) != languages for macro in everything):

@@ -21,6 +21,8 @@ from helpers.tiny_runs import Launch
 
 from ml_embed.commands import replicate as command
 from ml_embed.evaluation import query_scores, verification
+from ml_embed.evaluation.query_scores import Bm25System, ModelSystem, ModelVectors
+from ml_embed.evaluation.replication import Asked, Systems
 from ml_embed.files.digests import sealed
 from ml_embed.model_folders.record import Origin, TrainedOn
 from ml_embed.prepare.beir import read_collection
@@ -220,7 +222,12 @@ CHANGES = {
     ),
     "yor-Latn: digest was 0, is": lambda r: r["tasks"][0].update(digest="0"),
     "against.bm25.p_holm was 2": lambda r: uncut_row(r)["against"]["bm25"].update(p_holm=2.0),
-    "macro, all languages": lambda r: r["macro"][0].update(ndcg_at_10=0.5),
+    "macro, all languages, depth 3, dim 64, rank 16: ndcg_at_10 was": lambda r: r["macro"][
+        0
+    ].update(ndcg_at_10=0.5),
+    "macro, all languages, depth 3, dim 64, rank 16: recall_at_100 was": lambda r: r["macro"][
+        0
+    ].update(recall_at_100=0.25),
 }
 
 
@@ -228,6 +235,48 @@ def test_a_replication_that_holds_is_verified(small, capsys):
     assert run("--verify", small) == 0
     assert "holds" in capsys.readouterr().out
     assert not list(small.parent.glob(".ver*"))
+
+
+def test_a_file_where_nothing_can_be_written_is_verified(small, capsys):
+    with small.open() as file:
+        assert run("--verify", f"/dev/fd/{file.fileno()}") == 0, capsys.readouterr().err
+
+
+def test_a_baseline_may_lie_elsewhere_here(small, place, tmp_path, capsys):
+    there, here = tmp_path / "there", tmp_path / "here"
+    shutil.copytree(place / "other", there)
+    more = ["--languages", "yor", "--baselines", "bm25", there]
+    assert run(*flags(place, tmp_path / "out", *more)) == 0
+    there.rename(here)
+    file = tmp_path / "out" / "replication.json"
+    capsys.readouterr()
+    assert run("--verify", file) == 2
+    assert f"{there}" in capsys.readouterr().err
+    assert run("--verify", file, "--baselines", "bm25", here) == 0, capsys.readouterr().err
+    assert run("--verify", file, "--baselines", here) == 2
+    assert "the file has 2" in capsys.readouterr().err
+    assert run("--verify", file, "--baselines", "bm25", place / "model") == 2
+    assert f"{there}: the file is about" in capsys.readouterr().err
+
+
+def test_a_baseline_is_the_same_on_every_device(tmp_path, monkeypatch):
+    """Its content is, as is BM25 of another version; scores are kept apart."""
+
+    def systems(device: str) -> Systems:
+        model = SimpleNamespace(
+            identity={"w": "1"}, prompts={}, device=SimpleNamespace(type=device)
+        )
+        other = ModelSystem("m", ModelVectors(lambda: model, tmp_path, False), np.array)
+        return Systems({}, [other, Bm25System()], lambda: None)
+
+    asked, found = Asked("m", "own", baselines=("m", "bm25")), []
+    for number, device in enumerate(("cpu", "cuda")):
+        monkeypatch.setattr("importlib.metadata.version", lambda _, number=number: f"{number}")
+        made = systems(device)
+        found.append((made.revisions(asked), [of.made_of for of in made.baselines]))
+    (revisions, scores), (others, other_scores) = found
+    assert revisions == others
+    assert [a == b for a, b in zip(scores, other_scores, strict=True)] == [False, False]
 
 
 def test_one_score_that_is_not_so_fails(small, tmp_path, capsys):
@@ -318,6 +367,7 @@ def test_a_dry_run_loads_nothing(place, tmp_path, capsys, monkeypatch):
         (["--suite", "own", "--data", "PLACE"], "holds no folder in BEIR's form"),
         (["--suite", "own", "--data", "PLACE/misnamed"], "must be named by its language"),
         (["--suite", "nano", "--data", "PLACE"], "--data is of --suite own"),
+        (["--suite", "miracl-hn", "--baselines", "uncut"], "called uncut"),
         (["--suite", "nano", "--verify", "x.json"], "leave --suite"),
         (["--suite", "nano", "--seed", "1"], "--seed is of --verify"),
         ([], "give --suite, or --mock or --verify FILE"),
@@ -421,6 +471,12 @@ def test_a_config_gives_the_prompts_of_tasks(result, place, tmp_path):
     assert run("--verify", tmp_path / "by_task" / "replication.json", "--device", "cpu") == 0
     config.write_text(json.dumps({"datasets": {name: {"prompt": "uliza: "}}}))
     assert run("--verify", tmp_path / "by_task" / "replication.json", "--device", "cpu") == 2
+
+
+def test_tasks_without_any_prompt_are_named(place, tmp_path, capsys):
+    given = ["--languages", "yor", "--query-prompt", "", "--passage-prompt", ""]
+    assert command.main([*map(str, flags(place, tmp_path / "out", *given))]) == 0
+    assert "no prompt stood in front of the texts of tasks\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
