@@ -72,7 +72,8 @@ def macro_rows(languages: Sequence[ScoredLanguage], seed: int) -> list[dict[str,
     """A row per group of languages and system: each language counts the same.
 
     Groups are all languages, and those of each resource class. The rows are those of
-    `rows_of_language`, with "group" and "languages" instead of a language.
+    `rows_of_language`, with "group" and "languages" instead of a language. Languages in which a
+    task's queries have the same names ask the same questions, which are drawn together.
     """
     groups = {ALL: list(languages)}
     for number in sorted({of.resource_class for of in languages} - {None}, key=str):
@@ -84,6 +85,7 @@ def macro_rows(languages: Sequence[ScoredLanguage], seed: int) -> list[dict[str,
     for group, members in groups.items():
         values = {m: [own for of in members for own in of.values(m)] for m in METRICS}
         weights = [1 / len(of.scores) for of in members for _ in of.scores]
+        asked = [(task, own[0].queries) for of in members for task, own in of.scores.items()]
         columns = [
             {
                 key: value
@@ -92,7 +94,8 @@ def macro_rows(languages: Sequence[ScoredLanguage], seed: int) -> list[dict[str,
             }
             for column in members[0].columns
         ]
-        found = compared(columns, members[0].whole, resample(values[MAIN], weights, seed=seed))
+        drawn = resample(values[MAIN], weights, seed=seed, queries=asked)
+        found = compared(columns, members[0].whole, drawn)
         recall = np.average([own.mean(axis=1) for own in values[RECALL]], axis=0, weights=weights)
         for number, row in enumerate(found):
             row |= {RECALL: float(recall[number]), "queries": sum(of.queries for of in members)}

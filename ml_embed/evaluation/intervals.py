@@ -5,7 +5,7 @@ Models are compared on the same queries, so each resample draws queries, not mod
 Letters: M models (or cuts), Q queries of a test set, B resamples.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,11 +37,6 @@ class Interval:
     def to_list(self) -> list[float]:
         """[value, low, high], as JSON."""
         return [self.value, self.low, self.high]
-
-    @property
-    def tells_apart(self) -> bool:
-        """Whether 0 is outside: a difference that chance in the queries does not explain."""
-        return self.low > 0 or self.high < 0
 
 
 @dataclass(frozen=True)
@@ -78,18 +73,27 @@ def resample(
     weights: Sequence[float] | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
+    queries: Sequence[Hashable] | None = None,
 ) -> Resamples:
     """Means over queries, and over queries that are drawn again within each test set.
 
     Args:
         values: (M, Q) of each test set: what each model achieves at each query.
         weights: what each test set counts; None is all the same.
+        queries: which ones each test set asks: those of equal ones are drawn together, in the
+            order of their columns. None is others in each.
     """
     rng = np.random.default_rng(seed)
+    together: dict[Hashable, list[int]] = {}
+    for place, own in enumerate(queries or range(len(values))):
+        together.setdefault(own, []).append(place)
     return Resamples(
         np.average([own.mean(axis=1) for own in values], axis=0, weights=weights),
         np.concatenate(
-            [_resampled(values, weights, rng, part) for part in blocks(resamples, AT_ONCE)]
+            [
+                _resampled(values, weights, together.values(), rng, part)
+                for part in blocks(resamples, AT_ONCE)
+            ]
         ),
     )
 
@@ -108,16 +112,18 @@ def bootstrap(
 def _resampled(
     values: Sequence[np.ndarray],
     weights: Sequence[float] | None,
+    together: Iterable[Sequence[int]],
     rng: np.random.Generator,
     part: slice,
 ) -> np.ndarray:
     """(b, M) means of as many resamples as the part is long."""
     size = part.stop - part.start
-    means = []
-    for own in values:
-        queries = own.shape[1]
+    means = np.empty((len(values), size, len(values[0])))
+    for places in together:
+        queries = values[places[0]].shape[1]
         counts = rng.multinomial(queries, np.full(queries, 1 / queries), size)  # (b, Q)
-        means.append(counts @ own.T / queries)
+        for place in places:
+            means[place] = counts @ values[place].T / queries
     return np.average(means, axis=0, weights=weights)
 
 

@@ -19,6 +19,10 @@ from ml_embed.reports.page import page
 from ml_embed.reports.tables import Result, aligned, number_text
 
 Row = Mapping[str, Any]
+BELEBELE = (
+    "Belebele's questions are the same in all languages, but mteb numbers them in each by itself: "
+    "the intervals of means over languages may be too narrow."
+)
 Table = tuple[str, list[str], dict[str, list[str]]]
 """corner, names, columns"""
 
@@ -169,6 +173,7 @@ def _notes(result: Result) -> list[str]:
         "the languages of a cut; those of groups are without it. Interaction is q(rank, depth, "
         "dim) - q(rank) q(depth) q(dim), q the share of the uncut quality that is kept: where it "
         "is 0, the losses of the axes multiply.",
+        *([BELEBELE] if result["asked"]["suite"] == "belebele" else []),
         f"Training rows of the tasks in the model's data, by the names that its folder gives: "
         f"{training}.",
         f"Model {result['asked']['model']}, content {model['revision']}, on {model['device']}, "

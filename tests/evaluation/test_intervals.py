@@ -42,9 +42,28 @@ def test_pairs_are_drawn_together():
     own = (np.random.default_rng(0).random(200) < 0.5).astype(float)
     found = bootstrap([np.stack([own, own])], difference)
     assert (found.value, found.low, found.high) == (0, 0, 0)
-    assert not found.tells_apart
     better = np.stack([np.maximum(own, np.arange(200) % 10 == 0), own])
-    assert bootstrap([better], difference).tells_apart
+    assert bootstrap([better], difference).low > 0
+
+
+def test_test_sets_of_the_same_queries_are_drawn_together():
+    """The first and the third ask the same, and are as hard there; against drawing by hand."""
+    rng, drawn = np.random.default_rng(2), []
+    shared, other = rng.random(60), rng.random(40)
+    values = [shared + rng.normal(0, 0.1, 60), other, shared + rng.normal(0, 0.1, 60)]
+    for _ in range(4000):
+        same, own = rng.integers(0, 60, 60), rng.integers(0, 40, 40)
+        by_set = [values[0][same].mean(), values[1][own].mean(), values[2][same].mean()]
+        drawn.append(np.mean(by_set))
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    sets = [own[None] for own in values]
+
+    def width(queries: list[str] | None) -> float:
+        found = resample(sets, queries=queries).interval(lambda means: means[..., 0])
+        return found.high - found.low
+
+    assert width(["a", "b", "a"]) == pytest.approx(high - low, rel=0.05)
+    assert width(None) == width(["a", "b", "c"]) < 0.85 * (high - low)
 
 
 def test_its_width_is_that_of_the_standard_error():
@@ -76,9 +95,9 @@ def test_p_is_that_of_a_normal_distribution_and_agrees_with_the_interval():
         found = bootstrap([np.stack([own, np.zeros(300)])], difference)
         z = own.mean() / (own.std() / math.sqrt(300))
         assert found.p == pytest.approx(math.erfc(abs(z) / math.sqrt(2)), abs=0.02)
-        assert found.tells_apart == (found.p < 0.05)
+        assert (found.low > 0 or found.high < 0) == (found.p < 0.05)
     nothing = bootstrap([np.zeros((2, 30))], difference)
-    assert (nothing.p, nothing.tells_apart) == (1, False)
+    assert (nothing.p, nothing.low, nothing.high) == (1, 0, 0)
 
 
 def test_a_statistic_without_a_value_has_no_interval():

@@ -21,9 +21,17 @@ from helpers.tiny_runs import Launch
 
 from ml_embed.commands import replicate as command
 from ml_embed.evaluation import query_scores, verification
-from ml_embed.evaluation.query_scores import Bm25System, ModelSystem, ModelVectors
+from ml_embed.evaluation.comparing import ScoredLanguage, macro_rows, rows_of_language
+from ml_embed.evaluation.query_scores import (
+    METRICS,
+    Bm25System,
+    ModelSystem,
+    ModelVectors,
+    QueryScores,
+)
 from ml_embed.evaluation.replication import Asked, Systems
 from ml_embed.files.digests import sealed
+from ml_embed.model_folders.cut import Cut
 from ml_embed.model_folders.record import Origin, TrainedOn
 from ml_embed.prepare.beir import read_collection
 from ml_embed.sample_data.search_tasks import write_search_tasks
@@ -153,6 +161,27 @@ def test_the_macro_mean_is_that_of_languages_and_groups(result):
             assert macro[metric] == pytest.approx(np.mean([row[metric] for row in rows]))
     assert {macro["group"] for macro in result["macro"]} == {"all languages", "class 2"}
     assert [resource_class(of) for of in ("tel-Telu", "zho-Hans", "acm-Arab")] == [1, 5, None]
+
+
+def test_the_same_questions_are_drawn_together_in_all_languages():
+    """Two languages that find the same are as uncertain together as each is alone."""
+    rng, whole = np.random.default_rng(0), Cut(0, 3, 64)
+    values = [dict.fromkeys(METRICS, rng.random(40)) for _ in range(2)]
+    columns = [{"rank": 0, "depth": 3, "dim": dim} for dim in (8, 64)]
+
+    def language(name: str, queries: str) -> ScoredLanguage:
+        asked = tuple(f"{queries}{number}" for number in range(40))
+        scores = {"task": [QueryScores(asked, own) for own in values]}
+        return ScoredLanguage(name, None, columns, whole, scores)
+
+    def interval(rows: list[dict]) -> list[float]:
+        return rows[0]["against"]["uncut"]["difference"]
+
+    _, low, high = interval(rows_of_language(language("swa-Latn", "q"), 0))
+    same = [language("swa-Latn", "q"), language("yor-Latn", "q")]
+    assert interval(macro_rows(same, 0))[1:] == pytest.approx([low, high])
+    _, narrow_low, narrow_high = interval(macro_rows([same[0], language("yor-Latn", "p")], 0))
+    assert narrow_high - narrow_low < 0.85 * (high - low)
 
 
 def test_the_file_names_what_it_is_about(result, place):
