@@ -226,9 +226,8 @@ def _look_at(dataset: RawDataset, record: WorkRecord, rewriting: Rewriting) -> T
 
 
 def _write(todo: Todo, record: WorkRecord, target: Path, made: Made) -> None:
-    record.begin(
-        todo.raw.name
-    )  # Not before: until here other settings may use what lies in `work`.
+    # Not before: until here other settings may use what lies in `work`.
+    record.begin(todo.raw.name)
     with atomic_file(target) as partial:
         counts = write_raw(partial, made.rows, made.task, lambda: notes_in_file(todo.raw))
     source = {"source": todo.source, "digest": file_digest(target)}
