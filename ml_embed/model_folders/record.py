@@ -66,11 +66,6 @@ class Origin:
         """Names of the datasets trained on."""
         return tuple(dict.fromkeys(item.dataset for item in self.trained_on))
 
-    @property
-    def training_data(self) -> tuple[TrainedOn, ...] | None:
-        """All datasets that the model was trained on; None if there may be others."""
-        return self.trained_on if self.all_data_known else None
-
     @classmethod
     def of_backbone(cls, folder: Path) -> "Origin | None":
         """What `save` wrote into a backbone; None without. Raises UserError if it is damaged."""

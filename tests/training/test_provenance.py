@@ -84,7 +84,8 @@ def test_models_carry_it_on(world, tokenized, tmp_path):
         TrainedOn("gifts", "https://example.org/gifts", None, "odbl|1.0", rows["gifts"]),
     )
     model = tmp_path / "first" / "step_1"
-    assert ModelRecord.load(model).origin.training_data == own
+    origin = ModelRecord.load(model).origin
+    assert (origin.trained_on, origin.all_data_known) == (own, True)
     card = ModelCard.load(model / "README.md")
     assert card.data.datasets == ["ada/answers"]
     assert f"| answers | ada/answers | abc123 | cc-by-4.0 | {rows['answers']} |" in card.text
@@ -97,7 +98,8 @@ def test_models_carry_it_on(world, tokenized, tmp_path):
     further = {"model_path": str(tmp_path / "pruned"), "train_steps": 1, "mll_layers": [1]}
     assert train(world, tmp_path, "second", datasets={}, **further)[0] == 0
     after = ModelRecord.load(tmp_path / "second" / "step_1").origin
-    assert after.training_data[:3] == own, "the chain goes through the pruned backbone"
+    assert after.trained_on[:3] == own, "the chain goes through the pruned backbone"
+    assert after.all_data_known
     assert after.datasets[3:] == tuple(sorted(world_datasets(world)))
 
 
@@ -120,27 +122,29 @@ def test_data_that_are_not_known_are_not_claimed(tmp_path):
     older = model("older", datasets=["facts"])
     origin = ModelRecord.load(Path(older)).origin
     assert origin.trained_on == (TrainedOn("facts"),)
-    assert origin.training_data is None
+    assert not origin.all_data_known
     facts = {"trained_on": [{"dataset": "a", "rows": 5}], "all_data_known": True}
     known = model("known", ema_decay=0.9, **facts)
     mixed = Average.of([known, older]).record()
     assert mixed.ema_decay == 0, "not that of the first"
     both = mixed.origin
     assert both.trained_on == (TrainedOn("a", rows=5), TrainedOn("facts"))
-    assert both.training_data is None
+    assert not both.all_data_known
     same = shutil.copytree(known, tmp_path / "same")
     mean = Average.of([known, str(same)]).record().origin
-    assert mean.training_data == (TrainedOn("a", rows=5),), "each once"
+    assert mean.trained_on == (TrainedOn("a", rows=5),), "each once"
+    assert mean.all_data_known
 
     plain = tmp_path / "plain"
     plain.mkdir()
     save_backbone(plain, random_backbone(tokenizer), tokenizer)
     record = ModelFolder.open(plain).record
-    assert origin_of(plain, record, both.trained_on, ()).training_data == both.trained_on
+    further = origin_of(plain, record, both.trained_on, ())
+    assert (further.trained_on, further.all_data_known) == (both.trained_on, True)
     (plain / "README.md").write_text("---\nlicense: [mit, apache-2.0]\nlanguage: [en, no]\n---\n")
     (plain / "modules.json").write_text(Path(older, "modules.json").read_text())
     embedding = origin_of(plain, record, both.trained_on, ())
-    assert embedding.training_data is None
+    assert not embedding.all_data_known
     assert embedding.languages == ("en", "no")
     write_card(tmp_path, replace(record, origin=embedding), Form("onnx", "", 7, 64))
     card = ModelCard.load(tmp_path / "README.md")
