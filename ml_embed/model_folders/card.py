@@ -170,7 +170,8 @@ def _training_data(origin: Origin) -> str:
     for item in origin.trained_on:
         cells = [getattr(item, name) for name in columns]
         cells = [f"{cell:,}" if isinstance(cell, int) else cell or "not known" for cell in cells]
-        lines.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")
+        cells = [" ".join(cell.split()).replace("|", "&#124;") for cell in cells]
+        lines.append(f"| {' | '.join(cells)} |")
     if not origin.all_data_known:
         lines += ["", "What was trained on before these datasets is not known."]
     return "\n".join(["## Training data", "", *lines, "", ""])

@@ -146,7 +146,9 @@ def test_data_that_are_not_known_are_not_claimed(tmp_path):
     embedding = origin_of(plain, record, both.trained_on, ())
     assert not embedding.all_data_known
     assert embedding.languages == ("en", "no")
-    write_card(tmp_path, replace(record, origin=embedding), Form("onnx", "", 7, 64))
+    lines = replace(embedding, trained_on=(TrainedOn("b", "two\nlines", license="x\r\n|y"),))
+    write_card(tmp_path, replace(record, origin=lines), Form("onnx", "", 7, 64))
     card = ModelCard.load(tmp_path / "README.md")
     assert (card.data.license, card.data.license_name) == ("other", "mit, apache-2.0")
     assert "What was trained on before these datasets is not known." in card.text
+    assert "| b | two lines | not known | x &#124;y | not known |\n" in card.text
