@@ -121,9 +121,8 @@ def _validate_dataset(
                 losses.add(vectors, batch, rows)
             search.add(dict(zip(resolved.exits, vectors, strict=True)), batch)
         found |= search.metrics()
-        if isinstance(search, _PoolSearch) and whole in search.ranks and dataset.languages:
-            languages = gather_uneven(torch.cat(search.languages))
-            add_ranks(by_language, dataset.languages, languages, search.ranks[whole])
+        if rank == whole.rank and dataset.languages:
+            search.add_to_languages(by_language, whole)
     add_losses(by_language, plan.task, losses.by_language(dataset.languages))
     values = losses.means(plan.task) | found[whole]
     for cut in grid:
@@ -185,7 +184,24 @@ def _losses_of(task: Task) -> tuple[str, ...]:
     return LOSSES[task] or ("similarity",)
 
 
-class _PoolSearch:
+class _Search:
+    """What is measured of a dataset of one task, at some cuts of one rank."""
+
+    def __init__(self, cuts: Collection[Cut], dataset: TokenizedDataset): ...
+
+    def add(self, vectors: Vectors, batch: ContrastiveBatch) -> None:
+        """Take in this process's rows of a batch."""
+        raise NotImplementedError
+
+    def metrics(self) -> dict[Cut, dict[str, float]]:
+        """Of all processes' rows. A collective."""
+        raise NotImplementedError
+
+    def add_to_languages(self, sums: Sums, cut: Cut) -> None:
+        """Add what retrieval found at a cut, after `metrics`; nothing of other tasks."""
+
+
+class _PoolSearch(_Search):
     """Retrieval: each query searches all distinct documents of the dataset's held-out rows.
 
     Other right answers of a query, as far as the data says, do not compete with its positive.
@@ -195,9 +211,9 @@ class _PoolSearch:
     def __init__(self, cuts: Collection[Cut], dataset: TokenizedDataset):
         self._dataset = dataset
         self._cuts = sorted(cuts)
-        self.ranks: dict[Cut, Tensor] = {}
-        """(Q,) of each cut, all processes' queries, when `metrics` has found them"""
-        self.languages: list[Tensor] = []
+        self._found: dict[Cut, Tensor] = {}
+        """(Q,) ranks at each cut, all processes' queries, when `metrics` has found them"""
+        self._languages: list[Tensor] = []
         """each query's place in the dataset's languages, in the order of this process's queries"""
         self._numbers: list[Tensor] = []
         self._queries: dict[int, list[Tensor]] = {cut.depth: [] for cut in self._cuts}
@@ -212,14 +228,18 @@ class _PoolSearch:
         self._wanted.append(batch.passage_documents[real])
         self._numbers.append(batch.query_numbers[real])
         if batch.language_numbers is not None:
-            self.languages.append(batch.language_numbers[real])
+            self._languages.append(batch.language_numbers[real])
         for depth in self._queries:
             self._queries[depth].append(vectors[depth][batch.query[real]])
             self._passages[depth].append(vectors[depth][used])
 
     def metrics(self) -> dict[Cut, dict[str, float]]:
-        self.ranks = dict(self._ranks())
-        return _metrics_of(self.ranks.items())
+        self._found = dict(self._ranks())
+        return _metrics_of(self._found.items())
+
+    def add_to_languages(self, sums: Sums, cut: Cut) -> None:
+        languages = gather_uneven(torch.cat(self._languages))
+        add_ranks(sums, self._dataset.languages, languages, self._found[cut])
 
     def _ranks(self) -> Iterator[tuple[Cut, Tensor]]:
         """Each cut with the (Q,) ranks of the positives."""
@@ -242,7 +262,7 @@ class _PoolSearch:
                 yield cut, ranks_of_positives(queries, documents, positive, excluded=others)
 
 
-class _CandidateSearch:
+class _CandidateSearch(_Search):
     """Clustering and classification: each query chooses among its passage and its own negatives.
 
     Rows without negatives do not count: with one passage to choose from they are always right.
@@ -263,7 +283,7 @@ class _CandidateSearch:
         )
 
 
-class _PairOrder:
+class _PairOrder(_Search):
     """Similarity: whether the cosines of all held-out pairs have the order of their scores."""
 
     def __init__(self, cuts: Collection[Cut], dataset: TokenizedDataset):
@@ -287,7 +307,7 @@ class _PairOrder:
         return found
 
 
-_SEARCH_OF_TASK: Mapping[Task, type[_PoolSearch | _CandidateSearch | _PairOrder]] = {
+_SEARCH_OF_TASK: Mapping[Task, type[_Search]] = {
     "retrieval": _PoolSearch,
     "clustering": _CandidateSearch,
     "classification": _CandidateSearch,
