@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, Qwen3Config
 
 from ml_embed.config import TrainConfig, errors_name_key
+from ml_embed.data.schedule import Schedule
 from ml_embed.data.store import Store, open_store
 from ml_embed.data.teacher_vectors import KD_REMEDY, TeacherVectors, open_teacher_vectors
 from ml_embed.errors import UserError
@@ -41,6 +42,8 @@ class Inputs:
     """the teacher that runs beside the student"""
     teacher_cost: Teacher | None
     resolved: Resolved
+    schedule: Schedule
+    """which rows each step of training takes"""
 
     @property
     def backbone_config(self) -> Qwen3Config:
@@ -110,9 +113,11 @@ def open_inputs(
                 folder, store, start.config.hidden_size, config.kd_loss, cache_dir, verify
             )
     cost = None if teacher is None else _cost_of(teacher, config)
-    resolved = resolve(config, start.config, store, world_size, valid_store, half_precision, cost)
+    resolved, schedule = resolve(
+        config, start.config, store, world_size, valid_store, half_precision, cost
+    )
     check_metric(config.keep_best, resolved, valid_store or store)
-    return Inputs(start, store, teacher_vectors, valid_store, teacher, cost, resolved)
+    return Inputs(start, store, teacher_vectors, valid_store, teacher, cost, resolved, schedule)
 
 
 def _cost_of(teacher: ModelFolder, config: TrainConfig) -> Teacher:

@@ -89,8 +89,8 @@ def resolve(
     valid_store: Store | None = None,
     half_precision: bool = False,
     teacher: Teacher | None = None,
-) -> Resolved:
-    """Derive every number of a run.
+) -> tuple[Resolved, Schedule]:
+    """Derive every number of a run, and the steps of its training.
 
     Args:
         config: checked.
@@ -118,7 +118,14 @@ def resolve(
         )
     samples = config.samples_per_process(world_size)
     global_batch = samples * world_size
-    epoch_steps = make_schedule(plans, store, global_batch, config).steps_per_epoch
+    splits = {
+        plan.name: split_dataset(
+            store.datasets[plan.name], plan.task, config.held_out_fraction, config.seed
+        )
+        for plan in plans
+    }
+    schedule = Schedule(plans, splits, global_batch, config.seed, languages)
+    epoch_steps = schedule.steps_per_epoch
     parameters = Parameters.of(config, backbone, len(sizes.exits), teacher)
     check_losses(config, plans, store, global_batch)
     check_held_out(config, plans, store)
@@ -145,7 +152,7 @@ def resolve(
             f"{steps} steps ends; its learning rate rises to {learning_rate(steps, config, steps)} "
             "at most"
         )
-    return Resolved(
+    resolved = Resolved(
         world_size=world_size,
         global_batch_size=global_batch,
         steps_per_epoch=epoch_steps,
@@ -174,6 +181,7 @@ def resolve(
         datasets=plans,
         valid_datasets=valid_plans,
     )
+    return resolved, schedule
 
 
 def _dataset_plans(
@@ -199,19 +207,6 @@ def _task_in_manifest(store: Store, name: str) -> Task | None:
     """The task that the manifest gives a dataset, if it is one."""
     given = None if store.manifest is None else store.manifest.datasets[name].task
     return next((task for task in TASKS if task == given), None)
-
-
-def make_schedule(
-    plans: tuple[DatasetPlan, ...], store: Store, global_batch: int, config: TrainConfig
-) -> Schedule:
-    splits = {
-        plan.name: split_dataset(
-            store.datasets[plan.name], plan.task, config.held_out_fraction, config.seed
-        )
-        for plan in plans
-    }
-    languages = language_draws(plans, store, config)
-    return Schedule(plans, splits, global_batch, config.seed, languages)
 
 
 def make_validation(resolved: Resolved, store: Store, seed: int) -> Validation:

@@ -35,7 +35,7 @@ from ml_embed.training.checkpoint import (
 from ml_embed.training.inputs import Inputs
 from ml_embed.training.metrics_log import MetricsLog, Window
 from ml_embed.training.optimizer import build_optimizer
-from ml_embed.training.resolve import Resolved, loss_spec, make_schedule, make_validation
+from ml_embed.training.resolve import Resolved, loss_spec, make_validation
 from ml_embed.training.resume import (
     check_unchanged,
     continuation_notice,
@@ -193,11 +193,10 @@ def make_loader(config: TrainConfig, accelerator: Accelerator, inputs: Inputs) -
         all_negatives=config.in_batch_negatives == "all",
         scored=config.learns_scores,
     )
-    schedule = make_schedule(resolved.datasets, store, resolved.global_batch_size, config)
     validation = None
     if inputs.valid_store is not None:
         validation = make_validation(resolved, inputs.valid_store, config.seed)
-    return Loader(schedule, store, builder, inputs.teacher_vectors, validation)
+    return Loader(inputs.schedule, store, builder, inputs.teacher_vectors, validation)
 
 
 def _trained_on(config: TrainConfig, inputs: Inputs) -> list[TrainedOn]:

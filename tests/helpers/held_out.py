@@ -9,14 +9,13 @@ from transformers import AutoConfig
 from ml_embed import Embedder
 from ml_embed.config import parse_config
 from ml_embed.data.store import open_store
-from ml_embed.training.resolve import make_schedule, resolve
+from ml_embed.training.resolve import resolve
 
 
 def held_out_rows(given: dict, raw: Path) -> dict[str, list[dict]]:
     config = parse_config(given)
     store = open_store(config.train_data_path, config.cache_dir, progress=False)
-    resolved = resolve(config, AutoConfig.from_pretrained(config.model_path), store, 1)
-    schedule = make_schedule(resolved.datasets, store, resolved.global_batch_size, config)
+    _, schedule = resolve(config, AutoConfig.from_pretrained(config.model_path), store, 1)
     rows = {name: pq.read_table(raw / f"{name}.parquet").to_pylist() for name in store.datasets}
     return {
         name: [rows[name][i] for batch in schedule.valid_batches(name) for i in batch]

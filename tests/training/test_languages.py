@@ -19,14 +19,13 @@ from helpers.tiny_runs import (
     run,
     write_tokenized,
 )
+from transformers import AutoConfig
 
 from ml_embed.config import parse_config
-from ml_embed.data.schedule import plan_dataset
 from ml_embed.data.store import open_store
 from ml_embed.files.paths import numbered_folders
 from ml_embed.training.by_language import add_ranks, means_of
-from ml_embed.training.mixture import language_draws, with_draws
-from ml_embed.training.resolve import make_schedule
+from ml_embed.training.resolve import resolve
 
 CODES = ("eng", "eng", "eng", "eng", "swa", "yor", None)
 LANGUAGES = {
@@ -55,9 +54,9 @@ def schedule_of(inputs):
     """The plans and the schedule of the unbroken run."""
     config = parse_config(json.loads((inputs.folder / "unbroken.json").read_text()))
     store = open_store(config.train_data_path, config.cache_dir, progress=False)
-    plans = [plan_dataset(dataset, config) for dataset in store.datasets.values()]
-    plans = with_draws(plans, language_draws(plans, store, config))
-    return plans, make_schedule(plans, store, config.train_batch_size, config)
+    backbone = AutoConfig.from_pretrained(config.model_path)
+    resolved, schedule = resolve(config, backbone, store, 1)
+    return resolved.datasets, schedule
 
 
 def test_what_is_logged_by_language_is_of_the_rows_of_the_step(inputs, unbroken):

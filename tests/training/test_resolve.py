@@ -79,7 +79,7 @@ def test_the_configs_we_ship_fit_a_card_of_80_gb(name, store):
     memory = {
         shipped: resolve(
             config, Qwen3Config(**QWEN3_06B), without_manifest(store), 1, half_precision=True
-        ).memory_gib
+        )[0].memory_gib
         for shipped, config in (
             (True, parse_config(given | {"datasets": {}})),
             (False, unchunked),
@@ -99,7 +99,7 @@ def without_manifest(store):
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_steps_are_optimizer_steps_of_the_global_batch(world, store, backbone, world_size):
     config = parse_config(world.config(train_steps=-1, train_epochs=3, valid_fraction=0))
-    resolved = resolve(config, backbone, store, world_size)
+    resolved, _ = resolve(config, backbone, store, world_size)
     rows = {name: dataset.num_rows for name, dataset in store.datasets.items()}
     assert resolved.global_batch_size == 4 * world_size
     assert resolved.steps_per_epoch == sum(math.ceil(n / (4 * world_size)) for n in rows.values())
@@ -112,7 +112,7 @@ def test_steps_are_optimizer_steps_of_the_global_batch(world, store, backbone, w
 )
 def test_parameters_are_counted_right(world, store, backbone, changes):
     config = parse_config(world.config(**changes))
-    resolved = resolve(config, backbone, store, 1)
+    resolved, _ = resolve(config, backbone, store, 1)
     model = AutoModel.from_pretrained(world.backbone)
     factors = factorize_table(model.embed_tokens.weight.detach(), config.r) if config.r else None
     encoder = MatryoshkaEncoder(model, resolved.exits, factors, config.mll_norm)
@@ -122,7 +122,7 @@ def test_parameters_are_counted_right(world, store, backbone, changes):
 
 def test_explicit_sizes_always_hold_the_whole(world, store, backbone):
     config = parse_config(world.config(mll_layers=[1], mrl_dims=[16, 8], mel_ranks=[8]))
-    resolved = resolve(config, backbone, store, 1)
+    resolved, _ = resolve(config, backbone, store, 1)
     assert (resolved.exits, resolved.dims, resolved.ranks) == ((1, 2), (64, 16, 8), (8, 32))
 
 
@@ -142,7 +142,7 @@ def test_shares_of_the_exits(world, store, backbone, weights, expected):
     config = parse_config(
         world.config(use_mll=True, mll_layers=[1, 2, 3], mrl_weights="uniform", **weights)
     )
-    resolved = resolve(config, backbone, store, 1)
+    resolved, _ = resolve(config, backbone, store, 1)
     assert resolved.exit_weights == pytest.approx(expected)
     assert set(resolved.dim_weights) == {1.0}
 
@@ -158,7 +158,7 @@ def test_mean_tokens_are_what_a_run_sees(world, store, backbone):
     """All negatives used and nothing cut: the estimate is exact."""
     settings = {name: {"task": "retrieval", "num_hard_neg": 9} for name in store.datasets}
     config = parse_config(world.config(datasets=settings, valid_fraction=0, max_seq_length=256))
-    resolved = resolve(config, backbone, store, 1)
+    resolved, _ = resolve(config, backbone, store, 1)
     tokens = 0
     for dataset in store.datasets.values():
         for row in range(dataset.num_rows):
