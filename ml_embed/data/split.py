@@ -7,7 +7,8 @@ is also trained on is used for neither.
 """
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -54,9 +55,20 @@ class Split:
         return self.left_out - np.arange(len(self.left_out))
 
 
-@lru_cache(maxsize=8192)  # asked for by the plan and by the schedule
+_SPLITS = WeakKeyDictionary[TokenizedDataset, dict[tuple[Task, float, int], Split]]()
+"""of datasets that are open: the plan, the languages and the schedule ask for the same"""
+
+
 def split_dataset(dataset: TokenizedDataset, task: Task, fraction: float, seed: int) -> Split:
     """Hold out about `fraction` of the rows, never all of them; 0 = none."""
+    known = _SPLITS.setdefault(dataset, {})
+    key = task, fraction, seed
+    if key not in known:
+        known[key] = _split(dataset, *key)
+    return known[key]
+
+
+def _split(dataset: TokenizedDataset, task: Task, fraction: float, seed: int) -> Split:
     rows = dataset.num_rows
     wanted = min(int(rows * fraction + 0.5), rows - 1)
     if task == "retrieval" and wanted:

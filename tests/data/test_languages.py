@@ -1,5 +1,7 @@
 """How often languages are drawn: against plain loops, for any number of steps built at once."""
 
+import gc
+import weakref
 from collections import Counter
 
 import numpy as np
@@ -12,9 +14,9 @@ from oracles import draws_of_languages as naive_draws
 from ml_embed.config import LanguageSampling, parse_config
 from ml_embed.data.languages import LanguageDraws, RowsByLanguage, draws_of_languages
 from ml_embed.data.random import permuted
-from ml_embed.data.schedule import DatasetPlan, Schedule
+from ml_embed.data.schedule import DatasetPlan, Schedule, plan_dataset
 from ml_embed.data.split import random_split
-from ml_embed.data.store import open_store
+from ml_embed.data.store import open_converted, open_store
 from ml_embed.errors import UserError
 from ml_embed.training.mixture import language_draws, mixture_of, mixture_table, with_draws
 
@@ -157,6 +159,28 @@ def test_many_short_orders_at_once_are_permutations():
         assert orders[5].tolist() != list(range(1000))
     firsts = permuted(np.zeros(4000), np.full(4000, 5), np.arange(4000, dtype=np.uint64))
     assert min(Counter(firsts.tolist()).values()) > 0.85 * 800
+
+
+def test_a_language_without_rows_is_never_dealt(monkeypatch):
+    """Also not where one stands last, and the samples of the others end a rounding below 3."""
+    shares = np.array([0.1, 0.6, 0.0])
+    assert (shares.cumsum() * (3 / shares.sum()))[1] < 3
+    monkeypatch.setattr("ml_embed.data.languages.uniform", lambda *key: 0.0)
+    rows = RowsByLanguage(("a", "b", "c"), np.arange(9), np.array([0, 4, 9, 9]))
+    (found,) = LanguageDraws(rows, shares).rows_of_batches(np.array([0]), 1, 3, (0, "name", 0))
+    assert set(found) <= set(range(4, 9)), "all three of b"
+
+
+def test_data_that_are_no_longer_used_are_let_go(store):
+    """What was found of a dataset for the plan and the schedule does not keep it open."""
+    own = open_converted.__wrapped__(store.folder)
+    plans = [plan_dataset(dataset, config_of()) for dataset in own.datasets.values()]
+    languages = language_draws(plans, own, config_of())
+    left = weakref.ref(own.datasets["wide"])
+    del own
+    gc.collect()
+    assert languages is not None
+    assert left() is None
 
 
 @pytest.mark.parametrize("total", [57, 64])
