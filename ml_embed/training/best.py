@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ml_embed.data.store import Store
+from ml_embed.data.loader import Validation
 from ml_embed.errors import UserError
-from ml_embed.training.resolve import Resolved
+from ml_embed.model_folders.cut import Cube
 from ml_embed.training.validation import metric_names
 
 
@@ -66,12 +66,9 @@ class Best:
         return dataclasses.asdict(self)
 
 
-def check_metric(metric: str | None, resolved: Resolved, store: Store) -> None:
-    """Raise UserError if validation, whose data `store` holds, gives no number of that name."""
-    languages = [code for dataset in store.datasets.values() for code in dataset.languages]
-    plans = resolved.valid_datasets or resolved.datasets
-    names = metric_names(plans, resolved.valid_grid, languages)
-    if metric is None or metric in names:
+def check_metric(metric: str | None, held_out: Validation, grid: Cube | None) -> None:
+    """Raise UserError if validation with that data and grid gives no number of that name."""
+    if metric is None or metric in (names := metric_names(held_out, grid)):
         return
     near = difflib.get_close_matches(metric, names, n=3, cutoff=0.3) or names[:3]
     raise UserError(

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, Qwen3Config
 
 from ml_embed.config import TrainConfig, errors_name_key
+from ml_embed.data.loader import Validation
 from ml_embed.data.schedule import Schedule
 from ml_embed.data.store import Store, open_store
 from ml_embed.data.teacher_vectors import KD_REMEDY, TeacherVectors, open_teacher_vectors
@@ -24,7 +25,7 @@ from ml_embed.training import lora
 from ml_embed.training.best import check_metric
 from ml_embed.training.cost import Teacher
 from ml_embed.training.optimizer import check_optimizer
-from ml_embed.training.resolve import Resolved, resolve
+from ml_embed.training.resolve import Resolved, make_validation, resolve
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Inputs:
     resolved: Resolved
     schedule: Schedule
     """which rows each step of training takes"""
+    validation: Validation | None
+    """the rows of `valid_store`"""
 
     @property
     def backbone_config(self) -> Qwen3Config:
@@ -116,8 +119,14 @@ def open_inputs(
     resolved, schedule = resolve(
         config, start.config, store, world_size, valid_store, half_precision, cost
     )
-    check_metric(config.keep_best, resolved, valid_store or store)
-    return Inputs(start, store, teacher_vectors, valid_store, teacher, cost, resolved, schedule)
+    validation = None
+    if valid_store is not None:
+        validation = make_validation(resolved, valid_store, config.seed)
+    held_out = validation or Validation(schedule, store)
+    check_metric(config.keep_best, held_out, resolved.valid_grid)
+    return Inputs(
+        start, store, teacher_vectors, valid_store, teacher, cost, resolved, schedule, validation
+    )
 
 
 def _cost_of(teacher: ModelFolder, config: TrainConfig) -> Teacher:

@@ -35,7 +35,7 @@ from ml_embed.training.checkpoint import (
 from ml_embed.training.inputs import Inputs
 from ml_embed.training.metrics_log import MetricsLog, Window
 from ml_embed.training.optimizer import build_optimizer
-from ml_embed.training.resolve import Resolved, loss_spec, make_validation
+from ml_embed.training.resolve import Resolved, loss_spec
 from ml_embed.training.resume import (
     check_unchanged,
     continuation_notice,
@@ -182,7 +182,6 @@ def _objective(config: TrainConfig, resolved: Resolved) -> Objective:
 
 def make_loader(config: TrainConfig, accelerator: Accelerator, inputs: Inputs) -> Loader:
     """The loader of this process."""
-    resolved, store = inputs.resolved, inputs.store
     builder = BatchBuilder(
         seed=config.seed,
         max_length=config.max_seq_length,
@@ -193,10 +192,7 @@ def make_loader(config: TrainConfig, accelerator: Accelerator, inputs: Inputs) -
         all_negatives=config.in_batch_negatives == "all",
         scored=config.learns_scores,
     )
-    validation = None
-    if inputs.valid_store is not None:
-        validation = make_validation(resolved, inputs.valid_store, config.seed)
-    return Loader(inputs.schedule, store, builder, inputs.teacher_vectors, validation)
+    return Loader(inputs.schedule, inputs.store, builder, inputs.teacher_vectors, inputs.validation)
 
 
 def _trained_on(config: TrainConfig, inputs: Inputs) -> list[TrainedOn]:

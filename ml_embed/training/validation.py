@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from ml_embed.config import Task
 from ml_embed.data.batch import ContrastiveBatch
-from ml_embed.data.loader import Loader
+from ml_embed.data.loader import Loader, Validation
 from ml_embed.data.schedule import DatasetPlan
 from ml_embed.data.store import TokenizedDataset
 from ml_embed.distributed.collectives import all_reduce_sum, gather_uneven, world_size
@@ -162,12 +162,10 @@ class _Losses:
         return {f"{LOSS}{term}": by_term[term] for term in _losses_of(task)}
 
 
-def metric_names(
-    plans: Iterable[DatasetPlan], grid: Cube | None, languages: Iterable[str] = ()
-) -> list[str]:
-    """The names of all numbers that `validate` may give; `languages` are those of the rows."""
+def metric_names(held_out: Validation, grid: Cube | None) -> list[str]:
+    """The names of all numbers that `validate` may give."""
     names = ["loss"]
-    for plan in plans:
+    for plan in held_out.schedule.plans.values():
         if plan.valid_rows == 0:
             continue
         metrics = ("spearman",) if plan.task == "similarity" else METRICS
@@ -175,9 +173,20 @@ def metric_names(
         own = [LOSS + term for term in _losses_of(plan.task)] + [*metrics]
         own += [f"{metric}/{cut.name}" for cut in cuts for metric in metrics]
         names += [f"{group}/{name}" for group in (plan.name, f"Avg/{plan.task}") for name in own]
-    of_language = [*(LOSS + loss for loss in LOSSES["retrieval"]), *METRICS]
-    names += [f"language/{code}/{name}" for code in languages for name in of_language]
+        of_language = [LOSS + loss for loss in LOSSES[plan.task]]
+        of_language += METRICS if plan.task == "retrieval" else ()
+        codes = _languages_of(held_out, plan.name)
+        names += [f"language/{code}/{name}" for code in codes for name in of_language]
     return list(dict.fromkeys(names))
+
+
+def _languages_of(held_out: Validation, name: str) -> list[str]:
+    """Codes of the languages that a dataset's held-out rows have."""
+    dataset = held_out.store.datasets[name]
+    if not dataset.languages:
+        return []
+    rows = np.concatenate(held_out.schedule.valid_batches(name))
+    return [dataset.languages[number] for number in np.unique(dataset.language_numbers[rows])]
 
 
 def _losses_of(task: Task) -> tuple[str, ...]:

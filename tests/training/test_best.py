@@ -5,11 +5,14 @@ import shutil
 
 import pytest
 from helpers.in_process import train
-from helpers.tiny_runs import Inputs, config_of, metrics, run
+from helpers.tiny_models import make_tokenizer
+from helpers.tiny_runs import Inputs, config_of, metrics, run, write_tokenized
 
 from ml_embed.config import parse_config
+from ml_embed.errors import UserError
 from ml_embed.files.atomic import write_checksums
 from ml_embed.training.best import Best
+from ml_embed.training.inputs import open_inputs
 from ml_embed.training.resume import what_is_left
 
 KEY = "Avg/retrieval/ndcg@10"
@@ -126,3 +129,36 @@ def test_a_number_that_validation_does_not_give_is_refused(world, tmp_path, caps
     assert "patience needs keep_best" in capsys.readouterr().err
     assert train(world, tmp_path, keep_best="loss", valid_fraction=0)[0] == 2
     assert "keep_best needs validation" in capsys.readouterr().err
+
+
+def test_a_number_of_a_language_needs_held_out_rows_of_it(tmp_path):
+    """Rows whose task gives that number, that is; all names that are taken are given."""
+    inputs = Inputs.write(tmp_path / "inputs")
+    shutil.rmtree(inputs.folder / "tokenized")
+    languages = {"facts": ["swa"] + ["eng"] * 39, "polarity": ["yor"] * 7}
+    datasets = {
+        "facts": ("retrieval", 40, 40, (1, 3)),
+        "polarity": ("classification", 7, 2, (1, 1)),
+    }
+    write_tokenized(inputs.folder / "tokenized", make_tokenizer(), datasets, languages)
+    settings = {"valid_fraction": 0.3, "datasets": {"polarity": {"task": "classification"}}}
+
+    def opened(metric):
+        path = config_of(inputs, "run", keep_best=f"language/{metric}", **settings)
+        return open_inputs(parse_config(json.loads(path.read_text())), 1, progress=False)
+
+    rows = held_out_languages(opened("eng/ndcg@10"))
+    assert rows == {"facts": {"eng"}, "polarity": {"yor"}}, "the only row of swa is trained on"
+    for taken in ("eng/valid_loss_in_batch", "yor/valid_loss_hard"):
+        opened(taken)
+    for refused in ("swa/ndcg@10", "swa/valid_loss_hard", "yor/ndcg@10", "yor/valid_loss_in_batch"):
+        with pytest.raises(UserError, match=f"validation gives no number 'language/{refused}'"):
+            opened(refused)
+
+
+def held_out_languages(inputs):
+    found = {}
+    for name, dataset in inputs.store.datasets.items():
+        rows = [row for batch in inputs.schedule.valid_batches(name) for row in batch]
+        found[name] = {dataset.languages[dataset.language_numbers[row]] for row in rows}
+    return found

@@ -22,10 +22,12 @@ from helpers.tiny_runs import (
 from transformers import AutoConfig
 
 from ml_embed.config import parse_config
+from ml_embed.data.loader import Validation
 from ml_embed.data.store import open_store
 from ml_embed.files.paths import numbered_folders
 from ml_embed.training.by_language import add_ranks, means_of
 from ml_embed.training.resolve import resolve
+from ml_embed.training.validation import metric_names
 
 CODES = ("eng", "eng", "eng", "eng", "swa", "yor", None)
 LANGUAGES = {
@@ -56,13 +58,13 @@ def schedule_of(inputs):
     store = open_store(config.train_data_path, config.cache_dir, progress=False)
     backbone = AutoConfig.from_pretrained(config.model_path)
     resolved, schedule = resolve(config, backbone, store, 1)
-    return resolved.datasets, schedule
+    return resolved.datasets, schedule, store
 
 
 def test_what_is_logged_by_language_is_of_the_rows_of_the_step(inputs, unbroken):
     """Samples and tokens of each step; losses whose means make up those of the dataset."""
     run_dir, printed = unbroken
-    _, schedule = schedule_of(inputs)
+    _, schedule, _ = schedule_of(inputs)
     lines = [line for line in metrics(run_dir) if line["split"] == "train"]
     assert "languages, drawn with alpha 0.2 and cap 3:" in printed
     seen = set()
@@ -92,7 +94,7 @@ def test_what_is_logged_by_language_is_of_the_rows_of_the_step(inputs, unbroken)
 
 def test_validation_by_language_makes_up_that_of_the_datasets(inputs, unbroken):
     run_dir, _ = unbroken
-    plans, schedule = schedule_of(inputs)
+    plans, schedule, store = schedule_of(inputs)
     valid = [line for line in metrics(run_dir) if line["split"] == "valid"][-1]
     rows, wanted = {loss: Counter() for loss in ("hard", "in_batch", "ndcg@10")}, Counter()
     for plan in plans:
@@ -111,7 +113,9 @@ def test_validation_by_language_makes_up_that_of_the_datasets(inputs, unbroken):
         assert len(rows[loss]) > 1
         found = sum(valid[f"language/{code}/{name}"] * n for code, n in rows[loss].items())
         assert found == pytest.approx(wanted[loss], rel=1e-5)
-    assert not any(key.startswith("language/") and key.endswith("/samples") for key in valid)
+    given = {key for key in valid if key.startswith("language/")}
+    names = metric_names(Validation(schedule, store), None)
+    assert given == {name for name in names if name.startswith("language/")}, "keep_best takes them"
 
 
 def test_ranks_are_counted_with_their_languages():
