@@ -86,7 +86,8 @@ def validate(
     for name, plan in loader.held_out.schedule.plans.items():
         if plan.valid_rows == 0:
             continue
-        losses = _Losses(Objective(spec), device)
+        languages = loader.held_out.store.datasets[name].languages
+        losses = _Losses(Objective(spec), languages, device)
         own = _validate_dataset(encode, loader, plan, losses, resolved, by_language)
         totals.append(sum(own[LOSS + term] for term in _losses_of(plan.task)))
         for metric, value in own.items():
@@ -123,7 +124,7 @@ def _validate_dataset(
         found |= search.metrics()
         if rank == whole.rank and dataset.languages:
             search.add_to_languages(by_language, whole)
-    add_losses(by_language, plan.task, losses.by_language(dataset.languages))
+    add_losses(by_language, plan.task, losses.by_language())
     values = losses.means(plan.task) | found[whole]
     for cut in grid:
         values |= {f"{metric}/{cut.name}": value for metric, value in found[cut].items()}
@@ -133,28 +134,28 @@ def _validate_dataset(
 class _Losses:
     """Losses of a dataset: means over the held-out rows of all processes."""
 
-    def __init__(self, objective: Objective, device: torch.device):
+    def __init__(self, objective: Objective, languages: Sequence[str], device: torch.device):
+        """`languages`: of the dataset."""
         self.device = device
         self._objective = objective
         self._sums = torch.zeros(len(_LOSSES), dtype=torch.float64, device=device)
         self._rows = 0
-        self._of_languages: Tensor | float = 0.0
-        self._language_samples: np.ndarray | int = 0
+        self._languages = languages
+        self._of_languages = self._sums.new_zeros((3, len(languages)))
+        self._language_samples = np.zeros(len(languages), np.int64)
 
     def add(self, vectors: Tensor, batch: ContrastiveBatch, rows: int) -> None:
         """vectors: (E, N, H); rows: of the global batch."""
         terms = self._objective(vectors, batch)
         self._sums += rows * torch.stack([getattr(terms, term) for term in _LOSSES]).double()
         self._rows += rows
-        self._of_languages = self._of_languages + own_sums(terms, batch)
-        self._language_samples = self._language_samples + batch.language_samples
+        self._of_languages += own_sums(terms, batch)
+        self._language_samples += batch.language_samples
 
-    def by_language(self, languages: Sequence[str]) -> dict[str, LanguageValues]:
+    def by_language(self) -> dict[str, LanguageValues]:
         """Sums over the rows of each language of the dataset."""
-        assert isinstance(self._of_languages, Tensor)
-        assert isinstance(self._language_samples, np.ndarray)
         sums = all_reduce_sum(self._of_languages).flatten().tolist()
-        return language_values(languages, self._language_samples, sums)
+        return language_values(self._languages, self._language_samples, sums)
 
     def means(self, task: Task) -> dict[str, float]:
         means = (all_reduce_sum(self._sums) / (world_size() * self._rows)).tolist()
