@@ -169,25 +169,29 @@ def metric_names(held_out: Validation, grid: Cube | None) -> list[str]:
     for plan in held_out.schedule.plans.values():
         if plan.valid_rows == 0:
             continue
-        metrics = ("spearman",) if plan.task == "similarity" else METRICS
+        rows = np.concatenate(held_out.schedule.valid_batches(plan.name))
+        dataset = held_out.store.datasets[plan.name]
+        metrics = _metrics_for(plan, dataset, rows)
         cuts = grid.cuts if grid else ()
         own = [LOSS + term for term in _losses_of(plan.task)] + [*metrics]
         own += [f"{metric}/{cut.name}" for cut in cuts for metric in metrics]
         names += [f"{group}/{name}" for group in (plan.name, f"Avg/{plan.task}") for name in own]
         of_language = [LOSS + loss for loss in LOSSES[plan.task]]
         of_language += METRICS if plan.task == "retrieval" else ()
-        codes = _languages_of(held_out, plan.name)
+        numbers = np.unique(dataset.language_numbers[rows]) if dataset.languages else ()
+        codes = [dataset.languages[number] for number in numbers]
         names += [f"language/{code}/{name}" for code in codes for name in of_language]
     return list(dict.fromkeys(names))
 
 
-def _languages_of(held_out: Validation, name: str) -> list[str]:
-    """Codes of the languages that a dataset's held-out rows have."""
-    dataset = held_out.store.datasets[name]
-    if not dataset.languages:
-        return []
-    rows = np.concatenate(held_out.schedule.valid_batches(name))
-    return [dataset.languages[number] for number in np.unique(dataset.language_numbers[rows])]
+def _metrics_for(plan: DatasetPlan, dataset: TokenizedDataset, rows: np.ndarray) -> tuple[str, ...]:
+    """Names of the metrics that held-out rows give."""
+    if plan.task == "similarity":
+        return ("spearman",)
+    have_negatives = (dataset.negative_offsets[rows + 1] > dataset.negative_offsets[rows]).any()
+    if plan.task == "retrieval" or (plan.num_negatives and have_negatives):
+        return METRICS
+    return ()
 
 
 def _losses_of(task: Task) -> tuple[str, ...]:

@@ -141,19 +141,27 @@ def test_a_number_of_a_language_needs_held_out_rows_of_it(tmp_path):
         "polarity": ("classification", 7, 2, (1, 1)),
     }
     write_tokenized(inputs.folder / "tokenized", make_tokenizer(), datasets, languages)
-    settings = {"valid_fraction": 0.3, "datasets": {"polarity": {"task": "classification"}}}
-
-    def opened(metric):
-        path = config_of(inputs, "run", keep_best=f"language/{metric}", **settings)
-        return open_inputs(parse_config(json.loads(path.read_text())), 1, progress=False)
-
-    rows = held_out_languages(opened("eng/ndcg@10"))
+    settings = {"datasets": {"polarity": {"task": "classification"}}}
+    rows = held_out_languages(opened(inputs, "language/eng/ndcg@10", **settings))
     assert rows == {"facts": {"eng"}, "polarity": {"yor"}}, "the only row of swa is trained on"
     for taken in ("eng/valid_loss_in_batch", "yor/valid_loss_hard"):
-        opened(taken)
+        opened(inputs, f"language/{taken}", **settings)
     for refused in ("swa/ndcg@10", "swa/valid_loss_hard", "yor/ndcg@10", "yor/valid_loss_in_batch"):
         with pytest.raises(UserError, match=f"validation gives no number 'language/{refused}'"):
-            opened(refused)
+            opened(inputs, f"language/{refused}", **settings)
+
+
+def test_a_metric_of_candidates_needs_held_out_rows_with_negatives(tmp_path):
+    inputs = Inputs.write(tmp_path / "inputs")
+    for taken in ("no_negatives/valid_loss_hard", "polarity/ndcg@10", "graded/spearman"):
+        opened(inputs, taken)
+    with pytest.raises(UserError, match="validation gives no number 'no_negatives/ndcg@10'"):
+        opened(inputs, "no_negatives/ndcg@10")
+
+
+def opened(inputs, metric, **settings):
+    path = config_of(inputs, "run", keep_best=metric, valid_fraction=0.3, **settings)
+    return open_inputs(parse_config(json.loads(path.read_text())), 1, progress=False)
 
 
 def held_out_languages(inputs):
