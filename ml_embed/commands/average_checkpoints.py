@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ml_embed.commands import flags
 from ml_embed.errors import exit_on_user_error
-from ml_embed.files.digests import add_verify_flag
 from ml_embed.files.paths import home_path
 from ml_embed.notices import bars_wanted, notice, parse_command
 
@@ -22,9 +22,7 @@ METRICS = ("recall@1", "mrr@10", "ndcg@10")
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = flags.new_parser(__doc__)
     parser.add_argument(
         "--checkpoints",
         nargs="+",
@@ -32,9 +30,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         metavar="DIR_OR_NAME",
         help="two or more models: folders, or names on the hub",
     )
-    parser.add_argument(
-        "--output", type=home_path, required=True, metavar="DIR", help="the new model folder"
-    )
+    flags.add_output(parser, "the new model folder")
     parser.add_argument(
         "--weights",
         nargs="+",
@@ -55,10 +51,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="turn the token factors, so that smaller ranks are the best ones for tokens as "
         "frequent as in this folder of tokenized data",
     )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a model folder at --output"
-    )
-    add_verify_flag(parser)
+    flags.add_overwrite(parser)
+    flags.add_verify(parser)
     return parse_command(parser, arguments)
 
 

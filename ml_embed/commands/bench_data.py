@@ -3,19 +3,17 @@
 The naive version keeps lists of ids and a dict of string ids, and pads its batches.
 """
 
-import argparse
 import tempfile
 from pathlib import Path
 
+from ml_embed.commands import flags
 from ml_embed.errors import exit_on_user_error
 from ml_embed.notices import parse_command
 
 
 @exit_on_user_error
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = flags.new_parser(__doc__)
     parser.add_argument(
         "--documents",
         type=int,

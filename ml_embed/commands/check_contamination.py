@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ml_embed.commands import flags
 from ml_embed.errors import UserError, exit_on_user_error
 from ml_embed.files.paths import check_writable, home_path
 from ml_embed.notices import notice, parse_command
@@ -18,9 +19,7 @@ ROLES = ("query", "document", "pair")
 
 @exit_on_user_error
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = flags.new_parser(__doc__)
     parser.add_argument(
         "--data",
         type=home_path,
@@ -28,12 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="RAW",
         help="training data: a folder of raw .parquet and .jsonl files, or one of them",
     )
-    parser.add_argument(
-        "--tasks", nargs="+", default=[], metavar="NAME", help="mteb tasks, e.g. SciFact STS22.v2"
-    )
-    parser.add_argument(
-        "--benchmark", metavar="NAME", help="all tasks of one, e.g. 'MTEB(Multilingual, v2)'"
-    )
+    flags.add_tasks(parser)
     parser.add_argument(
         "--languages", nargs="+", metavar="CODE", help="of the tasks, ISO 639-3 (default all)"
     )

@@ -7,10 +7,10 @@ Prints one JSON object per section, the most important first, and appends it to 
 What a good answer is stands at each section, in ml_embed/benchmarks/gpu_*.py.
 """
 
-import argparse
 import json
 from pathlib import Path
 
+from ml_embed.commands import flags
 from ml_embed.errors import UserError, exit_on_user_error
 from ml_embed.files.paths import check_writable, home_path
 from ml_embed.notices import parse_command
@@ -18,9 +18,7 @@ from ml_embed.notices import parse_command
 
 @exit_on_user_error
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = flags.new_parser(__doc__)
     parser.add_argument(
         "--out", type=home_path, default=Path(), metavar="DIR", help="results (default: here)"
     )

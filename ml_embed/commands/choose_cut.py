@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ml_embed.commands import flags
 from ml_embed.errors import UserError, exit_on_user_error
-from ml_embed.files.digests import add_verify_flag
 from ml_embed.files.paths import check_writable, home_path
-from ml_embed.model_folders.cut import Cut, add_cut_flags
+from ml_embed.model_folders.cut import Cut
 from ml_embed.notices import bars_wanted, parse_command
 from ml_embed.reports.tables import MEANING
 
@@ -31,15 +31,8 @@ UNITS = {
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--model",
-        required=True,
-        metavar="DIR_OR_NAME",
-        help="the model that was evaluated: a folder, or a name on the hub",
-    )
+    parser = flags.new_parser(__doc__)
+    flags.add_model(parser, "the model that was evaluated: a folder, or a name on the hub")
     parser.add_argument(
         "--evaluation",
         type=home_path,
@@ -61,15 +54,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         default="text",
         help="of rows in --texts: which one holds the texts (default %(default)s)",
     )
-    add_cut_flags(parser, many=True, default="all evaluated")
+    flags.add_cut(parser, many=True, default="all evaluated")
     parser.add_argument(
         "--metric", choices=list(MEANING), default="ndcg@10", help="of quality (%(default)s)"
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default the first GPU, else the CPU)")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="measure these cuts again if they were before"
-    )
-    add_verify_flag(parser)
+    flags.add_device(parser)
+    flags.add_overwrite(parser, "measure these cuts again if they were before")
+    flags.add_verify(parser)
     return parse_command(parser, arguments)
 
 

@@ -8,6 +8,7 @@ are there are not trained again, and `accelerate launch` trains and evaluates on
 
 import argparse
 
+from ml_embed.commands import flags
 from ml_embed.errors import UserError, exit_on_user_error
 from ml_embed.files.paths import check_writable, home_path
 from ml_embed.notices import bars_wanted, parse_command
@@ -16,9 +17,7 @@ from ml_embed.reports.tables import MEANING
 
 @exit_on_user_error
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = flags.new_parser(__doc__)
     parser.add_argument("--config", required=True, help="JSON file of the nested run")
     parser.add_argument(
         "--set",
@@ -54,19 +53,12 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="PATH",
         help="by which learning rates are chosen; other queries than those of --data",
     )
-    parser.add_argument("--output", type=home_path, required=True, metavar="DIR", help="for all")
+    flags.add_output(parser, "for all")
     parser.add_argument(
         "--metric", choices=list(MEANING), default="recall@1", help="(default %(default)s)"
     )
-    parser.add_argument(
-        "--max-queries",
-        type=int,
-        default=1000,
-        help="rows taken of a raw dataset, evenly spaced (default %(default)s)",
-    )
+    flags.add_max_queries(parser)
     args = parse_command(parser, arguments)
-    if args.max_queries < 1:
-        raise UserError(f"--max-queries is {args.max_queries}; it must be at least 1")
     if len(set(args.learning_rates or ())) > 1 and args.tuning_data is None:
         raise UserError(
             "--learning-rates names several; choose by --tuning-data, which holds other queries "

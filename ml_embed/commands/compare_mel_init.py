@@ -4,9 +4,9 @@ Prints, per rank, how much of the token table is lost, the cosine to the uncut m
 the recall@1 between languages: on articles of the embedded corpus whose tokens were not counted.
 """
 
-import argparse
 import json
 
+from ml_embed.commands import flags
 from ml_embed.errors import exit_on_user_error
 from ml_embed.files.paths import home_path
 from ml_embed.notices import bars_wanted, parse_command
@@ -14,9 +14,7 @@ from ml_embed.notices import bars_wanted, parse_command
 
 @exit_on_user_error
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = flags.new_parser(__doc__)
     parser.add_argument(
         "--model",
         type=home_path,

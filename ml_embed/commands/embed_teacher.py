@@ -9,21 +9,16 @@ new in the data, and makes those anew whose texts have changed.
 import argparse
 import json
 
+from ml_embed.commands import flags
 from ml_embed.errors import exit_on_user_error
-from ml_embed.files.digests import add_verify_flag
 from ml_embed.files.paths import check_writable, home_path
 from ml_embed.notices import bars_wanted, parse_command
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--model",
-        required=True,
-        metavar="DIR_OR_NAME",
-        help="the teacher: a model of this project, or any that sentence-transformers reads",
+    parser = flags.new_parser(__doc__)
+    flags.add_model(
+        parser, "the teacher: a model of this project, or any that sentence-transformers reads"
     )
     parser.add_argument(
         "--data", type=home_path, required=True, metavar="DIR", help="folder of tokenized data"
@@ -34,15 +29,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         metavar="DIR_OR_NAME",
         help="the tokenizer that the data was made with",
     )
-    parser.add_argument(
-        "--output", type=home_path, required=True, metavar="DIR", help="folder for the vectors"
-    )
-    parser.add_argument(
-        "--query-prompt", default="", metavar="TEXT", help="put before queries for the teacher"
-    )
-    parser.add_argument(
-        "--passage-prompt", default="", metavar="TEXT", help="put before documents for the teacher"
-    )
+    flags.add_output(parser, "folder for the vectors")
+    flags.add_prompts(parser, "teacher")
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument(
         "--strip-prompts",
@@ -63,14 +51,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         default="float16",
         help="of the stored vectors (default float16)",
     )
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        default=32,
-        help="texts in a forward pass of a sentence-transformers model "
-        "(default 32); a model of this project takes as many as fit into a number of tokens",
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default the first GPU, else the CPU)")
+    flags.add_batch_size(parser, "texts in a forward pass of a sentence-transformers model")
+    flags.add_device(parser)
     parser.add_argument(
         "--cache-dir",
         type=home_path,
@@ -78,12 +60,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="the cache_dir of your training config, so that the data is "
         "converted once for both (default a folder in --output that is removed at the end)",
     )
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="make everything anew, or go on with that after an interruption",
-    )
-    add_verify_flag(parser)
+    flags.add_overwrite(parser, "make everything anew, or go on with that after an interruption")
+    flags.add_verify(parser)
     return parse_command(parser, arguments)
 
 

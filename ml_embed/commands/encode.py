@@ -6,23 +6,15 @@ Row i is the vector of text i. `numpy.load(FILE, mmap_mode="r")` reads them.
 import argparse
 import json
 
+from ml_embed.commands import flags
 from ml_embed.errors import exit_on_user_error
-from ml_embed.files.digests import add_verify_flag
 from ml_embed.files.paths import home_path
-from ml_embed.model_folders.cut import add_cut_flags
 from ml_embed.notices import bars_wanted, parse_command
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--model",
-        required=True,
-        metavar="DIR_OR_NAME",
-        help="a trained model or any Qwen3 backbone: a folder, or a name on the hub",
-    )
+    parser = flags.new_parser(__doc__)
+    flags.add_model(parser)
     parser.add_argument(
         "--input",
         type=home_path,
@@ -33,17 +25,15 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--column", default="text", help="of rows: which one holds the texts (default %(default)s)"
     )
-    parser.add_argument(
-        "--output", type=home_path, required=True, metavar="FILE", help="the .npy file to write"
-    )
-    add_cut_flags(parser, many=False, default="the largest")
+    flags.add_output(parser, "the .npy file to write", metavar="FILE")
+    flags.add_cut(parser, many=False, default="the largest")
     parser.add_argument(
         "--prompt-name", metavar="NAME", help="saved prompt of the model to put before each text"
     )
     parser.add_argument("--prompt", metavar="TEXT", help="a prompt of your own instead")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default the first GPU, else the CPU)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the file at --output")
-    add_verify_flag(parser)
+    flags.add_device(parser)
+    flags.add_overwrite(parser, "replace the file at --output")
+    flags.add_verify(parser)
     return parse_command(parser, arguments)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 
+from ml_embed.commands import flags
 from ml_embed.errors import UserError, exit_on_user_error
 from ml_embed.notices import parse_command
 
@@ -23,14 +24,15 @@ def main(arguments: list[str] | None = None) -> None:
         ("document-tokens", 250, "tokens of a document, on average"),
     ):
         parser.add_argument(
-            f"--{name}", type=int, default=count, metavar="N", help=f"{what} (default {count:,})"
+            f"--{name}",
+            action=flags.AtLeastOne,
+            default=count,
+            metavar="N",
+            help=f"{what} (default {count:,})",
         )
     args = parse_command(parser, arguments)
     if not 0 < args.share_of_peak <= 1:
         raise UserError(f"--share-of-peak is {args.share_of_peak}; it must be above 0, up to 1")
-    for name in ("documents", "samples", "document_tokens"):
-        if (count := getattr(args, name)) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {count}; it must be at least 1")
 
     from ml_embed.benchmarks.common import print_table
     from ml_embed.training.cost import GPUS

@@ -14,10 +14,9 @@ import json
 import shutil
 from typing import Any
 
+from ml_embed.commands import flags
 from ml_embed.errors import UserError, exit_on_user_error
-from ml_embed.files.digests import add_verify_flag
 from ml_embed.files.paths import check_writable, home_path
-from ml_embed.model_folders.cut import add_cut_flags
 from ml_embed.notices import bars_wanted, parse_command
 from ml_embed.reports.tables import MEANING
 
@@ -32,21 +31,12 @@ WORK = ".vectors"
 
 @exit_on_user_error
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--model",
-        required=True,
-        metavar="DIR_OR_NAME",
-        help="a trained model or any Qwen3 backbone: a folder, or a name on the hub",
-    )
+    parser = flags.new_parser(__doc__)
+    flags.add_model(parser)
     parser.add_argument(
         "--data", type=home_path, required=True, metavar="PATH", help="a file or a folder of files"
     )
-    parser.add_argument(
-        "--output", type=home_path, required=True, metavar="DIR", help="folder for the results"
-    )
+    flags.add_output(parser, "folder for the results")
     parser.add_argument(
         "--baseline",
         nargs="+",
@@ -56,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
         "training; other models, e.g. a static one or any that sentence-transformers reads; bm25, "
         "which compares words and, on its own, pieces of 3 to 5 characters",
     )
-    add_cut_flags(parser, many=True, default="all trained")
+    flags.add_cut(parser, many=True, default="all trained")
     parser.add_argument(
         "--metric",
         choices=list(MEANING),
@@ -76,24 +66,11 @@ def main(arguments: list[str] | None = None) -> None:
         help="also search all raw data as one corpus, and tell what queries of each language find "
         "there (needs a column language)",
     )
-    parser.add_argument(
-        "--max-queries",
-        type=int,
-        default=1000,
-        help="rows taken of a raw dataset, evenly spaced (default %(default)s)",
-    )
-    parser.add_argument(
-        "--batch-tokens",
-        type=int,
-        help="tokens per forward pass (default 4096 on CPU, 32768 on GPU)",
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default the first GPU, else the CPU)")
-    add_verify_flag(parser)
+    flags.add_max_queries(parser)
+    flags.add_batch_tokens(parser)
+    flags.add_device(parser)
+    flags.add_verify(parser)
     args = parse_command(parser, arguments)
-    for name in ("max_queries", "batch_tokens"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
     check_writable(args.output)
     from ml_embed.distributed.launch import launched
 

@@ -12,36 +12,19 @@ with what the model folder says of its training data in model_meta.json.
 import argparse
 import re
 
+from ml_embed.commands import flags
 from ml_embed.errors import UserError, exit_on_user_error
-from ml_embed.files.digests import add_verify_flag
-from ml_embed.files.paths import check_writable, home_path
-from ml_embed.model_folders.cut import add_cut_flags
+from ml_embed.files.paths import check_writable
 from ml_embed.notices import bars_wanted, notice, parse_command
 
 
 @exit_on_user_error
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--model",
-        required=True,
-        metavar="DIR_OR_NAME",
-        help="a trained model or any Qwen3 backbone: a folder, or a name on the hub",
-    )
-    parser.add_argument(
-        "--tasks", nargs="+", default=[], metavar="NAME", help="mteb tasks, e.g. SciFact STS22.v2"
-    )
-    parser.add_argument(
-        "--benchmark",
-        metavar="NAME",
-        help="all tasks of a benchmark, e.g. 'MTEB(Multilingual, v2)'",
-    )
-    parser.add_argument(
-        "--output", type=home_path, required=True, metavar="DIR", help="folder for the results"
-    )
-    add_cut_flags(parser, many=True, default="the largest")
+    parser = flags.new_parser(__doc__)
+    flags.add_model(parser)
+    flags.add_tasks(parser)
+    flags.add_output(parser, "folder for the results")
+    flags.add_cut(parser, many=True, default="the largest")
     parser.add_argument(
         "--languages",
         nargs="+",
@@ -58,34 +41,14 @@ def main(arguments: list[str] | None = None) -> None:
         metavar="OWNER/NAME",
         help="of the model in mteb's files (default: the last two parts of its folder)",
     )
-    parser.add_argument(
-        "--config",
-        type=home_path,
-        metavar="FILE",
-        help="its `datasets` say prompt and passage_prompt by the name of a task or a pattern; "
-        "they go before the folder's",
-    )
-    parser.add_argument(
-        "--query-prompt", metavar="TEXT", help="in front of queries of all tasks instead of these"
-    )
-    parser.add_argument(
-        "--passage-prompt",
-        metavar="TEXT",
-        help="in front of documents of all tasks instead of these",
-    )
-    parser.add_argument(
-        "--batch-tokens",
-        type=int,
-        help="tokens per forward pass (default 4096 on CPU, 32768 on GPU)",
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default the first GPU, else the CPU)")
-    parser.add_argument("--overwrite", action="store_true", help="compute again what is there")
-    add_verify_flag(parser)
+    flags.add_task_prompts(parser)
+    flags.add_batch_tokens(parser)
+    flags.add_device(parser)
+    flags.add_overwrite(parser, "compute again what is there")
+    flags.add_verify(parser)
     args = parse_command(parser, arguments)
     if not args.tasks and not args.benchmark:
         raise UserError("give --tasks or --benchmark")
-    if args.batch_tokens is not None and args.batch_tokens < 1:
-        raise UserError(f"--batch-tokens is {args.batch_tokens}; it must be at least 1")
     if args.name and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.name):
         raise UserError(f"--name {args.name} must be OWNER/NAME, as on the hub")
     check_writable(args.output)

@@ -8,10 +8,9 @@ import argparse
 import json
 from typing import Any
 
+from ml_embed.commands import flags
 from ml_embed.errors import UserError, exit_on_user_error
-from ml_embed.files.digests import add_verify_flag
 from ml_embed.files.paths import check_model_output, home_path
-from ml_embed.model_folders.cut import add_cut_flags, add_flag
 from ml_embed.notices import parse_command
 
 DTYPES = ("float32", "bfloat16")
@@ -19,10 +18,8 @@ DTYPES = ("float32", "bfloat16")
 
 @exit_on_user_error
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_flag(
+    parser = flags.new_parser(__doc__)
+    flags.add_renamed(
         parser,
         "--model",
         "--checkpoint",
@@ -30,10 +27,8 @@ def main(arguments: list[str] | None = None) -> None:
         metavar="DIR_OR_NAME",
         help="a trained model: a folder, or a name on the hub",
     )
-    parser.add_argument(
-        "--output", type=home_path, required=True, metavar="DIR", help="the new model folder"
-    )
-    add_cut_flags(parser, many=False, default="the largest")
+    flags.add_output(parser, "the new model folder")
+    flags.add_cut(parser, many=False, default="the largest")
     parser.add_argument(
         "--dtype", choices=DTYPES, help="of the weights written (default the model's)"
     )
@@ -75,10 +70,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--allow-untrained", action="store_true", help="take values that were not trained"
     )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a model folder at --output"
-    )
-    add_verify_flag(parser)
+    flags.add_overwrite(parser)
+    flags.add_verify(parser)
     args = parse_command(parser, arguments)
 
     _check_together(args)

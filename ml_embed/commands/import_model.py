@@ -11,8 +11,8 @@ rank, without training, and says how much of the table is lost at each rank.
 import argparse
 import json
 
+from ml_embed.commands import flags
 from ml_embed.errors import exit_on_user_error
-from ml_embed.files.digests import add_verify_flag
 from ml_embed.files.paths import home_path
 from ml_embed.notices import parse_command, warn
 
@@ -21,18 +21,9 @@ SAME_TABLE = 1e-4
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--model",
-        required=True,
-        metavar="DIR_OR_NAME",
-        help="the model to import: a folder, or a name on the hub",
-    )
-    parser.add_argument(
-        "--output", type=home_path, required=True, metavar="DIR", help="the new model folder"
-    )
+    parser = flags.new_parser(__doc__)
+    flags.add_model(parser, "the model to import: a folder, or a name on the hub")
+    flags.add_output(parser, "the new model folder")
     parser.add_argument(
         "--factorize",
         type=int,
@@ -46,10 +37,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="with --factorize: the best factors for tokens as frequent as in this folder of "
         "tokenized data (default: all tokens alike)",
     )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a model folder at --output"
-    )
-    add_verify_flag(parser)
+    flags.add_overwrite(parser)
+    flags.add_verify(parser)
     return parse_command(parser, arguments)
 
 

@@ -5,29 +5,22 @@ For each task what mteb itself puts in front of its texts when it runs that mode
 Needs mteb: pip install 'ml-embed[mteb]'.
 """
 
-import argparse
-
+from ml_embed.commands import flags
 from ml_embed.errors import UserError, exit_on_user_error
-from ml_embed.files.paths import home_path
 from ml_embed.notices import parse_command
 
 
 @exit_on_user_error
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = flags.new_parser(__doc__)
     parser.add_argument(
         "--model",
         required=True,
         metavar="NAME",
         help="of a model in mteb's register, e.g. codefuse-ai/F2LLM-v2-0.6B",
     )
-    parser.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help="mteb tasks")
-    parser.add_argument("--benchmark", metavar="NAME", help="all tasks of a benchmark")
-    parser.add_argument(
-        "--output", type=home_path, required=True, metavar="FILE", help="the JSON file to write"
-    )
+    flags.add_tasks(parser)
+    flags.add_output(parser, "the JSON file to write", metavar="FILE")
     args = parse_command(parser, arguments)
     if not args.tasks and not args.benchmark:
         raise UserError("give --tasks or --benchmark")

@@ -3,6 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
+from ml_embed.commands import flags
 from ml_embed.errors import exit_on_user_error
 from ml_embed.files.model_source import find_tokenizer_folder
 from ml_embed.files.paths import check_model_output, home_path
@@ -45,9 +46,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
             "multiple of 64"
         ),
     )
-    parser.add_argument(
-        "--output", type=home_path, required=True, metavar="DIR", help="model folder to write"
-    )
+    flags.add_output(parser, "model folder to write")
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the random weights (default %(default)s)"
     )
@@ -57,9 +56,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         default="float32",
         help="of the weights (default %(default)s); bfloat16 halves them",
     )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a model folder at --output"
-    )
+    flags.add_overwrite(parser)
     return parse_command(parser, arguments)
 
 

@@ -38,7 +38,7 @@ FILES = (
     "bench_training",
     "build_sample_data",
 )
-"""The other files of this room, in the order of a recipe; commands are named like their files."""
+"""The commands, in the order of a recipe; they are named like their files."""
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -8,6 +8,7 @@ import argparse
 import json
 from pathlib import Path
 
+from ml_embed.commands import flags
 from ml_embed.errors import UserError, exit_on_user_error
 from ml_embed.files.paths import check_writable, home_path
 from ml_embed.notices import parse_command
@@ -27,9 +28,7 @@ def language_count(value: str) -> int | None:
 
 @exit_on_user_error
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = flags.new_parser(__doc__)
     parser.add_argument(
         "--corpus",
         choices=list(SIZES),
@@ -42,13 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
         choices=list(KINDS.values()),
         help="of names: only those of this kind (default all)",
     )
-    parser.add_argument(
-        "--output",
-        type=home_path,
-        required=True,
-        metavar="DIR",
-        help="folder for the raw training data",
-    )
+    flags.add_output(parser, "folder for the raw training data")
     parser.add_argument(
         "--eval-output",
         type=home_path,
@@ -79,9 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="of hold-outs and rows (default %(default)s)"
     )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace the files of an earlier run"
-    )
+    flags.add_overwrite(parser, "replace the files of an earlier run")
     args = parse_command(parser, arguments)
     check_writable(args.output)
     check_writable(args.eval_output, "--eval-output")

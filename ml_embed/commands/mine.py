@@ -15,8 +15,8 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
+from ml_embed.commands import flags
 from ml_embed.errors import UserError, exit_on_user_error
-from ml_embed.files.digests import add_verify_flag
 from ml_embed.files.paths import check_writable, home_path
 from ml_embed.notices import bars_wanted, parse_command
 
@@ -25,25 +25,12 @@ if TYPE_CHECKING:
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--model",
-        required=True,
-        metavar="DIR_OR_NAME",
-        help="a model of this project, or any that sentence-transformers reads",
-    )
+    parser = flags.new_parser(__doc__)
+    flags.add_model(parser, "a model of this project, or any that sentence-transformers reads")
     parser.add_argument(
         "--input", type=home_path, required=True, metavar="DIR", help="folder of raw data"
     )
-    parser.add_argument(
-        "--output",
-        type=home_path,
-        required=True,
-        metavar="DIR",
-        help="folder for the data with negatives",
-    )
+    flags.add_output(parser, "folder for the data with negatives")
     parser.add_argument(
         "--top", type=int, default=100, help="nearest documents looked at (default 100)"
     )
@@ -84,20 +71,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         type=int,
         help="with --search ann: bits per dimension of a document in memory: 8, 4 or 2 (default 4)",
     )
-    parser.add_argument(
-        "--query-prompt", default="", metavar="TEXT", help="put before queries for the model"
+    flags.add_prompts(parser, "model")
+    flags.add_device(parser)
+    flags.add_overwrite(
+        parser,
+        "replace datasets that were mined otherwise, and remove those that --input no longer has",
     )
-    parser.add_argument(
-        "--passage-prompt", default="", metavar="TEXT", help="put before documents for the model"
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default the first GPU, else the CPU)")
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace datasets that were mined otherwise, and remove those that "
-        "--input no longer has",
-    )
-    add_verify_flag(parser)
+    flags.add_verify(parser)
     return parse_command(parser, arguments)
 
 

@@ -4,9 +4,9 @@ Which dimensions are active is measured on calibration text. The new folder is a
 be trained: `run.py` takes it as model_path and transformers loads it.
 """
 
-import argparse
 import json
 
+from ml_embed.commands import flags
 from ml_embed.errors import UserError, exit_on_user_error
 from ml_embed.files.paths import home_path
 from ml_embed.model_folders.backbone import PRESETS
@@ -15,13 +15,9 @@ from ml_embed.notices import bars_wanted, parse_command
 
 @exit_on_user_error
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = flags.new_parser(__doc__)
     parser.add_argument("--model", required=True, metavar="DIR", help="the backbone to prune")
-    parser.add_argument(
-        "--output", type=home_path, required=True, metavar="DIR", help="the new backbone folder"
-    )
+    flags.add_output(parser, "the new backbone folder")
     parser.add_argument(
         "--preset", choices=list(PRESETS), help="take the three sizes from a published shape"
     )
@@ -45,17 +41,15 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument(
         "--max-texts",
-        type=int,
+        action=flags.AtLeastOne,
         default=2048,
         help="texts read, from all files in turn (default 2048)",
     )
     parser.add_argument(
         "--max-seq-length", type=int, default=512, help="tokens read of a text (default 512)"
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default the first GPU, else the CPU)")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a model folder at --output"
-    )
+    flags.add_device(parser)
+    flags.add_overwrite(parser)
     args = parse_command(parser, arguments)
     sizes = [args.layers, args.hidden_size, args.intermediate_size]
     if args.preset:
@@ -66,8 +60,6 @@ def main(arguments: list[str] | None = None) -> None:
             )
         preset = PRESETS[args.preset]
         sizes = [preset.num_hidden_layers, preset.hidden_size, preset.intermediate_size]
-    if args.max_texts < 1:
-        raise UserError(f"--max-texts is {args.max_texts}; it must be at least 1")
 
     from ml_embed.recipe.pruning import calibration_texts, prune_backbone
 

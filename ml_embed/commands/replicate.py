@@ -15,9 +15,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ml_embed.commands import flags
 from ml_embed.errors import UserError, exit_on_user_error
 from ml_embed.files.paths import check_writable, home_path
-from ml_embed.model_folders.cut import add_cut_flags
 from ml_embed.notices import bars_wanted, notice, parse_command
 
 if TYPE_CHECKING:
@@ -34,9 +34,7 @@ OF_FILE = (
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = flags.new_parser(__doc__)
     parser.add_argument(
         "--model", metavar="DIR_OR_NAME", help="a model folder, or a name on the hub"
     )
@@ -58,7 +56,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         metavar="CODE",
         help="only these, ISO 639-3: swa yor (default all of the suite)",
     )
-    add_cut_flags(parser, many=True, default="uncut; the uncut model is always there")
+    flags.add_cut(parser, many=True, default="uncut; the uncut model is always there")
     parser.add_argument(
         "--baselines",
         nargs="+",
@@ -66,21 +64,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         metavar="NAME",
         help="bm25, or other models: folders, or names on the hub",
     )
-    parser.add_argument(
-        "--query-prompt", metavar="TEXT", help="in front of queries of all tasks instead of these"
-    )
-    parser.add_argument(
-        "--passage-prompt",
-        metavar="TEXT",
-        help="in front of documents of all tasks instead of these",
-    )
-    parser.add_argument(
-        "--config",
-        type=home_path,
-        metavar="FILE",
-        help="its `datasets` say prompt and passage_prompt by the name of a task or a pattern; "
-        "they go before the folder's",
-    )
+    flags.add_task_prompts(parser)
     parser.add_argument("--output", type=home_path, metavar="DIR", help="folder for the results")
     parser.add_argument(
         "--dry-run", action="store_true", help="say what would be loaded and computed, and end"
@@ -100,12 +84,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="rehearse offline: a task of the embedded corpus, and a random model if none is given",
     )
-    parser.add_argument(
-        "--batch-tokens",
-        type=int,
-        help="tokens per forward pass (default 4096 on CPU, 32768 on GPU)",
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default the first GPU, else the CPU)")
+    flags.add_batch_tokens(parser)
+    flags.add_device(parser)
     return parse_command(parser, arguments)
 
 
@@ -121,8 +101,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def check(args: argparse.Namespace) -> None:
     """Raises UserError for flags that do not go together."""
-    if args.batch_tokens is not None and args.batch_tokens < 1:
-        raise UserError(f"--batch-tokens is {args.batch_tokens}; it must be at least 1")
     if args.verify is not None:
         for name in OF_FILE:
             if getattr(args, name):

@@ -8,59 +8,36 @@ negatives (`neg_scores`), written into the raw layout. Tokenize the output, and 
 import argparse
 import json
 
+from ml_embed.commands import flags
 from ml_embed.errors import exit_on_user_error
-from ml_embed.files.digests import add_verify_flag
 from ml_embed.files.paths import check_writable, home_path
 from ml_embed.notices import bars_wanted, parse_command
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--model",
-        required=True,
-        metavar="DIR_OR_NAME",
-        help="a cross-encoder that sentence-transformers reads: its logits are the scores; or a "
+    parser = flags.new_parser(__doc__)
+    flags.add_model(
+        parser,
+        "a cross-encoder that sentence-transformers reads: its logits are the scores; or a "
         "trained model folder of this project: cosines divided by its temperature",
     )
     parser.add_argument(
         "--data", type=home_path, required=True, metavar="DIR", help="folder of raw data"
     )
-    parser.add_argument(
-        "--output",
-        type=home_path,
-        required=True,
-        metavar="DIR",
-        help="folder for the data with scores",
-    )
-    parser.add_argument(
-        "--query-prompt", default="", metavar="TEXT", help="put before queries for the model"
-    )
-    parser.add_argument(
-        "--passage-prompt", default="", metavar="TEXT", help="put before documents for the model"
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        default=32,
-        help="pairs in a forward pass of a cross-encoder (default 32); a model of this project "
-        "takes as many texts as fit into a number of tokens",
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default the first GPU, else the CPU)")
+    flags.add_output(parser, "folder for the data with scores")
+    flags.add_prompts(parser, "model")
+    flags.add_batch_size(parser, "pairs in a forward pass of a cross-encoder")
+    flags.add_device(parser)
     parser.add_argument(
         "--replace-scores",
         action="store_true",
         help="write the model's scores where rows have others (else such files are refused)",
     )
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace datasets that were scored otherwise, and remove those that "
-        "--data no longer has",
+    flags.add_overwrite(
+        parser,
+        "replace datasets that were scored otherwise, and remove those that --data no longer has",
     )
-    add_verify_flag(parser)
+    flags.add_verify(parser)
     return parse_command(parser, arguments)
 
 

@@ -9,26 +9,18 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from ml_embed.errors import UserError, exit_on_user_error
-from ml_embed.files.digests import add_verify_flag
+from ml_embed.commands import flags
+from ml_embed.errors import exit_on_user_error
 from ml_embed.files.paths import home_path
-from ml_embed.model_folders.cut import add_cut_flags
 from ml_embed.notices import bars_wanted, parse_command
 
 CORPUS = Path("runs/quickstart/raw/names.parquet")
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = flags.new_parser(__doc__)
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="what to search for")
-    parser.add_argument(
-        "--model",
-        required=True,
-        metavar="DIR_OR_NAME",
-        help="a trained model or any Qwen3 backbone: a folder, or a name on the hub",
-    )
+    flags.add_model(parser)
     parser.add_argument(
         "--corpus",
         type=home_path,
@@ -43,15 +35,16 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="of rows: which one holds the texts (default %(default)s)",
     )
     parser.add_argument(
-        "--top", type=int, default=5, metavar="N", help="texts to show (default %(default)s)"
+        "--top",
+        action=flags.AtLeastOne,
+        default=5,
+        metavar="N",
+        help="texts to show (default %(default)s)",
     )
-    add_cut_flags(parser, many=False, default="the largest")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default the first GPU, else the CPU)")
-    add_verify_flag(parser)
-    args = parse_command(parser, arguments)
-    if args.top < 1:
-        raise UserError(f"--top is {args.top}; it must be at least 1")
-    return args
+    flags.add_cut(parser, many=False, default="the largest")
+    flags.add_device(parser)
+    flags.add_verify(parser)
+    return parse_command(parser, arguments)
 
 
 @exit_on_user_error

@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from ml_embed.commands import flags
 from ml_embed.errors import exit_on_user_error
 from ml_embed.files.paths import home_path
 from ml_embed.notices import bars_wanted, parse_command
@@ -96,13 +97,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="tokenizing threads (default: all cores; of a launch, its share of them)",
     )
     parser.add_argument("--seed", type=int, default=42, help="of all random choices (default: 42)")
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help=(
-            "make all datasets anew, or continue doing so after an interruption; without it, other "
-            "data there is an error"
-        ),
+    flags.add_overwrite(
+        parser,
+        "make all datasets anew, or continue doing so after an interruption; without it, other "
+        "data there is an error",
     )
     return parse_command(parser, arguments)
 

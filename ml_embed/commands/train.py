@@ -6,8 +6,8 @@ import json
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from ml_embed.commands import flags
 from ml_embed.errors import UserError, exit_on_user_error
-from ml_embed.files.digests import add_verify_flag
 from ml_embed.notices import bars_wanted, notice, parse_command
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="only say how far the run has come: exit code 0 at its end, 75 before it",
     )
-    add_verify_flag(parser)
+    flags.add_verify(parser)
     return parse_command(parser, arguments)
 
 

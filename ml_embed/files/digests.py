@@ -6,7 +6,6 @@ but that a file is not read again as long as they stay as they are: `digests_of`
 has read. `--verify` reads all the same, so that damage of the disk itself is met.
 """
 
-import argparse
 import functools
 import json
 import os
@@ -32,16 +31,6 @@ _PIECE = 1 << 20  # bytes
 _SETTLED = 50_000_000
 """ns since the last change of a file before its state tells another change apart: clocks of file
 systems tick every 10 ms at most"""
-
-
-def add_verify_flag(parser: argparse.ArgumentParser) -> None:
-    """Add `--verify` to a command."""
-    parser.add_argument(
-        "--verify",
-        action="store_true",
-        help="read all that is used whole and compare it with the digests that it was written with "
-        "(default: only what has changed since it was last read whole)",
-    )
 
 
 def file_digest(path: Path) -> str:

@@ -1,9 +1,8 @@
 """The parts of a nested model: a cut is one rank, depth and vector length of it.
 
-Imports nothing heavy, so that commands can name their flags before torch is loaded.
+Imports nothing heavy, so that commands can name cuts before torch is loaded.
 """
 
-import argparse
 import itertools
 import operator
 import re
@@ -172,31 +171,3 @@ def choose_cube(
         chosen("depth", depths, record.exits),
         chosen("dim", dims, record.dims),
     )
-
-
-def add_cut_flags(parser: argparse.ArgumentParser, many: bool, default: str) -> None:
-    """Add `--rank --depth --dim`, each with one value or, with `many`, with several.
-
-    Args:
-        default: what stands for a flag that is left out, for the help.
-    """
-    for axis, meaning in (
-        ("rank", "rank of the token factors"),
-        ("depth", "decoder layers"),
-        ("dim", "vector length"),
-    ):
-        help_text = f"{meaning}{', one or several' * many} (default {default})"
-        several: dict[str, Any] = {"nargs": "+"} if many else {}
-        former = (f"--{axis}s",) * many
-        add_flag(parser, f"--{axis}", *former, type=int, metavar="N", help=help_text, **several)
-
-
-def add_flag(
-    parser: argparse.ArgumentParser, flag: str, *former: str, required: bool = False, **options: Any
-) -> None:
-    """Add a flag of which former names are still taken, but no longer shown."""
-    names = parser.add_mutually_exclusive_group(required=required)
-    names.add_argument(flag, **options)
-    hidden = {"dest": flag.removeprefix("--"), "help": argparse.SUPPRESS}
-    for name in former:
-        names.add_argument(name, **options | hidden)

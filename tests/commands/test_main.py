@@ -19,7 +19,7 @@ def own_argv(monkeypatch):
 
 def test_every_command_is_listed_with_its_first_line(capsys):
     room = {path.stem for path in (ROOT / "ml_embed" / "commands").glob("*.py")}
-    assert set(FILES) == room - {"__init__", "main"}
+    assert set(FILES) == room - {"__init__", "main", "flags"}
     with pytest.raises(SystemExit) as end:
         main(["--help"])
     assert end.value.code == 0
@@ -59,3 +59,27 @@ def test_files_outside_the_package_only_call_the_commands():
         kinds = (ast.Import, ast.ImportFrom, ast.Expr, ast.If)
         assert all(isinstance(node, kinds) for node in body), f"{path} has code of its own"
     assert sorted(called) == sorted(FILES)
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "others"),
+    [
+        ("evaluate", "--max-queries", "--model=x --data=x --output=x"),
+        ("evaluate", "--batch-tokens", "--model=x --data=x --output=x"),
+        ("evaluate-mteb", "--batch-tokens", "--model=x --tasks=x --output=x"),
+        ("replicate", "--batch-tokens", "--mock --output=x"),
+        ("compare-dedicated", "--max-queries", "--config=x --cuts=x --data=x --output=x"),
+        ("search", "--top", "--model=x"),
+        ("prune-backbone", "--max-texts", "--model=x --output=x"),
+        ("estimate-scale", "--document-tokens", ""),
+    ],
+)
+def test_a_number_below_one_is_a_mistake_before_any_work(
+    command, flag, others, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert main([command, *others.split(), flag, "0"]) == 2
+    assert capsys.readouterr().err == f"error: {flag} is 0; it must be at least 1\n"
+    with pytest.raises(SystemExit):
+        main([command, *others.split(), flag, "1.5"])
+    assert "invalid int value: '1.5'" in capsys.readouterr().err
