@@ -506,7 +506,7 @@ def test_folders_that_hold_something_else_are_not_mixed_with(raw, tmp_path):
     with pytest.raises(UserError, match=r"exists, but is not recorded in mining\.json"):
         mine_folder(WordModel(), raw, other, Filter(), progress=False)
     assert (other / "few.parquet").read_bytes() == b"precious"
-    with pytest.raises(UserError, match="write to another folder"):
+    with pytest.raises(UserError, match=r"are both .*: write to another --output"):
         mine_folder(WordModel(), raw, raw, Filter(), progress=False)
 
 
