@@ -9,7 +9,7 @@ process (fillers included), K negatives, M distinct texts of a group.
 Fillers are copies of a row, with weight 0, that make the shares of all processes equally long.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -140,13 +140,15 @@ class BatchBuilder:
         weights = self._negative_weights(dataset, plan, rows, negatives >= 0)
         row_tokens = texts.tokens * self._is_real(rows.shape[1])  # (S, R)
         gathered_rows, sample_weights, target = self._same_in_every_step(rows.shape[1])
+        shared = torch.from_numpy(gathered_rows), torch.from_numpy(sample_weights)
         passages = dataset.passage_documents[rows]  # (S, n)
-        in_batch = [
-            _InBatch(None, passages[s], target)
+        in_batch = (
+            _InBatch([None] * len(rows), passages, np.tile(target, (len(rows), 1)))
             if drawn is None
-            else self._each_document_once(dataset, rows[s], drawn[s, :, :k], gathered_rows.numpy())
-            for s, k in enumerate(most)
-        ]
+            else self._each_document_once(passages, drawn, gathered_rows)
+        )
+        excluded_passages = self._excluded_passages(dataset, plan, rows, in_batch)
+        query_numbers = dataset.query_numbers[own]  # (S, R)
         return [
             ContrastiveBatch(
                 dataset=plan.name,
@@ -157,10 +159,10 @@ class BatchBuilder:
                 negatives=torch.from_numpy(texts.negatives[s, :, :k]),
                 excluded_candidates=torch.from_numpy(excluded[s, :, : 1 + k]),
                 negative_weights=torch.from_numpy(weights[s, :, :k]),
-                excluded_passages=self._excluded_passages(dataset, plan, rows[s], in_batch[s]),
-                query_numbers=torch.from_numpy(dataset.query_numbers[own[s]]),
+                excluded_passages=excluded_passages[s],
+                query_numbers=torch.from_numpy(query_numbers[s]),
                 passage_documents=torch.from_numpy(documents[s]),
-                global_documents=torch.from_numpy(in_batch[s].documents),
+                global_documents=torch.from_numpy(in_batch.of_step(s)),
                 negative_documents=torch.from_numpy(negatives[s, :, :k]),
                 scores=_scores(dataset, plan, rows[s]),
                 teacher_scores=self._teacher_scores(dataset, own[s], places[s, :, :k]),
@@ -170,10 +172,10 @@ class BatchBuilder:
                 row_tokens=torch.from_numpy(row_tokens[s]),
                 num_tokens=int(row_tokens[s].sum()),
                 num_encoded_tokens=len(texts.packed[s].input_ids),
-                gathered_rows=gathered_rows,
-                in_batch_documents=in_batch[s].gathered,
-                sample_weights=sample_weights,
-                target=in_batch[s].target,
+                gathered_rows=shared[0],
+                in_batch_documents=in_batch.gathered[s],
+                sample_weights=shared[1],
+                target=torch.from_numpy(in_batch.target[s]),
             )
             for s, k in enumerate(most)
         ]
@@ -243,18 +245,17 @@ class BatchBuilder:
         longest, eos = self.max_length * ID_BYTES, np.int32(self.eos_id).tobytes()
         return [cut_to_length(ids, longest, eos) for ids in texts]
 
-    def _same_in_every_step(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _same_in_every_step(self, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """`gathered_rows`, `sample_weights`, `target` of each batch of n rows, shared by them."""
         is_real, per_process = self._is_real(n), self._rows_per_process(n)
         shares = [share_of(n, process, self.processes) for process in range(self.processes)]
-        real_rows = [
+        gathered_rows = [
             number * per_process + np.arange(share.stop - share.start)
             for number, share in enumerate(shares)
         ]
-        target = (self._share(n).start + np.arange(per_process)) * is_real
         weights = (is_real * (self.processes / n)).astype(np.float32)
-        gathered_rows = torch.from_numpy(np.concatenate(real_rows))
-        return gathered_rows, torch.from_numpy(weights), torch.from_numpy(target)
+        target = (self._share(n).start + np.arange(per_process)) * is_real
+        return np.concatenate(gathered_rows), weights, target
 
     def _negative_weights(
         self, dataset: TokenizedDataset, plan: DatasetPlan, rows: np.ndarray, present: np.ndarray
@@ -279,47 +280,53 @@ class BatchBuilder:
         return excluded
 
     def _each_document_once(
-        self,
-        dataset: TokenizedDataset,
-        rows: np.ndarray,
-        negatives: np.ndarray,
-        gathered_rows: np.ndarray,
+        self, passages: np.ndarray, drawn: np.ndarray, gathered_rows: np.ndarray
     ) -> "_InBatch":
-        """All documents of a global batch `rows` (n,), whose drawn negatives are (n, K)."""
-        candidates = np.column_stack([dataset.passage_documents[rows], negatives])  # (n, 1 + K)
-        width = candidates.shape[1]
-        place = gathered_rows[:, None] * width + np.arange(width)
-        present = candidates >= 0
-        documents, first = np.unique(candidates[present], return_index=True)
-        own = candidates[self._share(len(rows)), 0]
-        target = np.zeros(self._rows_per_process(len(rows)), np.int64)
-        target[: len(own)] = np.searchsorted(documents, own)
-        gathered = torch.from_numpy(place[present][first])
-        return _InBatch(gathered, documents, torch.from_numpy(target))
+        """All documents of global batches: passages (S, n), and drawn negatives (S, n, K)."""
+        n = passages.shape[1]
+        candidates = np.concatenate([passages[..., None], drawn], axis=2)  # (S, n, 1 + K)
+        documents = np.full((len(passages), n * candidates.shape[2]), -1)
+        target = np.zeros((len(passages), self._rows_per_process(n)), np.int64)
+        gathered = []
+        for s, of_step in enumerate(candidates):
+            of_step = of_step[:, (of_step >= 0).any(axis=0)]  # as wide as this step's negatives
+            present, width = of_step >= 0, of_step.shape[1]
+            place = gathered_rows[:, None] * width + np.arange(width)
+            distinct, first = np.unique(of_step[present], return_index=True)
+            gathered.append(torch.from_numpy(place[present][first]))
+            documents[s, : len(distinct)] = distinct
+            own = of_step[self._share(n), 0]
+            target[s, : len(own)] = np.searchsorted(distinct, own)
+        return _InBatch(gathered, documents, target)
 
     def _excluded_passages(
         self, dataset: TokenizedDataset, plan: DatasetPlan, rows: np.ndarray, in_batch: "_InBatch"
-    ) -> Tensor | None:
-        """(R, n'): other rows' documents that are right answers to a row's query; None without any.
+    ) -> list[Tensor | None]:
+        """(R, n') of each step: other rows' right answers to a row's query; None without any.
 
-        `rows` are those of the global batch, (n,). Documents are compared, not texts. Only
+        `rows` are those of the global batches, (S, n). Documents are compared, not texts. Only
         retrieval has a loss that looks at other rows' documents.
         """
+        excluded: list[Tensor | None] = [None] * len(rows)
         if plan.task != "retrieval" or not self.mask_false_negatives:
-            return None
-        n, share = len(rows), self._share(len(rows))
+            return excluded
         documents, queries = in_batch.documents, dataset.query_numbers[rows]
         several = dataset.right_answers(queries) > 1
-        if not (several.any() or len(set(documents.tolist())) < len(documents)):
-            return None
-        right = dataset.passage_documents[rows[share], None] == documents[None, :]
-        own = np.flatnonzero(several[share])
-        right[own] = dataset.are_right(queries[share][own, None], documents[None, :])
-        right[np.arange(len(right)), in_batch.target[: len(right)].numpy()] = False
-        if not right.any():
-            return None
-        fillers = self._rows_per_process(n) - len(right)
-        return torch.from_numpy(np.pad(right, ((0, fillers), (0, 0))))
+        in_order = np.sort(documents, axis=1)
+        twice = (in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] >= 0)
+        if not (several.any() or twice.any()):
+            return excluded
+        share = self._share(rows.shape[1])
+        own = np.arange(share.stop - share.start)
+        right = dataset.passage_documents[rows[:, share, None]] == documents[:, None]
+        step, row = np.nonzero(several[:, share])
+        right[step, row] = dataset.are_right(queries[:, share][step, row, None], documents[step])
+        right[np.arange(len(rows))[:, None], own, in_batch.target[:, own]] = False
+        fillers = self._rows_per_process(rows.shape[1]) - len(own)
+        right = np.pad(right, ((0, 0), (0, fillers), (0, 0)))
+        for s in np.flatnonzero(right.any(axis=(1, 2))).tolist():
+            excluded[s] = torch.from_numpy(right[s, :, : len(in_batch.of_step(s))])
+        return excluded
 
     def _teacher_scores(
         self, dataset: TokenizedDataset, rows: np.ndarray, places: np.ndarray
@@ -336,14 +343,19 @@ class BatchBuilder:
 
 @dataclass(frozen=True)
 class _InBatch:
-    """The documents that the in-batch losses of a step look at."""
+    """The documents that the in-batch losses of each step look at."""
 
-    gathered: Tensor | None
-    """`ContrastiveBatch.in_batch_documents`"""
+    gathered: Sequence[Tensor | None]
+    """`ContrastiveBatch.in_batch_documents` of each step"""
     documents: np.ndarray
-    """(n',) their numbers"""
-    target: Tensor
-    """(R,) where each row's passage stands among them; 0 for fillers"""
+    """(S, n') their numbers, -1 after the last of a step that has fewer"""
+    target: np.ndarray
+    """(S, R) where each row's passage stands among them; 0 for fillers"""
+
+    def of_step(self, step: int) -> np.ndarray:
+        """(n',) the documents of one step."""
+        documents = self.documents[step]
+        return documents[documents >= 0] if documents[-1] < 0 else documents
 
 
 def _language_numbers(dataset: TokenizedDataset, rows: np.ndarray) -> Tensor | None:
