@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import ROOT
+from helpers.catalogues import write_catalogues
 from helpers.scripts import load_script
 from helpers.teachers import write_cross_encoder
 from helpers.tiny_models import make_tokenizer, write_model
@@ -86,6 +87,7 @@ SMALLER = {
         "--corpus faq.csv --column answer --model models/Qwen3-0.6B"
     ),
     "--languages 50": "--languages 8 --rows 60 --eval-rows 12",
+    "--catalogues catalogues": "--catalogues catalogues --rows 240",
     "--corpus names --output": "--corpus names --languages 5 --rows 60 --eval-rows 12 --output",
 }
 
@@ -139,6 +141,7 @@ def laptop(world, tmp_path_factory) -> Path:
     ]
     lines = "".join(json.dumps(row) + "\n" for row in numbers)
     (folder / "my_data" / "multilingual" / "numbers.jsonl").write_text(lines)
+    write_catalogues(folder / "catalogues", messages=1610)
     (folder / "translations").symlink_to(ROOT / "tests" / "cases" / "rows" / "catalogues")
     return folder
 

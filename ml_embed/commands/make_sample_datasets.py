@@ -1,4 +1,4 @@
-"""Make raw training data and evaluation sets of an embedded corpus.
+"""Make raw training data and evaluation sets of an embedded corpus, or of translation catalogues.
 
 See ml_embed/sample_data/README.md. Prints one JSON object: what chance and trivial cues achieve on
 each evaluation split.
@@ -14,12 +14,15 @@ from ml_embed.files.paths import check_writable, home_path
 from ml_embed.notices import parse_command
 from ml_embed.sample_data.cues import cue_accuracy
 from ml_embed.sample_data.datasets import TASKS, build_datasets
+from ml_embed.sample_data.messages import ROWS_PER_MESSAGE, MessagesPlan, build_messages
 from ml_embed.sample_data.names import DATASET, NamesPlan, build_names
 from ml_embed.sample_data.names_source import KINDS
 from ml_embed.sample_data.plan import Plan
 
-SIZES = {"udhr": (50, 6000), "names": (None, 60_000)}
+SIZES = {"udhr": (50, 6000), "names": (None, 60_000), "messages": (None, 1200 * ROWS_PER_MESSAGE)}
 """Corpus -> languages (None is all) and rows, where none are given."""
+OWN_FLAGS = {"languages": ("udhr", "names"), "kind": ("names",), "catalogues": ("messages",)}
+"""Flag -> the corpora that it is for."""
 
 
 def language_count(value: str) -> int | None:
@@ -33,8 +36,15 @@ def main(arguments: list[str] | None = None) -> None:
         "--corpus",
         choices=list(SIZES),
         default="udhr",
-        help="the Declaration of Human Rights, or names of territories and languages "
-        "(default %(default)s)",
+        help="the Declaration of Human Rights, names of territories and languages, or messages of "
+        "--catalogues (default %(default)s)",
+    )
+    parser.add_argument(
+        "--catalogues",
+        type=home_path,
+        metavar="DIR",
+        help="of messages: folder with translation catalogues, <language>/LC_MESSAGES/*.mo at any "
+        "depth",
     )
     parser.add_argument(
         "--kind",
@@ -61,13 +71,13 @@ def main(arguments: list[str] | None = None) -> None:
         type=int,
         default=argparse.SUPPRESS,
         help="for retrieval; of udhr half for clustering, a third for direction (default 6000; of "
-        "names 60000)",
+        "names 60000, of messages 28800)",
     )
     parser.add_argument(
         "--eval-rows",
         type=int,
         default=400,
-        help="rows of an evaluation split (default %(default)s)",
+        help="rows of an evaluation split, but of messages (default %(default)s)",
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="of hold-outs and rows (default %(default)s)"
@@ -76,22 +86,34 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_command(parser, arguments)
     check_writable(args.output)
     check_writable(args.eval_output, "--eval-output")
+    _check_flags(args)
     languages, rows = SIZES[args.corpus]
-    sizes = {
+    common = {"seed": args.seed, "rows": getattr(args, "rows", rows), "overwrite": args.overwrite}
+    if args.corpus == "messages":
+        of_messages = build_messages(args.catalogues, args.output, args.eval_output, **common)
+        print(json.dumps(messages_summary(of_messages)))
+        return
+    sizes = common | {
         "languages": getattr(args, "languages", languages),
-        "seed": args.seed,
-        "rows": getattr(args, "rows", rows),
         "eval_rows": args.eval_rows,
-        "overwrite": args.overwrite,
     }
     if args.corpus == "udhr":
-        if args.kind:
-            raise UserError("--kind is of names; add --corpus names, or leave it out")
         plan = build_datasets(args.output, args.eval_output, **sizes)
         print(json.dumps(summary(plan, args.eval_output)))
     else:
         of_names = build_names(args.output, args.eval_output, **sizes, kind=args.kind)
         print(json.dumps(names_summary(of_names, args.eval_output)))
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    for flag, corpora in OWN_FLAGS.items():
+        if getattr(args, flag, None) is not None and args.corpus not in corpora:
+            raise UserError(
+                f"--{flag} is of {' and '.join(corpora)}; add --corpus {corpora[0]}, or leave it "
+                "out"
+            )
+    if args.corpus == "messages" and args.catalogues is None:
+        raise UserError("--corpus messages needs --catalogues: a folder with translations")
 
 
 def summary(plan: Plan, eval_dir: Path) -> dict[str, object]:
@@ -118,6 +140,17 @@ def names_summary(plan: NamesPlan, eval_dir: Path) -> dict[str, object]:
         "left_out_as_equal": equal,
         "names_in_two_languages": total,
         "cues": {DATASET: cue_accuracy(_rows(eval_dir, DATASET))},
+    }
+
+
+def messages_summary(plan: MessagesPlan) -> dict[str, object]:
+    """How many rows were made."""
+    return {
+        "training_rows": len(plan.training),
+        "unseen_pairs": len(plan.unseen_pairs),
+        "unseen_messages": len(plan.unseen_messages),
+        "tuning_pairs": len(plan.tuning_pairs),
+        "tuning_messages": len(plan.tuning_messages),
     }
 
 
