@@ -233,6 +233,10 @@ class TrainConfig:
     """documents that the in-batch loss of retrieval compares a query with: "positives" are the
     passages of the global batch, "all" also its hard negatives, the sample's own among them, each
     document once (so is everything else that compares in the batch)"""
+    in_batch_pairs: Literal["query_passage", "all"] = "query_passage"
+    """what the in-batch loss of retrieval compares: "query_passage" is a query with documents,
+    "all" also, in the same softmax, a query with other rows' queries, and a passage with other
+    rows' queries and passages"""
     datasets: dict[str, DatasetConfig] = dataclasses.field(default_factory=dict)
     """settings per dataset, under its name or a shell-style pattern such as "sts_*"; an exact name
     goes before patterns, an earlier pattern before a later one"""

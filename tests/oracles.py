@@ -75,16 +75,22 @@ def in_batch_loss(
     dims,
     temperature: float,
     targets: list[int] | None = None,
+    further: list[list[tuple[Tensor, Tensor, float]]] | None = None,
 ) -> Tensor:
     """Mean over samples, sum over dims, of CE(positive among all passages), of which `masked` says
-    how much of each the sample leaves out; `targets` are the positives' places, by default 0, 1, …
+    how much of each the sample leaves out; `targets` are the positives' places, by default 0, 1, …;
+    `further` are other two vectors that each sample compares, and how much of them it leaves out.
     """
     targets = targets or list(range(len(queries)))
     total = torch.zeros(())
     for dim, weight in dims:
         for i, query in enumerate(queries):
             logits = [cosine(query, passage, dim) / temperature for passage in passages]
-            total = total + weight * cross_entropy(logits, targets[i], masked[i]) / len(queries)
+            out = dict(masked[i])
+            for left, right, share in further[i] if further else []:
+                out[len(logits)] = share
+                logits.append(cosine(left, right, dim) / temperature)
+            total = total + weight * cross_entropy(logits, targets[i], out) / len(queries)
     return total
 
 
@@ -139,18 +145,21 @@ def masked_by_margin(
     margin: float | None,
     temperature: float,
     rounding: float = 1e-6,
+    left: Tensor | None = None,
 ) -> dict[int, float]:
     """How much of the others is masked because it is nearer to the query than the positive.
 
-    Nothing up to the margin; all of it from a quarter of the margin (at least 0.005) above it on.
+    Or nearer to `left`, than the query to the positive. Nothing up to the margin; all of it from a
+    quarter of the margin (at least 0.005) above it on.
     """
     if margin is None:
         return {}
     query = query.detach()
     limit = float(cosine(query, positive.detach(), len(query))) + margin + rounding
     masked = {}
+    left = query if left is None else left.detach()
     for number, other in enumerate(others):
-        place = (float(cosine(query, other.detach(), len(query))) - limit) / max(margin / 4, 0.005)
+        place = (float(cosine(left, other.detach(), len(query))) - limit) / max(margin / 4, 0.005)
         if place >= 1:
             masked[number] = 1.0
         elif place > 0:
@@ -183,13 +192,15 @@ def objective(
     exit_weights: Sequence[float] | None = None,
     from_itself: float = 0.0,
     all_negatives: bool = False,
+    all_pairs: bool = False,
 ) -> Tensor:
     """The whole loss of a global batch: mean over exits of (hard + in-batch) or similarity, plus
     `from_itself` times the self-distillation.
 
     `samples`: (query ids, passage document, negative documents) each; `documents`: ids of every
     document; `right`: the right answers of each sample, by default those that the samples say;
-    `all_negatives`: the in-batch loss looks at every document of the batch, once; `counts` takes
+    `all_negatives`: the in-batch loss looks at every document of the batch, once; `all_pairs`: it
+    compares queries with queries and passages with both, too; `counts` takes
     how many logits were left out by document and by margin.
     """
     dims = dims_and_weights(model.config.hidden_size, use_mrl)
@@ -232,6 +243,32 @@ def objective(
             out.append(near | dict.fromkeys(same, 1.0))
             by_document += len(same)
             by_margin += sum(share for place, share in near.items() if place not in same)
+    further: list[list] = [[] for _ in samples]  # (left, right, share that is left out)
+    for i, (_, passage, _) in enumerate(samples if all_pairs else []):
+        related = {
+            j
+            for j, (_, other, _) in enumerate(samples)
+            if j == i or (mask and (other in right[i] or passage in right[j]))
+        }
+        others = [v for j, v in enumerate(queries) if j not in related]
+        pairs = [(queries[i], v) for v in others] + [(passages[i], v) for v in others]
+        places = range(len(samples)) if not all_negatives else range(len(pool))
+        for place in places:
+            rows = [place]
+            if all_negatives:
+                rows = [j for j, (_, other, _) in enumerate(samples) if other == pool[place][0]]
+            if rows and not related & set(rows):
+                pairs.append((passages[i], pool[place][1]))
+        for left, other in pairs:
+            near = masked_by_margin(
+                queries[i][deepest],
+                passages[i][deepest],
+                [other[deepest]],
+                margin,
+                temperature,
+                left=left[deepest],
+            )
+            further[i].append((left, other, near.get(0, 0.0)))
     if counts is not None:
         counts |= {"masked_by_document": by_document, "masked_by_margin": by_margin}
     total = torch.zeros(())
@@ -246,8 +283,9 @@ def objective(
             total = total + weight * hard_loss(q, p, n, dims, temperature, negatives_out)
         if task == "retrieval":
             others = [v[layer] for _, v in pool]
+            pairs = [[(a[layer], b[layer], share) for a, b, share in own] for own in further]
             total = total + weight * in_batch_loss(
-                q, others, passages_out, dims, temperature, targets
+                q, others, passages_out, dims, temperature, targets, pairs
             )
         for i, (_, own_passage, own_negatives) in enumerate(samples if from_itself else []):
             choices = {own_passage: (passages[i], 1.0)}  # document -> vectors, share that counts

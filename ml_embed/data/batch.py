@@ -86,6 +86,11 @@ class ContrastiveBatch:
     excluded_passages: Tensor | None
     """(R, n') bool: documents of other rows that the data pairs with the sample's query; None if
     none is"""
+    uncompared: Tensor | None
+    """(R, n' + n) bool, of those documents and then of the global batch's queries: with what a
+    sample's passage is not compared, and its query not with queries. These are its own, those of
+    rows of which the data pairs one's query with the other's passage, and documents that are no
+    row's passage. None where queries are compared with documents alone"""
     query_numbers: Tensor
     """(R,) which rows ask the same (`TokenizedDataset.query_numbers`)"""
     passage_documents: Tensor

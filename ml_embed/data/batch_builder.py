@@ -104,6 +104,8 @@ class BatchBuilder:
     all_negatives: bool = False
     """the in-batch losses of retrieval look at all documents of the global batch, not at passages
     alone"""
+    all_pairs: bool = False
+    """the in-batch loss of retrieval also compares queries with queries and passages with both"""
     scored: bool = False
     """the distillation learns from scores that the data hold"""
 
@@ -148,6 +150,7 @@ class BatchBuilder:
             else self._each_document_once(passages, drawn, gathered_rows)
         )
         excluded_passages = self._excluded_passages(dataset, plan, rows, in_batch)
+        uncompared = self._uncompared(dataset, plan, rows, in_batch)
         query_numbers = dataset.query_numbers[own]  # (S, R)
         return [
             ContrastiveBatch(
@@ -160,6 +163,7 @@ class BatchBuilder:
                 excluded_candidates=torch.from_numpy(excluded[s, :, : 1 + k]),
                 negative_weights=torch.from_numpy(weights[s, :, :k]),
                 excluded_passages=excluded_passages[s],
+                uncompared=uncompared[s],
                 query_numbers=torch.from_numpy(query_numbers[s]),
                 passage_documents=torch.from_numpy(documents[s]),
                 global_documents=torch.from_numpy(in_batch.of_step(s)),
@@ -327,6 +331,34 @@ class BatchBuilder:
         for s in np.flatnonzero(right.any(axis=(1, 2))).tolist():
             excluded[s] = torch.from_numpy(right[s, :, : len(in_batch.of_step(s))])
         return excluded
+
+    def _uncompared(
+        self, dataset: TokenizedDataset, plan: DatasetPlan, rows: np.ndarray, in_batch: "_InBatch"
+    ) -> list[Tensor | None]:
+        """`ContrastiveBatch.uncompared` of each step; `rows` are those of `_excluded_passages`."""
+        if not self.all_pairs or plan.task != "retrieval":
+            return [None] * len(rows)
+        share = self._share(rows.shape[1])
+        own = np.arange(share.stop - share.start)
+        related = np.zeros((len(rows), self._rows_per_process(rows.shape[1]), rows.shape[1]), bool)
+        related[:, own, share.start + own] = True
+        passages = dataset.passage_documents[rows]  # (S, n)
+        if self.mask_false_negatives:
+            queries = dataset.query_numbers[rows]
+            related[:, own] |= dataset.are_right(queries[:, share, None], passages[:, None])
+            related[:, own] |= dataset.are_right(queries[:, None], passages[:, share, None])
+        uncompared: list[Tensor | None] = []
+        for s, of_queries in enumerate(related):
+            of_documents = of_queries
+            if in_batch.gathered[s] is not None:
+                documents = in_batch.of_step(s)
+                place = np.searchsorted(documents, passages[s])  # of each row's passage
+                of_documents = np.ones((len(of_queries), len(documents)), bool)
+                for is_related in (False, True):  # one row with that passage is enough
+                    row, other = np.nonzero(of_queries == is_related)
+                    of_documents[row, place[other]] = is_related
+            uncompared.append(torch.from_numpy(np.hstack([of_documents, of_queries])))
+        return uncompared
 
     def _teacher_scores(
         self, dataset: TokenizedDataset, rows: np.ndarray, places: np.ndarray

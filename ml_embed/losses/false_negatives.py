@@ -10,6 +10,7 @@ with the number of processes, and a threshold would turn that into another loss.
 Letters: R rows of this process, K negatives, n documents of the in-batch loss, H hidden size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,8 +32,8 @@ ROUNDING = 1e-6
 class MaskedLogits:
     """Which logits the contrastive losses of this process's rows mask, and how many.
 
-    The counts are of pairs of a query and a document: a pair counts once, not per exit and dim.
-    Rows that only fill up, and negatives that a sample does not have, do not count.
+    The counts are of pairs of a sample's query and a document: a pair counts once, not per exit
+    and dim. Rows that only fill up, and negatives that a sample does not have, do not count.
     """
 
     candidates: Tensor
@@ -40,6 +41,9 @@ class MaskedLogits:
     a sample does not have"""
     passages: Tensor | None
     """(R, n), likewise; None where nothing is masked, or there is no in-batch loss"""
+    pairs: Tensor | None
+    """(R, 2, G), likewise, of n documents and the global batch's queries: with what a sample's
+    query, and with what its passage, is not compared; None where all pairs are not compared"""
     by_document: Tensor
     """scalar, int64"""
     by_margin: Tensor
@@ -54,6 +58,7 @@ def mask_false_negatives(
     batch: ContrastiveBatch,
     margin: float | None,
     temperature: float,
+    queries: Tensor | None = None,
 ) -> MaskedLogits:
     """Masks for all exits and dims, decided once, by the whole vectors of the deepest exit.
 
@@ -69,6 +74,7 @@ def mask_false_negatives(
         margin: also mask documents whose cosine is above the positive's by more than this;
             None = off.
         temperature: of the losses.
+        queries: (rows of the global batch, H) of the deepest exit, where they are compared too.
     """
     real, present = batch.sample_weights > 0, batch.negative_weights > 0
     candidate_mask = batch.excluded_candidates
@@ -78,15 +84,19 @@ def mask_false_negatives(
         by_document = by_document + passage_mask.sum()
     if margin is None:
         nothing = torch.zeros_like(by_document, dtype=torch.float64)
-        return MaskedLogits(candidate_mask, passage_mask, by_document, nothing)
+        pairs = _of_pairs(passage_mask, batch)
+        return MaskedLogits(candidate_mask, passage_mask, pairs, by_document, nothing)
     query = normalize(query, dim=-1)
-    scores = (query.unsqueeze(1) * normalize(candidates, dim=-1)).sum(-1)  # (R, 1 + K)
+    candidates = normalize(candidates, dim=-1)
+    scores = (query.unsqueeze(1) * candidates).sum(-1)  # (R, 1 + K)
     edge = _Edge(scores[:, :1] + margin + ROUNDING, margin, temperature)
     added = edge.added(scores).masked_fill(candidate_mask, 0)
     by_margin = _masked(added[:, 1:].masked_fill(~present, 0))
     candidate_mask = added.masked_fill(candidate_mask, -torch.inf)
+    pairs = None
     if passages is not None:
-        added = edge.added_to_passages(query, normalize(passages, dim=-1))  # (R, n)
+        passages = normalize(passages, dim=-1)
+        added = edge.added_to(query, passages)  # (R, n)
         added[~real] = 0
         added[torch.arange(len(added), device=added.device), batch.target] = 0
         if passage_mask is not None:
@@ -95,7 +105,29 @@ def mask_false_negatives(
         passage_mask = (
             added if passage_mask is None else added.masked_fill(passage_mask, -torch.inf)
         )
-    return MaskedLogits(candidate_mask, passage_mask, by_document, by_margin)
+        if queries is not None:
+            others = torch.cat([passages, normalize(queries, dim=-1)])
+            near = [edge.added_to(one, others) for one in (query, candidates[:, 0])]
+            pairs = _of_pairs(passage_mask, batch, near)
+    return MaskedLogits(candidate_mask, passage_mask, pairs, by_document, by_margin)
+
+
+def _of_pairs(
+    passage_mask: Tensor | None, batch: ContrastiveBatch, near: Sequence[Tensor] | None = None
+) -> Tensor | None:
+    """`MaskedLogits.pairs`; with a margin, `near` is what it adds to the logits of queries, and of
+    passages, with all documents and queries.
+    """
+    if batch.uncompared is None:
+        return None
+    sides = [batch.uncompared, batch.uncompared]
+    if near is not None:
+        sides = [added.masked_fill(batch.uncompared, -torch.inf) for added in near]
+    documents = sides[0][:, : len(batch.global_documents)]
+    of_query = torch.zeros_like(documents) if passage_mask is None else passage_mask
+    return torch.stack(
+        [torch.cat([of_query, sides[0][:, documents.shape[1] :]], dim=1), sides[1]], dim=1
+    )
 
 
 def each_document_once(
@@ -152,13 +184,14 @@ class _Edge:
         # loss faster at the beginning of the edge, less at its end.
         return -(1 + self.margin / self.temperature) * place / (1 - place)
 
-    def added_to_passages(self, query: Tensor, passages: Tensor) -> Tensor:
-        """(R, n): `added` for all passages, in as many rows at a time as the in-batch loss."""
-        rows = rows_at_once(len(passages), passages.device)
+    def added_to(self, own: Tensor, others: Tensor) -> Tensor:
+        """(R, G): `added` for unit vectors (R, H) with all others (G, H), in as many rows at a time
+        as the in-batch loss."""
+        rows = rows_at_once(len(others), others.device)
         blocks = [
             replace(self, limit=self.limit[start : start + rows]).added(
-                query[start : start + rows] @ passages.T
+                own[start : start + rows] @ others.T
             )
-            for start in range(0, len(query), rows)
+            for start in range(0, len(own), rows)
         ]
         return torch.cat(blocks)

@@ -168,12 +168,13 @@ def _sum_over_rows(
     weights: Tensor,
     spec: MatryoshkaSpec,
     loss_of_rows: LossOfRows,
+    sides: int = 1,
 ) -> SampleLoss:
     """The loss of all rows of `left` (E, B, ..., H) against `right` (E, N, H), in bounded memory.
 
-    `weights` (B,) are those of the rows.
+    `weights` (B,) are those of the rows; `sides` vectors of each row meet all of `right`.
     """
-    exits, count = right.shape[0], max(1, right.shape[1])
+    exits, count = right.shape[0], max(1, sides * right.shape[1])
     if left.shape[1] <= rows_at_once(len(spec.dims) * exits * count, left.device):
         return _weighted(loss_of_rows(slice(None))(left, right), weights, spec)
     # One exit at a time: of each, more rows fit, so that `right` is gone through less often.
@@ -201,7 +202,14 @@ def _sum_in_blocks(
 
 
 def _cosines(left: Tensor, right: Tensor, spec: MatryoshkaSpec) -> Tensor:
-    """(E, B, H) with (E, N, H), shared by all samples, or (E, B, N, H), own -> (D, E, B, N)"""
+    """(E, B, H) with (E, N, H), shared by all samples, or (E, B, N, H), own -> (D, E, B, N).
+
+    (E, B, S, H), S vectors of a sample, with (E, N, H) -> (D, E, B, S N), one vector's after
+    another's.
+    """
+    if left.dim() == 4:
+        cosines = nested_cosines(left.flatten(1, 2), right, spec.dims)
+        return cosines.unflatten(2, left.shape[1:3]).flatten(3)
     if right.dim() == 3:
         return nested_cosines(left, right, spec.dims)
     return nested_cosines(left.unsqueeze(2), right, spec.dims).squeeze(-2)
@@ -302,6 +310,36 @@ def in_batch_loss(
         return lambda own, shared: _nested_cross_entropy(own, shared, *rest)
 
     return _sum_over_rows(query, passages, sample_weights, spec, of_rows)
+
+
+def all_pairs_loss(
+    query: Tensor,
+    passage: Tensor,
+    others: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    sample_weights: Tensor,
+    spec: MatryoshkaSpec,
+) -> SampleLoss:
+    """Cross-entropy of the positive among all that a query, and its passage, are compared with.
+
+    Source: the improved contrastive loss of Li et al. (arXiv 2308.03281).
+
+    Args:
+        query, passage: (E, B, H).
+        others: (E, G, H), documents and queries, gathered with gradients.
+        target: (B,) index of each sample's positive in `others`.
+        mask: (B, 2, G), for `masked_logits`: with what the query, and with what the passage, is not
+            compared.
+        sample_weights: (B,).
+    """
+
+    def of_rows(rows: slice) -> LossOfExits:
+        rest = (target[rows], mask[rows].flatten(1), spec)
+        return lambda own, shared: _nested_cross_entropy(own, shared, *rest)
+
+    both = torch.stack([query, passage], dim=2)
+    return _sum_over_rows(both, others, sample_weights, spec, of_rows, sides=2)
 
 
 def pair_cosines(query: Tensor, passage: Tensor, spec: MatryoshkaSpec) -> Tensor:

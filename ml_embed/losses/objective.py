@@ -21,6 +21,7 @@ from ml_embed.losses.false_negatives import (
 from ml_embed.losses.nested import (
     MatryoshkaSpec,
     SampleLoss,
+    all_pairs_loss,
     candidate_similarity_loss,
     cosent_loss,
     distillation_loss,
@@ -70,6 +71,8 @@ class _Student:
     """(E, R, 1 + K, H)"""
     passages: Tensor | None
     """(E, n', H), the documents of the in-batch losses; None where no loss looks at other rows'"""
+    queries: Tensor | None
+    """(E, n, H), of the global batch; None where no loss looks at other rows'"""
 
     @property
     def nothing(self) -> Tensor:
@@ -141,7 +144,8 @@ class Objective:
         gathered = batch.task == "retrieval" or similarities
         candidates = parts.candidates()
         passages = _in_batch_documents(candidates, batch) if gathered else None
-        return _Student(parts, candidates, passages)
+        queries = None if batch.uncompared is None else _of_all_processes(parts.query, batch)
+        return _Student(parts, candidates, passages, queries)
 
     def _mask(self, student: _Student, batch: ContrastiveBatch) -> MaskedLogits:
         passages = student.passages if batch.task == "retrieval" else None
@@ -152,6 +156,7 @@ class Objective:
             batch,
             self.false_negative_margin,
             self.spec.temperature,
+            None if student.queries is None else student.queries[-1],
         )
 
     def _of_samples(self, hard: SampleLoss, in_batch: SampleLoss) -> Tensor:
@@ -175,14 +180,13 @@ class Objective:
         if batch.task != "retrieval":
             return student.no_loss
         assert student.passages is not None
-        return in_batch_loss(
-            student.parts.query,
-            student.passages,
-            batch.target,
-            masked.passages,
-            batch.sample_weights,
-            self.spec,
-        )
+        query, rest = student.parts.query, (batch.sample_weights, self.spec)
+        if student.queries is None:
+            return in_batch_loss(query, student.passages, batch.target, masked.passages, *rest)
+        assert masked.pairs is not None
+        others = torch.cat([student.passages, student.queries], dim=1)  # (E, n' + n, H)
+        passage = student.parts.passage
+        return all_pairs_loss(query, passage, others, batch.target, masked.pairs, *rest)
 
     def _score_distillation(self, student: _Student, batch: ContrastiveBatch) -> Tensor:
         """Candidates that the contrastive losses mask take part: a teacher knows how near they are.

@@ -190,6 +190,7 @@ def make_loader(config: TrainConfig, accelerator: Accelerator, inputs: Inputs) -
         process=accelerator.process_index,
         processes=accelerator.num_processes,
         all_negatives=config.in_batch_negatives == "all",
+        all_pairs=config.in_batch_pairs == "all",
         scored=config.learns_scores,
     )
     return Loader(inputs.schedule, inputs.store, builder, inputs.teacher_vectors, inputs.validation)

@@ -30,12 +30,14 @@ CASES = {
         "kd_loss": "similarity",
         "kd_weight": 5.0,
         "max_tokens_per_forward": 40,
+        "in_batch_pairs": "all",
     },
     "all_documents": {
         "in_batch_negatives": "all",
         "valid_fraction": 0.3,
         "max_tokens_per_forward": 40,
         "self_distillation": 0.5,
+        "in_batch_pairs": "all",
     },
     "no_negatives": {
         "num_hard_neg": 0,

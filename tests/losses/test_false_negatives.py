@@ -29,11 +29,19 @@ def store(world, tmp_path_factory):
     return open_store(world.tokenized, tmp_path_factory.mktemp("cache"), progress=False)
 
 
-def batch_of(world, store, name: str, mask: bool, rows: int = ROWS, all_negatives: bool = False):
+def batch_of(
+    world,
+    store,
+    name: str,
+    mask: bool,
+    rows: int = ROWS,
+    all_negatives: bool = False,
+    all_pairs: bool = False,
+):
     """The first rows with all their negatives, so that nothing is drawn."""
     config = parse_config(world.config(datasets={"*": {"num_hard_neg": 10}}, valid_fraction=0))
     dataset, eos = store.datasets[name], AutoTokenizer.from_pretrained(world.backbone).eos_token_id
-    builder = BatchBuilder(0, MAX_LENGTH, eos, mask, 0, 1, all_negatives)
+    builder = BatchBuilder(0, MAX_LENGTH, eos, mask, 0, 1, all_negatives, all_pairs)
     plan = plan_dataset(dataset, config, task="clustering" if name == "topics" else "retrieval")
     return builder.build(dataset, plan, np.arange(rows), epoch=0), eos
 
@@ -121,6 +129,59 @@ def test_negatives_of_all_samples_are_in_the_batch(
     assert (counts["masked_by_document"] > 0) == mask
 
 
+@pytest.mark.parametrize(("margin", "weight"), [(None, 0.0), (0.05, 0.7)])
+@pytest.mark.parametrize("mask", [True, False])
+@pytest.mark.parametrize("all_negatives", [False, True])
+def test_all_pairs_are_compared(world, tmp_path, monkeypatch, mask, margin, weight, all_negatives):
+    """Where rows ask the same, have the same passage, or are each other's right answer."""
+    data = with_shared_queries(world, tmp_path / "shared", None)
+    store = open_store(data.tokenized, tmp_path / "cache", progress=False)
+    batch, eos = batch_of(data, store, "facts", mask, ROWS, all_negatives, all_pairs=True)
+    assert batch.uncompared.shape == (ROWS, len(batch.global_documents) + ROWS)
+    of_queries = batch.uncompared[:, -ROWS:]
+    assert of_queries.diagonal().all()
+    assert (of_queries.sum() > ROWS) == mask
+    assert not of_queries.all(dim=1).any()
+    right = right_documents(dataset_rows(data, "facts")[0])[:ROWS]
+    assert_like_naive(
+        data,
+        monkeypatch,
+        "facts",
+        batch,
+        eos,
+        mask,
+        margin,
+        right,
+        None,
+        weight,
+        all_negatives,
+        all_pairs=True,
+    )
+
+
+@pytest.mark.parametrize("mask", [True, False])
+def test_a_document_of_one_related_row_is_not_compared(world, tmp_path, mask):
+    """Also where another row, that is not related, has it as its passage."""
+    data = with_shared_queries(world, tmp_path / "shared", None)
+    store = open_store(data.tokenized, tmp_path / "cache", progress=False)
+    batch, _ = batch_of(data, store, "facts", mask, 21, all_negatives=True, all_pairs=True)
+    samples, _ = dataset_rows(data, "facts")
+    right, documents = right_documents(samples), batch.global_documents.tolist()
+    passages = [passage for _, passage, _ in samples[:21]]
+    mixed = 0
+    for i, own in enumerate(passages):
+        related = [
+            j == i or (mask and (other in right[i] or own in right[j]))
+            for j, other in enumerate(passages)
+        ]
+        assert batch.uncompared[i, len(documents) :].tolist() == related
+        for place, document in enumerate(documents):
+            of_rows = {related[j] for j, other in enumerate(passages) if other == document}
+            assert bool(batch.uncompared[i, place]) == (of_rows != {False})
+            mixed += len(of_rows) == 2
+    assert mask or mixed
+
+
 def assert_like_naive(
     world,
     monkeypatch,
@@ -133,6 +194,7 @@ def assert_like_naive(
     exit_weights=None,
     from_itself=0.0,
     all_negatives=False,
+    all_pairs=False,
 ):
     """Values and every gradient of the objective; returns what the naive version leaves out."""
     samples, documents = dataset_rows(world, name)
@@ -154,6 +216,7 @@ def assert_like_naive(
         exit_weights=exit_weights,
         from_itself=from_itself,
         all_negatives=all_negatives,
+        all_pairs=all_pairs,
     )
     expected.backward()
     references = {key: parameter.grad for key, parameter in naive.named_parameters()}
