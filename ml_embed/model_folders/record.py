@@ -229,7 +229,7 @@ def _problem(record: ModelRecord) -> str | None:
         return "exits and dims must not be empty"
     if type(record.max_seq_length) is not int or record.max_seq_length < 2:
         return "max_seq_length must be a whole number of at least 2"
-    if not isinstance(record.ema_decay, int | float) or not 0 <= record.ema_decay < 1:
+    if type(record.ema_decay) not in (int, float) or not 0 <= record.ema_decay < 1:
         return f"ema_decay must be a number from 0 to below 1, not {record.ema_decay!r}"
     if record.norm_sharing not in get_args(NormSharing) or record.pooling != "last_token":
         return f"it says norm_sharing {record.norm_sharing!r} and pooling {record.pooling!r}"

@@ -78,6 +78,7 @@ def test_sizes_that_the_weights_do_not_have(folder, settings, message, trained):
     ("values", "message"),
     [
         ({"exits": []}, "exits and dims must not be empty"),
+        ({"ema_decay": False}, "ema_decay must be a number from 0 to below 1, not False"),
         ({"exits": [3, 1]}, "exits must be whole numbers in order"),
         ({"exits": "all"}, "exits must be whole numbers"),
         ({"dims": [8, 64]}, "dims must be whole numbers in order"),
