@@ -198,7 +198,8 @@ class TrainConfig:
     )
     """share of each exit in the loss with use_mll: "uniform" all alike, "last" 1 for the last layer
     and mll_prior_weight for the others together, "linear" in proportion to the layer, "inverse" to
-    1 / layer, or a list of numbers, the first exit's first; they are divided by their sum; 0 = not at all"""
+    1 / layer, or a list of numbers, the first exit's first; they are divided by their sum; 0 = not
+    at all"""
     mll_prior_weight: float = _key(1.0, low=0)
     """what all exits before the last layer count together with mll_weights "last", whose last layer
     counts 1"""
