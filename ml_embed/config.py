@@ -193,13 +193,10 @@ class TrainConfig:
     """how much the loss of each vector length counts with use_mrl: "paper" less for shorter ones
     (c_n in `ml_embed/README.md`), "uniform" 1 for each, or a list of numbers, the longest length's
     first; 0 = not at all"""
-    mll_weights: Literal["uniform", "last", "linear", "inverse"] | tuple[float, ...] = _key(
-        "uniform", low=0
-    )
+    mll_weights: Literal["uniform", "last", "linear"] | tuple[float, ...] = _key("uniform", low=0)
     """share of each exit in the loss with use_mll: "uniform" all alike, "last" 1 for the last layer
-    and mll_prior_weight for the others together, "linear" in proportion to the layer, "inverse" to
-    1 / layer, or a list of numbers, the first exit's first; they are divided by their sum; 0 = not
-    at all"""
+    and mll_prior_weight for the others together, "linear" in proportion to the layer, or a list of
+    numbers, the first exit's first; they are divided by their sum; 0 = not at all"""
     mll_prior_weight: float = _key(1.0, low=0)
     """what all exits before the last layer count together with mll_weights "last", whose last layer
     counts 1"""

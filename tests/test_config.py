@@ -76,8 +76,7 @@ def test_every_key_is_accepted_and_documented():
          "mll_weights: the last layer's exit learns from the teacher"),
         ({"mll_weights": [1, "2"], "use_mll": True}, "mll_weights[1]: '2' must be a number"),
         ({"mll_weights": "first", "use_mll": True},
-         "mll_weights: 'first' is not one of 'uniform', 'last', 'linear', 'inverse' or a list of "
-         "numbers"),
+         "mll_weights: 'first' is not one of 'uniform', 'last', 'linear' or a list of numbers"),
         ({"mrl_dims": [8]}, "mrl_dims is given but use_mrl is false"),
         ({"mrl_dims": [], "use_mrl": True},
          "mrl_dims: the list is empty; name at least one whole number"),

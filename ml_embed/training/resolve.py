@@ -269,8 +269,6 @@ def _exit_weights(config: TrainConfig, exits: tuple[int, ...]) -> tuple[float, .
         weights: tuple[float, ...] = (1.0,) * len(exits)
     elif config.mll_weights == "linear":
         weights = tuple(map(float, exits))
-    elif config.mll_weights == "inverse":
-        weights = tuple(1 / layer for layer in exits)
     elif config.mll_weights == "last":
         before = len(exits) - 1
         weights = (config.mll_prior_weight / max(1, before),) * before + (1.0,)

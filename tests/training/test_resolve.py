@@ -131,7 +131,6 @@ def test_explicit_sizes_always_hold_the_whole(world, store, backbone):
     [
         ({}, (0.25, 0.25, 0.25, 0.25)),
         ({"mll_weights": "linear"}, (0.1, 0.2, 0.3, 0.4)),
-        ({"mll_weights": "inverse"}, (0.48, 0.24, 0.16, 0.12)),
         ({"mll_weights": "last"}, (1 / 6, 1 / 6, 1 / 6, 1 / 2)),
         ({"mll_weights": "last", "mll_prior_weight": 3.0}, (0.25, 0.25, 0.25, 0.25)),
         ({"mll_weights": [0, 0, 1, 3]}, (0, 0, 0.25, 0.75)),
