@@ -182,12 +182,16 @@ def test_every_shipped_config_loads(path):
     assert config.mel_init == "frequency"
 
 
-def test_the_best_config_is_the_common_one_but_for_the_token_factors():
+def test_the_best_config_is_the_common_one_but_for_what_was_measured():
     common, best = (
         load_config(ROOT / "configs" / f"{name}.json")[1] for name in ("config", "config_best")
     )
-    factors = {"mel_sampling": "full", "mel_refactor": "save", "embedding_lr_scale": 16}
-    assert best == common | factors | {"experiment_id": best["experiment_id"]}
+    measured = {
+        **{"mel_sampling": "full", "mel_refactor": "save", "embedding_lr_scale": 128},
+        "in_batch_pairs": "all",
+    }
+    own = {"experiment_id": best["experiment_id"]}
+    assert best == common | measured | own
 
 
 def test_what_the_configs_and_the_pages_commands_make_is_ignored_by_git():
