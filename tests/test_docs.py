@@ -83,7 +83,7 @@ SMALLER = {
     "0.6B-3d-ml/epoch_2": "0.6B-3d-ml/step_2",
     "stage-1/epoch_1": "stage-1/step_2",
     "--preset 160M": "--layers 1 --hidden-size 32 --intermediate-size 48",
-    "--model runs/quickstart/model/step_500": (
+    "--model runs/quickstart/model/step_400": (
         "--corpus faq.csv --column answer --model models/Qwen3-0.6B"
     ),
     "--languages 50": "--languages 8 --rows 60 --eval-rows 12",
