@@ -72,7 +72,7 @@ def test_batches(sample, tmp_path):
         "udhr_retrieval",
         sample.tokenizer.eos_token_id,
         BatchShape(),
-        repeats=60,
+        repeats=30,
     )
     assert_not_slower("batches", best_ratio(timing, "naive", "fast"))
 

@@ -57,6 +57,7 @@ def counted(compiled_graphs, monkeypatch) -> list[torch.fx.GraphModule]:
     return graphs
 
 
+@pytest.mark.slow
 def test_layers_that_are_checkpointed_are_compiled_too(world, counted):
     gradients = []
     for choice in (False, True):

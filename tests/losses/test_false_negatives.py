@@ -129,8 +129,9 @@ def test_negatives_of_all_samples_are_in_the_batch(
     assert (counts["masked_by_document"] > 0) == mask
 
 
-@pytest.mark.parametrize(("margin", "weight"), [(None, 0.0), (0.05, 0.7)])
-@pytest.mark.parametrize("mask", [True, False])
+@pytest.mark.parametrize(
+    ("mask", "margin", "weight"), [(True, None, 0.0), (True, 0.05, 0.7), (False, 0.05, 0.7)]
+)
 @pytest.mark.parametrize("all_negatives", [False, True])
 def test_all_pairs_are_compared(world, tmp_path, monkeypatch, mask, margin, weight, all_negatives):
     """Where rows ask the same, have the same passage, or are each other's right answer."""

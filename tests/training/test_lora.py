@@ -320,6 +320,7 @@ def test_less_memory_means_the_same_run(inputs, trained, changes):
     assert_same_tensors(final_state(trained), final_state(other))
 
 
+@pytest.mark.slow
 def test_compiled_layers_give_the_same(inputs, compiled_graphs):
     config, _ = load_config(inputs.config("compiled", **SETTINGS))
     encoders = []
