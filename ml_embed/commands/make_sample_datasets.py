@@ -21,7 +21,10 @@ from ml_embed.sample_data.plan import Plan
 
 SIZES = {"udhr": (50, 6000), "names": (None, 60_000), "messages": (None, 1200 * ROWS_PER_MESSAGE)}
 """Corpus -> languages (None is all) and rows, where none are given."""
-OWN_FLAGS = {"languages": ("udhr", "names"), "kind": ("names",), "catalogues": ("messages",)}
+OWN_FLAGS = {
+    **{"languages": ("udhr", "names"), "eval_rows": ("udhr", "names")},
+    **{"kind": ("names",), "catalogues": ("messages",)},
+}
 """Flag -> the corpora that it is for."""
 
 
@@ -76,8 +79,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--eval-rows",
         type=int,
-        default=400,
-        help="rows of an evaluation split, but of messages (default %(default)s)",
+        default=argparse.SUPPRESS,
+        help="rows of an evaluation split, but of messages (default 400)",
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="of hold-outs and rows (default %(default)s)"
@@ -95,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     sizes = common | {
         "languages": getattr(args, "languages", languages),
-        "eval_rows": args.eval_rows,
+        "eval_rows": getattr(args, "eval_rows", 400),
     }
     if args.corpus == "udhr":
         plan = build_datasets(args.output, args.eval_output, **sizes)
@@ -107,10 +110,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _check_flags(args: argparse.Namespace) -> None:
     for flag, corpora in OWN_FLAGS.items():
-        if getattr(args, flag, None) is not None and args.corpus not in corpora:
+        if vars(args).get(flag) is not None and args.corpus not in corpora:
+            name = flag.replace("_", "-")
             raise UserError(
-                f"--{flag} is of {' and '.join(corpora)}; add --corpus {corpora[0]}, or leave it "
-                "out"
+                f"--{name} is of {' and '.join(corpora)}; add --corpus {corpora[0]}, or leave it"
+                " out"
             )
     if args.corpus == "messages" and args.catalogues is None:
         raise UserError("--corpus messages needs --catalogues: a folder with translations")

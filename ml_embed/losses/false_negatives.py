@@ -10,7 +10,6 @@ with the number of processes, and a threshold would turn that into another loss.
 Letters: R rows of this process, K negatives, n documents of the in-batch loss, H hidden size.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -106,28 +105,28 @@ def mask_false_negatives(
             added if passage_mask is None else added.masked_fill(passage_mask, -torch.inf)
         )
         if queries is not None:
-            others = torch.cat([passages, normalize(queries, dim=-1)])
-            near = [edge.added_to(one, others) for one in (query, candidates[:, 0])]
-            pairs = _of_pairs(passage_mask, batch, near)
+            queries = normalize(queries, dim=-1)
+            of_passage = edge.added_to(candidates[:, 0], torch.cat([passages, queries]))
+            pairs = _of_pairs(passage_mask, batch, (edge.added_to(query, queries), of_passage))
     return MaskedLogits(candidate_mask, passage_mask, pairs, by_document, by_margin)
 
 
 def _of_pairs(
-    passage_mask: Tensor | None, batch: ContrastiveBatch, near: Sequence[Tensor] | None = None
+    passage_mask: Tensor | None, batch: ContrastiveBatch, near: tuple[Tensor, Tensor] | None = None
 ) -> Tensor | None:
-    """`MaskedLogits.pairs`; with a margin, `near` is what it adds to the logits of queries, and of
-    passages, with all documents and queries.
+    """`MaskedLogits.pairs`; with a margin, `near` is what it adds to the logits of queries with
+    queries, and of passages with documents and queries.
     """
     if batch.uncompared is None:
         return None
-    sides = [batch.uncompared, batch.uncompared]
+    of_documents, of_queries = batch.uncompared.tensor_split([len(batch.global_documents)], dim=1)
+    of_passage = batch.uncompared
     if near is not None:
-        sides = [added.masked_fill(batch.uncompared, -torch.inf) for added in near]
-    documents = sides[0][:, : len(batch.global_documents)]
-    of_query = torch.zeros_like(documents) if passage_mask is None else passage_mask
-    return torch.stack(
-        [torch.cat([of_query, sides[0][:, documents.shape[1] :]], dim=1), sides[1]], dim=1
-    )
+        of_queries = near[0].masked_fill(of_queries, -torch.inf)
+        of_passage = near[1].masked_fill(of_passage, -torch.inf)
+    if passage_mask is None:
+        passage_mask = torch.zeros_like(of_documents)
+    return torch.stack([torch.cat([passage_mask, of_queries], dim=1), of_passage], dim=1)
 
 
 def each_document_once(

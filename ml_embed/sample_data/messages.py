@@ -164,7 +164,9 @@ def build_messages(
         UserError: see `read_messages` and `plan_messages`, and as `build_datasets`.
     """
     check_folders(output_dir, eval_dir, overwrite)
-    plan = plan_messages(read_messages(catalogues), max(1, rows // ROWS_PER_MESSAGE), seed)
+    if rows < ROWS_PER_MESSAGE:
+        raise UserError(f"rows {rows} must be at least {ROWS_PER_MESSAGE}, those of one message")
+    plan = plan_messages(read_messages(catalogues), rows // ROWS_PER_MESSAGE, seed)
     write_rows(plan.training, output_dir / f"{DATASET}.parquet")
     for folder, pairs, others in (
         (eval_dir, plan.unseen_pairs, plan.unseen_messages),

@@ -86,6 +86,10 @@ def test_what_cannot_be_made_is_said(catalogues, tmp_path, capsys):
     assert "hold 1650 messages in all languages; 1000 for training and 1600" in said()
     assert make(tmp_path, tmp_path, "--rows", "24") == 2
     assert "has no catalogue de/LC_MESSAGES/*.mo" in said()
+    assert make(tmp_path, catalogues, "--rows", "23") == 2
+    assert "rows 23 must be at least 24" in said()
+    assert make(tmp_path, catalogues, "--eval-rows", "50") == 2
+    assert "--eval-rows is of udhr and names" in said()
     assert make(tmp_path, catalogues, "--kind", "language") == 2
     assert "--kind is of names" in said()
     folders = ["--output", str(tmp_path / "raw"), "--eval-output", str(tmp_path / "eval")]
