@@ -158,7 +158,7 @@ class TrainConfig:
     ema_decay: float = _key(0.0, low=0, below=1)
     """running average of the weights, which is validated and saved in their place: how much the
     average of the steps before counts against a new step, 0.999 for an average over about the last
-    1,000 steps; 0 = off, the weights themselves (not with DeepSpeed)"""
+    1,000 steps; 0 = off, the weights themselves"""
     warmup_steps: int = _key(100, low=0)
     """optimizer steps in which the learning rate rises linearly from 0 to learning_rate; 0 = no
     warm-up"""

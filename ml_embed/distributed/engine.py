@@ -91,6 +91,10 @@ class Engine(ABC):
     def _move_weights(self) -> None: ...
 
     @abstractmethod
+    def weights_written(self) -> None:
+        """After others wrote into the optimizer's weights: the model's are these from now on."""
+
+    @abstractmethod
     def trained_parameters(self) -> set[str]:
         """Names of the parameters that are not frozen."""
 
@@ -159,6 +163,11 @@ class AccelerateEngine(Engine):
 
     def _move_weights(self) -> None:
         self.optimizer.step()
+
+    def weights_written(self) -> None:
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # or what was gathered before would go on being used
 
     def trained_parameters(self) -> set[str]:
         options = StateDictOptions(ignore_frozen_params=True)
@@ -234,9 +243,9 @@ def _as_held(saved: Mapping[str, Tensor], own: Mapping[str, Any]) -> dict[str, T
             else:
                 held[name] = left.pop(name)
     except KeyError as missing:
-        raise _other_optimizer(missing.args[0]) from None
+        raise other_optimizer(missing.args[0]) from None
     if left:
-        raise _other_optimizer(min(left))
+        raise other_optimizer(min(left))
     return held
 
 
@@ -244,7 +253,7 @@ def _is_made_of_several(tensor: Any) -> bool:
     return hasattr(tensor, "__tensor_flatten__") and not isinstance(tensor, DTensor)
 
 
-def _other_optimizer(name: str) -> UserError:
+def other_optimizer(name: str) -> UserError:
     return UserError(
         f"--resume: the state's moments are of another optimizer (they differ in {name}); restore "
         "the keys optimizer and ema_decay, or start another run under another experiment_id"

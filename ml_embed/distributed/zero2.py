@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ml_embed.distributed.engine import MOMENTS, WEIGHT, Engine, Moments
+from ml_embed.distributed.engine import AVERAGE, MOMENTS, WEIGHT, Engine, Moments, other_optimizer
 from ml_embed.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,25 +34,12 @@ def check_installed() -> None:
         )
 
 
-def check_settings(
-    accelerator: Accelerator, embedding_lr_scale: float = 1.0, ema_decay: float = 0.0
-) -> None:
+def check_settings(accelerator: Accelerator) -> None:
     """Refuse settings of DeepSpeed that training here does not follow.
 
     Raises:
-        UserError: another stage than 2, offloading, gradient accumulation, a learning rate of its
-            own for the token table, or an average of weights.
+        UserError: another stage than 2, offloading, or gradient accumulation.
     """
-    if ema_decay:
-        raise UserError(
-            "ema_decay: DeepSpeed keeps what belongs to weights in flat parts, where an average of "
-            "them has no place; use configs/accelerate_fsdp2.yaml, or set it to 0"
-        )
-    if embedding_lr_scale != 1:
-        raise UserError(
-            "embedding_lr_scale: DeepSpeed's moments of a second group of parameters cannot be "
-            "saved; use configs/accelerate_fsdp2.yaml, or set it to 1"
-        )
     plugin = accelerator.state.deepspeed_plugin
     if plugin.zero_stage != 2:
         raise UserError(
@@ -124,6 +111,9 @@ class Zero2Engine(Engine):
     def _move_weights(self) -> None:
         self.model.step()  # clips, moves the weights and drops the gradients
 
+    def weights_written(self) -> None:
+        self.model.optimizer.update_lp_params()
+
     def trained_parameters(self) -> set[str]:
         return {name for name, _ in self._trained()}
 
@@ -138,61 +128,78 @@ class Zero2Engine(Engine):
         }
 
     def optimizer_state(self) -> Moments:
-        from deepspeed.utils import safe_get_full_optimizer_state
-
+        self._link_moments()
         step = self._step_counters()[0]  # all count alike
         state: Moments = {}
         for name, parameter in self._trained():
-            whole = {moment: safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS}
+            whole = self._moments_of(parameter)
             if self.model.global_rank == 0:
                 state[name] = {moment: tensor.cpu() for moment, tensor in whole.items()}
                 state[name]["step"] = step.detach().clone().cpu()
         return state
 
     def whole_parameter(self, name: str) -> dict[str, Tensor]:
-        from deepspeed.utils import safe_get_full_optimizer_state
-
+        self._link_moments()
         parameter = dict(self._trained())[name]
-        moments = {moment: safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS}
-        return {WEIGHT: parameter.detach().clone(), **moments}
+        return {WEIGHT: parameter.detach().clone(), **self._moments_of(parameter)}
 
     def replace_parameter(self, name: str, whole: Mapping[str, Tensor]) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         parameter = dict(self._trained())[name]
         safe_set_full_fp32_param(parameter, whole[WEIGHT])
-        for moment in MOMENTS:
+        for moment in self._moments_held():
             safe_set_full_optimizer_state(parameter, whole[moment], moment)
-        self.model.optimizer.update_lp_params()
+        self.weights_written()
 
     def load_state(self, weights: Mapping[str, Tensor], moments: Moments) -> None:
-        from deepspeed.utils import (
-            lazy_init_hp_params_optimizer_state,
-            safe_set_full_fp32_param,
-            safe_set_full_optimizer_state,
-        )
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        sharded = self.model.optimizer
-        _make_moments(sharded.optimizer)
-        for parameters, part in zip(sharded.bit16_groups, _parts(sharded.optimizer), strict=True):
-            lazy_init_hp_params_optimizer_state(parameters, part, sharded.optimizer.state)
+        _make_moments(self.model.optimizer.optimizer)
+        self._link_moments()
+        held = self._moments_held()
         for name, parameter in self._trained():
+            if different := {*held, "step"} ^ moments[name].keys():
+                raise other_optimizer(min(different))
             safe_set_full_fp32_param(parameter, weights[name].to(parameter))
-            for moment in MOMENTS:
+            for moment in held:
                 safe_set_full_optimizer_state(
                     parameter, moments[name][moment].to(parameter), moment
                 )
             for counter in self._step_counters():
                 counter.copy_(moments[name]["step"])
-        sharded.update_lp_params()
+        self.weights_written()
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         named = self.model.module.named_parameters()
         return [(name, parameter) for name, parameter in named if parameter.requires_grad]
 
+    def _moments_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        held = self._moments_held()
+        return {moment: safe_get_full_optimizer_state(parameter, moment) for moment in held}
+
+    def _moments_held(self) -> list[str]:
+        optimizer = self.model.optimizer.optimizer
+        held = optimizer.state[_parts(optimizer)[0]]  # all have the same
+        return [moment for moment in (*MOMENTS, AVERAGE) if moment in held]
+
     def _step_counters(self) -> list[Tensor]:
         optimizer = self.model.optimizer.optimizer
         return [optimizer.state[part]["step"] for part in _parts(optimizer)]
+
+    def _link_moments(self) -> None:
+        """Tell each parameter where its moments lie in this process's flat parts.
+
+        DeepSpeed 0.19.8 does so once, after the first group's first step, when the other groups
+        have no moments yet.
+        """
+        from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+        sharded = self.model.optimizer
+        for parameters, part in zip(sharded.bit16_groups, _parts(sharded.optimizer), strict=True):
+            lazy_init_hp_params_optimizer_state(parameters, part, sharded.optimizer.state)
 
 
 def _make_moments(optimizer: torch.optim.Optimizer) -> None:

@@ -170,7 +170,7 @@ def _check_engine(accelerator: Accelerator, config: TrainConfig) -> None:
         )
     check_engine(config, accelerator)
     if accelerator.distributed_type is DistributedType.DEEPSPEED:
-        zero2.check_settings(accelerator, config.embedding_lr_scale, config.ema_decay)
+        zero2.check_settings(accelerator)
     elif accelerator.distributed_type is not DistributedType.FSDP:
         _check_copies(accelerator)
     elif not accelerator.is_fsdp2:

@@ -61,7 +61,7 @@ class Run:
         """Within it the model has the weights that are validated and saved. A collective."""
         if self.average is None:
             return contextlib.nullcontext()
-        return self.average.in_place(self.engine.model)
+        return self.average.in_place(self.engine)
 
     def last_good_checkpoint(self) -> str:
         """Half a sentence for an error message."""

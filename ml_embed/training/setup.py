@@ -140,8 +140,6 @@ def _build(config: TrainConfig, accelerator: Accelerator, inputs: Inputs, start:
     engine = make_engine(accelerator, encoder, optimizer, config)
     if start.state is not None:
         load_state(start.state, engine)
-    if average is not None:
-        average.steps = start.step
     accelerator.init_trackers(config.experiment_id)
     return Run(
         config=config,

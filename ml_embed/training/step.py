@@ -51,6 +51,8 @@ def training_step(run: Run, batch: ContrastiveBatch, step: int, stop_requested: 
             f"{batch.dataset!r}"
         )
     engine.step(run.learning_rate(step))
+    if run.average is not None:
+        run.average.add(step)
     return values
 
 

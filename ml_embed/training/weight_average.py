@@ -10,31 +10,33 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch import Tensor
 
-from ml_embed.distributed.engine import AVERAGE
+from ml_embed.distributed.engine import AVERAGE, Engine
 
 
 class WeightAverage:
-    """Keeps the average of an optimizer's weights up to date, after each of its steps."""
+    """The average of an optimizer's weights."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, decay: float):
+        """`optimizer`: it has not been given to an engine yet."""
         self._optimizer, self._decay = optimizer, decay
-        self.steps = 0
-        """that the average is of"""
-        optimizer.register_step_post_hook(self._add)
+        # where it makes its moments, in a first step or to load a state
+        optimizer.register_step_post_hook(self._make_place)
 
     @torch.no_grad()
-    def _add(self, *_: Any) -> None:
-        self.steps += 1
-        share = (1 - self._decay) / (1 - self._decay**self.steps)
+    def _make_place(self, *_: Any) -> None:
         for weight in self._weights():
             state = self._optimizer.state[weight]
-            if AVERAGE in state:
-                state[AVERAGE].lerp_(weight, share)
-            else:
-                state[AVERAGE] = weight.detach().clone()
+            if AVERAGE not in state:
+                state[AVERAGE] = torch.zeros_like(weight)
+
+    @torch.no_grad()
+    def add(self, step: int) -> None:
+        """Take in the weights after optimizer step `step`, counted from 1."""
+        share = (1 - self._decay) / (1 - self._decay**step)
+        for weight in self._weights():
+            self._optimizer.state[weight][AVERAGE].lerp_(weight, share)
 
     def _weights(self) -> Iterator[Tensor]:
         """Those that have moved: others have no state."""
@@ -43,25 +45,23 @@ class WeightAverage:
             yield from (weight for weight in group["params"] if weight in state)
 
     @contextlib.contextmanager
-    def in_place(self, model: nn.Module) -> Iterator[None]:
+    def in_place(self, engine: Engine) -> Iterator[None]:
         """Within it the model has the average, and the average's place holds the weights.
 
         Args:
-            model: prepared, with the optimizer's weights; it makes no backward pass meanwhile.
+            engine: has the optimizer; its model makes no backward pass meanwhile.
         """
-        self._exchange(model)
+        self._exchange(engine)
         try:
             yield
         finally:
-            self._exchange(model)
+            self._exchange(engine)
 
     @torch.no_grad()
-    def _exchange(self, model: nn.Module) -> None:
+    def _exchange(self, engine: Engine) -> None:
         for weight in self._weights():
             average = self._optimizer.state[weight][AVERAGE]
             held = weight.detach().clone()
             weight.copy_(average)
             average.copy_(held)
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # or what was gathered before would go on being used
+        engine.weights_written()

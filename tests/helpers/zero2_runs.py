@@ -32,7 +32,7 @@ def use_zero2(**changes) -> None:
         AcceleratorState._shared_state["deepspeed_plugins"] = plugin
         for state in (AcceleratorState, PartialState):
             state._shared_state["distributed_type"] = DistributedType.DEEPSPEED
-        zero2.check_settings(accelerator, config.embedding_lr_scale, config.ema_decay)
+        zero2.check_settings(accelerator)
         return accelerator
 
     run_accelerator.make_accelerator = make_with_zero2

@@ -11,8 +11,6 @@ from oracles import average_of_steps
 from safetensors.torch import load_file
 
 from ml_embed import Embedder
-from ml_embed.distributed import zero2
-from ml_embed.errors import UserError
 from ml_embed.model_folders.record import ModelRecord
 
 DECAY, STEPS = 0.7, 5
@@ -97,8 +95,3 @@ def test_a_state_without_an_average_is_refused_by_name(world, tmp_path, capsys):
     ):
         assert train(world, tmp_path, arguments=flags, ema_decay=DECAY, **settings)[0] == 2
         assert said in capsys.readouterr().err
-
-
-def test_deepspeed_has_no_place_for_it():
-    with pytest.raises(UserError, match=r"ema_decay: DeepSpeed keeps .* set it to 0"):
-        zero2.check_settings(None, ema_decay=0.9)
