@@ -44,13 +44,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         metavar="PATH",
         help="a file or a folder of files as scripts/evaluate.py takes it: measure all of them",
     )
-    parser.add_argument(
-        "--refactor",
-        type=home_path,
-        metavar="DATA",
-        help="turn the token factors, so that smaller ranks are the best ones for tokens as "
-        "frequent as in this folder of tokenized data",
-    )
+    flags.add_refactor(parser)
     flags.add_overwrite(parser)
     flags.add_verify(parser)
     return parse_command(parser, arguments)

@@ -32,13 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, help="of the weights written (default the model's)"
     )
-    parser.add_argument(
-        "--refactor",
-        type=home_path,
-        metavar="DATA",
-        help="turn the token factors first, so that smaller ranks are the best ones for tokens as "
-        "frequent as in this folder of tokenized data",
-    )
+    flags.add_refactor(parser)
     form = parser.add_mutually_exclusive_group()
     form.add_argument(
         "--factors-only",

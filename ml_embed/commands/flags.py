@@ -138,6 +138,18 @@ def add_cut(parser: argparse.ArgumentParser, many: bool, default: str) -> None:
         add_renamed(parser, f"--{axis}", *former, type=int, metavar="N", help=help_text, **several)
 
 
+def add_refactor(parser: argparse.ArgumentParser, *former: str) -> None:
+    add_renamed(
+        parser,
+        "--refactor",
+        *former,
+        type=home_path,
+        metavar="DATA",
+        help="make smaller ranks of the token factors the best ones for tokens as frequent as in "
+        "this folder of tokenized data; the model stays the same at its whole rank",
+    )
+
+
 def add_renamed(
     parser: argparse.ArgumentParser, flag: str, *former: str, required: bool = False, **options: Any
 ) -> None:

@@ -13,7 +13,6 @@ import json
 
 from ml_embed.commands import flags
 from ml_embed.errors import exit_on_user_error
-from ml_embed.files.paths import home_path
 from ml_embed.notices import parse_command, warn
 
 SAME_TABLE = 1e-4
@@ -30,13 +29,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         metavar="RANK",
         help="of a model that was not released with factors: rank of those to make",
     )
-    parser.add_argument(
-        "--frequencies",
-        type=home_path,
-        metavar="DATA",
-        help="with --factorize: the best factors for tokens as frequent as in this folder of "
-        "tokenized data (default: all tokens alike)",
-    )
+    flags.add_refactor(parser, "--frequencies")
     flags.add_overwrite(parser)
     flags.add_verify(parser)
     return parse_command(parser, arguments)
@@ -53,9 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
         from ml_embed.model_folders.seal import verify_model
 
         verify_model(args.model)
-    imported = import_model(
-        args.model, args.output, args.factorize, args.frequencies, args.overwrite
-    )
+    imported = import_model(args.model, args.output, args.factorize, args.refactor, args.overwrite)
     record, error = imported.record, imported.error
     columns = {"lost of the table": [number_text(100 * lost) + " %" for lost in error.values()]}
     print(aligned("rank", [str(rank) for rank in error], columns))

@@ -27,7 +27,7 @@ from ml_embed.model_folders.export import stored_dtype, token_share
 from ml_embed.model_folders.headers import DAMAGED
 from ml_embed.model_folders.read import ModelFolder, load_encoder
 from ml_embed.model_folders.record import RECORD_FILE, ModelRecord
-from ml_embed.model_folders.turning import WHOLE_TABLE, A, B
+from ml_embed.model_folders.turning import WHOLE_TABLE, A, B, turned_state
 from ml_embed.model_folders.write import save_model_folder
 
 TEMPERATURE = 0.05
@@ -55,7 +55,8 @@ def import_model(
 ) -> Imported:
     """Write a model from elsewhere as a model folder with token factors.
 
-    A released model keeps its factors; its exits, dims and ranks are those of the published rule.
+    A released model keeps its factors, turned if there are `frequencies`; its exits, dims and ranks
+    are those of the published rule.
     With `factorize`, the token table of any other Qwen3 embedding model is replaced by its best
     approximation; its exits and dims stay.
 
@@ -64,7 +65,7 @@ def import_model(
         output: the new folder; it appears whole or not at all.
         factorize: rank of the factors; None for a released model, which has its own.
         frequencies: folder of tokenized data; the factors are the best ones for tokens as frequent
-            as there. None counts all tokens alike.
+            as there. None counts all tokens alike, and leaves a released model's as they are.
         overwrite: replace a model folder at `output`.
     Raises:
         UserError: the model is not of the kind that the arguments are for, or cannot be read, or
@@ -73,7 +74,7 @@ def import_model(
     output = home_path(output)
     check_model_output(output, overwrite, home_path(model))
     path = find_released_folder(model)
-    _check_kind(path, factorize, frequencies)
+    _check_kind(path, factorize)
     folder = ModelFolder.open(path)
     share = None if frequencies is None else token_share(folder, Path(frequencies))
     record = _released_record(folder) if factorize is None else folder.record
@@ -82,11 +83,14 @@ def import_model(
     encoder = load_encoder(folder, exits=record.exits, dtype=dtype)
     state = encoder.state_dict()
     table = state.pop(WHOLE_TABLE)
-    if factorize is None:
-        factors = read_released_factors(path, table)
-    else:
+    if factorize is not None:
         _check_rank(factorize, table)
         factors = factorize_table(table, factorize, share)
+    else:
+        factors = read_released_factors(path, table)
+        if share is not None:
+            turned = turned_state(dict(zip((A, B), factors, strict=True)), share)
+            factors = turned[A], turned[B]
     factors = factors[0].to(dtype), factors[1].to(dtype)  # as they are written
     record = dataclasses.replace(record, ranks=default_ranks(factors[1].shape[0]))
     error, largest = errors_of(table, *factors, record.ranks, share)
@@ -96,13 +100,13 @@ def import_model(
     return Imported(record, error, largest)
 
 
-def _check_kind(path: Path, factorize: int | None, frequencies: str | Path | None) -> None:
+def _check_kind(path: Path, factorize: int | None) -> None:
     """Raise UserError for a model that the arguments are not for."""
     if is_released(path):
-        if factorize is not None or frequencies is not None:
+        if factorize is not None:
             raise UserError(
-                f"{path} has token factors of its own; leave --factorize and --frequencies out "
-                "(scripts/export_model.py --refactor turns them for your data)"
+                f"{path} has token factors of its own; leave --factorize out (--refactor turns "
+                "them for your data)"
             )
     elif factorize is None:
         named = " and ".join(RELEASED_FACTORS)

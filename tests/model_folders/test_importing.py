@@ -100,6 +100,31 @@ def test_a_released_model_has_all_its_cuts(released, factors, tmp_path, capsys):
     assert not list((tmp_path / "new").rglob("*.pth"))
 
 
+def tokenized(model, world, output):
+    data = ["--tokenizer", model, "--input", world.raw, "--output", output, "--quiet"]
+    assert tokenize.main([*map(str, data)]) == 0
+
+
+def test_a_released_model_is_turned_for_data(released, factors, world, tmp_path, capsys):
+    """The same whole table; a smaller rank is its best approximation for the data's tokens."""
+    tokenized(released, world, tmp_path / "tokenized")
+    capsys.readouterr()
+    flags = ["--output", tmp_path / "new", "--refactor", tmp_path / "tokenized"]
+    code, out, err = run(capsys, "--model", released, *flags)
+    assert code == 0, err
+    assert "another one" not in err
+    lost = json.loads(out.splitlines()[-1])["lost"]
+    U, V = (factor.double() for factor in factors)
+    store = open_store(tmp_path / "tokenized", tmp_path / "cache")
+    share = torch.from_numpy(store.token_share(448)).double().unsqueeze(1)
+    left = torch.linalg.svdvals(share.sqrt() * (U @ V)).square()
+    assert 0 < lost["80"] < import_model.SAME_TABLE, "bfloat16 rounds"
+    expected = float(left[64:].sum() / left.sum())
+    assert lost["64"] == pytest.approx(expected, abs=2 * lost["80"])
+    as_released = (share * (U @ V - U[:, :64] @ V[:64]).square()).sum() / left.sum()
+    assert lost["64"] < 0.9 * as_released
+
+
 def test_a_table_that_is_another_one_is_told(released, tmp_path, capsys):
     other = shutil.copytree(released, tmp_path / "other")
     model = AutoModel.from_pretrained(other)
@@ -168,9 +193,8 @@ def test_a_plain_model_is_factorised(released, world, tmp_path, capsys, by_frequ
     plain = shutil.copytree(released, tmp_path / "plain", ignore=shutil.ignore_patterns("*.pth"))
     flags, share = [], torch.ones(448) / 448
     if by_frequency:
-        data = ["--tokenizer", plain, "--input", world.raw, "--output", tmp_path / "tokenized"]
-        assert tokenize.main([*map(str, data), "--quiet"]) == 0
-        flags = ["--frequencies", tmp_path / "tokenized"]
+        tokenized(plain, world, tmp_path / "tokenized")
+        flags = ["--refactor", tmp_path / "tokenized"]
         share = torch.from_numpy(
             open_store(tmp_path / "tokenized", tmp_path / "cache").token_share(448)
         )
