@@ -60,6 +60,10 @@ def _key(
     return dataclasses.field(default=default, metadata=limits | {"may_be_empty": may_be_empty})
 
 
+TABLE_LEARNING_RATE = 0.015
+"""Highest learning rate of a token table, or of its factor A, with `embedding_lr_scale` "auto".
+Measured in `ml_embed/benchmarks/README.md`: the best one hardly depends on that of the layers."""
+
 LEFT_OUT = 0
 """train_batch_size of a config that names global_batch_size alone; nobody can write it."""
 
@@ -147,9 +151,9 @@ class TrainConfig:
     """highest learning rate, reached at the end of the warm-up"""
     min_lr: float = _key(1e-6, low=0)
     """lowest learning rate after the warm-up; 0 = no lower limit"""
-    embedding_lr_scale: float = _key(1.0, above=0)
+    embedding_lr_scale: float | Literal["auto"] = _key(1.0, above=0)
     """factor on the learning rate of the token table, or with r > 0 of its factor A (B moves with
-    the layers); 1 = as published"""
+    the layers); 1 = as published; "auto" = the factor that makes it 0.015, but no less than 1"""
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     """"adamw_8bit" keeps AdamW's two moments in 8 bits each: a quarter of their memory, nearly the
     same training (needs torchao; on one process or with DDP)"""
@@ -364,6 +368,13 @@ class TrainConfig:
     def run_dir(self) -> Path:
         """The folder of this run, without links: two names of one folder have one lock."""
         return (Path(self.output_dir) / self.experiment_id).resolve()
+
+    @property
+    def embedding_lr_factor(self) -> float:
+        """The number that `embedding_lr_scale` stands for."""
+        if self.embedding_lr_scale == "auto":
+            return max(1.0, TABLE_LEARNING_RATE / self.learning_rate)
+        return self.embedding_lr_scale
 
     @property
     def held_out_fraction(self) -> float:

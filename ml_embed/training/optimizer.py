@@ -41,7 +41,7 @@ def build_optimizer(encoder: MatryoshkaEncoder, config: TrainConfig) -> torch.op
     Raises:
         UserError: torchao's update cannot be compiled here.
     """
-    groups = _parameter_groups(encoder, config.embedding_lr_scale)
+    groups = _parameter_groups(encoder, config.embedding_lr_factor)
     settings = {
         "lr": config.learning_rate,
         "betas": ADAM_BETAS,
@@ -57,11 +57,11 @@ def build_optimizer(encoder: MatryoshkaEncoder, config: TrainConfig) -> torch.op
     return torch.optim.AdamW(groups, fused=True, **settings)  # type: ignore[arg-type]
 
 
-def _parameter_groups(encoder: MatryoshkaEncoder, embedding_lr_scale: float) -> list[dict]:
+def _parameter_groups(encoder: MatryoshkaEncoder, embedding_lr_factor: float) -> list[dict]:
     """All trained parameters; the token table, or A, apart if its learning rate is another."""
     trained = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
-    if embedding_lr_scale == 1:
+    if embedding_lr_factor == 1:
         return [{"params": trained}]
     table = next(encoder.embedding.parameters())  # A comes first
     others = [parameter for parameter in trained if parameter is not table]
-    return [{"params": others}, {"params": [table], LR_SCALE: embedding_lr_scale}]
+    return [{"params": others}, {"params": [table], LR_SCALE: embedding_lr_factor}]

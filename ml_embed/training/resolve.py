@@ -39,6 +39,7 @@ class Resolved:
     steps_per_epoch: int
     total_steps: int
     warmup_steps: int
+    embedding_lr_scale: float
     exits: tuple[int, ...]
     dims: tuple[int, ...]
     dim_weights: tuple[float, ...]
@@ -158,6 +159,7 @@ def resolve(
         steps_per_epoch=epoch_steps,
         total_steps=steps,
         warmup_steps=config.warmup_steps,
+        embedding_lr_scale=config.embedding_lr_factor,
         exits=sizes.exits,
         dims=sizes.dims,
         dim_weights=_dim_weights(config, sizes.dims),

@@ -1,5 +1,6 @@
 """How token factors are trained: their learning rate, a step's rank, and turned factors."""
 
+import json
 import shutil
 
 import numpy as np
@@ -37,14 +38,17 @@ def without_clock(lines):
 @pytest.mark.parametrize("r", [32, 0])
 def test_the_token_table_has_a_learning_rate_of_its_own(world, tmp_path, r):
     """AdamW's first step moves each weight by the learning rate times something that is the same in
-    both runs; so the table, or A, moves eight times as far, and all others as before."""
-    ranks = {} if r else {"use_mel": False, "r": 0, "mel_ranks": None}
-    code, _ = train(world, tmp_path, "start", train_steps=1, learning_rate=1e-12, min_lr=0, **ranks)
-    assert code == 0
+    both runs; so the table, or A, moves eight times as far, and all others as before. "auto" makes
+    its rate 0.015."""
+    settings = {"train_steps": 1, "learning_rate": 0.015 / 8}
+    if not r:
+        settings |= {"use_mel": False, "r": 0, "mel_ranks": None}
+    still = settings | {"learning_rate": 1e-12, "min_lr": 0}
+    assert train(world, tmp_path, "start", **still)[0] == 0
     moved = {}
-    for scale in (1.0, 8.0):
+    for scale in (1.0, 8.0, "auto"):
         name = f"scale_{scale}"
-        code, _ = train(world, tmp_path, name, train_steps=1, embedding_lr_scale=scale, **ranks)
+        code, _ = train(world, tmp_path, name, embedding_lr_scale=scale, **settings)
         assert code == 0
         moved[scale] = state_of(tmp_path / name, 1)
     table = "embedding.A" if r else "embedding.weight"
@@ -54,6 +58,9 @@ def test_the_token_table_has_a_learning_rate_of_its_own(world, tmp_path, r):
     torch.testing.assert_close(moved[8.0][table] - before[table], 8 * step, atol=1e-6, rtol=1e-4)
     for name in before.keys() - {table}:
         assert torch.equal(moved[1.0][name], moved[8.0][name]), name
+    assert all(torch.equal(moved["auto"][name], moved[8.0][name]) for name in before)
+    resolved = json.loads((tmp_path / "scale_auto/resolved.json").read_text())
+    assert resolved["embedding_lr_scale"] == 8
 
 
 def test_turned_factors_stand_in_the_folder_alone(world, tmp_path):
