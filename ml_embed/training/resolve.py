@@ -6,7 +6,6 @@ Letters: V vocabulary, H hidden size, L layers, r rank, B samples per process, W
 import dataclasses
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from transformers import Qwen3Config
@@ -15,18 +14,17 @@ from ml_embed.config import TASKS, Task, TrainConfig, check_dataset_names
 from ml_embed.data.languages import LanguageDraws
 from ml_embed.data.loader import Validation
 from ml_embed.data.schedule import DatasetPlan, Schedule, plan_dataset
-from ml_embed.data.split import hold_out_all, split_dataset
+from ml_embed.data.split import Split, hold_out_all, split_dataset
 from ml_embed.data.store import Store, TokenizedDataset
 from ml_embed.errors import UserError
 from ml_embed.losses.nested import MatryoshkaSpec
-from ml_embed.model import default_dims, default_exits, default_ranks, dim_weights
 from ml_embed.model_folders.cut import Cube
-from ml_embed.model_folders.record import ModelRecord
-from ml_embed.model_folders.sizes import layer_parameters, matrix_shapes
+from ml_embed.model_folders.sizes import layer_parameters
 from ml_embed.notices import warn
 from ml_embed.training.cost import Parameters, Teacher, TokensPerStep, estimate_memory
 from ml_embed.training.learnable import check_held_out, check_losses, check_scores
 from ml_embed.training.mixture import LanguageShare, language_draws, mixture_of, with_draws
+from ml_embed.training.nested_sizes import NestedSizes
 
 
 @dataclass(frozen=True)
@@ -73,15 +71,6 @@ class Resolved:
         return dataclasses.asdict(self)
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """The nested sizes that are trained: exits and ranks ascending, dims descending."""
-
-    exits: tuple[int, ...]
-    dims: tuple[int, ...]
-    ranks: tuple[int, ...]
-
-
 def resolve(
     config: TrainConfig,
     backbone: Qwen3Config,
@@ -105,43 +94,96 @@ def resolve(
         UserError: what the config asks for does not fit the backbone or the data; all problems at
             once.
     """
-    sizes = _nested_sizes(config, backbone)
-    names = {*store.datasets, *(valid_store.datasets if valid_store else ())}
-    check_dataset_names(sorted(names), config.datasets)
-    plans = _dataset_plans(config, backbone, store, "train_data_path")
-    languages = language_draws(plans, store, config)
-    plans = with_draws(plans, languages)
-    valid_plans: tuple[DatasetPlan, ...] = ()
-    if valid_store is not None:
-        read = _dataset_plans(config, backbone, valid_store, "valid_data_path")
-        valid_plans = tuple(
-            _all_held_out(plan, valid_store.datasets[plan.name].num_rows) for plan in read
-        )
+    sizes = NestedSizes.of(config, backbone)
+    data = _Data.of(config, backbone, store, valid_store)
     samples = config.samples_per_process(world_size)
     global_batch = samples * world_size
-    splits = {
-        plan.name: split_dataset(
-            store.datasets[plan.name], plan.task, config.held_out_fraction, config.seed
-        )
-        for plan in plans
-    }
-    schedule = Schedule(plans, splits, global_batch, config.seed, languages)
-    epoch_steps = schedule.steps_per_epoch
+    schedule = Schedule(data.plans, data.splits, global_batch, config.seed, data.languages)
+    check_losses(config, data.plans, store, global_batch)
+    check_held_out(config, data.plans, store)
+    steps = config.train_steps
+    if steps <= 0:
+        steps = config.train_epochs * schedule.steps_per_epoch
+    _warn_of_settings(config, steps)
+    tokens = data.tokens_per_epoch(config, store) / schedule.steps_per_epoch
+    most_tokens = _most_tokens(samples, config, data.plans, store)
     parameters = Parameters.of(config, backbone, len(sizes.exits), teacher)
-    check_losses(config, plans, store, global_batch)
-    check_held_out(config, plans, store)
-    for plan in valid_plans:
-        assert valid_store is not None
-        check_scores(plan, valid_store.datasets[plan.name])
-    epoch_tokens = sum(
-        _tokens_per_epoch(
-            plan, store.datasets[plan.name], config, languages[plan.name] if languages else None
-        )
-        for plan in plans
+    resolved = Resolved(
+        world_size=world_size,
+        global_batch_size=global_batch,
+        steps_per_epoch=schedule.steps_per_epoch,
+        total_steps=steps,
+        warmup_steps=config.warmup_steps,
+        embedding_lr_scale=config.embedding_lr_factor,
+        exits=sizes.exits,
+        dims=sizes.dims,
+        dim_weights=sizes.dim_weights(config),
+        exit_weights=sizes.exit_weights(config),
+        ranks=sizes.ranks,
+        parameters=parameters.saved,
+        trained_parameters=parameters.trained,
+        embedding_parameters=parameters.embedding,
+        layer_parameters=layer_parameters(backbone),
+        mean_tokens_per_step=round(tokens),
+        most_tokens_per_step=most_tokens,
+        valid_grid=sizes.valid_grid(config),
+        memory_gib=estimate_memory(
+            config,
+            backbone,
+            parameters,
+            TokensPerStep(tokens / world_size, most_tokens),
+            half_precision,
+        ),
+        languages=mixture_of(data.languages),
+        datasets=data.plans,
+        valid_datasets=data.valid_plans,
     )
-    tokens = epoch_tokens / epoch_steps
-    most_tokens = _most_tokens(samples, config, plans, store)
-    steps = config.train_steps if config.train_steps > 0 else config.train_epochs * epoch_steps
+    return resolved, schedule
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What training takes of each dataset, and validation of data of its own."""
+
+    plans: tuple[DatasetPlan, ...]
+    splits: dict[str, Split]
+    languages: dict[str, LanguageDraws] | None
+    valid_plans: tuple[DatasetPlan, ...]
+
+    @classmethod
+    def of(
+        cls, config: TrainConfig, backbone: Qwen3Config, store: Store, valid_store: Store | None
+    ) -> "_Data":
+        names = {*store.datasets, *(valid_store.datasets if valid_store else ())}
+        check_dataset_names(sorted(names), config.datasets)
+        plans = _dataset_plans(config, backbone, store, "train_data_path")
+        languages = language_draws(plans, store, config)
+        plans = with_draws(plans, languages)
+        splits = {
+            plan.name: split_dataset(
+                store.datasets[plan.name], plan.task, config.held_out_fraction, config.seed
+            )
+            for plan in plans
+        }
+        valid_plans: tuple[DatasetPlan, ...] = ()
+        if valid_store is not None:
+            read = _dataset_plans(config, backbone, valid_store, "valid_data_path")
+            rows = {name: dataset.num_rows for name, dataset in valid_store.datasets.items()}
+            valid_plans = tuple(_all_held_out(plan, rows[plan.name]) for plan in read)
+            for plan in valid_plans:
+                check_scores(plan, valid_store.datasets[plan.name])
+        return cls(plans, splits, languages, valid_plans)
+
+    def tokens_per_epoch(self, config: TrainConfig, store: Store) -> float:
+        """Real tokens that are expected, over all datasets and processes."""
+        languages = self.languages or {}
+        return sum(
+            _tokens_per_epoch(plan, store.datasets[plan.name], config, languages.get(plan.name))
+            for plan in self.plans
+        )
+
+
+def _warn_of_settings(config: TrainConfig, steps: int) -> None:
     if config.mel_sampling == "full" and config.mel_refactor == "never":
         warn(
             "mel_sampling: with 'full' no smaller rank than r is trained, and mel_refactor 'never' "
@@ -153,37 +195,6 @@ def resolve(
             f"{steps} steps ends; its learning rate rises to {learning_rate(steps, config, steps)} "
             "at most"
         )
-    resolved = Resolved(
-        world_size=world_size,
-        global_batch_size=global_batch,
-        steps_per_epoch=epoch_steps,
-        total_steps=steps,
-        warmup_steps=config.warmup_steps,
-        embedding_lr_scale=config.embedding_lr_factor,
-        exits=sizes.exits,
-        dims=sizes.dims,
-        dim_weights=_dim_weights(config, sizes.dims),
-        exit_weights=_exit_weights(config, sizes.exits),
-        ranks=sizes.ranks,
-        parameters=parameters.saved,
-        trained_parameters=parameters.trained,
-        embedding_parameters=parameters.embedding,
-        layer_parameters=layer_parameters(backbone),
-        mean_tokens_per_step=round(tokens),
-        most_tokens_per_step=most_tokens,
-        valid_grid=_valid_grid(config, sizes),
-        memory_gib=estimate_memory(
-            config,
-            backbone,
-            parameters,
-            TokensPerStep(tokens / world_size, most_tokens),
-            half_precision,
-        ),
-        languages=mixture_of(languages),
-        datasets=plans,
-        valid_datasets=valid_plans,
-    )
-    return resolved, schedule
 
 
 def _dataset_plans(
@@ -235,126 +246,6 @@ def learning_rate(step: int, config: TrainConfig, total_steps: int) -> float:
     progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
     return max(
         config.min_lr, config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-    )
-
-
-def _nested_sizes(config: TrainConfig, backbone: Qwen3Config) -> _Sizes:
-    _check_sizes(config, backbone)
-    layers, hidden = backbone.num_hidden_layers, backbone.hidden_size
-    exits: tuple[int, ...] = (layers,)
-    if config.use_mll:
-        asked = config.mll_layers
-        exits = tuple(sorted({*asked, layers})) if asked else default_exits(layers)
-    dims: tuple[int, ...] = (hidden,)
-    if config.use_mrl:
-        asked = config.mrl_dims
-        dims = tuple(sorted({*asked, hidden}, reverse=True)) if asked else default_dims(hidden)
-    ranks: tuple[int, ...] = (config.r,) if config.r else ()
-    if config.use_mel:
-        asked = config.mel_ranks
-        ranks = tuple(sorted({*asked, config.r})) if asked else default_ranks(config.r)
-    return _Sizes(exits, dims, ranks)
-
-
-def _dim_weights(config: TrainConfig, dims: tuple[int, ...]) -> tuple[float, ...]:
-    """c_n of each dim, the longest first."""
-    if config.mrl_weights == "paper":
-        return dim_weights(dims)
-    if config.mrl_weights == "uniform":
-        return (1.0,) * len(dims)
-    return _as_many("mrl_weights", config.mrl_weights, "vector lengths", dims)
-
-
-def _exit_weights(config: TrainConfig, exits: tuple[int, ...]) -> tuple[float, ...]:
-    """The share of each exit, ascending."""
-    if config.mll_weights == "uniform":
-        weights: tuple[float, ...] = (1.0,) * len(exits)
-    elif config.mll_weights == "linear":
-        weights = tuple(map(float, exits))
-    elif config.mll_weights == "last":
-        before = len(exits) - 1
-        weights = (config.mll_prior_weight / max(1, before),) * before + (1.0,)
-    else:
-        weights = _as_many("mll_weights", config.mll_weights, "exits", exits)
-    return tuple(weight / sum(weights) for weight in weights)
-
-
-def _as_many(
-    key: str, weights: tuple[float, ...], what: str, sizes: tuple[int, ...]
-) -> tuple[float, ...]:
-    if len(weights) != len(sizes):
-        raise UserError(
-            f"{key}: {len(weights)} numbers for {len(sizes)} {what}; give one for each of "
-            f"{', '.join(map(str, sizes))}"
-        )
-    return weights
-
-
-def _check_sizes(config: TrainConfig, backbone: Qwen3Config) -> None:
-    layers, hidden = backbone.num_hidden_layers, backbone.hidden_size
-    deepest, longest = max(config.mll_layers or (0,)), max(config.mrl_dims or (0,))
-    largest_rank = min(backbone.vocab_size, hidden)
-    former = ModelRecord.load(Path(config.model_path))
-    former_rank = former.ranks[-1] if former is not None and former.ranks else config.r
-    smallest_side = min(map(min, matrix_shapes(backbone).values()))
-    positions = backbone.max_position_embeddings
-    checks = (
-        (
-            config.r > largest_rank,
-            f"r: {config.r} is more than the token table's {largest_rank} (of {hidden} hidden "
-            "dimensions)",
-        ),
-        (
-            config.r > former_rank,
-            f"r: {config.r} is more than the {former_rank} that {config.model_path} was trained "
-            "with",
-        ),
-        (
-            deepest > layers,
-            f"mll_layers: {deepest} is deeper than the backbone's {layers} layers",
-        ),
-        (
-            longest > hidden,
-            f"mrl_dims: {longest} is longer than the backbone's hidden size {hidden}",
-        ),
-        (
-            config.lora_r > smallest_side,
-            f"lora_r: {config.lora_r} is more than the {smallest_side} of the layers' smallest "
-            "matrix",
-        ),
-        (
-            config.max_seq_length > positions,
-            f"max_seq_length: {config.max_seq_length} is longer than the backbone's {positions}",
-        ),
-    )
-    problems = [f"  - {problem}" for wrong, problem in checks if wrong]
-    if problems:
-        raise UserError("the config does not fit the backbone:\n" + "\n".join(problems))
-
-
-def _valid_grid(config: TrainConfig, sizes: _Sizes) -> Cube | None:
-    """The cuts that validation measures; an axis whose key is null is not cut."""
-    asked = {
-        "valid_ranks": config.valid_ranks,
-        "valid_layers": config.valid_layers,
-        "valid_dims": config.valid_dims,
-    }
-    trained = {"valid_ranks": sizes.ranks, "valid_layers": sizes.exits, "valid_dims": sizes.dims}
-    problems = []
-    for key, values in asked.items():
-        listed = ", ".join(map(str, sorted(trained[key])))
-        listed = listed or "a whole token table, which has no ranks"
-        problems += [
-            f"  - {key}: {v} is not trained (trained: {listed})"
-            for v in values or ()
-            if v not in trained[key]
-        ]
-    if problems:
-        raise UserError("validation measures only what is trained:\n" + "\n".join(problems))
-    if not any(asked.values()):
-        return None
-    return Cube(
-        *(tuple(sorted(values or (max(trained[key], default=0),))) for key, values in asked.items())
     )
 
 
