@@ -2,6 +2,7 @@
 
 A model alone is the first layers of the same start, with token factors of one rank in every step
 and a loss on the leading components alone. Data, order, steps and seed are those of the nested run.
+That run may be taught by the whole model alone of its seed (`Comparison.taught`).
 """
 
 import contextlib
@@ -40,6 +41,8 @@ NESTING = (
     *("use_mrl", "mrl_dims", "mrl_weights", "valid_dims", "self_distillation"),
 )
 """Keys that a model alone has no use for."""
+TEACHING = {"kd_loss": "similarity", "kd_weight": 5.0}
+"""How the whole model alone teaches the nested one."""
 AXES = ("rank", "depth", "dim")
 Values = list[np.ndarray]
 """(Q,) of each test set: what a model achieves at each query"""
@@ -66,15 +69,28 @@ class Comparison:
     output: Path
     metric: str = "recall@1"
     max_queries: int | None = 1000
+    taught: bool = False
+    """the nested run learns from the whole model alone, which is then one of `cuts`"""
 
     @property
     def nested(self) -> "Model":
         return Model(self, None)
 
     @property
+    def alone(self) -> list["Model"]:
+        return [Model(self, cut) for cut in self.cuts]
+
+    @property
     def models(self) -> list["Model"]:
-        """The nested one, then those alone."""
-        return [self.nested, *(Model(self, cut) for cut in self.cuts)]
+        """All, those alone first: the nested one may learn from one of them."""
+        return [*self.alone, self.nested]
+
+    @property
+    def whole(self) -> Cut:
+        """What the nested run has without a cut."""
+        backbone = self.start.config
+        rank = parse_config(dict(self.given)).r
+        return Cut(rank, backbone.num_hidden_layers, backbone.hidden_size)
 
     @contextlib.contextmanager
     def one_at_a_time(self) -> Iterator[None]:
@@ -105,13 +121,15 @@ class Model:
     @property
     def label(self) -> str:
         """What it is called in names of runs and in the result."""
-        return self.alone.name if self.alone else "nested"
+        if self.alone is not None:
+            return self.alone.name
+        return "taught" if self.comparison.taught else "nested"
 
     def name(self, seed: int, rate: float) -> str:
         """The run's experiment_id."""
         return f"{self.label}_seed_{seed}_lr_{rate:g}"
 
-    def config(self, seed: int, rate: float) -> dict[str, Any]:
+    def config(self, seed: int, rate: float, teacher: Path | None = None) -> dict[str, Any]:
         """The config of a run."""
         own = {
             "seed": seed,
@@ -123,6 +141,8 @@ class Model:
         if self.alone is not None:
             given = alone_config(given, self.alone, self.comparison.start)
             given["model_path"] = str(self._start())
+        elif teacher is not None:
+            given |= {"teacher_model_path": str(teacher)} | TEACHING
         return given | own
 
     def _start(self) -> Path:
@@ -177,10 +197,7 @@ def check(comparison: Comparison) -> None:
         UserError: a config that a run would refuse, a cut that the nested run does not have, or
             evaluation data that cannot be read.
     """
-    backbone = comparison.start.config
-    first = comparison.seeds[0], comparison.learning_rates[0]
-    rank = parse_config(comparison.nested.config(*first)).r
-    largest = Cut(rank, backbone.num_hidden_layers, backbone.hidden_size)
+    largest = comparison.whole
     for cut in comparison.cuts:
         for axis, size, most in zip(AXES, astuple(cut), astuple(largest), strict=True):
             if size > most or bool(size) != bool(most):
@@ -188,6 +205,8 @@ def check(comparison: Comparison) -> None:
                     f"--cuts {cut.rank}:{cut.depth}:{cut.dim}: the nested run has no {axis} "
                     f"{size}; its whole is {largest.rank}:{largest.depth}:{largest.dim}"
                 )
+    if comparison.taught:
+        _check_teaching(comparison)
     for model in comparison.models:
         names = []
         for seed, rate in itertools.product(comparison.seeds, comparison.learning_rates):
@@ -197,6 +216,17 @@ def check(comparison: Comparison) -> None:
             raise UserError("--learning-rates: two are alike in their first six digits; give one")
     for data in {comparison.data, comparison.tuning}:
         read_test_sets(data, comparison.max_queries)
+
+
+def _check_teaching(comparison: Comparison) -> None:
+    whole = comparison.whole
+    if whole not in comparison.cuts:
+        raise UserError(
+            f"--taught: the teacher is the whole model alone; add {whole.rank}:{whole.depth}:"
+            f"{whole.dim} to --cuts"
+        )
+    if parse_config(dict(comparison.given)).is_taught:
+        raise UserError("--taught: the config names a teacher already; leave one of them out")
 
 
 def train_all(comparison: Comparison, train: Train, progress: bool = True) -> tuple[int, Rates]:
@@ -211,19 +241,23 @@ def train_all(comparison: Comparison, train: Train, progress: bool = True) -> tu
     rates: Rates = {}
     for model in comparison.models:
         for rate in comparison.learning_rates:
-            if code := _train_one(model, first, rate, train):
+            if code := _train_one(model, first, rate, rates, train):
                 return code, rates
         rates[model.label] = _compare_rates(model, progress)
         for seed in others:
-            if code := _train_one(model, seed, rates[model.label]["best"], train):
+            if code := _train_one(model, seed, rates[model.label]["best"], rates, train):
                 return code, rates
     return 0, rates
 
 
-def _train_one(model: Model, seed: int, rate: float, train: Train) -> int:
+def _train_one(model: Model, seed: int, rate: float, rates: Rates, train: Train) -> int:
     comparison = model.comparison
     path = comparison.output / "configs" / f"{model.name(seed, rate)}.json"
-    config = model.config(seed, rate)
+    teacher = None
+    if comparison.taught and model.alone is None:
+        whole = Model(comparison, comparison.whole)
+        teacher = whole.folder(seed, rates[whole.label]["best"])
+    config = model.config(seed, rate, teacher)
     with comparison.one_at_a_time():
         path.parent.mkdir(exist_ok=True)
         write_json(path, config)
@@ -234,18 +268,19 @@ def compare(comparison: Comparison, rates: Rates, progress: bool = True) -> dict
     """Evaluate all that is trained, at the rates that `train_all` found. A collective.
 
     Returns:
-        JSON-able: "metric", "seeds", "learning_rates" (model -> rate -> its score, and "best"), and
-        "rows", one for each cut: rank, depth, dim, the means over seeds "nested", "alone" and
-        "difference", "range" of the differences, and "seeds", one object each, with "nested",
-        "alone", "difference" and, where several axes are cut, "interaction", the last two as
-        [value, low, high].
+        JSON-able: "metric", "data", "taught", "seeds", "learning_rates" (model -> rate -> its
+        score, and "best"), and "rows", one for each cut: rank, depth, dim, the means over seeds
+        "nested", "alone" and "difference", "range" of the differences, and "seeds", one object
+        each, with "nested", "alone", "difference" and, where several axes are cut, "interaction",
+        the last two as [value, low, high].
     """
-    nested, *alone = comparison.models
+    nested, alone = comparison.nested, comparison.alone
     by_seed: dict[Cut, list[dict[str, Any]]] = {cut: [] for cut in comparison.cuts}
     for seed in comparison.seeds:
-        whole = _whole(nested.folder(seed, rates["nested"]["best"]))
+        rate = rates[nested.label]["best"]
+        whole = _whole(nested.folder(seed, rate))
         parts = _with_single_axes(comparison.cuts, whole)
-        found = _values(nested, seed, rates["nested"]["best"], parts, progress)
+        found = _values(nested, seed, rate, parts, progress)
         for model in alone:
             (cut,) = model.cuts
             own = _values(model, seed, rates[model.label]["best"], [cut], progress)[cut]
@@ -253,6 +288,7 @@ def compare(comparison: Comparison, rates: Rates, progress: bool = True) -> dict
     return {
         "metric": comparison.metric,
         "data": str(comparison.data),
+        "taught": comparison.taught,
         "seeds": list(comparison.seeds),
         "learning_rates": rates,
         "rows": [_row(cut, seeds) for cut, seeds in by_seed.items()],

@@ -53,6 +53,12 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="PATH",
         help="by which learning rates are chosen; other queries than those of --data",
     )
+    parser.add_argument(
+        "--taught",
+        action="store_true",
+        help="the nested run learns from the whole model alone, trained before it with its seed; "
+        "the results are then comparison_taught.json, .html and .png",
+    )
     flags.add_output(parser, "for all")
     parser.add_argument(
         "--metric", choices=list(MEANING), default="recall@1", help="(default %(default)s)"
@@ -87,6 +93,7 @@ def compare_and_write(args: argparse.Namespace) -> int:
         output=args.output,
         metric=args.metric,
         max_queries=args.max_queries,
+        taught=args.taught,
     )
     dedicated.check(comparison)
     code, rates = dedicated.train_all(
@@ -99,7 +106,8 @@ def compare_and_write(args: argparse.Namespace) -> int:
     result = dedicated.compare(comparison, rates, bars_wanted())
     if process_index() == 0:
         print(f"{comparison_table(result)}\n")
-        files = {suffix: args.output / f"comparison.{suffix}" for suffix in ("json", "html", "png")}
+        name = "comparison_taught" if args.taught else "comparison"
+        files = {suffix: args.output / f"{name}.{suffix}" for suffix in ("json", "html", "png")}
         write_json(files["json"], result)
         write_page(result, files["html"])
         try:

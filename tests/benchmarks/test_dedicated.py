@@ -98,6 +98,30 @@ def test_what_is_trained_is_not_trained_again(compared, capsys):
     assert "depth 2, dim 16, rank 32" in printed
 
 
+def test_a_nested_run_is_taught_by_the_whole_model_of_its_seed(world, tmp_path, compared, capsys):
+    """Models alone, and what they are compared with, stay as they are."""
+    arguments, output = compared
+    arguments = [*arguments[: arguments.index("--learning-rates")], *arguments[-6:]]
+    arguments[arguments.index(CUTS[0])] = "32:2:64"
+    untaught = (output / "comparison.json").read_bytes()
+    alone = {path: path.stat().st_mtime_ns for path in output.glob("runs/*rank*/step_2/*")}
+    assert compare_dedicated.main([*arguments, "--taught"]) == 0
+    assert (output / "comparison.json").read_bytes() == untaught
+    assert alone == {path: path.stat().st_mtime_ns for path in alone}
+    result = json.loads((output / "comparison_taught.json").read_text())
+    assert result["taught"] is True
+    for seed in (0, 1):
+        (run,) = (output / "runs").glob(f"taught_seed_{seed}_*")
+        config = json.loads((run / "config.json").read_text())
+        assert config["kd_loss"] == "similarity"
+        teacher = f"runs/rank_32_depth_2_dim_64_{run.name.removeprefix('taught_')}/step_2"
+        assert config["teacher_model_path"] == str(output / teacher)
+        lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        assert any(line.get("distillation_loss", 0) > 0 for line in lines)
+    own = next(row for row in result["rows"] if row["rank"] == 32 and row["dim"] == 64)
+    assert own["nested"] != own["alone"]
+
+
 def test_a_model_alone_gives_short_vectors(compared):
     _, output = compared
     folder = output / "runs/rank_16_depth_1_dim_8_seed_0_lr_0.001/step_2"
@@ -116,6 +140,7 @@ def test_a_model_alone_gives_short_vectors(compared):
             "two are alike",
         ),
         (["--tuning-data", "nowhere"], "evaluation data nowhere does not exist"),
+        (["--taught"], "the teacher is the whole model alone; add 32:2:64 to --cuts"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_trained(world, tmp_path, capsys, more, message):
