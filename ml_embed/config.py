@@ -153,7 +153,8 @@ class TrainConfig:
     """lowest learning rate after the warm-up; 0 = no lower limit"""
     embedding_lr_scale: float | Literal["auto"] = _key(1.0, above=0)
     """factor on the learning rate of the token table, or with r > 0 of its factor A (B moves with
-    the layers); 1 = as published; "auto" = the factor that makes it 0.015, but no less than 1"""
+    the layers); 1 = as published; "auto" = the factor that makes it 0.015, but no less than 1, for
+    random or small tables"""
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     """"adamw_8bit" keeps AdamW's two moments in 8 bits each: a quarter of their memory, nearly the
     same training (needs torchao; on one process or with DDP)"""
