@@ -56,13 +56,19 @@ def broken(inputs, unbroken):
 
 
 def test_runs_that_meet_every_fault_end_bit_equal(tmp_path):
-    """The short form of `tests/faults/storm.py --kinds kill,fault`."""
+    """The short form of `tests/faults/storm.py --kinds kill,fault`.
+
+    How many faults a run meets depends on when they come; there are runs until four were met."""
     runs = BrokenRuns(tmp_path / "inputs")
     faults = BrokenRuns.KILLS + BrokenRuns.DAMAGES
-    cases = [runs.try_one("kill", seed, faults) for seed in (1, 5)]
-    print(cases)
-    assert [case["outcome"] for case in cases] == ["equal", "equal"], cases
-    assert sum(case["what"].count(",") + 1 for case in cases) >= 4
+    met: list[str] = []
+    for seed in (1, 5, 6, 7, 8, 9):
+        case = runs.try_one("kill", seed, faults)
+        assert case["outcome"] == "equal", case
+        met += filter(None, case["what"].split(", "))
+        if len(met) >= 4:
+            break
+    assert len(met) >= 4
 
 
 def test_another_number_of_processes_continues_the_same_order(inputs, unbroken, broken):
