@@ -141,7 +141,8 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "commit": _commit(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in LIBRARIES},
+        # torch says its build as well (+cpu, +cu130), which its package's version may lack
+        "versions": {name: version(name) for name in LIBRARIES} | {"torch": str(torch.__version__)},
         "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU: {_cpu_name()}",
         "cores": len(os.sched_getaffinity(0)),
         "torch_threads": torch.get_num_threads(),

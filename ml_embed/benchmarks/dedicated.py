@@ -219,14 +219,14 @@ def check(comparison: Comparison) -> None:
 
 
 def _check_teaching(comparison: Comparison) -> None:
+    if parse_config(dict(comparison.given)).is_taught:
+        raise UserError("--taught: the config names a teacher already; leave one of them out")
     whole = comparison.whole
     if whole not in comparison.cuts:
         raise UserError(
             f"--taught: the teacher is the whole model alone; add {whole.rank}:{whole.depth}:"
             f"{whole.dim} to --cuts"
         )
-    if parse_config(dict(comparison.given)).is_taught:
-        raise UserError("--taught: the config names a teacher already; leave one of them out")
 
 
 def train_all(comparison: Comparison, train: Train, progress: bool = True) -> tuple[int, Rates]:

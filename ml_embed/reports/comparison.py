@@ -44,9 +44,10 @@ def write_page(result: Result, path: Path) -> None:
         lines += [_line(row, own) for own in row["seeds"]]
     table = "".join(f"<tr>{line}</tr>" for line in lines)
     rates = "; ".join(f"{name}: {own['best']:g}" for name, own in result["learning_rates"].items())
+    taught = " The nested run learned from the whole model alone." if result["taught"] else ""
     parts = [
         "<h1>Nested cuts beside models trained alone</h1>",
-        f'<p class="note">{escape(result["metric"])} on {escape(result["data"])}.</p>',
+        f'<p class="note">{escape(result["metric"])} on {escape(result["data"])}.{taught}</p>',
         f'<p class="note">{escape(NOTE)}</p>',
         f"<table>{table}</table>",
         f'<p class="note">Learning rates: {escape(rates)}.</p>',

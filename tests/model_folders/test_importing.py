@@ -194,7 +194,7 @@ def test_a_plain_model_is_factorised(released, world, tmp_path, capsys, by_frequ
     flags, share = [], torch.ones(448) / 448
     if by_frequency:
         tokenized(plain, world, tmp_path / "tokenized")
-        flags = ["--refactor", tmp_path / "tokenized"]
+        flags = ["--frequencies", tmp_path / "tokenized"]  # the former name of --refactor
         share = torch.from_numpy(
             open_store(tmp_path / "tokenized", tmp_path / "cache").token_share(448)
         )
